@@ -1,0 +1,52 @@
+"""The seam of the model: attention is a function `(q, k, v, block) -> out`, and this is the plain one. Also RoPE.
+
+Whoever wants another attention (regional/attention.py does) passes another function to Flux.forward.
+"""
+
+from typing import Callable, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Block(NamedTuple):
+    """Which block is asking for attention: `kind` is "double" or "single", `index` counts from 0 within its kind."""
+
+    kind: str
+    index: int
+
+
+# q, k, v: (B, heads, L, head_dim), already normalised and rotated -> (B, heads, L, head_dim)
+Attention = Callable[[Tensor, Tensor, Tensor, Block], Tensor]
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
+    """Every token sees every token. q, k, v and the result: (B, heads, L, head_dim)."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def rope_axes(head_dim: int) -> tuple[int, int, int]:
+    """How many of a head's dimensions turn with each of (text, row, column): (16, 56, 56) for FLUX.1's 128."""
+    return head_dim // 8, 7 * head_dim // 16, 7 * head_dim // 16
+
+
+def rope(ids: Tensor, axes: tuple[int, ...], theta: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rotary position table: ids (B, L, len(axes)) -> (B, L, head_dim / 2, 2), the cosine and sine of every angle.
+
+    Angles are computed in float64 on the CPU, so that the table is the same on every device; it is then stored in
+    `dtype`, float32 or wider.
+    """
+    angles = []
+    for axis, dim in enumerate(axes):
+        omega = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angles.append(ids[..., axis, None].double().cpu() * omega)
+    angle = torch.cat(angles, dim=-1)
+    return torch.stack([angle.cos(), angle.sin()], dim=-1).to(ids.device, dtype)
+
+
+def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
+    """Rotate each pair (x[2i], x[2i+1]) by its angle: x (B, heads, L, head_dim), pe (B, L, head_dim / 2, 2)."""
+    even, odd = x.to(pe.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = pe.unsqueeze(1).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)

@@ -1,0 +1,100 @@
+"""CLIP-L's text encoder. Modules carry Hugging Face's names. FLUX.1 uses its pooled vector alone."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class CLIPParams:
+    """Sizes of the text encoder; the defaults are CLIP-L's."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_heads: int = 12
+    num_layers: int = 12
+    max_positions: int = 77
+
+
+class Embeddings(nn.Module):
+    def __init__(self, p: CLIPParams):
+        super().__init__()
+        self.token_embedding = nn.Embedding(p.vocab_size, p.hidden_size)
+        self.position_embedding = nn.Embedding(p.max_positions, p.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, p: CLIPParams):
+        super().__init__()
+        self.num_heads = p.num_heads
+        self.q_proj = nn.Linear(p.hidden_size, p.hidden_size)
+        self.k_proj = nn.Linear(p.hidden_size, p.hidden_size)
+        self.v_proj = nn.Linear(p.hidden_size, p.hidden_size)
+        self.out_proj = nn.Linear(p.hidden_size, p.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            rearrange(m(x), "B L (H d) -> B H L d", H=self.num_heads) for m in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(rearrange(out, "B H L d -> B L (H d)"))
+
+
+class MLP(nn.Module):
+    def __init__(self, p: CLIPParams):
+        super().__init__()
+        self.fc1 = nn.Linear(p.hidden_size, p.intermediate_size)
+        self.fc2 = nn.Linear(p.intermediate_size, p.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc1(x)
+        return self.fc2(h * torch.sigmoid(1.702 * h))  # "quick GELU", as CLIP was trained
+
+
+class Layer(nn.Module):
+    def __init__(self, p: CLIPParams):
+        super().__init__()
+        self.self_attn = SelfAttention(p)
+        self.layer_norm1 = nn.LayerNorm(p.hidden_size)
+        self.mlp = MLP(p)
+        self.layer_norm2 = nn.LayerNorm(p.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, p: CLIPParams):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(p) for _ in range(p.num_layers))
+
+
+class TextModel(nn.Module):
+    def __init__(self, p: CLIPParams):
+        super().__init__()
+        self.embeddings = Embeddings(p)
+        self.encoder = Encoder(p)
+        self.final_layer_norm = nn.LayerNorm(p.hidden_size)
+
+
+class CLIPTextEncoder(nn.Module):
+    def __init__(self, params: CLIPParams):
+        super().__init__()
+        self.params = params
+        self.text_model = TextModel(params)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, L) -> (B, hidden_size): the final state at the first end-of-text token, which has the largest id."""
+        x = self.text_model.embeddings(ids)
+        for layer in self.text_model.encoder.layers:
+            x = layer(x)
+        x = self.text_model.final_layer_norm(x)
+        return x[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]

@@ -1,0 +1,5 @@
+"""The one exception that stands for a mistake of the user, not of the program."""
+
+
+class InputError(Exception):
+    """Bad input. Its text is one sentence naming the file, the key and the value; generate.py prints it and exits with 2."""

@@ -1,0 +1,162 @@
+"""The building blocks of the FLUX.1 transformer. Modules carry the names of the official checkpoint.
+
+Notation: B pictures, L tokens, D hidden size, H heads, d = D / H.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from model.attention import Attention, Block, apply_rope
+
+
+def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Sinusoids of 1000 t, cosine first: t (B,) in [0, 1] -> (B, dim).
+
+    Computed in float32 (float64 for a float64 model): bfloat16 would round a guidance of 3500 to 3504.
+    """
+    precise = torch.promote_types(dtype, torch.float32)
+    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=precise, device=t.device) / (dim // 2))
+    args = 1000.0 * t.to(precise)[:, None] * freqs
+    return torch.cat([args.cos(), args.sin()], dim=-1).to(dtype)
+
+
+class MLPEmbedder(nn.Module):
+    """(B, in_dim) -> (B, D)."""
+
+    def __init__(self, in_dim: int, hidden: int):
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden)
+        self.out_layer = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in float32 or wider."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        rrms = torch.rsqrt(precise.square().mean(dim=-1, keepdim=True) + 1e-6)
+        return (precise * rrms).type_as(x) * self.scale
+
+
+class QKNorm(nn.Module):
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.query_norm = RMSNorm(head_dim)
+        self.key_norm = RMSNorm(head_dim)
+
+    def forward(self, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Split the fused projection (B, L, 3 D) into q, k, v (B, H, L, d) and normalise q and k."""
+        q, k, v = rearrange(qkv, "B L (three H d) -> three B H L d", three=3, H=heads)
+        return self.query_norm(q), self.key_norm(k), v
+
+
+class SelfAttention(nn.Module):
+    """The projections around attention; the attention itself runs over both streams, in DoubleStreamBlock."""
+
+    def __init__(self, hidden: int, heads: int):
+        super().__init__()
+        self.qkv = nn.Linear(hidden, hidden * 3)
+        self.norm = QKNorm(hidden // heads)
+        self.proj = nn.Linear(hidden, hidden)
+
+
+class Modulation(nn.Module):
+    """adaLN: the conditioning vector (B, D) -> `multiplier` vectors (B, 1, D): shift, scale and gate, once or twice."""
+
+    def __init__(self, hidden: int, multiplier: int):
+        super().__init__()
+        self.multiplier = multiplier
+        self.lin = nn.Linear(hidden, multiplier * hidden)
+
+    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
+        return self.lin(F.silu(vec))[:, None, :].chunk(self.multiplier, dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without weights, then scale and shift: x (B, L, D), shift and scale (B, 1, D)."""
+    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
+
+
+def mlp(hidden: int, mlp_hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(hidden, mlp_hidden), nn.GELU(approximate="tanh"), nn.Linear(mlp_hidden, hidden))
+
+
+class DoubleStreamBlock(nn.Module):
+    """Text and image keep weights of their own and meet in one attention over [txt, img]."""
+
+    def __init__(self, hidden: int, heads: int, mlp_hidden: int):
+        super().__init__()
+        self.heads = heads
+        self.img_mod = Modulation(hidden, 6)
+        self.img_attn = SelfAttention(hidden, heads)
+        self.img_mlp = mlp(hidden, mlp_hidden)
+        self.txt_mod = Modulation(hidden, 6)
+        self.txt_attn = SelfAttention(hidden, heads)
+        self.txt_mlp = mlp(hidden, mlp_hidden)
+
+    def forward(
+        self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, attention: Attention, block: Block
+    ) -> tuple[Tensor, Tensor]:
+        """img (B, L_img, D), txt (B, L_txt, D), vec (B, D), pe (B, L_txt + L_img, d / 2, 2) -> new img, txt."""
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
+
+        img_q, img_k, img_v = self.img_attn.norm(self.img_attn.qkv(modulate(img, img_shift1, img_scale1)), self.heads)
+        txt_q, txt_k, txt_v = self.txt_attn.norm(self.txt_attn.qkv(modulate(txt, txt_shift1, txt_scale1)), self.heads)
+
+        q = apply_rope(torch.cat([txt_q, img_q], dim=2), pe)
+        k = apply_rope(torch.cat([txt_k, img_k], dim=2), pe)
+        v = torch.cat([txt_v, img_v], dim=2)
+        attn = rearrange(attention(q, k, v, block), "B H L d -> B L (H d)")
+        txt_attn, img_attn = attn.split([txt.shape[1], img.shape[1]], dim=1)
+
+        img = img + img_gate1 * self.img_attn.proj(img_attn)
+        img = img + img_gate2 * self.img_mlp(modulate(img, img_shift2, img_scale2))
+        txt = txt + txt_gate1 * self.txt_attn.proj(txt_attn)
+        txt = txt + txt_gate2 * self.txt_mlp(modulate(txt, txt_shift2, txt_scale2))
+        return img, txt
+
+
+class SingleStreamBlock(nn.Module):
+    """One stream, attention and MLP side by side: linear1 makes q, k, v and the MLP's input, linear2 joins them."""
+
+    def __init__(self, hidden: int, heads: int, mlp_hidden: int):
+        super().__init__()
+        self.heads = heads
+        self.linear1 = nn.Linear(hidden, hidden * 3 + mlp_hidden)
+        self.linear2 = nn.Linear(hidden + mlp_hidden, hidden)
+        self.norm = QKNorm(hidden // heads)
+        self.modulation = Modulation(hidden, 3)
+
+    def forward(self, x: Tensor, vec: Tensor, pe: Tensor, attention: Attention, block: Block) -> Tensor:
+        """x (B, L, D), vec (B, D), pe (B, L, d / 2, 2) -> new x."""
+        shift, scale, gate = self.modulation(vec)
+        hidden = x.shape[-1]
+        qkv, mlp_in = self.linear1(modulate(x, shift, scale)).split([3 * hidden, self.linear2.in_features - hidden], -1)
+        q, k, v = self.norm(qkv, self.heads)
+        attn = rearrange(attention(apply_rope(q, pe), apply_rope(k, pe), v, block), "B H L d -> B L (H d)")
+        return x + gate * self.linear2(torch.cat([attn, F.gelu(mlp_in, approximate="tanh")], dim=-1))
+
+
+class LastLayer(nn.Module):
+    """(B, L, D) -> (B, L, out_channels)."""
+
+    def __init__(self, hidden: int, out_channels: int):
+        super().__init__()
+        self.linear = nn.Linear(hidden, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
+        return self.linear(modulate(x, shift, scale))

@@ -1,0 +1,96 @@
+"""FLUX.1's transformer: text and image tokens in, the velocity of the image tokens out.
+
+It knows nothing of regions. Two functions passed to `forward` change what it computes: `attention`, and `join`, which
+puts the streams together where the double blocks end.
+"""
+
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import Attention, Block, plain_attention, rope, rope_axes
+from model.layers import DoubleStreamBlock, LastLayer, MLPEmbedder, SingleStreamBlock, timestep_embedding
+
+
+@dataclass(frozen=True)
+class FluxParams:
+    """Sizes of a FLUX.1-like transformer; weights.py reads them off the checkpoint. The defaults are FLUX.1-dev's."""
+
+    in_channels: int = 64
+    out_channels: int = 64
+    vec_in_dim: int = 768
+    context_in_dim: int = 4096
+    hidden_size: int = 3072
+    mlp_hidden: int = 12288
+    num_heads: int = 24
+    depth: int = 19
+    depth_single_blocks: int = 38
+    theta: float = 10_000
+    guidance_embed: bool = True
+
+
+def text_then_image(txt: Tensor, img: Tensor) -> Tensor:
+    """The plain sequence of the single blocks: txt (B, L_txt, ...), img (B, L_img, ...) -> (B, L_txt + L_img, ...)."""
+    return torch.cat([txt, img], dim=1)
+
+
+class Flux(nn.Module):
+    def __init__(self, params: FluxParams):
+        super().__init__()
+        self.params = params
+        hidden, heads, mlp_hidden = params.hidden_size, params.num_heads, params.mlp_hidden
+        self.img_in = nn.Linear(params.in_channels, hidden)
+        self.time_in = MLPEmbedder(256, hidden)
+        self.vector_in = MLPEmbedder(params.vec_in_dim, hidden)
+        if params.guidance_embed:
+            self.guidance_in = MLPEmbedder(256, hidden)
+        self.txt_in = nn.Linear(params.context_in_dim, hidden)
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(hidden, heads, mlp_hidden) for _ in range(params.depth))
+        self.single_blocks = nn.ModuleList(
+            SingleStreamBlock(hidden, heads, mlp_hidden) for _ in range(params.depth_single_blocks)
+        )
+        self.final_layer = LastLayer(hidden, params.out_channels)
+
+    def forward(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        timesteps: Tensor,
+        y: Tensor,
+        guidance: Tensor | None = None,
+        attention: Attention = plain_attention,
+        join: Callable[[Tensor, Tensor], Tensor] = text_then_image,
+    ) -> Tensor:
+        """The velocity at `timesteps`, (B, L_img, out_channels).
+
+        img (B, L_img, in_channels) packed latents; img_ids (B, L_img, 3); txt (B, L_txt, context) T5 states; txt_ids
+        (B, L_txt, 3); timesteps (B,) in [0, 1]; y (B, vec) CLIP's pooled vector; guidance (B,), needed exactly when
+        the checkpoint has a guidance embedder.
+
+        `join(txt, img)` makes the sequence of the single blocks; whatever it makes must end with the image tokens to
+        decode. It is also given the position tables, so it may only repeat, drop and reorder rows (dimension 1).
+        """
+        dtype = img.dtype
+        table = torch.promote_types(dtype, torch.float32)
+        vec = self.time_in(timestep_embedding(timesteps, 256, dtype)) + self.vector_in(y)
+        if self.params.guidance_embed:
+            vec = vec + self.guidance_in(timestep_embedding(guidance, 256, dtype))
+
+        axes = rope_axes(self.params.hidden_size // self.params.num_heads)
+        txt_pe = rope(txt_ids, axes, self.params.theta, table)
+        img_pe = rope(img_ids, axes, self.params.theta, table)
+
+        length = img.shape[1]
+        img, txt = self.img_in(img), self.txt_in(txt)
+        pe = torch.cat([txt_pe, img_pe], dim=1)
+        for index, double_block in enumerate(self.double_blocks):
+            img, txt = double_block(img, txt, vec, pe, attention, Block("double", index))
+
+        x, pe = join(txt, img), join(txt_pe, img_pe)
+        for index, single_block in enumerate(self.single_blocks):
+            x = single_block(x, vec, pe, attention, Block("single", index))
+        return self.final_layer(x[:, -length:], vec)
