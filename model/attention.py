@@ -3,7 +3,8 @@
 Whoever wants another attention (regional/attention.py does) passes another function to Flux.forward.
 """
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F

@@ -5,7 +5,7 @@ puts the streams together where the double blocks end.
 """
 
 from dataclasses import dataclass
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn

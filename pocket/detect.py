@@ -1,0 +1,87 @@
+"""What does a picture show? A program's eye for the world of scenes.py: colour, pattern and shape of one object.
+
+It compares pixels with the palette and areas with drawn templates. It knows nothing of how the picture was made.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from pocket.scenes import BACKGROUNDS, COLORS, DARK, PATTERNS, PERIOD, SHAPES, outline_mask
+
+SIDE = 48  # shapes are compared at this size
+LEAST = 0.06  # share of an area that an object must take to be seen
+
+
+class Looks(NamedTuple):
+    color: str
+    pattern: str
+    shape: str
+
+
+def nearest_tones(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each pixel of (H, W, 3) uint8 the index of its colour in COLORS, or -1 for a background; and is it dark?"""
+    bright = np.array(list(COLORS.values()), dtype=np.float32)
+    tones = np.concatenate([bright, DARK * bright, np.array(list(BACKGROUNDS.values()), dtype=np.float32)])
+    distance = np.square(picture[:, :, None].astype(np.float32) - tones).sum(-1)
+    nearest = distance.argmin(-1)
+    dark = (nearest >= len(bright)) & (nearest < 2 * len(bright))
+    color = np.where(nearest < 2 * len(bright), nearest % len(bright), -1)
+    return color, dark
+
+
+def detect(picture: np.ndarray, area: np.ndarray | None = None) -> Looks | None:
+    """The looks of the object in the area (H, W) bool of a picture (H, W, 3) uint8; None where there is none."""
+    color, dark = nearest_tones(picture)
+    if area is None:
+        area = np.ones(color.shape, dtype=bool)
+    color = np.where(area, color, -1)
+    counts = np.bincount(color[color >= 0], minlength=len(COLORS))
+    if counts.sum() < LEAST * area.sum():
+        return None
+    body = clean(color == counts.argmax())
+    if body.sum() < LEAST * area.sum():
+        return None
+    return Looks(list(COLORS)[counts.argmax()], pattern_of(body, dark), shape_of(body))
+
+
+def clean(mask: np.ndarray) -> np.ndarray:
+    """The mask without specks, lines and small holes."""
+    image = Image.fromarray(mask.astype(np.uint8) * 255)
+    for size, kind in ((3, ImageFilter.MaxFilter), (7, ImageFilter.MinFilter), (5, ImageFilter.MaxFilter)):
+        image = image.filter(kind(size))
+    return np.asarray(image) > 0
+
+
+def pattern_of(body: np.ndarray, dark: np.ndarray) -> str:
+    """The pattern that explains best where the body is dark, at any shift."""
+    height, width = (-(-side // PERIOD) * PERIOD for side in body.shape)
+    pad = [(0, height - body.shape[0]), (0, width - body.shape[1])]
+
+    def fold(values: np.ndarray) -> np.ndarray:
+        cells = np.pad(values.astype(np.float32), pad)
+        return cells.reshape(height // PERIOD, PERIOD, width // PERIOD, PERIOD).sum((0, 2))
+
+    count, darks = fold(body), fold(body & dark)
+    errors = {}
+    for name, tile in PATTERNS.items():
+        shifts = [np.roll(tile, (y, x), (0, 1)) for y in range(PERIOD) for x in range(PERIOD)]
+        errors[name] = min((count * t + darks - 2 * t * darks).sum() for t in shifts)
+    return min(errors, key=errors.get)
+
+
+@cache
+def shape_templates() -> dict[str, np.ndarray]:
+    half = (SIDE / 2, SIDE / 2)
+    return {name: outline_mask(name, half, half, (SIDE, SIDE)) > 0.5 for name in SHAPES}
+
+
+def shape_of(body: np.ndarray) -> str:
+    """The template that overlaps most with the body when both fill a square."""
+    rows, columns = body.any(1).nonzero()[0], body.any(0).nonzero()[0]
+    cut = body[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    cut = np.asarray(Image.fromarray(cut.astype(np.uint8) * 255).resize((SIDE, SIDE))) > 127
+    overlap = {name: (cut & t).sum() / (cut | t).sum() for name, t in shape_templates().items()}
+    return max(overlap, key=overlap.get)

@@ -1,0 +1,252 @@
+"""Step 2 of the pocket checkpoint: the transformer and both text encoders, trained together on scenes. Resumable.
+
+    torchrun --nproc-per-node 2 -m pocket.train --folder pocket/run --steps 10000 --distill 1500
+
+First a rectified flow is learned (`--steps`), with the guidance input fixed at 1. Then the network learns to answer in
+one pass what two passes of classifier-free guidance would (`--distill`), as FLUX.1-dev did.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor, nn
+
+from model.attention import Block
+from model.clip import CLIPParams, CLIPTextEncoder
+from model.t5 import T5Encoder, T5Params
+from model.tokenizers import CLIPTokenizer, T5Tokenizer
+from model.transformer import Flux, FluxParams
+from pocket.latents import Pool
+from pocket.scenes import Scene, Thing, caption, random_looks
+from sampler.flow import image_ids, pack, text_ids
+
+CLIP_LENGTH = 77
+TEXT_LENGTHS = (16, 32, 64)
+TOKENS = 3072  # tokens in a step of one process, text and image
+
+
+class Pocket(nn.Module):
+    """Everything that is trained together: `flux`, `t5` and `clip`."""
+
+    def __init__(self, run: Path):
+        super().__init__()
+        t5_vocab = SentencePieceProcessor(model_file=str(run / "tokenizer_2" / "spiece.model")).vocab_size()
+        clip_vocab = len(json.loads((run / "tokenizer" / "vocab.json").read_text()))
+        self.t5 = T5Encoder(T5Params(t5_vocab, d_model=128, d_ff=256, d_kv=32, num_heads=4, num_layers=2))
+        self.clip = CLIPTextEncoder(CLIPParams(clip_vocab, 64, 128, num_heads=2, num_layers=2))
+        # theta 100: few tokens to a side need few wavelengths
+        self.flux = Flux(FluxParams(64, 64, 64, 128, 160, 640, 5, depth=2, depth_single_blocks=5, theta=100))
+        self.apply(init)
+        for module in self.flux.modules():  # adaLN-zero: every block starts as the identity
+            if hasattr(module, "lin"):
+                nn.init.zeros_(module.lin.weight)
+        nn.init.zeros_(self.flux.final_layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.flux.final_layer.linear.weight)
+
+    def forward(self, img: Tensor, img_ids: Tensor, t: Tensor, guidance: Tensor, t5: Tensor, clip: Tensor) -> Tensor:
+        txt = self.t5(t5)
+        ids = text_ids(txt.shape[1])
+        return self.flux(img, img_ids, txt, ids, t, self.clip(clip), guidance, attention=small_attention)
+
+
+def init(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=module.in_features**-0.5 * 0.7)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.5)
+
+
+def small_attention(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
+    """Written out: on a CPU, forward and backward, several times as fast as the library's at these sizes."""
+    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1).type_as(v) @ v
+
+
+def wider_caption(rng: np.random.Generator, scene: Scene) -> str:
+    """What CLIP is shown: the caption of a larger picture that this scene may be a part of.
+
+    In regional prompting every region is drawn under the base prompt's CLIP vector, so the vector must not decide what
+    is drawn; it only sets the tone.
+    """
+    if rng.random() < 0.2:
+        return ""
+    others = tuple(Thing(*random_looks(rng)) for _ in range(rng.integers(0, 8)))
+    own = scene.things if rng.random() < 0.8 else ()
+    return caption(rng, Scene(scene.width, scene.height, scene.background, own + others))
+
+
+def text_prompt(rng: np.random.Generator, scene: Scene) -> str:
+    draw = rng.random()
+    return "" if draw < 0.08 else "a photo" if draw < 0.1 else caption(rng, scene)
+
+
+class Batches:
+    """Random batches; all processes agree on the canvas, each draws its own scenes."""
+
+    def __init__(self, run: Path, rank: int, world: int, seed: int):
+        self.pools = Pool.load_all(run / "latents")
+        self.t5 = T5Tokenizer(run / "tokenizer_2" / "spiece.model")
+        self.clip = CLIPTokenizer(run / "tokenizer")
+        self.shared, self.own = np.random.default_rng(seed), np.random.default_rng([seed, rank + 1])
+        self.world = world
+
+    def next(self, progress: float) -> tuple[Tensor, Tensor, list[str], list[str], int]:
+        """Latent tokens (B, L, 64), their ids, prompts for T5 and for CLIP, and the text length."""
+        pools = [p for p in self.pools if p.tokens <= 64 or progress > 0.3]
+        weights = np.array([p.weight for p in pools])
+        pool = pools[self.shared.choice(len(pools), p=weights / weights.sum())]
+        least = 0 if pool.tokens <= 40 else 1
+        length = int(self.shared.choice(TEXT_LENGTHS[least:]))
+        rows = self.own.integers(0, len(pool.scenes), max(2, TOKENS // (pool.tokens + length)))
+        scenes = [pool.scenes[i] for i in rows]
+        prompts = [text_prompt(self.own, s) for s in scenes]
+        img = pack(pool.latents[rows].float())
+        return img, image_ids(pool.width, pool.height), prompts, [wider_caption(self.own, s) for s in scenes], length
+
+
+def sample_times(count: int) -> Tensor:
+    return torch.sigmoid(torch.randn(count) + 0.3)
+
+
+def flow_loss(model: Pocket, batches: Batches, progress: float) -> Tensor:
+    img, img_ids, prompts, wide, length = batches.next(progress)
+    t, eps = sample_times(len(img)), torch.randn_like(img)
+    noisy = torch.lerp(img, eps, t[:, None, None])
+    ids, clip_ids = batches.t5(prompts, length)[0], batches.clip(wide, CLIP_LENGTH)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        velocity = model(noisy, img_ids, t, torch.ones(len(img)), ids, trim(clip_ids))
+    return (velocity.float() - (eps - img)).square().mean()
+
+
+def trim(clip_ids: Tensor) -> Tensor:
+    """Drop the columns behind every end of text: CLIP is causal, they change nothing."""
+    return clip_ids[:, : clip_ids.argmax(dim=1).max() + 1]
+
+
+def distill_loss(model: Pocket, teacher: Pocket, batches: Batches) -> Tensor:
+    """One pass with guidance g against the teacher's two passes."""
+    img, img_ids, prompts, wide, length = batches.next(1.0)
+    t, g = sample_times(len(img)), 1 + 4 * torch.rand(len(img))
+    noisy = torch.lerp(img, torch.randn_like(img), t[:, None, None])
+    ids, empty = batches.t5(prompts, length)[0], batches.t5([""] * len(img), length)[0]
+    clip_ids = trim(batches.clip(wide, CLIP_LENGTH)[0])
+    one = torch.ones(len(img))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad():
+            with_text = teacher(noisy, img_ids, t, one, ids, clip_ids).float()
+            without = teacher(noisy, img_ids, t, one, empty, clip_ids).float()
+        velocity = model(noisy, img_ids, t, g, ids, clip_ids)
+    return (velocity.float() - torch.lerp(without, with_text, g[:, None, None])).square().mean()
+
+
+class Optimizer:
+    """Muon for the matrices of the transformer's blocks, AdamW for the rest; gradients averaged over the processes."""
+
+    def __init__(self, model: Pocket):
+        blocks = [*model.flux.double_blocks.parameters(), *model.flux.single_blocks.parameters()]
+        matrices = {id(p) for p in blocks if p.ndim == 2}
+        rest = [p for p in model.parameters() if id(p) not in matrices]
+        self.parameters = list(model.parameters())
+        self.parts = [
+            torch.optim.Muon([p for p in blocks if p.ndim == 2], lr=2e-3, weight_decay=0.0, ns_steps=4,
+                             adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=1.5e-3, weight_decay=0.0, betas=(0.9, 0.98)),
+        ]
+        self.lrs = [2e-3, 1.5e-3]
+
+    def step(self, scale: float) -> None:
+        """Apply the gradients with the learning rates times `scale`."""
+        if dist.is_initialized():
+            flat = torch.cat([p.grad.flatten() for p in self.parameters])
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            for p, g in zip(self.parameters, flat.split([p.numel() for p in self.parameters])):
+                p.grad = g.view_as(p)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for part, lr in zip(self.parts, self.lrs):
+            part.param_groups[0]["lr"] = lr * scale
+            part.step()
+            part.zero_grad()
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Warm up, hold, and fall to nothing over the last 40 %."""
+    return min(1, (step + 1) / 200, max(0.01, (1 - step / steps) / 0.4))
+
+
+def train(run: Path, steps: int, distill: int) -> None:
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = Pocket(run)
+    average = Pocket(run).requires_grad_(False)
+    average.load_state_dict(model.state_dict())
+    optimizer, step, teacher = Optimizer(model), 0, None
+    state_file = run / "flux.pt"
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"]), average.load_state_dict(state["average"])
+        for part, saved in zip(optimizer.parts, state["optimizer"]):
+            part.load_state_dict(saved)
+        step = state["step"]
+        if state["teacher"]:
+            teacher = Pocket(run).requires_grad_(False)
+            teacher.load_state_dict(state["teacher"])
+    batches = Batches(run, rank, world, seed=step)
+    torch.manual_seed(step * world + rank + 1)
+    start, losses, saved = time.monotonic(), [], time.monotonic()
+    while step < steps + distill:
+        if step < steps:
+            loss, scale = flow_loss(model, batches, step / steps), learning_rate(step, steps)
+        else:
+            if teacher is None:  # the student goes on from the averaged weights
+                teacher = Pocket(run).requires_grad_(False)
+                teacher.load_state_dict(average.state_dict())
+                model.load_state_dict(average.state_dict())
+                optimizer = Optimizer(model)
+            loss = distill_loss(model, teacher, batches)
+            scale = 0.3 * learning_rate(step - steps, distill)
+        loss.backward()
+        optimizer.step(scale)
+        step += 1
+        decay = min(0.998, step / (step + 10))
+        torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+        losses.append(loss.item())
+        if step % 100 == 0 and rank == 0:
+            seconds = (time.monotonic() - start) / len(losses)
+            print(f"step {step} loss {np.mean(losses[-100:]):.4f} {seconds:.3f} s/step", flush=True)
+        done = step in (steps, steps + distill)
+        if rank == 0 and (done or time.monotonic() - saved > 120):
+            save(state_file, model, average, optimizer, teacher, step)
+            saved = time.monotonic()
+
+
+def save(file: Path, model: Pocket, average: Pocket, optimizer: Optimizer, teacher: Pocket | None, step: int) -> None:
+    state = {
+        "model": model.state_dict(),
+        "average": average.state_dict(),
+        "optimizer": [part.state_dict() for part in optimizer.parts],
+        "teacher": teacher.state_dict() if teacher else {},
+        "step": step,
+    }
+    torch.save(state, file.with_suffix(".new"))
+    file.with_suffix(".new").rename(file)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("pocket/run"))
+    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--distill", type=int, default=1500)
+    args = parser.parse_args()
+    train(args.folder, args.steps, args.distill)

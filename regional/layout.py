@@ -1,0 +1,206 @@
+"""The layout file: YAML in, checked and frozen dataclasses out. Below this nobody checks again."""
+
+import difflib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import yaml
+from msgspec import Meta, Struct
+from PIL import Image
+
+from model.errors import InputError
+
+MAX_REGIONS = 61
+Where = Callable[[str], str]  # the path of a key -> how messages name it
+Pixels = Annotated[int, Meta(ge=16, le=65536)]
+
+
+class Region(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One region: its prompt, and exactly one shape.
+
+    box: x0, y0, x1, y1 in pixels, half-open. mask: a picture, white inside, of the aspect ratio of the layout.
+    """
+
+    prompt: str
+    box: tuple[float, float, float, float] | None = None
+    mask: str | None = None
+
+
+class Layout(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One picture. What is None takes the model's default, or for the seed a random one."""
+
+    prompt: str
+    background_prompt: str = "a photo"
+    width: Pixels = 1024
+    height: Pixels = 1024
+    steps: Annotated[int, Meta(ge=1, le=10000)] | None = None
+    guidance: Annotated[float, Meta(ge=0, le=1000)] = 3.5
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    base_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.3
+    mask_inject_steps: int | str = "40%"
+    double_inject_interval: Annotated[int, Meta(ge=1)] = 1
+    single_inject_interval: Annotated[int, Meta(ge=1)] = 1
+    max_sequence_length: Annotated[int, Meta(ge=2, le=4096)] | None = None
+    overlap: Literal["share", "last"] = "share"
+    regions: tuple[Region, ...] = ()
+
+    def regional_steps(self, steps: int) -> int:
+        """How many of `steps` are regional: a count, or with % a share of them, rounded half up."""
+        if isinstance(self.mask_inject_steps, str):
+            return int(float(self.mask_inject_steps.rstrip("%")) / 100 * steps + 0.5)
+        return min(self.mask_inject_steps, steps)
+
+
+def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024) -> Layout:
+    """Read a layout, with `overrides` (from the command line) in place of what it says and `size` x `size` pixels
+    where neither says anything. Mask paths come out absolute or relative to the working directory.
+
+    Raises InputError, one sentence that names the file, the key and the value.
+    """
+    written = read_yaml(file) if file else {}
+    if not isinstance(written, dict):
+        raise InputError(f"{file}: expected a mapping of keys to values, found {describe(written)}.")
+    data = {"width": size, "height": size, **written, **overrides}
+    name = str(file or "the command line")
+
+    def where(path: str) -> str:
+        return f"the command line: --{path.replace('_', '-')}" if path in overrides else f"{name}: {path}"
+
+    layout = convert(data, where, name)
+    folder = file.parent if file else Path()
+    regions = [msgspec.structs.replace(r, mask=str(folder / r.mask)) if r.mask else r for r in layout.regions]
+    layout = msgspec.structs.replace(layout, regions=tuple(regions))
+    check(layout, where)
+    return layout
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML in which writing a key twice is an error; plain YAML lets the last one win silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.MarkedYAMLError(problem=f"the key {key_node.value} is written twice, again in line {line}")
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(file: Path) -> Any:
+    try:
+        return yaml.load(file.read_text(encoding="utf-8"), UniqueKeyLoader)
+    except FileNotFoundError:
+        raise InputError(f"{file}: there is no such layout file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read as a text file ({error}).") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{file}: {yaml_problem(error)}.") from None
+
+
+def yaml_problem(error: yaml.YAMLError) -> str:
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+    if "'\\t'" in problem:
+        problem = "a tab is used for indentation, YAML wants spaces"
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem
+
+
+def convert(data: dict, where: Where, name: str) -> Layout:
+    """Check types, ranges and names. msgspec's error holds the path of the culprit; the value is looked up there."""
+    try:
+        return msgspec.convert(data, Layout)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$")
+    path = path.rstrip("`").lstrip(".")
+    if field := re.search(r"unknown field `(.*)`", message):
+        known = Region if path else Layout
+        key = f"{path}.{field[1]}" if path else field[1]
+        raise InputError(f"{where(key)} = {describe(value_at(data, key))}: no such key{hint(field[1], known)}.")
+    if field := re.search(r"missing required field `(.*)`", message):
+        raise InputError(f"{name}: {path + '.' if path else ''}{field[1]} is missing.")
+    value = value_at(data, path)
+    quote = "; write it in quotes" if "Expected `str`" in message and isinstance(value, (bool, int, float)) else ""
+    raise InputError(f"{where(path)} = {describe(value)}: {message[0].lower()}{message[1:].replace('`', '')}{quote}.")
+
+
+def value_at(data: Any, path: str) -> Any:
+    """The value at a path such as regions[1].box."""
+    for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
+        data = data[int(index)] if index else data[key]
+    return data
+
+
+def describe(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def hint(key: str, known: type[Struct]) -> str:
+    close = difflib.get_close_matches(key, known.__struct_fields__, 1)
+    return f", did you mean {close[0]}" if close else f"; known keys are {', '.join(known.__struct_fields__)}"
+
+
+def check(layout: Layout, where: Where) -> None:
+    """What types alone do not say."""
+    for key in ("width", "height"):
+        if (value := getattr(layout, key)) % 16:
+            low = value // 16 * 16
+            raise InputError(f"{where(key)} = {value}: not a multiple of 16, the nearest are {low} and {low + 16}.")
+    share = layout.mask_inject_steps
+    if isinstance(share, str):
+        if not re.fullmatch(r"\d+(\.\d+)?%", share) or float(share[:-1]) > 100:
+            raise InputError(f"{where('mask_inject_steps')} = {share!r}: expected a count, or a share such as 40%.")
+    elif share < 0:
+        raise InputError(f"{where('mask_inject_steps')} = {share}: expected a count of steps from 0 on.")
+    if len(layout.regions) > MAX_REGIONS:
+        raise InputError(f"{where('regions')} has {len(layout.regions)} entries: at most {MAX_REGIONS} are possible.")
+    for i, region in enumerate(layout.regions):
+        check_region(region, layout, where(f"regions[{i}]"))
+
+
+def check_region(region: Region, layout: Layout, where: str) -> None:
+    if not region.prompt.strip():
+        raise InputError(f"{where}.prompt = {region.prompt!r}: a region needs a prompt.")
+    shapes = [key for key in ("box", "mask") if getattr(region, key) is not None]
+    if len(shapes) != 1:
+        has = " and ".join(shapes) or "no shape"
+        raise InputError(f"{where} has {has}: a region needs exactly one of box and mask.")
+    if region.box:
+        check_box(region.box, layout, f"{where}.box")
+    else:
+        check_mask(region.mask, layout, f"{where}.mask")
+
+
+def check_box(box: tuple[float, ...], layout: Layout, where: str) -> None:
+    numbers = [int(v) if v == int(v) else v for v in box] if all(abs(v) < 1e9 for v in box) else list(box)
+    x0, y0, x1, y1 = box
+    for name, value, end, side in (
+        ("x0", x0, layout.width, "width"), ("y0", y0, layout.height, "height"),
+        ("x1", x1, layout.width, "width"), ("y1", y1, layout.height, "height"),
+    ):  # fmt: skip
+        if not 0 <= value <= end:
+            raise InputError(f"{where} = {numbers}: {name} = {value:g} lies outside {side} {end}.")
+    for low, high, axis in ((x0, x1, "x"), (y0, y1, "y")):
+        if low >= high:
+            raise InputError(f"{where} = {numbers}: the box is empty, {axis}0 must be smaller than {axis}1.")
+
+
+def check_mask(mask: str, layout: Layout, where: str) -> None:
+    try:
+        with Image.open(mask) as picture:
+            width, height = picture.size
+            white = picture.convert("L").getextrema()[1]
+    except FileNotFoundError:
+        raise InputError(f"{where} = {mask}: there is no such file.") from None
+    except (OSError, Image.DecompressionBombError) as error:
+        raise InputError(f"{where} = {mask}: not a picture that can be read ({error}).") from None
+    if abs(width * layout.height - height * layout.width) > max(layout.width, layout.height):
+        raise InputError(
+            f"{where} = {mask}: its {width} x {height} pixels have not the aspect ratio of "
+            f"{layout.width} x {layout.height}."
+        )
+    if white < 128:
+        raise InputError(f"{where} = {mask}: nothing in it is white, no pixel reaches 128.")
