@@ -1,27 +1,24 @@
-"""Which file feeds which module: parts are recognised from safetensors headers, then loaded strictly onto meta modules.
+"""Which file feeds which module: parts are recognised from safetensors headers, and loaded strictly onto meta modules.
 
-Top to bottom: a header says what a file stores (`Stored`, `Pile`); a layout says which rows of the file each name of a
-module is made of (`Rows`, `Layout`); a recognised part is a `Source`; `find` collects the four parts of a model and its
-tokenizers (`Checkpoint`); `load_flux` and its sisters make the modules. File names never decide what a file is.
+Top to bottom: a header says what a file stores (`Stored`, `Pile`); a layout says which rows of it make each tensor of a
+module (`Layout`, `Rows`); a recognised part is a `Source`, and its shapes give the module's sizes; `load_flux` and its
+sisters fill the modules; `find` collects the parts and tokenizers of a model (`Checkpoint`), from the hub if need be.
+File names never decide what a file is.
 """
 
 import json
 import math
 import mmap
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,  # httpx's own, from whichever httpx the hub library uses
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HTTPError as HttpxError  # of whichever httpx the hub library uses
 from torch import Tensor, nn
 
 from model.autoencoder import AutoEncoder, AutoEncoderParams
@@ -30,26 +27,25 @@ from model.errors import InputError
 from model.t5 import T5Encoder, T5Params
 from model.transformer import Flux, FluxParams
 
+WHAT = {"flux": "FLUX.1 transformer", "t5": "T5 encoder", "clip": "CLIP text encoder", "ae": "FLUX.1 autoencoder"}
+SUBFOLDER = {"flux": "transformer", "t5": "text_encoder_2", "clip": "text_encoder", "ae": "vae"}  # diffusers'
+
 POCKET = Path(__file__).parent / "pocket" / "checkpoint"
 
-TOKENIZER_REPOSITORY = "black-forest-labs/FLUX.1-schnell"  # Apache-2.0, and dev's tokenizers are the same
 TOKENIZERS = ["tokenizer/*", "tokenizer_2/*"]
 SINGLE_FILES = ["flux1-*.safetensors", "ae.safetensors", "text_encoder/*", "text_encoder_2/*", *TOKENIZERS]
 DIFFUSERS_FOLDERS = ["transformer/*", "vae/*", "text_encoder/*", "text_encoder_2/*", *TOKENIZERS]
-
-WHAT = {"flux": "FLUX.1 transformer", "t5": "T5 encoder", "clip": "CLIP text encoder", "ae": "FLUX.1 autoencoder"}
-SUBFOLDER = {"flux": "transformer", "t5": "text_encoder_2", "clip": "text_encoder", "ae": "vae"}
-
-# ---------------------------------------------------------------------------------------------------------- headers
+TOKENIZER_REPOSITORY = "black-forest-labs/FLUX.1-schnell"  # Apache-2.0; every FLUX.1 has the same tokenizers
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 DTYPES = FLOATS | FP8 | {"U8": torch.uint8}
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
-PICKLE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
-UNREAD_SUFFIXES = PICKLE_SUFFIXES | {".gguf"}
+PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # torch.save's zip file, and its older stream
+
+# ---------------------------------------------------------------------------------------------------------- headers
 
 
 class Stored(NamedTuple):
@@ -64,131 +60,134 @@ class Stored(NamedTuple):
     scale: "Stored | None" = None
 
 
+Tensors = dict[str, Stored]
+
+
 class Pile(NamedTuple):
-    """One file, or all the shards of one index: what they store, by key, and their metadata."""
+    """What is loaded together: one file, or all the shards of one index (then `path` is the index)."""
 
     path: Path
-    tensors: dict[str, Stored]
+    tensors: Tensors
     metadata: dict[str, str]
+
+    @property
+    def config(self) -> dict:
+        """The config.json beside the weights; {} if there is none."""
+        path = self.path.parent / "config.json"
+        return parse(path, path.read_bytes()) if path.is_file() else {}
+
+
+def parse(path: Path, text: bytes) -> dict:
+    """The JSON object that `path` holds in `text`."""
+    try:
+        return dict(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: damaged, expected a JSON object ({error}); download it again.") from error
 
 
 def read_header(path: Path) -> Pile:
-    """What one safetensors file stores: 8 bytes with the header's length, the header in JSON, then the tensors."""
+    """What a safetensors file stores: 8 bytes hold the header's length, then comes the header, in JSON, then the data."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
             start = file.read(8)
             length = int.from_bytes(start, "little")
-            text = file.read(length) if length <= min(size, MAX_HEADER) else file.read(64)
+            text = file.read(min(length, MAX_HEADER))
     except OSError as error:
-        raise InputError(f"{path}: the file cannot be read ({error.strerror}).") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
     refuse_other_formats(path, start + text[:64])
     if len(text) < length:
-        raise InputError(f"{path}: the file is cut off inside its header ({size:,} bytes); download it again.")
+        raise InputError(f"{path}: cut off inside the header, after {size:,} bytes; download it again.")
     header = parse(path, text)
     metadata = header.pop("__metadata__", {})
     try:
-        tensors = {key: describe_tensor(path, key, entry, 8 + length) for key, entry in header.items()}
+        tensors = {key: stored(path, key, entry, 8 + length) for key, entry in header.items()}
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: the safetensors header is damaged; download the file again.") from error
-    end = max((stored.stop for stored in tensors.values()), default=0)
+    end = max((tensor.stop for tensor in tensors.values()), default=0)
     if size < end:
-        raise InputError(f"{path}: the file is cut off, {size:,} of {end:,} bytes are there; download it again.")
+        raise InputError(f"{path}: cut off, only {size:,} of {end:,} bytes are there; download it again.")
     return Pile(path, tensors, metadata)
 
 
 def refuse_other_formats(path: Path, start: bytes) -> None:
-    """InputError unless a file begins like safetensors, with a small number and a brace."""
+    """InputError unless a file begins like safetensors: a length that is possible, and a brace."""
     if start.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path}: this is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder.")
+        raise InputError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` in its folder.")
     if start.startswith(b"GGUF") or path.suffix == ".gguf":
         raise InputError(f"{path}: GGUF files are not supported; use a safetensors file in bf16 or fp8.")
-    if start.startswith(PICKLE_STARTS) or path.suffix in PICKLE_SUFFIXES:
+    if start.startswith(PICKLE_STARTS) or path.suffix in PICKLES:
         raise InputError(f"{path}: pickled checkpoints can run code and are never read; use a safetensors file.")
-    if start[8:9] not in (b"{", b"") or int.from_bytes(start[:8], "little") > MAX_HEADER or len(start) < 8:
-        raise InputError(f"{path}: this is not a safetensors file; it begins with {start[:16]!r}.")
+    if len(start) < 8 or int.from_bytes(start[:8], "little") > MAX_HEADER or start[8:9] not in (b"{", b""):
+        raise InputError(f"{path}: not a safetensors file; it begins with {start[:16]!r}.")
 
 
-def parse(path: Path, text: str | bytes) -> dict:
-    """The JSON object in `text`, which came from `path`."""
-    try:
-        return dict(json.loads(text))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: damaged, a JSON object was expected ({error}); download it again.") from error
-
-
-def describe_tensor(path: Path, key: str, entry: dict, data: int) -> Stored:
+def stored(path: Path, key: str, entry: dict, data: int) -> Stored:
+    """A header's entry, whose offsets count from byte `data`. ValueError if they contradict its shape."""
     begin, end = entry["data_offsets"]
-    stored = Stored(path, key, entry["dtype"], tuple(entry["shape"]), data + begin, data + end)
-    if stored.dtype in DTYPES and math.prod(stored.shape) * DTYPES[stored.dtype].itemsize != end - begin:
+    tensor = Stored(path, key, entry["dtype"], tuple(entry["shape"]), data + begin, data + end)
+    itemsize = DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else None
+    if begin < 0 or (itemsize and math.prod(tensor.shape) * itemsize != end - begin):
         raise ValueError(key)
-    return stored
+    return tensor
 
 
-def read_config(path: Path) -> dict:
-    return parse(path, path.read_bytes()) if path.is_file() else {}
+def shards_of(index: Path) -> list[Path]:
+    names = parse(index, index.read_bytes()).get("weight_map", {}).values()
+    return [index.parent / name for name in sorted(set(names))]
 
 
 def read_shards(index: Path) -> Pile:
     """All the shards that a `*.safetensors.index.json` names, as one pile."""
-    tensors, metadata = {}, {}
-    for name in sorted(set(read_config(index).get("weight_map", {}).values())):
-        if not (index.parent / name).is_file():
-            raise InputError(
-                f"{index.parent}: the shard {name} is missing, which {index.name} names; download it again."
-            )
-        shard = read_header(index.parent / name)
-        tensors |= shard.tensors
-        metadata |= shard.metadata
-    return Pile(index.parent, tensors, metadata)
+    pile = Pile(index, {}, {})
+    for shard in shards_of(index):
+        if not shard.is_file():
+            raise InputError(f"{index}: the shard {shard.name} is missing beside it; download the folder again.")
+        part = read_header(shard)
+        pile.tensors.update(part.tensors)
+        pile.metadata.update(part.metadata)
+    return pile
 
 
 def piles_in(place: Path) -> list[Pile]:
-    """The safetensors of a file or of a folder's top: an index with its shards is one pile, any other file is one."""
+    """A file's pile, or those at a folder's top: an index with its shards is one, each other safetensors file is one."""
     if place.is_file():
-        return [read_header(place)]
+        return [read_shards(place) if place.name.endswith(".safetensors.index.json") else read_header(place)]
     indexes = sorted(place.glob("*.safetensors.index.json"))
-    shards = {place / name for index in indexes for name in read_config(index).get("weight_map", {}).values()}
-    files = sorted({*place.glob("*.safetensors"), *place.glob("*.sft")} - shards)
-    for file in files:
+    files = {*place.glob("*.safetensors"), *place.glob("*.sft")}
+    files -= {shard for index in indexes for shard in shards_of(index)}
+    for file in sorted(files):
         if re.search(r"-\d{5}-of-\d{5}\.", file.name):
-            raise InputError(
-                f"{file}: this shard has no *.safetensors.index.json beside it; download the folder again."
-            )
-    return [read_shards(index) for index in indexes] + [read_header(file) for file in files]
+            raise InputError(f"{file}: a shard without its *.safetensors.index.json; download the folder again.")
+    return [read_shards(index) for index in indexes] + [read_header(file) for file in sorted(files)]
 
 
-def read(stored: Stored) -> Tensor:
+def read(tensor: Stored) -> Tensor:
     """The tensor as it is stored, a copy-on-write view of its file.
 
-    Only its own pages are mapped, so dropping the tensor gives their memory back: what is copied is never held twice.
+    Only its own pages are mapped, and they are unmapped with it: what is converted is never held in memory twice.
     """
-    page = stored.start - stored.start % mmap.ALLOCATIONGRANULARITY
-    with open(stored.file, "rb") as file:
-        view = mmap.mmap(file.fileno(), stored.stop - page, access=mmap.ACCESS_COPY, offset=page)
-    return torch.frombuffer(view, dtype=DTYPES[stored.dtype], offset=stored.start - page).reshape(stored.shape)
+    page = tensor.start - tensor.start % mmap.ALLOCATIONGRANULARITY
+    with open(tensor.file, "rb") as file:
+        view = mmap.mmap(file.fileno(), tensor.stop - page, access=mmap.ACCESS_COPY, offset=page)
+    return torch.frombuffer(view, dtype=DTYPES[tensor.dtype], offset=tensor.start - page).reshape(tensor.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------- layouts
 
 
 class Rows(NamedTuple):
-    """Rows [start, stop) of the tensor `key` of a file; all of them when nothing else is said."""
+    """Rows [start, stop) of the tensor `key` of a file; all of them unless said otherwise."""
 
     key: str
     start: int = 0
     stop: int | None = None
 
 
-# What a file stores, by key without prefix; tests give anything that has a `shape`.
-Tensors = dict[str, Stored]
-
-
 class Layout(NamedTuple):
-    """A way of naming a part's tensors.
+    """A way to name a part's tensors, known by a `pattern` that some of its keys match, after any prefix.
 
-    `pattern` matches keys that only this layout has, after a prefix. `rows(name, tensors)` says which rows of the file
-    make the module's tensor `name`, stacked along dimension 0.
+    `rows(name, tensors)` says which rows of a file make the module's tensor `name`, stacked along dimension 0.
     """
 
     part: str
@@ -240,26 +239,24 @@ DIFFUSERS_SINGLE = {
 
 def flux_from_diffusers(name: str, tensors: Tensors) -> list[Rows]:
     module, leaf = name.replace("_norm.scale", "_norm.weight").rsplit(".", 1)
-    kind, _, inner = module.partition("_blocks.")
-    if inner:
-        index, inner = inner.split(".", 1)
-        table = DIFFUSERS_DOUBLE if kind == "double" else DIFFUSERS_SINGLE
-        stem = f"transformer_blocks.{index}." if kind == "double" else f"single_transformer_blocks.{index}."
-        return [Rows(f"{stem}{theirs}.{leaf}") for theirs in table[inner].split()]
+    block = re.fullmatch(r"(double|single)_blocks\.(\d+)\.(.+)", module)
+    if block:
+        table, stem = (DIFFUSERS_DOUBLE, "") if block[1] == "double" else (DIFFUSERS_SINGLE, "single_")
+        return [Rows(f"{stem}transformer_blocks.{block[2]}.{their}.{leaf}") for their in table[block[3]].split()]
     key = f"{DIFFUSERS_OUTER[module]}.{leaf}"
-    if module == "final_layer.adaLN_modulation.1" and key in tensors:  # theirs is (scale, shift), ours (shift, scale)
+    if key.startswith("norm_out.") and key in tensors:  # theirs is (scale, shift), ours (shift, scale)
         half = tensors[key].shape[0] // 2
         return [Rows(key, half), Rows(key, 0, half)]
     return [Rows(key)]
 
 
 def t5_from_hf(name: str, tensors: Tensors) -> list[Rows]:
-    twin = "encoder.embed_tokens.weight"  # files hold the table under one name, the other, or both
+    twin = "encoder.embed_tokens.weight"  # files have the table under this name, as shared.weight, or both
     return [Rows(twin if name == "shared.weight" and name not in tensors and twin in tensors else name)]
 
 
 def clip_from_hf(name: str, tensors: Tensors) -> list[Rows]:
-    return [Rows(name.removeprefix("text_model."))]  # where the file says text_model., it counts as its prefix
+    return [Rows(name.removeprefix("text_model."))]  # in a file, text_model. counts as the prefix
 
 
 OPENAI_CLIP = {
@@ -275,18 +272,18 @@ OPENAI_CLIP = {
 
 
 def clip_from_openai(name: str, tensors: Tensors) -> list[Rows]:
-    for ours, theirs in OPENAI_CLIP.items():
-        name = name.replace(ours, theirs)
-    fused = re.fullmatch(r"(.*\.attn\.)([qkv])_proj\.(weight|bias)", name)
-    if not fused:
+    for our, their in OPENAI_CLIP.items():
+        name = name.replace(our, their)
+    third = re.fullmatch(r"(.*\.attn\.)([qkv])_proj\.(weight|bias)", name)
+    if not third:
         return [Rows(name)]
-    key = f"{fused[1]}in_proj_{fused[3]}"
+    key = f"{third[1]}in_proj_{third[3]}"
     width = tensors[key].shape[0] // 3 if key in tensors else 0
-    at = "qkv".index(fused[2]) * width
-    return [Rows(key, at, at + width)]
+    start = "qkv".index(third[2]) * width
+    return [Rows(key, start, start + width)]
 
 
-DIFFUSERS_VAE = {
+DIFFUSERS_AE = {
     r"\.mid\.block_1\.": ".mid_block.resnets.0.",
     r"\.mid\.block_2\.": ".mid_block.resnets.1.",
     r"\.mid\.attn_1\.norm\.": ".mid_block.attentions.0.group_norm.",
@@ -297,38 +294,40 @@ DIFFUSERS_VAE = {
     r"\.norm_out\.": ".conv_norm_out.",
     r"\.nin_shortcut\.": ".conv_shortcut.",
 }
-OLD_DIFFUSERS_VAE = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+OLD_DIFFUSERS_AE = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 
 
 def ae_from_diffusers(name: str, tensors: Tensors) -> list[Rows]:
-    last = highest(tensors, r"decoder\.up_blocks\.(\d+)\.")  # they count the decoder's levels from the other end
-    name = re.sub(r"^decoder\.up\.(\d+)", lambda level: f"decoder.up.{last - int(level[1])}", name)
-    for ours, theirs in DIFFUSERS_VAE.items():
-        name = re.sub(ours, theirs, name)
-    for new, old in OLD_DIFFUSERS_VAE.items():
+    levels = count(tensors, r"decoder\.up_blocks\.(\d+)\.")  # theirs are numbered from the other end
+    name = re.sub(r"^decoder\.up\.(\d+)", lambda level: f"decoder.up.{levels - 1 - int(level[1])}", name)
+    for our, their in DIFFUSERS_AE.items():
+        name = re.sub(our, their, name)
+    for new, old in OLD_DIFFUSERS_AE.items():
         name = name if name in tensors else name.replace(new, old)
     return [Rows(name)]
 
 
-def highest(tensors: Tensors, pattern: str) -> int:
-    """The largest number in the group of `pattern` among the keys; -1 when no key matches."""
-    return max((int(found[1]) for key in tensors if (found := re.match(pattern, key))), default=-1)
+def count(tensors: Tensors, pattern: str) -> int:
+    """How many blocks there are if they are numbered from 0 and `pattern` finds a key's number."""
+    return 1 + max((int(found[1]) for key in tensors if (found := re.match(pattern, key))), default=-1)
 
 
 LAYOUTS = (
-    Layout("flux", "bfl", r"double_blocks\.\d+\.img_attn\.", same_name),
+    Layout("flux", "BFL", r"double_blocks\.\d+\.img_attn\.", same_name),
     Layout("flux", "diffusers", r"transformer_blocks\.\d+\.attn\.", flux_from_diffusers),
-    Layout("t5", "hf", r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.", t5_from_hf),
-    Layout("clip", "hf", r"encoder\.layers\.\d+\.self_attn\.", clip_from_hf),
-    Layout("clip", "openai", r"transformer\.resblocks\.\d+\.attn\.", clip_from_openai),
-    Layout("ae", "bfl", r"decoder\.up\.\d+\.block\.", same_name),
+    Layout("t5", "Hugging Face", r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.", t5_from_hf),
+    Layout("clip", "Hugging Face", r"encoder\.layers\.\d+\.self_attn\.", clip_from_hf),
+    Layout("clip", "OpenAI", r"transformer\.resblocks\.\d+\.attn\.", clip_from_openai),
+    Layout("ae", "BFL", r"decoder\.up\.\d+\.block\.", same_name),
     Layout("ae", "diffusers", r"decoder\.up_blocks\.\d+\.resnets\.", ae_from_diffusers),
 )
 
-# Keys that a part's files may hold and its module has no use for.
+# Keys that a part's files may hold although its module has no use for them.
 IGNORED = {
+    "flux": r"(?!)",
     "t5": r"encoder\.embed_tokens\.|decoder\.|lm_head\.",
     "clip": r"(embeddings\.)?position_ids$|text_projection|logit_scale$|vision_model\.|visual",
+    "ae": r"(?!)",
 }
 
 # ------------------------------------------------------------------------------------------------------ recognition
@@ -336,9 +335,9 @@ IGNORED = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where one part's tensors are: a file or a folder of shards, the prefix of its keys there, and their layout.
+    """Where one part's tensors are: a file or an index of shards, the prefix of its keys there, and their layout.
 
-    `tensors` is the header without the prefix; `config` is the config.json beside the weights, {} if there is none.
+    `tensors` is the header, the prefix taken off; `config` is the config.json beside the weights, {} if there is none.
     """
 
     part: str
@@ -350,8 +349,8 @@ class Source:
     config: dict = field(repr=False)
 
 
-# Files that hold something else, by a key that gives them away. The order matters: a ControlNet and some LoRAs also
-# have a transformer's keys.
+# What else a file may be, by a key that gives it away. In this order: LoRAs and ControlNets can also have a
+# transformer's keys.
 STRANGERS = {
     r"lora_(down|up|A|B|linear_layer)\b|_lora\d?\.(down|up)\.|\.lora\.|lokr_|hada_": "a LoRA",
     r"ip_adapter": "an XLabs IP-Adapter",
@@ -363,131 +362,122 @@ STRANGERS = {
     r"\.quant_state\.bitsandbytes|\.absmax$|\.quant_map$": "quantised by bitsandbytes",
     r"\.qweight$|\.wscales$|\.smooth_factor$": "quantised by nunchaku",
 }
-VARIANTS = {128: "FLUX.1 Canny or Depth", 384: "FLUX.1 Fill"}  # by the input channels of the transformer
-
-
-def config_beside(pile: Pile) -> dict:
-    return read_config((pile.path if pile.path.is_dir() else pile.path.parent) / "config.json")
+VARIANTS = {128: "FLUX.1 Canny or Depth", 384: "FLUX.1 Fill"}  # by the transformer's input channels
 
 
 def stranger(pile: Pile) -> str | None:
-    """What a pile is if no part can come from it, in words that follow "is"; None for all others."""
+    """What a pile is, in words that follow "is", if no part can be taken from it."""
     for pattern, name in STRANGERS.items():
         if any(re.search(pattern, key) for key in pile.tensors):
-            return f"{name} (not supported here)"
-    for key, stored in pile.tensors.items():
-        width = stored.shape[1] if len(stored.shape) > 1 else 0
+            return f"{name}, which is not supported here"
+    for key, tensor in pile.tensors.items():
+        width = tensor.shape[1] if len(tensor.shape) > 1 else 0
         if re.search(r"(^|\.)(img_in|x_embedder)\.weight$", key) and width in VARIANTS:
             return f"{VARIANTS[width]} ({key} takes {width} channels), which is not supported yet"
         if re.search(r"(^|\.)decoder\.conv_in\.weight$", key) and width != 16:
-            return f"an autoencoder of {width} latent channels (4 is Stable Diffusion 1.5 and XL); FLUX.1's has 16"
-    quantization = config_beside(pile).get("quantization_config")
-    if quantization:
-        return f"quantised by diffusers ({quantization.get('quant_method', 'unknown method')}), which is not supported"
+            return f"an autoencoder of {width} latent channels; FLUX.1's has 16, Stable Diffusion 1.5's and XL's have 4"
+    if method := pile.config.get("quantization_config"):
+        return f"quantised by diffusers ({dict(method).get('quant_method')}), which is not supported"
     return None
 
 
 def prefix_of(pile: Pile, layout: Layout) -> str | None:
-    """What stands before the layout's keys, such as `model.diffusion_model.`; None if the pile has none of them."""
-    pattern = re.compile(rf"(?!.*vision|.*visual)((?:.*\.)?){layout.pattern}")
+    """What stands before the layout's keys, such as `model.diffusion_model.`; None if the pile has no such keys."""
+    pattern = re.compile(rf"(?!.*(?:vision_model|visual)\.)((?:.*\.)?){layout.pattern}")
     return next((found[1] for key in pile.tensors if (found := pattern.match(key))), None)
+
+
+def describe(pile: Pile) -> str:
+    names = [
+        f"a {WHAT[layout.part]} in {layout.name} names" for layout in LAYOUTS if prefix_of(pile, layout) is not None
+    ]
+    return stranger(pile) or " and ".join(names) or f"unknown (one of its keys is {next(iter(pile.tensors), None)})"
 
 
 def recognise(pile: Pile, part: str) -> Source | None:
     for layout in LAYOUTS:
         prefix = prefix_of(pile, layout) if layout.part == part else None
         if prefix is not None and not stranger(pile):
-            own = {key[len(prefix) :]: stored for key, stored in pile.tensors.items() if key.startswith(prefix)}
-            tensors = attach_scales(own, pile.metadata)
-            return Source(part, pile.path, prefix, layout, tensors, pile.metadata, config_beside(pile))
+            own = {key[len(prefix) :]: tensor for key, tensor in pile.tensors.items() if key.startswith(prefix)}
+            tensors = attach_scales(pile.path, own, pile.metadata)
+            return Source(part, pile.path, prefix, layout, tensors, pile.metadata, pile.config)
     return None
 
 
-def describe(pile: Pile) -> str:
-    parts = [
-        f"a {WHAT[layout.part]} in {layout.name} names" for layout in LAYOUTS if prefix_of(pile, layout) is not None
-    ]
-    return (
-        stranger(pile) or " and ".join(parts) or f"none that is known (a key of it: {next(iter(pile.tensors), None)})"
-    )
+def attach_scales(path: Path, tensors: Tensors, metadata: dict[str, str]) -> Tensors:
+    """Give each fp8 weight its scale, `X.scale_weight` or, newer, `X.weight_scale`; drop what only describes.
 
-
-def attach_scales(tensors: Tensors, metadata: dict[str, str]) -> Tensors:
-    """Give each fp8 weight its scale (`X.scale_weight`, or newer `X.weight_scale`); drop what only describes.
-
-    Input scales serve fp8 matrix products and leave the weights' values alone. Any other scale stays among the tensors,
-    where the strict check will report it: ignoring one would silently give wrong pictures.
+    Input scales are for products in fp8 and leave the weights as they are. Any other scale stays among the tensors, where
+    the strict check reports it: to ignore one would give wrong pictures without an error.
     """
-    formats = {name: layer.get("format") for name, layer in layers_of(metadata).items()}
-    formats |= {
-        key: json.loads(bytes(read(s).tolist()))["format"] for key, s in tensors.items() if ends(key, "comfy_quant")
-    }
-    for key, form in formats.items():
-        if form not in ("float8_e4m3fn", "float8_e5m2"):
-            raise InputError(
-                f"{next(iter(tensors.values())).file}: {key} is quantised as {form}; only float8 is supported."
-            )
-    kept = {k: s for k, s in tensors.items() if not ends(k, "comfy_quant", "scaled_fp8", "scale_input", "input_scale")}
-    for key in [key for key in kept if ends(key, "scale_weight", "weight_scale")]:
-        weight = key.rpartition(".")[0] + ".weight"
-        if weight in kept and kept[weight].dtype in FP8:
-            kept[weight] = kept[weight]._replace(scale=check_scale(kept.pop(key), kept[weight]))
+    layers = parse(path, metadata.get("_quantization_metadata", "{}").encode()).get("layers", {})
+    formats = {key: parse(path, bytes(read(tensors[key]).tolist())) for key in tensors if leaf(key) == "comfy_quant"}
+    for key, form in (layers | formats).items():
+        if form.get("format") not in ("float8_e4m3fn", "float8_e5m2"):
+            raise InputError(f"{path}: {key} says the format {form.get('format')}; only float8 is supported.")
+    notes = ("comfy_quant", "scaled_fp8", "scale_input", "input_scale")
+    kept = {key: tensor for key, tensor in tensors.items() if leaf(key) not in notes}
+    for key in [key for key in kept if leaf(key) in ("scale_weight", "weight_scale")]:
+        weight = kept.get(name := f"{key.rpartition('.')[0]}.weight")
+        if weight and weight.dtype in FP8:
+            kept[name] = weight._replace(scale=check_scale(kept.pop(key), weight))
     return kept
 
 
-def layers_of(metadata: dict[str, str]) -> dict:
-    return json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
-
-
-def ends(key: str, *leaves: str) -> bool:
-    return key.rpartition(".")[2] in leaves
+def leaf(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def check_scale(scale: Stored, weight: Stored) -> Stored:
-    if scale.shape in ((), (1,), weight.shape[:1], (*weight.shape[:1], 1)):
+    rows = weight.shape[:1]
+    if scale.dtype in FLOATS and scale.shape in ((), (1,), rows, (*rows, 1)):
         return scale
     raise InputError(
-        f"{scale.file}: {scale.key} has shape {scale.shape}; expected one number, or one per row of {weight.shape}."
+        f"{scale.file}: {scale.key} is {scale.dtype} of shape {scale.shape}; expected one float, or one per row of {rows}."
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- sizes
+# ------------------------------------------------------------------------------------------------------------ sizes
 
 
 def shape_of(source: Source, name: str, dims: int = 2) -> tuple[int, ...]:
-    """The shape that the module's tensor `name` gets from a file. InputError if the file lacks it or it has not `dims`."""
+    """The shape that a file gives the module's tensor `name`. InputError if it lacks it, or not of `dims` dimensions."""
     rows = source.layout.rows(name, source.tensors)
     for row in rows:
-        if row.key not in source.tensors:
-            raise InputError(f"{source.path}: the key {source.prefix}{row.key} is missing; {looks_like(source)}.")
-        if len(source.tensors[row.key].shape) != dims:
+        shape = present(source, row.key, f"{dims} dimensions").shape
+        if len(shape) != dims:
             raise misshapen(source, row.key, f"{dims} dimensions")
     return stacked_shape(rows, source.tensors)
 
 
 def stacked_shape(rows: list[Rows], tensors: Tensors) -> tuple[int, ...]:
-    """The shape of these rows, one tensor's below the other's."""
-    length = sum(len(range(*slice(row.start, row.stop).indices(tensors[row.key].shape[0]))) for row in rows)
-    return (length, *tensors[rows[0].key].shape[1:])
+    """The shape of these rows, one piece below the other."""
+    pieces = [tensors[row.key].shape for row in rows]
+    lengths = [len(range(*slice(row.start, row.stop).indices(shape[0]))) for row, shape in zip(rows, pieces) if shape]
+    return (sum(lengths), *pieces[0][1:])
 
 
-def looks_like(source: Source) -> str:
-    return f"all in all this looks like a {WHAT[source.part]} in {source.layout.name} names"
+def present(source: Source, key: str, expected: str) -> Stored:
+    if key in source.tensors:
+        return source.tensors[key]
+    raise InputError(f"{source.path}: {source.prefix}{key} is missing, expected with {expected}; {rest(source)}.")
 
 
 def misshapen(source: Source, key: str, expected: str) -> InputError:
-    stored = source.tensors[key]
-    return InputError(
-        f"{stored.file}: {stored.key} has shape {stored.shape}; expected {expected}; {looks_like(source)}."
-    )
+    tensor = source.tensors[key]
+    return InputError(f"{tensor.file}: {tensor.key} has shape {tensor.shape}, expected {expected}; {rest(source)}.")
+
+
+def rest(source: Source) -> str:
+    return f"the rest looks like a {WHAT[source.part]} in {source.layout.name} names"
 
 
 def flux_params(source: Source) -> FluxParams:
-    """Sizes of the transformer, from the shapes in the header; RoPE's theta from the metadata where it stands there."""
+    """Sizes of the transformer from the header's shapes, and RoPE's theta from its metadata if that has it."""
     hidden, in_channels = shape_of(source, "img_in.weight")
-    (head_dim,) = shape_of(source, "double_blocks.0.img_attn.norm.query_norm.scale", 1)
+    (head_dim,) = shape_of(source, "double_blocks.0.img_attn.norm.query_norm.scale", dims=1)
     if head_dim == 0 or hidden % head_dim:
-        raise InputError(f"{source.path}: heads of {head_dim} do not divide the hidden size {hidden}.")
+        raise InputError(f"{source.path}: heads of {head_dim} do not divide the hidden size {hidden}; {rest(source)}.")
     return FluxParams(
         in_channels=in_channels,
         out_channels=shape_of(source, "final_layer.linear.weight")[0],
@@ -496,8 +486,8 @@ def flux_params(source: Source) -> FluxParams:
         hidden_size=hidden,
         mlp_hidden=shape_of(source, "double_blocks.0.img_mlp.0.weight")[0],
         num_heads=hidden // head_dim,
-        depth=highest(source.tensors, r"(?:double|transformer)_blocks\.(\d+)\.") + 1,
-        depth_single_blocks=highest(source.tensors, r"single_(?:transformer_)?blocks\.(\d+)\.") + 1,
+        depth=count(source.tensors, r"(?:double|transformer)_blocks\.(\d+)\."),
+        depth_single_blocks=count(source.tensors, r"single_(?:transformer_)?blocks\.(\d+)\."),
         theta=float(source.metadata.get("theta", FluxParams.theta)),
         guidance_embed=any(re.match(r"guidance_in\.|time_text_embed\.guidance", key) for key in source.tensors),
     )
@@ -509,8 +499,9 @@ def flux_metadata(source: Source) -> dict[str, str]:
 
 
 def t5_params(source: Source) -> T5Params:
-    vocab_size, d_model = shape_of(source, "shared.weight")
+    """Sizes of the T5 encoder, from the header's shapes."""
     attention = "encoder.block.0.layer.0.SelfAttention"
+    vocab_size, d_model = shape_of(source, "shared.weight")
     num_buckets, num_heads = shape_of(source, f"{attention}.relative_attention_bias.weight")
     return T5Params(
         vocab_size=vocab_size,
@@ -518,65 +509,73 @@ def t5_params(source: Source) -> T5Params:
         d_ff=shape_of(source, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight")[0],
         d_kv=shape_of(source, f"{attention}.q.weight")[0] // max(num_heads, 1),
         num_heads=num_heads,
-        num_layers=highest(source.tensors, r"encoder\.block\.(\d+)\.") + 1,
+        num_layers=count(source.tensors, r"encoder\.block\.(\d+)\."),
         num_buckets=num_buckets,
     )
 
 
 def clip_params(source: Source) -> CLIPParams:
-    """Sizes of the text encoder. Shapes do not tell the heads: config.json does, else they are of 64 like CLIP-L's."""
+    """Sizes of the text encoder. Shapes do not tell the heads: config.json does, or else they have CLIP-L's 64."""
     vocab_size, hidden = shape_of(source, "text_model.embeddings.token_embedding.weight")
+    heads = source.config.get("num_attention_heads") or max(hidden // 64, 1)
+    if hidden % heads:
+        raise InputError(f"{source.path}: config.json's {heads} heads do not divide the hidden size {hidden}.")
     return CLIPParams(
         vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=shape_of(source, "text_model.encoder.layers.0.mlp.fc1.weight")[0],
-        num_heads=source.config.get("num_attention_heads", max(hidden // 64, 1)),
-        num_layers=highest(source.tensors, r"(?:encoder\.layers|transformer\.resblocks)\.(\d+)\.") + 1,
+        num_heads=heads,
+        num_layers=count(source.tensors, r"(?:encoder\.layers|transformer\.resblocks)\.(\d+)\."),
         max_positions=shape_of(source, "text_model.embeddings.position_embedding.weight")[0],
     )
 
 
 def ae_params(source: Source) -> AutoEncoderParams:
-    """Sizes of the autoencoder; what shapes do not tell, from config.json, else FLUX.1's."""
-    ch = shape_of(source, "encoder.conv_in.weight", 4)[0]
-    levels = highest(source.tensors, r"encoder\.down(?:_blocks)?\.(\d+)\.") + 1
-    channels = [shape_of(source, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)]
+    """Sizes of the autoencoder. What shapes do not tell is in config.json, or else as in FLUX.1."""
+    levels = count(source.tensors, r"encoder\.down(?:_blocks)?\.(\d+)\.")
+    channels = [shape_of(source, f"encoder.down.{i}.block.0.conv1.weight", dims=4)[0] for i in range(levels)]
+    ch = shape_of(source, "encoder.conv_in.weight", dims=4)[0]
     config = {key: value for key, value in source.config.items() if value is not None}
+    groups = config.get("norm_num_groups", AutoEncoderParams.norm_groups)
+    if not levels or any(c == 0 or c % ch or c % groups for c in (ch, *channels)):
+        raise InputError(f"{source.path}: channels {ch}, {channels} do not fit {groups} norm groups; {rest(source)}.")
     return AutoEncoderParams(
         ch=ch,
         ch_mult=tuple(c // ch for c in channels),
-        num_res_blocks=highest(source.tensors, r"encoder\.down(?:_blocks)?\.0\.(?:block|resnets)\.(\d+)\.") + 1,
-        z_channels=shape_of(source, "decoder.conv_in.weight", 4)[1],
-        norm_groups=config.get("norm_num_groups", AutoEncoderParams.norm_groups),
+        num_res_blocks=count(source.tensors, r"encoder\.down(?:_blocks)?\.0\.(?:block|resnets)\.(\d+)\."),
+        z_channels=shape_of(source, "decoder.conv_in.weight", dims=4)[1],
+        norm_groups=groups,
         scale_factor=config.get("scaling_factor", AutoEncoderParams.scale_factor),
         shift_factor=config.get("shift_factor", AutoEncoderParams.shift_factor),
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- loading
+# ---------------------------------------------------------------------------------------------------------- loading
+
+Device = torch.device | str
 
 
-def load_flux(source: Source, device: torch.device | str, dtype: torch.dtype) -> Flux:
+def load_flux(source: Source, device: Device, dtype: torch.dtype) -> Flux:
     return load(Flux, flux_params(source), source, device, dtype)
 
 
-def load_t5(source: Source, device: torch.device | str, dtype: torch.dtype) -> T5Encoder:
+def load_t5(source: Source, device: Device, dtype: torch.dtype) -> T5Encoder:
     return load(T5Encoder, t5_params(source), source, device, dtype)
 
 
-def load_clip(source: Source, device: torch.device | str, dtype: torch.dtype) -> CLIPTextEncoder:
+def load_clip(source: Source, device: Device, dtype: torch.dtype) -> CLIPTextEncoder:
     return load(CLIPTextEncoder, clip_params(source), source, device, dtype)
 
 
-def load_autoencoder(source: Source, device: torch.device | str, dtype: torch.dtype) -> AutoEncoder:
+def load_autoencoder(source: Source, device: Device, dtype: torch.dtype) -> AutoEncoder:
     return load(AutoEncoder, ae_params(source), source, device, dtype)
 
 
-def load(kind: type[nn.Module], params, source: Source, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    """A module of this kind with its weights, frozen and in eval mode.
+def load(kind: type[nn.Module], params, source: Source, device: Device, dtype: torch.dtype) -> nn.Module:
+    """A module of this kind with its weights, frozen, in eval mode. All keys and shapes are checked before any is read.
 
-    It is made on the meta device, which holds no memory, and its tensors are assigned, not copied into it. On the CPU, a
-    tensor that the file stores as the module wants it stays a view of the file.
+    The module is made on the meta device, which holds no memory, and its tensors are assigned, not copied into it; on the
+    CPU, a tensor that is stored just as the module wants it stays a view of the file.
     """
     with torch.device("meta"):
         module = kind(params)
@@ -588,46 +587,42 @@ def load(kind: type[nn.Module], params, source: Source, device: torch.device | s
 
 
 def check(shapes: dict[str, tuple[int, ...]], source: Source) -> dict[str, list[Rows]]:
-    """The rows that make each of the module's tensors. InputError for a key that is missing, misshapen or too many."""
+    """The rows that make each of a module's tensors. InputError for a key that is missing, misshapen or too many."""
     recipe = {name: source.layout.rows(name, source.tensors) for name in shapes}
     for name, rows in recipe.items():
-        for row in rows:
-            if row.key not in source.tensors:
-                raise InputError(f"{source.path}: the key {source.prefix}{row.key} is missing; {looks_like(source)}.")
-            if source.tensors[row.key].dtype not in FLOATS | FP8:
-                stored = source.tensors[row.key]
-                raise InputError(f"{stored.file}: {stored.key} is stored as {stored.dtype}, which is not supported.")
+        for tensor in [present(source, row.key, f"shape {shapes[name]}") for row in rows]:
+            if tensor.dtype not in FLOATS | FP8:
+                raise InputError(f"{tensor.file}: {tensor.key} is stored as {tensor.dtype}, which is not supported.")
         found = stacked_shape(rows, source.tensors)
-        if found + (1,) * (len(shapes[name]) - len(found)) != shapes[name]:  # 1 x 1 convolutions come as matrices too
-            raise misshapen(source, rows[0].key, f"{shapes[name]}")
+        if found + (1,) * (len(shapes[name]) - len(found)) != shapes[name]:  # 1 x 1 convolutions also come as matrices
+            raise misshapen(source, rows[-1].key, f"{shapes[name]} for {name}")
     used = {row.key for rows in recipe.values() for row in rows}
-    for key in source.tensors:
-        if key not in used and not re.match(IGNORED.get(source.part, r"(?!)"), key):
-            stored = source.tensors[key]
-            kind = "an unknown scale" if "scale" in key.rpartition(".")[2] else "a key that does not belong there"
-            raise InputError(f"{stored.file}: {stored.key} {stored.shape} is {kind}; {looks_like(source)}.")
+    for key, tensor in source.tensors.items():
+        if key not in used and not re.match(IGNORED[source.part], key):
+            what = "a scale of an unknown kind" if "scale" in leaf(key) else "a key that does not belong"
+            raise InputError(f"{tensor.file}: {tensor.key}, of shape {tensor.shape}, is {what}; {rest(source)}.")
     return recipe
 
 
-def assemble(rows: list[Rows], tensors: Tensors, shape: tuple[int, ...], device, dtype: torch.dtype) -> Tensor:
-    """One tensor of a module: its rows stacked, on `device`, in `dtype`."""
+def assemble(rows: list[Rows], tensors: Tensors, shape: tuple[int, ...], device: Device, dtype: torch.dtype) -> Tensor:
+    """A module's tensor: its rows stacked, on `device`, in `dtype`."""
     if len(rows) == 1 and rows[0].stop is None:
-        return dequantised(tensors[rows[0].key], device, dtype).reshape(shape)
+        return values(tensors[rows[0].key], device, dtype).reshape(shape)
     out, at = torch.empty(shape, device=device, dtype=dtype), 0
     for row in rows:
-        piece = dequantised(tensors[row.key], device, dtype)[row.start : row.stop]
-        out[at : at + len(piece)] = piece.reshape(-1, *shape[1:])
+        piece = values(tensors[row.key], device, dtype)[row.start : row.stop]
+        out[at : at + len(piece)] = piece
         at += len(piece)
     return out
 
 
-def dequantised(stored: Stored, device, dtype: torch.dtype) -> Tensor:
-    """The values that a stored tensor stands for; a view of the file where nothing has to be moved or converted."""
-    tensor = read(stored).to(device)
-    if stored.scale is not None:
-        scale = read(stored.scale).to(device, torch.float32)
-        tensor = tensor.float() * scale.reshape(-1, *[1] * (tensor.ndim - 1))
-    return tensor.to(dtype)
+def values(tensor: Stored, device: Device, dtype: torch.dtype) -> Tensor:
+    """The numbers that a stored tensor stands for; a view of the file when nothing has to be moved or converted."""
+    numbers = read(tensor).to(device)
+    if tensor.scale is not None:
+        scale = read(tensor.scale).to(device).float()
+        numbers = numbers.float() * scale.reshape(-1, *[1] * (numbers.ndim - 1))
+    return numbers.to(dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------- finding
@@ -649,17 +644,14 @@ class Checkpoint:
     t5_tokenizer: Path
 
 
-def find(
-    model: str | None = None,
-    flux: str | None = None,
-    t5: str | None = None,
-    clip: str | None = None,
-    ae: str | None = None,
-) -> Checkpoint:
-    """Find a model's parts from headers alone: no weight is read. InputError if one is not to be found.
+Name = str | Path | None
 
-    `model` is a repository id, a folder in either layout, an all-in-one file, or "pocket" (the default) for the built-in
-    model; the others name single parts by a file or a folder, and go before it.
+
+def find(model: Name = None, flux: Name = None, t5: Name = None, clip: Name = None, ae: Name = None) -> Checkpoint:
+    """The parts of a model, from headers alone: no weight is read. InputError if one of them is not to be found.
+
+    `model` is a repository id, a folder in either layout, an all-in-one file, or "pocket" (the default), the built-in
+    model. The others name single parts, by a file or a folder, and come before it.
     """
     given = {"flux": flux, "t5": t5, "clip": clip, "ae": ae}
     place = model_place(str(model or "pocket")) if model or not all(given.values()) else None
@@ -709,7 +701,7 @@ def pick(part: str, flag: str, place: Path) -> Source:
         seen += [f"{pile.path.name} is {describe(pile)}" for pile in piles]
     if place.is_dir():
         seen += [
-            f"{path.name} is not safetensors" for path in sorted(place.iterdir()) if path.suffix in UNREAD_SUFFIXES
+            f"{path.name} is not safetensors" for path in sorted(place.iterdir()) if path.suffix in PICKLES | {".gguf"}
         ]
     raise InputError(
         f"{flag} {place}: no {WHAT[part]} here: {'; '.join(seen) or 'no safetensors file'}; name one with --{part}."
@@ -746,7 +738,7 @@ def tokenizer_folder(name: str, choices: list[tuple[str, ...]], source: Source, 
     def complete(folder: Path) -> bool:
         return any(all((folder / file).is_file() for file in files) for files in choices)
 
-    base = source.path if source.path.is_dir() else source.path.parent
+    base = source.path.parent
     nearby = [base / name, base, base.parent / name] + ([place / name] if place else [])
     folder = next(filter(complete, nearby), None)
     if folder is None:
@@ -755,11 +747,11 @@ def tokenizer_folder(name: str, choices: list[tuple[str, ...]], source: Source, 
     return folder
 
 
-# --------------------------------------------------------------------------------------------------- Hugging Face hub
+# -------------------------------------------------------------------------------------------------------------- hub
 
 
 def fetch(repo: str, choices: list[list[str]], purpose: str, instead: str) -> Path:
-    """A repository's folder in the cache with all files of one choice of patterns, downloaded if they are not there yet.
+    """A repository's folder in the cache with all files of one choice of patterns, downloaded if they are not there.
 
     An InputError begins with `purpose` and ends with `instead`, another way to reach the same.
     """
@@ -773,10 +765,10 @@ def fetch(repo: str, choices: list[list[str]], purpose: str, instead: str) -> Pa
 
 
 def snapshot(repo: str, patterns: list[str], cached: bool, purpose: str, instead: str) -> Path | None:
-    """The repository's folder in the cache, with these files; None if nothing but the cache is asked and it lacks some."""
+    """The repository's folder in the cache, with these files; None if only the cache is asked and it lacks some."""
     try:
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns, local_files_only=cached))
-    except (HTTPError, OSError, ValueError) as error:
+    except (HttpxError, OSError, ValueError) as error:
         if cached and isinstance(error, LocalEntryNotFoundError):
             return None
         raise InputError(f"{purpose}: {hub_reason(repo, error)}, or {instead}.") from error
