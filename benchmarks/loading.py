@@ -82,7 +82,9 @@ def load_ours(path: Path) -> Flux:
 def load_rival(path: Path) -> Flux:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     state = {key: tensor for file in files for key, tensor in load_file(file).items()}
-    blocks = [key.split("_blocks.")[0] for key in state if key.endswith(("_blocks.0.norm1.linear.bias", "img_mod.lin.bias"))]
+    blocks = [
+        key.split("_blocks.")[0] for key in state if key.endswith(("_blocks.0.norm1.linear.bias", "img_mod.lin.bias"))
+    ]
     depth = len({key.split(".")[1] for key in state if key.startswith(("double_blocks.", "transformer_blocks."))})
     assert blocks
     with torch.device("meta"):

@@ -15,7 +15,6 @@ from model.errors import InputError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 T = TypeVar("T")
-
 # A prompt -> its ids without special tokens, and a function that gives the text of the ids from the n-th on.
 Encode = Callable[[str], tuple[list[int], Callable[[int], str]]]
 
@@ -96,7 +95,7 @@ def _bpe(vocab: dict[str, int], merges: bytes) -> models.BPE:
 
 
 def _with_offsets(tokenizer: tokenizers.Tokenizer) -> Encode:
-    def encode(prompt: str) -> tuple[list[int], Callable[[int], str]]:
+    def encode(prompt):
         encoding = tokenizer.encode(prompt, add_special_tokens=False)
         return encoding.ids, lambda n: prompt[encoding.offsets[n][0] :]
 
@@ -104,16 +103,14 @@ def _with_offsets(tokenizer: tokenizers.Tokenizer) -> Encode:
 
 
 def _with_decoding(pieces: sentencepiece.SentencePieceProcessor) -> Encode:
-    def encode(prompt: str) -> tuple[list[int], Callable[[int], str]]:
+    def encode(prompt):
         ids = pieces.encode(prompt)
         return ids, lambda n: pieces.decode(ids[n:])
 
     return encode
 
 
-def _rows(
-    prompts: list[str], length: int, encode: Encode, before: list[int], after: list[int], pad: int
-) -> tuple[Tensor, list[str]]:
+def _rows(prompts: list[str], length: int, encode: Encode, before: list[int], after: list[int], pad: int):
     room = length - len(before) - len(after)
     rows, cut = [], []
     for prompt in prompts:

@@ -1,0 +1,24 @@
+"""Fixtures that several files use."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+
+FIXTURES = Path(__file__).parent / "fixtures"
+GOLDEN = FIXTURES / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory) -> Path:
+    """A folder with the golden cases and, made afresh (the same bits everywhere), the small checkpoints they need."""
+    root = tmp_path_factory.mktemp("golden")
+    shutil.copytree(GOLDEN, root, dirs_exist_ok=True)
+    for name, folder in (("clip", "tokenizer"), ("t5", "tokenizer_2")):
+        shutil.copytree(FIXTURES / "tokenizers" / name, root / "tokenizers" / folder)
+    spec = importlib.util.spec_from_file_location("make_checkpoint", root / "make_checkpoint.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.write_all(root / "models")
+    return root

@@ -1,0 +1,246 @@
+"""generate.py as a user runs it: files, messages, exit codes, and what two runs have in common."""
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import generate
+import weights
+from model.clip import CLIPTextEncoder
+from model.t5 import T5Encoder
+from model.transformer import Flux
+
+ROOT = Path(__file__).parent.parent
+A = {
+    "prompt": "a harbour at dawn",
+    "background_prompt": "the sea",
+    "width": 96,
+    "height": 64,
+    "steps": 3,
+    "seed": 3,
+    "max_sequence_length": 32,
+    "mask_inject_steps": 2,
+    "regions": [{"prompt": "a red boat", "box": [0, 0, 48, 64]}, {"prompt": "a lighthouse", "box": [32, 16, 96, 48]}],
+}
+B = {**A, "prompt": "a forest", "width": 64, "regions": [{"prompt": "a fox", "box": [16, 16, 48, 48]}], "seed": 5}
+
+
+@pytest.fixture
+def make(golden, tmp_path, monkeypatch):
+    """make(layout, *flags) runs generate.py in tmp_path on a tiny random FLUX and gives its exit code."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(layout: dict, *flags: str, model: Path = golden / "models" / "flux-tiny-dev") -> int:
+        Path("layout.yaml").write_text(yaml.safe_dump(layout))
+        return generate.main(["--layout", "layout.yaml", "--model", str(model), "--device", "cpu", *flags])
+
+    return run
+
+
+def latents(make, layout, *flags) -> torch.Tensor:
+    file = Path("z.safetensors")
+    assert make(layout, "--output", "z.png", "--save-latents", str(file), "--overwrite", *flags) == 0
+    return load_file(file)["latents"]
+
+
+# ------------------------------------------------------------------------------------------------ what is computed
+
+
+def test_no_regions_no_steps_and_beta_one_are_plain_flux_bit_for_bit(make):
+    plain = latents(make, {**A, "regions": []})
+    assert torch.equal(plain, latents(make, A, "--mask-inject-steps", "0"))
+    assert torch.equal(plain, latents(make, A, "--base-ratio", "1"))
+    assert not torch.equal(plain, latents(make, A))
+
+
+def test_no_regions_calls_the_model_as_if_regions_did_not_exist(make, monkeypatch):
+    """The plain path itself: no attention and no join function are passed."""
+    seen, forward = [], Flux.forward
+    monkeypatch.setattr(Flux, "forward", lambda self, *args, **hooks: (seen.append(set(hooks)), forward(self, *args, **hooks))[1])
+    latents(make, {**A, "regions": []})
+    assert seen == [set()] * 3
+    seen.clear()
+    latents(make, A)
+    assert seen == [{"attention", "join"}] * 2 + [set()]
+
+
+def test_a_second_layout_in_the_same_process_is_as_in_a_fresh_one(make, golden, tmp_path):
+    latents(make, A)
+    second = latents(make, B)
+    args = ["--layout", "layout.yaml", "--model", golden / "models" / "flux-tiny-dev", "--device", "cpu"]
+    command = [sys.executable, ROOT / "generate.py", *args, "--output", "f.png", "--save-latents", "f.safetensors"]
+    subprocess.run([str(c) for c in command], check=True, cwd=tmp_path)
+    assert torch.equal(second, load_file("f.safetensors")["latents"])
+
+
+def test_the_order_of_the_regions_has_no_effect(make):
+    turned = {**A, "regions": A["regions"][::-1]}
+    assert (latents(make, A) - latents(make, turned)).abs().max() < 1e-5
+
+
+def test_the_background_prompt_does_not_matter_where_nothing_is_uncovered(make):
+    full = {**A, "regions": [{"prompt": "a red boat", "box": [0, 0, 96, 64]}]}
+    assert torch.equal(latents(make, full), latents(make, full, "--background-prompt", "the desert"))
+
+
+def test_a_flag_wins_over_the_layout(make):
+    assert torch.equal(latents(make, A, "--steps", "2", "--seed", "9"), latents(make, {**A, "steps": 2, "seed": 9}))
+
+
+def test_defaults_of_steps_and_text_length_come_from_the_model(make, golden, monkeypatch):
+    seen = []
+    monkeypatch.setattr(generate, "sample", lambda flux, layout, *_: (seen.append(layout), torch.zeros(1, 16, 8, 12))[1])
+    short = {key: A[key] for key in ("prompt", "width", "height", "seed")}
+    for name in ("dev", "schnell"):
+        make(short, "--output", f"{name}.png", model=golden / "models" / f"flux-tiny-{name}")
+    assert [(layout.steps, layout.max_sequence_length) for layout in seen] == [(24, 512), (4, 256)]
+
+
+def test_the_encoders_are_gone_before_the_transformer_is_loaded_and_it_before_the_autoencoder(make, monkeypatch):
+    alive = {}
+
+    def watch(name: str, kinds: tuple) -> None:
+        load = getattr(weights, name)
+
+        def loading(*args):
+            gc.collect()
+            alive[name] = [type(o).__name__ for o in gc.get_objects() if isinstance(o, kinds)]
+            return load(*args)
+
+        monkeypatch.setattr(weights, name, loading)
+
+    watch("load_flux", (T5Encoder, CLIPTextEncoder))
+    watch("load_autoencoder", (T5Encoder, CLIPTextEncoder, Flux))
+    latents(make, A)
+    assert alive == {"load_flux": [], "load_autoencoder": []}
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def test_a_png_carries_what_made_it(make):
+    assert make(A, "--output", "a.png") == 0
+    text = Image.open("a.png").text
+    assert text["parameters"].startswith("a harbour at dawn\nSteps: 3") and "Seed: 3" in text["parameters"]
+    made_by = json.loads(text["layout"])
+    assert made_by["seed"] == 3 and made_by["regions"][1]["prompt"] == "a lighthouse" and made_by["base_ratio"] == 0.3
+    assert made_by["model"].endswith("flux-tiny-dev")
+
+
+@pytest.mark.parametrize("suffix, kind", [(".jpg", "JPEG"), (".webp", "WEBP"), (".png", "PNG")])
+def test_the_suffix_decides_the_format(make, suffix, kind):
+    assert make(A, "--output", f"a{suffix}") == 0
+    image = Image.open(f"a{suffix}")
+    assert image.format == kind and image.size == (96, 64)
+    if suffix != ".png":
+        assert json.loads(image.getexif()[generate.EXIF_DESCRIPTION])["seed"] == 3
+
+
+def test_several_seeds_make_several_pictures(make, capsys):
+    assert make(A, "--seed", "7", "8", "--output", "a.png", "--save-latents", "z.safetensors") == 0
+    assert capsys.readouterr().out.split() == ["a_7.png", "a_8.png"]
+    assert not torch.equal(load_file("z_7.safetensors")["latents"], load_file("z_8.safetensors")["latents"])
+    assert torch.equal(load_file("z_8.safetensors")["latents"], latents(make, A, "--seed", "8"))
+
+
+def test_latents_are_saved_as_the_vae_gets_them(make):
+    z = latents(make, A)
+    assert z.shape == (1, 16, 8, 12) and z.dtype == torch.float32
+
+
+def test_an_existing_output_is_kept_unless_told(make, capsys):
+    Path("a.png").write_text("precious")
+    assert make(A, "--output", "a.png") == 2
+    assert Path("a.png").read_text() == "precious" and "--overwrite" in capsys.readouterr().err
+    assert make(A, "--output", "a.png", "--overwrite") == 0
+    assert Image.open("a.png").size == (96, 64)
+
+
+def test_without_an_output_name_nothing_is_overwritten(make):
+    assert make(A) == 0 and make(A) == 0
+    assert Path("layout.png").exists() and Path("layout_1.png").exists()
+
+
+def test_an_unfinished_file_never_has_the_final_name(tmp_path):
+    def broken(file):
+        file.write_text("half")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError):
+        generate.write(tmp_path / "a.png", broken)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_random_seed_is_printed_and_repeats_the_picture(make, capsys):
+    layout = {key: value for key, value in A.items() if key != "seed"}
+    first = latents(make, layout)
+    seed = capsys.readouterr().err.split("seed ")[1].split()[0]
+    assert torch.equal(first, latents(make, layout, "--seed", seed))
+
+
+def test_a_prompt_needs_no_layout(make, golden, capsys):
+    flags = ["--prompt", "a fox", "--width", "64", "--height", "64", "--steps", "1", "--model", str(golden / "models" / "flux-tiny-dev")]
+    assert generate.main(flags) == 0
+    assert capsys.readouterr().out.split() == ["picture.png"]
+
+
+def test_a_cut_prompt_is_reported_with_the_text_that_was_cut(make, capsys):
+    assert make({**A, "prompt": "one two three four five six " * 10 + "and a swan"}, "--output", "a.png") == 0
+    error = capsys.readouterr().err
+    assert "warning: 32 text tokens" in error and "and a swan" in error
+
+
+# ------------------------------------------------------------------------------------------------ mistakes
+
+
+def test_mistakes_end_with_code_two_and_one_sentence(make, golden, tmp_path, capsys):
+    good = golden / "models" / "flux-tiny-dev"
+    whole = (good / "flux1-dev.safetensors").read_bytes()
+    Path("cut.safetensors").write_bytes(whole[:100000])
+    Path("pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    Path("model.ckpt").write_bytes(b"PK\x03\x04")
+    save_file({"lora_unet_double_blocks_0_img_mod_lin.lora_down.weight": torch.zeros(4, 4)}, "lora.safetensors")
+    Path("empty").mkdir()
+    mistakes = [
+        (["--flux", "cut.safetensors"], ["cut.safetensors", "100,000"]),
+        (["--flux", "pointer.safetensors"], ["pointer.safetensors", "git-lfs"]),
+        (["--flux", "model.ckpt"], ["model.ckpt", "pickle"]),
+        (["--flux", "lora.safetensors"], ["lora.safetensors", "LoRA"]),
+        (["--flux", "gone.safetensors"], ["--flux", "gone.safetensors"]),
+        (["--ae", str(good / "flux1-dev.safetensors")], ["--ae", "flux1-dev.safetensors"]),
+        (["--model", "empty"], ["--model", "empty"]),
+        (["--model", "nowhere"], ["--model", "nowhere"]),
+        (["--output", "a.gif"], ["--output", "a.gif"]),
+        (["--output", "nowhere/a.png"], ["nowhere"]),
+        (["--seed", "-4"], ["--seed", "-4"]),
+        (["--width", "1000"], ["--width", "1000"]),
+        (["--height", "8"], ["--height", "8"]),
+        (["--steps", "0"], ["--steps", "0"]),
+        (["--base-ratio", "1.5"], ["--base-ratio", "1.5"]),
+        (["--mask-inject-steps", "many"], ["--mask-inject-steps", "many"]),
+    ]
+    if not torch.cuda.is_available():
+        mistakes.append((["--device", "cuda"], ["--device", "cuda"]))
+    for flags, names in mistakes:
+        assert make(A, *flags) == 2, flags
+        out, error = capsys.readouterr()
+        last = error.strip().splitlines()[-1]
+        assert last.startswith("generate.py: ") and all(name in last for name in names), (flags, error)
+        assert "Traceback" not in error and out == ""
+    assert not list(Path().glob("*.png"))
+
+
+@pytest.mark.parametrize("flags", [["--stepz", "3"], ["--steps", "three"], [], ["--overlap", "first"]])
+def test_a_wrong_flag_ends_with_code_two(flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        generate.main(flags)
+    assert caught.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
