@@ -27,7 +27,7 @@ import weights
 from model.autoencoder import to_uint8
 from model.errors import InputError
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
-from model.transformer import Flux, FluxParams
+from model.transformer import Flux
 from regional.attention import MaskedAttention, RegionalAttention, dense_attention, portable_attention
 from regional.layout import Layout, read_layout
 from regional.mask import RegionTokens, region_tokens
@@ -105,9 +105,8 @@ def run(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.float32 if device.type == "cpu" else torch.bfloat16
     checkpoint = weights.find(args.model, args.flux, args.t5, args.clip, args.ae)
-    metadata = weights.flux_metadata(checkpoint.flux)
-    layout = read(args, int(metadata.get("sample_size", 1024)))
-    layout = with_model_defaults(layout, weights.flux_params(checkpoint.flux), metadata)
+    layout = read(args, int(weights.metadata_number(checkpoint.flux, "sample_size", 1024)))
+    layout = with_model_defaults(layout, checkpoint.flux)
     pictures = plan_outputs(args, layout)
     if checkpoint.name == "pocket":
         say("the built-in pocket model draws; for FLUX.1-dev add --model black-forest-labs/FLUX.1-dev, or its folder")
@@ -152,10 +151,10 @@ def read(args: argparse.Namespace, size: int) -> Layout:
     return read_layout(args.layout, overrides, size)
 
 
-def with_model_defaults(layout: Layout, params: FluxParams, metadata: dict[str, str]) -> Layout:
+def with_model_defaults(layout: Layout, flux: weights.Source) -> Layout:
     """Fill in what the layout leaves to the model: dev takes 24 steps and 512 text tokens, schnell 4 and 256."""
-    steps, length = (24, 512) if params.guidance_embed else (4, 256)
-    length = int(metadata.get("max_sequence_length", length))
+    steps, length = (24, 512) if weights.flux_params(flux).guidance_embed else (4, 256)
+    length = int(weights.metadata_number(flux, "max_sequence_length", length))
     return msgspec.structs.replace(
         layout, steps=layout.steps or steps, max_sequence_length=layout.max_sequence_length or length
     )
@@ -235,7 +234,11 @@ def save_image(image: Image.Image, layout: Layout, seed: int, model: str, file: 
 
 
 def encode(
-    checkpoint: weights.Checkpoint, layout: Layout, tokens: RegionTokens | None, device: torch.device, dtype: torch.dtype
+    checkpoint: weights.Checkpoint,
+    layout: Layout,
+    tokens: RegionTokens | None,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Conditioning:
     """Encode the prompts; both encoders are gone when this returns."""
     prompts = [layout.prompt] + (tokens.prompts if tokens else [])

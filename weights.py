@@ -86,7 +86,7 @@ def parse(path: Path, text: bytes) -> dict:
 
 
 def read_header(path: Path) -> Pile:
-    """What a safetensors file stores: 8 bytes hold the header's length, then comes the header, in JSON, then the data."""
+    """What a safetensors file stores. It has the header's length in 8 bytes, the header in JSON, then the data."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -150,7 +150,7 @@ def read_shards(index: Path) -> Pile:
 
 
 def piles_in(place: Path) -> list[Pile]:
-    """A file's pile, or those at a folder's top: an index with its shards is one, each other safetensors file is one."""
+    """A file's pile, or those at a folder's top: an index with its shards is one, any other safetensors file too."""
     if place.is_file():
         return [read_shards(place) if place.name.endswith(".safetensors.index.json") else read_header(place)]
     indexes = sorted(place.glob("*.safetensors.index.json"))
@@ -407,8 +407,8 @@ def recognise(pile: Pile, part: str) -> Source | None:
 def attach_scales(path: Path, tensors: Tensors, metadata: dict[str, str]) -> Tensors:
     """Give each fp8 weight its scale, `X.scale_weight` or, newer, `X.weight_scale`; drop what only describes.
 
-    Input scales are for products in fp8 and leave the weights as they are. Any other scale stays among the tensors, where
-    the strict check reports it: to ignore one would give wrong pictures without an error.
+    Input scales are for products in fp8 and leave the weights as they are. Any other scale stays among the tensors,
+    where the strict check reports it: to ignore one would give wrong pictures without an error.
     """
     layers = parse(path, metadata.get("_quantization_metadata", "{}").encode()).get("layers", {})
     formats = {key: parse(path, bytes(read(tensors[key]).tolist())) for key in tensors if leaf(key) == "comfy_quant"}
@@ -432,16 +432,15 @@ def check_scale(scale: Stored, weight: Stored) -> Stored:
     rows = weight.shape[:1]
     if scale.dtype in FLOATS and scale.shape in ((), (1,), rows, (*rows, 1)):
         return scale
-    raise InputError(
-        f"{scale.file}: {scale.key} is {scale.dtype} of shape {scale.shape}; expected one float, or one per row of {rows}."
-    )
+    found = f"{scale.key} is {scale.dtype} of shape {scale.shape}"
+    raise InputError(f"{scale.file}: {found}, expected one float, or one for each row of {weight.shape}.")
 
 
 # ------------------------------------------------------------------------------------------------------------ sizes
 
 
 def shape_of(source: Source, name: str, dims: int = 2) -> tuple[int, ...]:
-    """The shape that a file gives the module's tensor `name`. InputError if it lacks it, or not of `dims` dimensions."""
+    """The shape that a file gives a module's tensor. InputError if it is not there, or not of `dims` dimensions."""
     rows = source.layout.rows(name, source.tensors)
     for row in rows:
         shape = present(source, row.key, f"{dims} dimensions").shape
@@ -477,7 +476,8 @@ def flux_params(source: Source) -> FluxParams:
     hidden, in_channels = shape_of(source, "img_in.weight")
     (head_dim,) = shape_of(source, "double_blocks.0.img_attn.norm.query_norm.scale", dims=1)
     if head_dim == 0 or hidden % head_dim:
-        raise InputError(f"{source.path}: heads of {head_dim} do not divide the hidden size {hidden}; {rest(source)}.")
+        key = source.layout.rows("img_in.weight", source.tensors)[0].key
+        raise misshapen(source, key, f"a multiple of {head_dim} rows, the size of a head")
     return FluxParams(
         in_channels=in_channels,
         out_channels=shape_of(source, "final_layer.linear.weight")[0],
@@ -488,14 +488,17 @@ def flux_params(source: Source) -> FluxParams:
         num_heads=hidden // head_dim,
         depth=count(source.tensors, r"(?:double|transformer)_blocks\.(\d+)\."),
         depth_single_blocks=count(source.tensors, r"single_(?:transformer_)?blocks\.(\d+)\."),
-        theta=float(source.metadata.get("theta", FluxParams.theta)),
+        theta=metadata_number(source, "theta", FluxParams.theta),
         guidance_embed=any(re.match(r"guidance_in\.|time_text_embed\.guidance", key) for key in source.tensors),
     )
 
 
-def flux_metadata(source: Source) -> dict[str, str]:
-    """What the transformer's file says of itself in `__metadata__`; {} if it says nothing."""
-    return source.metadata
+def metadata_number(source: Source, key: str, default: float) -> float:
+    """A number that the file gives in its `__metadata__`, as the pocket model does; the default where it does not."""
+    try:
+        return float(source.metadata.get(key, default))
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(f"{source.path}: the metadata's {key} is not a number; the file is damaged.") from None
 
 
 def t5_params(source: Source) -> T5Params:
@@ -555,47 +558,60 @@ def ae_params(source: Source) -> AutoEncoderParams:
 Device = torch.device | str
 
 
+MODULES = {
+    "flux": (Flux, flux_params),
+    "t5": (T5Encoder, t5_params),
+    "clip": (CLIPTextEncoder, clip_params),
+    "ae": (AutoEncoder, ae_params),
+}
+
+
 def load_flux(source: Source, device: Device, dtype: torch.dtype) -> Flux:
-    return load(Flux, flux_params(source), source, device, dtype)
+    return load(source, device, dtype)
 
 
 def load_t5(source: Source, device: Device, dtype: torch.dtype) -> T5Encoder:
-    return load(T5Encoder, t5_params(source), source, device, dtype)
+    return load(source, device, dtype)
 
 
 def load_clip(source: Source, device: Device, dtype: torch.dtype) -> CLIPTextEncoder:
-    return load(CLIPTextEncoder, clip_params(source), source, device, dtype)
+    return load(source, device, dtype)
 
 
 def load_autoencoder(source: Source, device: Device, dtype: torch.dtype) -> AutoEncoder:
-    return load(AutoEncoder, ae_params(source), source, device, dtype)
+    return load(source, device, dtype)
 
 
-def load(kind: type[nn.Module], params, source: Source, device: Device, dtype: torch.dtype) -> nn.Module:
-    """A module of this kind with its weights, frozen, in eval mode. All keys and shapes are checked before any is read.
+def load(source: Source, device: Device, dtype: torch.dtype) -> nn.Module:
+    """The module of a source with its weights, frozen, in eval mode.
 
-    The module is made on the meta device, which holds no memory, and its tensors are assigned, not copied into it; on the
-    CPU, a tensor that is stored just as the module wants it stays a view of the file.
+    It is made on the meta device, which holds no memory, and its tensors are assigned, not copied into it; on the CPU,
+    a tensor that is stored just as the module wants it stays a view of the file.
     """
-    with torch.device("meta"):
-        module = kind(params)
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    module = on_meta(source)
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     recipe = check(shapes, source)
     state = {name: assemble(rows, source.tensors, shapes[name], device, dtype) for name, rows in recipe.items()}
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
 
-def check(shapes: dict[str, tuple[int, ...]], source: Source) -> dict[str, list[Rows]]:
+def on_meta(source: Source) -> nn.Module:
+    kind, params = MODULES[source.part]
+    with torch.device("meta"):
+        return kind(params(source))
+
+
+def check(shapes: dict[str, torch.Size], source: Source) -> dict[str, list[Rows]]:
     """The rows that make each of a module's tensors. InputError for a key that is missing, misshapen or too many."""
     recipe = {name: source.layout.rows(name, source.tensors) for name in shapes}
     for name, rows in recipe.items():
-        for tensor in [present(source, row.key, f"shape {shapes[name]}") for row in rows]:
+        for tensor in [present(source, row.key, f"shape {tuple(shapes[name])}") for row in rows]:
             if tensor.dtype not in FLOATS | FP8:
                 raise InputError(f"{tensor.file}: {tensor.key} is stored as {tensor.dtype}, which is not supported.")
         found = stacked_shape(rows, source.tensors)
         if found + (1,) * (len(shapes[name]) - len(found)) != shapes[name]:  # 1 x 1 convolutions also come as matrices
-            raise misshapen(source, rows[-1].key, f"{shapes[name]} for {name}")
+            raise misshapen(source, rows[-1].key, f"{tuple(shapes[name])} for {name}")
     used = {row.key for rows in recipe.values() for row in rows}
     for key, tensor in source.tensors.items():
         if key not in used and not re.match(IGNORED[source.part], key):
@@ -604,7 +620,7 @@ def check(shapes: dict[str, tuple[int, ...]], source: Source) -> dict[str, list[
     return recipe
 
 
-def assemble(rows: list[Rows], tensors: Tensors, shape: tuple[int, ...], device: Device, dtype: torch.dtype) -> Tensor:
+def assemble(rows: list[Rows], tensors: Tensors, shape: torch.Size, device: Device, dtype: torch.dtype) -> Tensor:
     """A module's tensor: its rows stacked, on `device`, in `dtype`."""
     if len(rows) == 1 and rows[0].stop is None:
         return values(tensors[rows[0].key], device, dtype).reshape(shape)
@@ -660,6 +676,8 @@ def find(model: Name = None, flux: Name = None, t5: Name = None, clip: Name = No
         for part, path in given.items()
     }
     check_widths(**sources)
+    for source in sources.values():  # now, and not when the part is loaded: T5 may take minutes before the next is
+        check({name: tensor.shape for name, tensor in on_meta(source).state_dict().items()}, source)
     return Checkpoint(
         name=str(flux or model or "pocket"),
         **sources,
@@ -671,7 +689,12 @@ def find(model: Name = None, flux: Name = None, t5: Name = None, clip: Name = No
 def existing(flag: str, path: str | Path) -> Path:
     place = Path(path).expanduser()
     if not place.is_file() and not place.is_dir():
-        raise InputError(f"{flag} {path}: there is no such file or folder.")
+        others = (
+            "a model's folder, a repository (org/name) or pocket"
+            if flag == "--model"
+            else "a safetensors file or its folder"
+        )
+        raise InputError(f"{flag} {path}: there is no such file or folder; expected {others}.")
     return place
 
 
@@ -699,13 +722,10 @@ def pick(part: str, flag: str, place: Path) -> Source:
         if found:
             return found[0]
         seen += [f"{pile.path.name} is {describe(pile)}" for pile in piles]
-    if place.is_dir():
-        seen += [
-            f"{path.name} is not safetensors" for path in sorted(place.iterdir()) if path.suffix in PICKLES | {".gguf"}
-        ]
-    raise InputError(
-        f"{flag} {place}: no {WHAT[part]} here: {'; '.join(seen) or 'no safetensors file'}; name one with --{part}."
-    )
+    others = sorted(place.iterdir()) if place.is_dir() else []
+    seen += [f"{path.name} is not safetensors" for path in others if path.suffix in PICKLES | {".gguf"}]
+    found = "; ".join(seen) or "no safetensors file"
+    raise InputError(f"{flag} {place}: no {WHAT[part]} in it: {found}; name one with --{part}.")
 
 
 def check_widths(flux: Source, t5: Source, clip: Source, ae: Source) -> None:

@@ -2,11 +2,11 @@
 
     python benchmarks/loading.py --gigabytes 4
 
-A random checkpoint with FLUX.1's block sizes is written twice, as one BFL file and as a sharded diffusers folder. Each run
-is a fresh process that loads it and then touches every page of every weight; the two ways take turns. The rival is
-`safetensors.torch.load_file` and `load_state_dict(assign=True)` onto a module on the meta device; for the diffusers layout
-it must join q, k, v and the MLP with `torch.cat` first, as our names want them. Peak memory is VmHWM, which counts
-file-backed pages and Python itself.
+A random bfloat16 checkpoint with FLUX.1's block sizes is written twice, as one BFL file and as a sharded diffusers
+folder. Each run is a fresh process that loads it and then touches every page of every weight; the two ways take turns.
+The rival is `safetensors.torch.load_file` and `load_state_dict(assign=True)` onto a module on the meta device; for the
+diffusers layout it has to join q, k, v and the MLP with `torch.cat` in between, as our names want them. Peak memory is
+VmHWM, which counts file-backed pages, and Python and torch themselves. The files are in the page cache.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def flux_shapes(gigabytes: float) -> Shapes:
 
 
 def diffusers_shapes(shapes: Shapes, hidden: int = 3072) -> Shapes:
-    """The same weights under diffusers' names: fused projections apart, `hidden` rows each and the rest for the last."""
+    """The same weights under diffusers' names: joined projections apart, `hidden` rows each, the last has the rest."""
     apart = {}
     for name, shape in shapes.items():
         *firsts, last = [row.key for row in weights.flux_from_diffusers(name, {})]
@@ -82,11 +82,7 @@ def load_ours(path: Path) -> Flux:
 def load_rival(path: Path) -> Flux:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     state = {key: tensor for file in files for key, tensor in load_file(file).items()}
-    blocks = [
-        key.split("_blocks.")[0] for key in state if key.endswith(("_blocks.0.norm1.linear.bias", "img_mod.lin.bias"))
-    ]
     depth = len({key.split(".")[1] for key in state if key.startswith(("double_blocks.", "transformer_blocks."))})
-    assert blocks
     with torch.device("meta"):
         model = Flux(FluxParams(depth=depth, depth_single_blocks=2 * depth))
     if path.is_dir():
@@ -117,7 +113,7 @@ def run(way: str, path: Path) -> tuple[float, float]:
 
 
 def compare(layout: str, path: Path, size: int, repeats: int) -> None:
-    """One line of the table: medians over `repeats` runs each, in turns, after one of each that warms the page cache."""
+    """One line of the table: medians over `repeats` runs each, in turns, after a first one for the page cache."""
     runs = [(run("ours", path), run("rival", path)) for _ in range(repeats + 1)][1:]
     seconds, peaks = zip(*[list(zip(*pair)) for pair in runs])
     ours, rival = (statistics.median(column) for column in zip(*seconds))

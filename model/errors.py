@@ -2,4 +2,4 @@
 
 
 class InputError(Exception):
-    """Bad input. Its text is one sentence naming the file, the key and the value; generate.py prints it and exits with 2."""
+    """Bad input, in one sentence that names the file, the key and the value; generate.py prints it and exits with 2."""

@@ -38,8 +38,7 @@ class CLIPTokenizer:
         # special tokens, English contractions, words, single digits, runs of anything else
         pieces = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
         split = pre_tokenizers.Split(Regex(pieces), behavior="removed", invert=True)
-        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
         tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in (START, END)])
         self.encode = _with_offsets(tokenizer)
 

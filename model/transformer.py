@@ -4,8 +4,8 @@ It knows nothing of regions. Two functions passed to `forward` change what it co
 puts the streams together where the double blocks end.
 """
 
-from dataclasses import dataclass
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn

@@ -1,6 +1,6 @@
 """The last step of the pocket checkpoint: from training states to files in the official layout, in bfloat16.
 
-    python -m pocket.export --folder pocket/run --output pocket/checkpoint
+python -m pocket.export --folder pocket/run --output pocket/checkpoint
 """
 
 import argparse

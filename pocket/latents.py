@@ -1,6 +1,6 @@
 """Between the two steps of training: vocabularies of the captions' words, and pools of scenes encoded once.
 
-    python -m pocket.latents --folder pocket/run
+python -m pocket.latents --folder pocket/run
 """
 
 import argparse

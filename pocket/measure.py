@@ -86,8 +86,7 @@ class Model:
 
     @torch.inference_mode()
     def draw(self, layout: Layout) -> np.ndarray:
-        metadata = weights.flux_metadata(self.checkpoint.flux)
-        layout = generate.with_model_defaults(layout, self.flux.params, metadata)
+        layout = generate.with_model_defaults(layout, self.checkpoint.flux)
         tokens = region_tokens(layout) if layout.regional_steps(layout.steps) else None
         conditioning = generate.encode(self.checkpoint, layout, tokens, torch.device("cpu"), torch.float32)
         attention = generate.MASKED_ATTENTION["portable"]
@@ -96,7 +95,7 @@ class Model:
 
 
 def interval(right: np.ndarray) -> float:
-    """Half the width of the 95 % confidence interval of a share, by layouts: regions of one layout are not independent."""
+    """Half the width of a share's 95 % confidence interval, over layouts: regions of one layout are not independent."""
     return 1.96 * right.std(ddof=1) / len(right) ** 0.5
 
 
@@ -122,7 +121,10 @@ def main() -> None:
                 scores.append(judge(model.draw(layout), layout, wanted).mean(0))
             color, pattern, both, shape = np.mean(scores, axis=0)
             error = interval(np.array(scores)[:, 2])
-            print(f"| {regions} | {name} | {color:.3f} | {pattern:.3f} | {both:.3f} ± {error:.3f} | {shape:.3f} |", flush=True)
+            print(
+                f"| {regions} | {name} | {color:.3f} | {pattern:.3f} | {both:.3f} ± {error:.3f} | {shape:.3f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

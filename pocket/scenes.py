@@ -127,10 +127,14 @@ def split(rng: np.random.Generator, width: int, height: int, count: int, least: 
             return boxes + [(x0, y0, x1, y1)]
         middle = sorted(cuts, key=lambda c: abs(2 * c - low - high))[: max(1, len(cuts) // 2)]
         cut = int(rng.choice(middle))
-        boxes += [(x0, y0, cut, y1), (cut, y0, x1, y1)] if low == x0 and high == x1 and x1 - x0 >= y1 - y0 else [
-            (x0, y0, x1, cut),
-            (x0, cut, x1, y1),
-        ]
+        boxes += (
+            [(x0, y0, cut, y1), (cut, y0, x1, y1)]
+            if low == x0 and high == x1 and x1 - x0 >= y1 - y0
+            else [
+                (x0, y0, x1, cut),
+                (x0, cut, x1, y1),
+            ]
+        )
     return boxes
 
 

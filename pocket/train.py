@@ -156,8 +156,13 @@ class Optimizer:
         rest = [p for p in model.parameters() if id(p) not in matrices]
         self.parameters = list(model.parameters())
         self.parts = [
-            torch.optim.Muon([p for p in blocks if p.ndim == 2], lr=2e-3, weight_decay=0.0, ns_steps=4,
-                             adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Muon(
+                [p for p in blocks if p.ndim == 2],
+                lr=2e-3,
+                weight_decay=0.0,
+                ns_steps=4,
+                adjust_lr_fn="match_rms_adamw",
+            ),
             torch.optim.AdamW(rest, lr=1.5e-3, weight_decay=0.0, betas=(0.9, 0.98)),
         ]
         self.lrs = [2e-3, 1.5e-3]

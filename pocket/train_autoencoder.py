@@ -1,6 +1,6 @@
 """Step 1 of the pocket checkpoint: its autoencoder, trained on drawn scenes. Resumes from its own state file.
 
-    python -m pocket.train_autoencoder --folder pocket/run --minutes 12
+python -m pocket.train_autoencoder --folder pocket/run --minutes 12
 """
 
 import argparse
@@ -89,8 +89,16 @@ def train(run: Path, minutes: float, lr: float = 3e-3) -> None:
             mses.clear()
             state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save({**state, "used": used, "step": step}, state_file)
-    torch.save({"model": model.state_dict(), "average": average.state_dict(), "used": used, "step": step,
-                "optimizer": optimizer.state_dict()}, state_file)
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "average": average.state_dict(),
+            "used": used,
+            "step": step,
+            "optimizer": optimizer.state_dict(),
+        },
+        state_file,
+    )
 
 
 if __name__ == "__main__":

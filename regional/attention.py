@@ -10,8 +10,8 @@ image stream, so its projections are computed once. Where the double blocks end 
 there on the base branch runs plain FLUX by itself and only lends its attention to the blend.
 """
 
-from dataclasses import dataclass
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F

@@ -155,15 +155,23 @@ def check(layout: Layout, where: Where) -> None:
             raise InputError(f"{where('mask_inject_steps')} = {share!r}: expected a count, or a share such as 40%.")
     elif share < 0:
         raise InputError(f"{where('mask_inject_steps')} = {share}: expected a count of steps from 0 on.")
+    for key in ("prompt", "background_prompt"):
+        check_text(getattr(layout, key), where(key))
     if len(layout.regions) > MAX_REGIONS:
         raise InputError(f"{where('regions')} has {len(layout.regions)} entries: at most {MAX_REGIONS} are possible.")
     for i, region in enumerate(layout.regions):
         check_region(region, layout, where(f"regions[{i}]"))
 
 
+def check_text(text: str, where: str) -> None:
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError(f"{where} = {describe(text)}: half of a surrogate pair is no text.")
+
+
 def check_region(region: Region, layout: Layout, where: str) -> None:
     if not region.prompt.strip():
         raise InputError(f"{where}.prompt = {region.prompt!r}: a region needs a prompt.")
+    check_text(region.prompt, f"{where}.prompt")
     shapes = [key for key in ("box", "mask") if getattr(region, key) is not None]
     if len(shapes) != 1:
         has = " and ".join(shapes) or "no shape"

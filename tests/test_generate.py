@@ -64,7 +64,9 @@ def test_no_regions_no_steps_and_beta_one_are_plain_flux_bit_for_bit(make):
 def test_no_regions_calls_the_model_as_if_regions_did_not_exist(make, monkeypatch):
     """The plain path itself: no attention and no join function are passed."""
     seen, forward = [], Flux.forward
-    monkeypatch.setattr(Flux, "forward", lambda self, *args, **hooks: (seen.append(set(hooks)), forward(self, *args, **hooks))[1])
+    monkeypatch.setattr(
+        Flux, "forward", lambda self, *args, **hooks: (seen.append(set(hooks)), forward(self, *args, **hooks))[1]
+    )
     latents(make, {**A, "regions": []})
     assert seen == [set()] * 3
     seen.clear()
@@ -97,7 +99,9 @@ def test_a_flag_wins_over_the_layout(make):
 
 def test_defaults_of_steps_and_text_length_come_from_the_model(make, golden, monkeypatch):
     seen = []
-    monkeypatch.setattr(generate, "sample", lambda flux, layout, *_: (seen.append(layout), torch.zeros(1, 16, 8, 12))[1])
+    monkeypatch.setattr(
+        generate, "sample", lambda flux, layout, *_: (seen.append(layout), torch.zeros(1, 16, 8, 12))[1]
+    )
     short = {key: A[key] for key in ("prompt", "width", "height", "seed")}
     for name in ("dev", "schnell"):
         make(short, "--output", f"{name}.png", model=golden / "models" / f"flux-tiny-{name}")
@@ -187,7 +191,18 @@ def test_a_random_seed_is_printed_and_repeats_the_picture(make, capsys):
 
 
 def test_a_prompt_needs_no_layout(make, golden, capsys):
-    flags = ["--prompt", "a fox", "--width", "64", "--height", "64", "--steps", "1", "--model", str(golden / "models" / "flux-tiny-dev")]
+    flags = [
+        "--prompt",
+        "a fox",
+        "--width",
+        "64",
+        "--height",
+        "64",
+        "--steps",
+        "1",
+        "--model",
+        str(golden / "models" / "flux-tiny-dev"),
+    ]
     assert generate.main(flags) == 0
     assert capsys.readouterr().out.split() == ["picture.png"]
 

@@ -79,10 +79,15 @@ def region(text: str) -> str:
 
 MISTAKES = {
     "an unknown key": ("promt: x", "promt = 'x'", "did you mean prompt"),
-    "an unknown key of a region": (region("{prompt: y, box: [0, 0, 9, 9], weight: 2}"), "regions[0].weight = 2", "known"),
+    "an unknown key of a region": (
+        region("{prompt: y, box: [0, 0, 9, 9], weight: 2}"),
+        "regions[0].weight = 2",
+        "known",
+    ),
     "no prompt": ("width: 64", "prompt is missing", ""),
     "a region without prompt": (region("box: [0, 0, 9, 9]"), "regions[0].prompt is missing", ""),
     "an empty region prompt": (region("{prompt: ' ', box: [0, 0, 9, 9]}"), "regions[0].prompt = ' '", "needs a prompt"),
+    "half a letter": ('prompt: "\\ud800"', "prompt = '\\ud800'", "surrogate"),
     "a number as prompt": ("prompt: 3", "prompt = 3", "quotes"),
     "no as prompt": ("prompt: no", "prompt = False", "quotes"),
     "a box too wide": (region("{prompt: y, box: [0, 0, 140, 64]}"), "regions[0].box = [0, 0, 140, 64]", "x1 = 140"),
@@ -98,7 +103,11 @@ MISTAKES = {
     "a mask that is a folder": (region("{prompt: y, mask: .}"), "regions[0].mask", "not a picture"),
     "a mask of another aspect": (region("{prompt: y, mask: square.png}"), "square.png", "64 x 64"),
     "a mask without white": (region("{prompt: y, mask: grey.png}"), "grey.png", "128"),
-    "62 regions": ("prompt: x\nregions: [" + "{prompt: y, box: [0, 0, 64, 64]}, " * 62 + "]", "62 entries", "at most 61"),
+    "62 regions": (
+        "prompt: x\nregions: [" + "{prompt: y, box: [0, 0, 64, 64]}, " * 62 + "]",
+        "62 entries",
+        "at most 61",
+    ),
     "a width of 1000": ("prompt: x\nwidth: 1000", "width = 1000", "992 and 1008"),
     "a width of words": ("prompt: x\nwidth: wide", "width = 'wide'", "int"),
     "a width of 0": ("prompt: x\nwidth: 0", "width = 0", ">= 16"),

@@ -42,7 +42,9 @@ LAYOUTS = {
     "overlapping": boxes((0, 0, 64, 48), (32, 16, 96, 64), (48, 0, 80, 32)),
     "last wins": boxes((0, 0, 64, 48), (32, 16, 96, 64), overlap="last"),
     "one token": boxes((20, 20, 22, 22), (0, 0, 96, 32)),
-    "61 regions": boxes(*[(16 * (i % 6), 16 * (i // 6 % 4), 16 * (i % 6) + 16, 16 * (i // 6 % 4) + 16) for i in range(61)]),
+    "61 regions": boxes(
+        *[(16 * (i % 6), 16 * (i // 6 % 4), 16 * (i % 6) + 16, 16 * (i // 6 % 4) + 16) for i in range(61)]
+    ),
 }
 LAYOUT = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
@@ -99,14 +101,18 @@ def test_a_mask_is_read_at_the_token_centres_from_half_white_on(tmp_path):
     grey = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
     grey[8, 8], grey[8, 24], grey[24, 8] = 128, 127, 255  # centre pixels of tokens (0, 0), (0, 1) and (1, 0)
     Image.fromarray(grey).save(tmp_path / "mask.png")
-    layout = Layout(prompt="", width=WIDTH, height=HEIGHT, regions=(Region(prompt="r", mask=str(tmp_path / "mask.png")),))
+    layout = Layout(
+        prompt="", width=WIDTH, height=HEIGHT, regions=(Region(prompt="r", mask=str(tmp_path / "mask.png")),)
+    )
     bits = region_tokens(layout).image_bits.reshape(4, 6)
     assert (bits == 1).nonzero().tolist() == [[0, 0], [1, 0]]
 
 
 def test_a_mask_of_another_size_is_scaled(tmp_path):
     Image.fromarray(np.array([[255, 0, 0], [0, 0, 255]], dtype=np.uint8)).save(tmp_path / "mask.png")
-    layout = Layout(prompt="", width=WIDTH, height=HEIGHT, regions=(Region(prompt="r", mask=str(tmp_path / "mask.png")),))
+    layout = Layout(
+        prompt="", width=WIDTH, height=HEIGHT, regions=(Region(prompt="r", mask=str(tmp_path / "mask.png")),)
+    )
     bits = region_tokens(layout).image_bits.reshape(4, 6)
     assert (bits == 1).nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 4], [2, 5], [3, 4], [3, 5]]
 

@@ -51,7 +51,7 @@ def test_image_ids_are_row_and_column():
 
 
 def test_euler_in_two_slices_is_euler_in_one():
-    """"Regional for the first T steps" rests on it: Euler keeps no memory between steps."""
+    """ "Regional for the first T steps" rests on it: Euler keeps no memory between steps."""
     levels = sigmas(6, 64, shift=True)
     img = torch.randn(1, 4, 64)
 
