@@ -35,9 +35,10 @@ from sampler.flow import denoise, image_ids, noise, pack, text_ids, unpack
 from sampler.schedule import sigmas
 
 MASKED_ATTENTION = {"portable": portable_attention, "dense": dense_attention}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # in float16 FLUX.1 overflows
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 EXIF_DESCRIPTION, EXIF_SOFTWARE = 0x010E, 0x0131
+MAX_JPEG_EXIF = 65_000  # bytes; a JPEG's segments have 16-bit lengths
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     model = parser.add_argument_group("model")
     add = model.add_argument
-    add("--model", default="pocket", help="a folder, a Hugging Face repository, or the built-in pocket model (default)")
+    add("--model", help="a folder, a Hugging Face repository, or pocket, the built-in model (default)")
     for part in ("flux", "t5", "clip", "ae"):
         add(f"--{part}", metavar="PATH", help=f"take the {part} part from this file or folder")
     add("--device", default="auto", choices=["auto", "cuda", "cpu", "mps"])
@@ -78,6 +79,14 @@ def count_or_share(text: str) -> int | str:
     return int(text) if text.lstrip("-").isdigit() else text
 
 
+class Picture(NamedTuple):
+    """One picture of a run, and the files that it is written to."""
+
+    seed: int
+    output: Path
+    latents: Path | None
+
+
 class Conditioning(NamedTuple):
     """The encoded prompts: txt (1, L_txt, context), regions (R, L_txt, context) or None, y (1, vec)."""
 
@@ -87,46 +96,70 @@ class Conditioning(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the program; returns its exit code: 0, 2 for bad input, 1 for what the machine refuses, 130 for Ctrl-C."""
     args = parse_args(argv)
     try:
         run(args)
     except InputError as error:
-        print(f"generate.py: {error}", file=sys.stderr)
+        say(f"generate.py: {error}")
         return 2
+    except OSError as error:
+        say(f"generate.py: {error}")
+        return 1
     except KeyboardInterrupt:
-        print("generate.py: interrupted", file=sys.stderr)
+        say("generate.py: interrupted")
         return 130
     return 0
 
 
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> None:
-    read(args, 1024)  # complain about the layout before anything is downloaded
     device = choose_device(args.device)
     dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.float32 if device.type == "cpu" else torch.bfloat16
+    if weights.is_repository(args.model):  # complain before tens of gigabytes are downloaded
+        plan_outputs(args, read(args, 1024))
     checkpoint = weights.find(args.model, args.flux, args.t5, args.clip, args.ae)
     layout = read(args, int(weights.metadata_number(checkpoint.flux, "sample_size", 1024)))
     layout = with_model_defaults(layout, checkpoint.flux)
     pictures = plan_outputs(args, layout)
+    say(f"seed {', '.join(str(picture.seed) for picture in pictures)}")
     if checkpoint.name == "pocket":
         say("the built-in pocket model draws; for FLUX.1-dev add --model black-forest-labs/FLUX.1-dev, or its folder")
 
-    regional = layout.regions and layout.regional_steps(layout.steps) and layout.base_ratio < 1
-    tokens = region_tokens(layout) if regional else None
+    tokens = region_tokens(layout) if layout.regional_steps(layout.steps) else None
     for warning in tokens.warnings if tokens else ():
         say(f"warning: {warning}")
     conditioning = encode(checkpoint, layout, tokens, device, dtype)
-    flux = weights.load_flux(checkpoint.flux, device, dtype)
-    masked_attention = MASKED_ATTENTION[args.attention]
-    latents = [sample(flux, layout, tokens, conditioning, picture.seed, masked_attention) for picture in pictures]
-    del flux
+    latents, stop = sample_all(args, checkpoint, layout, tokens, conditioning, pictures)
     autoencoder = weights.load_autoencoder(checkpoint.ae, device, dtype)
     for picture, z in zip(pictures, latents):
-        if picture.latents:
-            write(picture.latents, partial(save_file, {"latents": z.cpu().contiguous()}))
         image = Image.fromarray(to_uint8(autoencoder.decode(z.to(dtype)))[0].cpu().numpy())
-        write(picture.output, partial(save_image, image, layout, picture.seed, checkpoint.name))
+        write(picture.output, partial(save_image, image, layout, made_by(layout, picture.seed, checkpoint, dtype)))
         print(picture.output)
+    if stop:
+        raise stop
+
+
+def sample_all(
+    args: argparse.Namespace,
+    checkpoint: weights.Checkpoint,
+    layout: Layout,
+    tokens: RegionTokens | None,
+    conditioning: Conditioning,
+    pictures: list[Picture],
+) -> tuple[list[Tensor], KeyboardInterrupt | None]:
+    """The latents of each picture. Ctrl-C ends the list early, so that what is finished can still be decoded."""
+    flux = weights.load_flux(checkpoint.flux, conditioning.txt.device, conditioning.txt.dtype)
+    latents = []
+    try:
+        for picture in pictures:
+            z = sample(flux, layout, tokens, conditioning, picture.seed, MASKED_ATTENTION[args.attention])
+            if picture.latents:
+                write(picture.latents, partial(save_file, {"latents": z.cpu().contiguous()}))
+            latents.append(z)
+    except KeyboardInterrupt as stop:
+        return latents, stop
+    return latents, None
 
 
 def say(text: str) -> None:
@@ -160,12 +193,6 @@ def with_model_defaults(layout: Layout, flux: weights.Source) -> Layout:
     )
 
 
-class Picture(NamedTuple):
-    seed: int
-    output: Path
-    latents: Path | None
-
-
 def plan_outputs(args: argparse.Namespace, layout: Layout) -> list[Picture]:
     """Which files this run writes. Refuses, before any work, what it could not write in the end."""
     seeds = list(dict.fromkeys(getattr(args, "seed", None) or [layout.seed]))
@@ -174,20 +201,28 @@ def plan_outputs(args: argparse.Namespace, layout: Layout) -> list[Picture]:
     for seed in seeds:
         if not 0 <= seed < 2**63:
             raise InputError(f"the command line: --seed {seed}: expected a number from 0 to 2^63 - 1.")
-    say(f"seed {', '.join(map(str, seeds))}")
-    output = args.output or free_name(Path(args.layout.stem if args.layout else "picture").with_suffix(".png"), seeds)
+    output = args.output or free_name(Path(f"{args.layout.stem if args.layout else 'picture'}.png"), seeds)
     if output.suffix.lower() not in SUFFIXES:
         raise InputError(f"--output {output}: the suffix must be one of {', '.join(SUFFIXES)}.")
+    if args.save_latents and args.save_latents.suffix != ".safetensors":
+        raise InputError(f"--save-latents {args.save_latents}: the suffix must be .safetensors.")
     pictures = [
         Picture(seed, numbered(output, seed, seeds), args.save_latents and numbered(args.save_latents, seed, seeds))
         for seed in seeds
     ]
     for path in (path for picture in pictures for path in picture[1:] if path):
-        if not path.absolute().parent.is_dir():
-            raise InputError(f"{path}: there is no folder {path.parent} to write it to.")
-        if path.exists() and not args.overwrite:
-            raise InputError(f"{path}: exists already; choose another --output, or add --overwrite.")
+        check_writable(path, args.overwrite)
     return pictures
+
+
+def check_writable(path: Path, overwrite: bool) -> None:
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent} to write it to.")
+    if len(os.fsencode(path.name)) > 200 or path.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"{path}: no file of this name can be written there.")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path}: exists already; choose another --output, or add --overwrite.")
 
 
 def numbered(path: Path, seed: int, seeds: list[int]) -> Path:
@@ -210,24 +245,33 @@ def write(path: Path, save: Callable[[Path], None]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def save_image(image: Image.Image, layout: Layout, seed: int, model: str, file: Path) -> None:
+def made_by(layout: Layout, seed: int, checkpoint: weights.Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
+    """All that made a picture: the layout with every default filled in, seed, model, its files, dtype and torch."""
+    files = {part: str(getattr(checkpoint, part).path) for part in ("flux", "t5", "clip", "ae")}
+    run = {"model": checkpoint.name, "files": files, "dtype": str(dtype), "torch": torch.__version__}
+    return {**msgspec.to_builtins(layout), "seed": seed, **run}
+
+
+def save_image(image: Image.Image, layout: Layout, made_by: dict[str, Any], file: Path) -> None:
     """Write PNG, JPEG or WebP, carrying what made it: a line for people's tools and the whole layout as JSON."""
-    made_by = {**msgspec.to_builtins(layout), "seed": seed, "model": model, "torch": torch.__version__}
     settings = (
-        f"Steps: {layout.steps}, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: {layout.guidance}, Seed: {seed}, "
-        f"Size: {layout.width}x{layout.height}, Model: {model}, Base ratio: {layout.base_ratio}, "
-        f"Mask inject steps: {layout.mask_inject_steps}"
+        f"Steps: {layout.steps}, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: {layout.guidance}, "
+        f"Seed: {made_by['seed']}, Size: {layout.width}x{layout.height}, Model: {made_by['model']}, "
+        f"Base ratio: {layout.base_ratio}, Mask inject steps: {layout.mask_inject_steps}"
     )
     if file.suffix.lower() == ".png":
         info = PngImagePlugin.PngInfo()
         info.add_text("parameters", f"{layout.prompt}\n{settings}")
         info.add_text("layout", json.dumps(made_by, ensure_ascii=False))
         image.save(file, pnginfo=info)
-    else:
-        exif = Image.Exif()
-        exif[EXIF_DESCRIPTION] = json.dumps(made_by)
-        exif[EXIF_SOFTWARE] = f"{settings}"
-        image.save(file, exif=exif, quality=95)
+        return
+    exif = Image.Exif()
+    exif[EXIF_DESCRIPTION] = json.dumps(made_by)
+    exif[EXIF_SOFTWARE] = settings
+    if file.suffix.lower() != ".webp" and len(exif.tobytes()) > MAX_JPEG_EXIF:
+        say(f"warning: the layout's {len(exif.tobytes()):,} bytes don't fit into a JPEG; this one does not carry it")
+        del exif[EXIF_DESCRIPTION]
+    image.save(file, exif=exif, quality=95)
 
 
 # ------------------------------------------------------------------------------------------------ the picture
@@ -249,12 +293,20 @@ def encode(
     clip_ids, cut = CLIPTokenizer(checkpoint.clip_tokenizer)([layout.prompt])
     if cut[0]:
         say(f"warning: CLIP reads 77 tokens of the base prompt; it does not see: {cut[0]!r}")
-    # T5's activations overflow in float16
-    t5 = weights.load_t5(checkpoint.t5, device, torch.bfloat16 if dtype == torch.float16 else dtype)
+    t5 = weights.load_t5(checkpoint.t5, device, dtype)
+    check_vocabulary(ids, t5.params.vocab_size, checkpoint.t5_tokenizer, checkpoint.t5)
     txt = torch.cat([t5(part.to(device)) for part in ids.split(8)]).to(dtype)
     del t5
     clip = weights.load_clip(checkpoint.clip, device, dtype)
+    check_vocabulary(clip_ids, clip.params.vocab_size, checkpoint.clip_tokenizer, checkpoint.clip)
     return Conditioning(txt[:1], txt[1:] if tokens else None, clip(clip_ids.to(device)))
+
+
+def check_vocabulary(ids: Tensor, size: int, tokenizer: Path, encoder: weights.Source) -> None:
+    if ids.max() >= size:
+        raise InputError(
+            f"{tokenizer}: its ids go beyond the {size} tokens that {encoder.path} knows; they don't match."
+        )
 
 
 def sample(
@@ -268,11 +320,11 @@ def sample(
     """Noise to latents (1, 16, height / 8, width / 8), float32: the first steps regional, the others plain FLUX."""
     device, dtype = conditioning.txt.device, conditioning.txt.dtype
     img = pack(noise(layout.width, layout.height, seed)).to(device, dtype).float()
-    img_ids = image_ids(layout.width, layout.height).to(device)
+    img_ids = image_ids(layout.width, layout.height)
     guidance = torch.tensor([layout.guidance], dtype=torch.float32, device=device)
 
     def velocity(txt: Tensor, **hooks: Any) -> Callable[[Tensor, Tensor], Tensor]:
-        ids = text_ids(txt.shape[1]).to(device)
+        ids = text_ids(txt.shape[1])
         return lambda img, t: flux(img.to(dtype), img_ids, txt, ids, t, conditioning.y, guidance, **hooks)
 
     levels = sigmas(layout.steps, img.shape[1], shift=flux.params.guidance_embed)

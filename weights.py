@@ -1,7 +1,7 @@
 """Which file feeds which module: parts are recognised from safetensors headers, and loaded strictly onto meta modules.
 
-Top to bottom: a header says what a file stores (`Stored`, `Pile`); a layout says which rows of it make each tensor of a
-module (`Layout`, `Rows`); a recognised part is a `Source`, and its shapes give the module's sizes; `load_flux` and its
+Top to bottom: a header says what a file stores (`Stored`, `Pile`); a naming says which rows of it make each tensor of a
+module (`Naming`, `Rows`); a recognised part is a `Source`, and its shapes give the module's sizes; `load_flux` and its
 sisters fill the modules; `find` collects the parts and tokenizers of a model (`Checkpoint`), from the hub if need be.
 File names never decide what a file is.
 """
@@ -99,7 +99,8 @@ def read_header(path: Path) -> Pile:
     if len(text) < length:
         raise InputError(f"{path}: cut off inside the header, after {size:,} bytes; download it again.")
     header = parse(path, text)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = metadata if isinstance(metadata, dict) else {}
     try:
         tensors = {key: stored(path, key, entry, 8 + length) for key, entry in header.items()}
     except (KeyError, TypeError, ValueError) as error:
@@ -173,7 +174,7 @@ def read(tensor: Stored) -> Tensor:
     return torch.frombuffer(view, dtype=DTYPES[tensor.dtype], offset=tensor.start - page).reshape(tensor.shape)
 
 
-# ---------------------------------------------------------------------------------------------------------- layouts
+# ---------------------------------------------------------------------------------------------------------- namings
 
 
 class Rows(NamedTuple):
@@ -184,7 +185,7 @@ class Rows(NamedTuple):
     stop: int | None = None
 
 
-class Layout(NamedTuple):
+class Naming(NamedTuple):
     """A way to name a part's tensors, known by a `pattern` that some of its keys match, after any prefix.
 
     `rows(name, tensors)` says which rows of a file make the module's tensor `name`, stacked along dimension 0.
@@ -297,11 +298,16 @@ DIFFUSERS_AE = {
 OLD_DIFFUSERS_AE = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 
 
-def ae_from_diffusers(name: str, tensors: Tensors) -> list[Rows]:
-    levels = count(tensors, r"decoder\.up_blocks\.(\d+)\.")  # theirs are numbered from the other end
+def ae_name_in_diffusers(name: str, levels: int) -> str:
+    """`name` in diffusers' autoencoder of so many levels; it numbers the decoder's from the other end."""
     name = re.sub(r"^decoder\.up\.(\d+)", lambda level: f"decoder.up.{levels - 1 - int(level[1])}", name)
     for our, their in DIFFUSERS_AE.items():
         name = re.sub(our, their, name)
+    return name
+
+
+def ae_from_diffusers(name: str, tensors: Tensors) -> list[Rows]:
+    name = ae_name_in_diffusers(name, count(tensors, r"decoder\.up_blocks\.(\d+)\."))
     for new, old in OLD_DIFFUSERS_AE.items():
         name = name if name in tensors else name.replace(new, old)
     return [Rows(name)]
@@ -312,14 +318,14 @@ def count(tensors: Tensors, pattern: str) -> int:
     return 1 + max((int(found[1]) for key in tensors if (found := re.match(pattern, key))), default=-1)
 
 
-LAYOUTS = (
-    Layout("flux", "BFL", r"double_blocks\.\d+\.img_attn\.", same_name),
-    Layout("flux", "diffusers", r"transformer_blocks\.\d+\.attn\.", flux_from_diffusers),
-    Layout("t5", "Hugging Face", r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.", t5_from_hf),
-    Layout("clip", "Hugging Face", r"encoder\.layers\.\d+\.self_attn\.", clip_from_hf),
-    Layout("clip", "OpenAI", r"transformer\.resblocks\.\d+\.attn\.", clip_from_openai),
-    Layout("ae", "BFL", r"decoder\.up\.\d+\.block\.", same_name),
-    Layout("ae", "diffusers", r"decoder\.up_blocks\.\d+\.resnets\.", ae_from_diffusers),
+NAMINGS = (
+    Naming("flux", "BFL", r"double_blocks\.\d+\.img_attn\.", same_name),
+    Naming("flux", "diffusers", r"transformer_blocks\.\d+\.attn\.", flux_from_diffusers),
+    Naming("t5", "Hugging Face", r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.", t5_from_hf),
+    Naming("clip", "Hugging Face", r"encoder\.layers\.\d+\.self_attn\.", clip_from_hf),
+    Naming("clip", "OpenAI", r"transformer\.resblocks\.\d+\.attn\.", clip_from_openai),
+    Naming("ae", "BFL", r"decoder\.up\.\d+\.block\.", same_name),
+    Naming("ae", "diffusers", r"decoder\.up_blocks\.\d+\.resnets\.", ae_from_diffusers),
 )
 
 # Keys that a part's files may hold although its module has no use for them.
@@ -335,7 +341,7 @@ IGNORED = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where one part's tensors are: a file or an index of shards, the prefix of its keys there, and their layout.
+    """Where one part's tensors are: a file or an index of shards, the prefix of its keys there, and their naming.
 
     `tensors` is the header, the prefix taken off; `config` is the config.json beside the weights, {} if there is none.
     """
@@ -343,7 +349,7 @@ class Source:
     part: str
     path: Path
     prefix: str
-    layout: Layout
+    naming: Naming
     tensors: Tensors = field(repr=False)
     metadata: dict[str, str] = field(repr=False)
     config: dict = field(repr=False)
@@ -377,30 +383,31 @@ def stranger(pile: Pile) -> str | None:
         if re.search(r"(^|\.)decoder\.conv_in\.weight$", key) and width != 16:
             return f"an autoencoder of {width} latent channels; FLUX.1's has 16, Stable Diffusion 1.5's and XL's have 4"
     if method := pile.config.get("quantization_config"):
-        return f"quantised by diffusers ({dict(method).get('quant_method')}), which is not supported"
+        kind = method.get("quant_method") if isinstance(method, dict) else method
+        return f"quantised by diffusers ({kind}), which is not supported"
     return None
 
 
-def prefix_of(pile: Pile, layout: Layout) -> str | None:
-    """What stands before the layout's keys, such as `model.diffusion_model.`; None if the pile has no such keys."""
-    pattern = re.compile(rf"(?!.*(?:vision_model|visual)\.)((?:.*\.)?){layout.pattern}")
+def prefix_of(pile: Pile, naming: Naming) -> str | None:
+    """What stands before the naming's keys, such as `model.diffusion_model.`; None if the pile has no such keys."""
+    pattern = re.compile(rf"(?!.*(?:vision_model|visual)\.)((?:.*\.)?){naming.pattern}")
     return next((found[1] for key in pile.tensors if (found := pattern.match(key))), None)
 
 
 def describe(pile: Pile) -> str:
     names = [
-        f"a {WHAT[layout.part]} in {layout.name} names" for layout in LAYOUTS if prefix_of(pile, layout) is not None
+        f"a {WHAT[naming.part]} in {naming.name} names" for naming in NAMINGS if prefix_of(pile, naming) is not None
     ]
     return stranger(pile) or " and ".join(names) or f"unknown (one of its keys is {next(iter(pile.tensors), None)})"
 
 
 def recognise(pile: Pile, part: str) -> Source | None:
-    for layout in LAYOUTS:
-        prefix = prefix_of(pile, layout) if layout.part == part else None
+    for naming in NAMINGS:
+        prefix = prefix_of(pile, naming) if naming.part == part else None
         if prefix is not None and not stranger(pile):
             own = {key[len(prefix) :]: tensor for key, tensor in pile.tensors.items() if key.startswith(prefix)}
             tensors = attach_scales(pile.path, own, pile.metadata)
-            return Source(part, pile.path, prefix, layout, tensors, pile.metadata, pile.config)
+            return Source(part, pile.path, prefix, naming, tensors, pile.metadata, pile.config)
     return None
 
 
@@ -413,8 +420,9 @@ def attach_scales(path: Path, tensors: Tensors, metadata: dict[str, str]) -> Ten
     layers = parse(path, metadata.get("_quantization_metadata", "{}").encode()).get("layers", {})
     formats = {key: parse(path, bytes(read(tensors[key]).tolist())) for key in tensors if leaf(key) == "comfy_quant"}
     for key, form in (layers | formats).items():
-        if form.get("format") not in ("float8_e4m3fn", "float8_e5m2"):
-            raise InputError(f"{path}: {key} says the format {form.get('format')}; only float8 is supported.")
+        kind = form.get("format") if isinstance(form, dict) else form
+        if kind not in ("float8_e4m3fn", "float8_e5m2"):
+            raise InputError(f"{path}: {key} says the format {kind}; only float8 is supported.")
     notes = ("comfy_quant", "scaled_fp8", "scale_input", "input_scale")
     kept = {key: tensor for key, tensor in tensors.items() if leaf(key) not in notes}
     for key in [key for key in kept if leaf(key) in ("scale_weight", "weight_scale")]:
@@ -441,7 +449,7 @@ def check_scale(scale: Stored, weight: Stored) -> Stored:
 
 def shape_of(source: Source, name: str, dims: int = 2) -> tuple[int, ...]:
     """The shape that a file gives a module's tensor. InputError if it is not there, or not of `dims` dimensions."""
-    rows = source.layout.rows(name, source.tensors)
+    rows = source.naming.rows(name, source.tensors)
     for row in rows:
         shape = present(source, row.key, f"{dims} dimensions").shape
         if len(shape) != dims:
@@ -468,7 +476,7 @@ def misshapen(source: Source, key: str, expected: str) -> InputError:
 
 
 def rest(source: Source) -> str:
-    return f"the rest looks like a {WHAT[source.part]} in {source.layout.name} names"
+    return f"the rest looks like a {WHAT[source.part]} in {source.naming.name} names"
 
 
 def flux_params(source: Source) -> FluxParams:
@@ -476,7 +484,7 @@ def flux_params(source: Source) -> FluxParams:
     hidden, in_channels = shape_of(source, "img_in.weight")
     (head_dim,) = shape_of(source, "double_blocks.0.img_attn.norm.query_norm.scale", dims=1)
     if head_dim == 0 or hidden % head_dim:
-        key = source.layout.rows("img_in.weight", source.tensors)[0].key
+        key = source.naming.rows("img_in.weight", source.tensors)[0].key
         raise misshapen(source, key, f"a multiple of {head_dim} rows, the size of a head")
     return FluxParams(
         in_channels=in_channels,
@@ -495,10 +503,22 @@ def flux_params(source: Source) -> FluxParams:
 
 def metadata_number(source: Source, key: str, default: float) -> float:
     """A number that the file gives in its `__metadata__`, as the pocket model does; the default where it does not."""
+    return number(source, "the metadata", source.metadata, key, default)
+
+
+def config_number(source: Source, key: str, default: float) -> float:
+    """A number of the config.json beside the weights; the default where it gives none."""
+    return number(source, "config.json", source.config, key, default)
+
+
+def number(source: Source, where: str, values: dict, key: str, default: float) -> float:
+    value = default if values.get(key) is None else values[key]
     try:
-        return float(source.metadata.get(key, default))
-    except (AttributeError, TypeError, ValueError):
-        raise InputError(f"{source.path}: the metadata's {key} is not a number; the file is damaged.") from None
+        if 0 <= float(value) < 1e9 or key == "shift_factor" and abs(float(value)) < 1e9:
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise InputError(f"{source.path}: {where} says {key} = {value!r}, which can't be; download it again.")
 
 
 def t5_params(source: Source) -> T5Params:
@@ -520,8 +540,8 @@ def t5_params(source: Source) -> T5Params:
 def clip_params(source: Source) -> CLIPParams:
     """Sizes of the text encoder. Shapes do not tell the heads: config.json does, or else they have CLIP-L's 64."""
     vocab_size, hidden = shape_of(source, "text_model.embeddings.token_embedding.weight")
-    heads = source.config.get("num_attention_heads") or max(hidden // 64, 1)
-    if hidden % heads:
+    heads = int(config_number(source, "num_attention_heads", max(hidden // 64, 1)))
+    if heads == 0 or hidden % heads:
         raise InputError(f"{source.path}: config.json's {heads} heads do not divide the hidden size {hidden}.")
     return CLIPParams(
         vocab_size=vocab_size,
@@ -538,9 +558,8 @@ def ae_params(source: Source) -> AutoEncoderParams:
     levels = count(source.tensors, r"encoder\.down(?:_blocks)?\.(\d+)\.")
     channels = [shape_of(source, f"encoder.down.{i}.block.0.conv1.weight", dims=4)[0] for i in range(levels)]
     ch = shape_of(source, "encoder.conv_in.weight", dims=4)[0]
-    config = {key: value for key, value in source.config.items() if value is not None}
-    groups = config.get("norm_num_groups", AutoEncoderParams.norm_groups)
-    if not levels or any(c == 0 or c % ch or c % groups for c in (ch, *channels)):
+    groups = int(config_number(source, "norm_num_groups", AutoEncoderParams.norm_groups))
+    if not levels or groups == 0 or any(c == 0 or c % ch or c % groups for c in (ch, *channels)):
         raise InputError(f"{source.path}: channels {ch}, {channels} do not fit {groups} norm groups; {rest(source)}.")
     return AutoEncoderParams(
         ch=ch,
@@ -548,8 +567,8 @@ def ae_params(source: Source) -> AutoEncoderParams:
         num_res_blocks=count(source.tensors, r"encoder\.down(?:_blocks)?\.0\.(?:block|resnets)\.(\d+)\."),
         z_channels=shape_of(source, "decoder.conv_in.weight", dims=4)[1],
         norm_groups=groups,
-        scale_factor=config.get("scaling_factor", AutoEncoderParams.scale_factor),
-        shift_factor=config.get("shift_factor", AutoEncoderParams.shift_factor),
+        scale_factor=config_number(source, "scaling_factor", AutoEncoderParams.scale_factor),
+        shift_factor=config_number(source, "shift_factor", AutoEncoderParams.shift_factor),
     )
 
 
@@ -604,7 +623,7 @@ def on_meta(source: Source) -> nn.Module:
 
 def check(shapes: dict[str, torch.Size], source: Source) -> dict[str, list[Rows]]:
     """The rows that make each of a module's tensors. InputError for a key that is missing, misshapen or too many."""
-    recipe = {name: source.layout.rows(name, source.tensors) for name in shapes}
+    recipe = {name: source.naming.rows(name, source.tensors) for name in shapes}
     for name, rows in recipe.items():
         for tensor in [present(source, row.key, f"shape {tuple(shapes[name])}") for row in rows]:
             if tensor.dtype not in FLOATS | FP8:
@@ -634,11 +653,12 @@ def assemble(rows: list[Rows], tensors: Tensors, shape: torch.Size, device: Devi
 
 def values(tensor: Stored, device: Device, dtype: torch.dtype) -> Tensor:
     """The numbers that a stored tensor stands for; a view of the file when nothing has to be moved or converted."""
-    numbers = read(tensor).to(device)
+    place = "cpu" if torch.device(device).type == "mps" else device  # which knows neither fp8 nor float64
+    numbers = read(tensor).to(place)
     if tensor.scale is not None:
-        scale = read(tensor.scale).to(device).float()
+        scale = read(tensor.scale).to(place).float()
         numbers = numbers.float() * scale.reshape(-1, *[1] * (numbers.ndim - 1))
-    return numbers.to(dtype)
+    return numbers.to(dtype).to(device)
 
 
 # ----------------------------------------------------------------------------------------------------------- finding
@@ -681,8 +701,9 @@ def find(model: Name = None, flux: Name = None, t5: Name = None, clip: Name = No
     return Checkpoint(
         name=str(flux or model or "pocket"),
         **sources,
-        clip_tokenizer=clip_tokenizer(sources["clip"], place),
-        t5_tokenizer=t5_tokenizer(sources["t5"], place),
+        # the default model's tokenizers are for its own encoders alone
+        clip_tokenizer=clip_tokenizer(sources["clip"], place if model or not clip else None),
+        t5_tokenizer=t5_tokenizer(sources["t5"], place if model or not t5 else None),
     )
 
 
@@ -704,10 +725,15 @@ def model_place(model: str) -> Path:
         if not POCKET.is_dir():
             raise InputError(f"--model pocket: the built-in model is not in {POCKET}; name another with --model.")
         return POCKET
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists():
+    if is_repository(model):
         instead = "download it elsewhere and use --model /path"
         return fetch(model, [SINGLE_FILES, DIFFUSERS_FOLDERS], f"--model {model}", instead)
     return existing("--model", model)
+
+
+def is_repository(model: Name) -> bool:
+    """Does --model name a repository of the Hugging Face hub, org/name, and no folder that is there?"""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(model))) and not Path(model).exists()
 
 
 def pick(part: str, flag: str, place: Path) -> Source:

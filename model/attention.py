@@ -35,15 +35,15 @@ def rope_axes(head_dim: int) -> tuple[int, int, int]:
 def rope(ids: Tensor, axes: tuple[int, ...], theta: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """Rotary position table: ids (B, L, len(axes)) -> (B, L, head_dim / 2, 2), the cosine and sine of every angle.
 
-    Angles are computed in float64 on the CPU, so that the table is the same on every device; it is then stored in
-    `dtype`, float32 or wider.
+    Angles are computed in float64 on the CPU, where the table stays, so that it is the same for every device; it is
+    stored in `dtype`, float32 or wider.
     """
     angles = []
     for axis, dim in enumerate(axes):
         omega = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        angles.append(ids[..., axis, None].double().cpu() * omega)
+        angles.append(ids[..., axis, None].cpu().double() * omega)
     angle = torch.cat(angles, dim=-1)
-    return torch.stack([angle.cos(), angle.sin()], dim=-1).to(ids.device, dtype)
+    return torch.stack([angle.cos(), angle.sin()], dim=-1).to(dtype)
 
 
 def apply_rope(x: Tensor, pe: Tensor) -> Tensor:

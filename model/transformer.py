@@ -81,8 +81,8 @@ class Flux(nn.Module):
             vec = vec + self.guidance_in(timestep_embedding(guidance, 256, dtype))
 
         axes = rope_axes(self.params.hidden_size // self.params.num_heads)
-        txt_pe = rope(txt_ids, axes, self.params.theta, table)
-        img_pe = rope(img_ids, axes, self.params.theta, table)
+        txt_pe = rope(txt_ids, axes, self.params.theta, table).to(img.device)
+        img_pe = rope(img_ids, axes, self.params.theta, table).to(img.device)
 
         length = img.shape[1]
         img, txt = self.img_in(img), self.txt_in(txt)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pocket.train import Pocket
 from pocket.train_autoencoder import PARAMS
-from weights import ae_from_diffusers
+from weights import ae_name_in_diffusers
 
 
 def bfloat16(module: nn.Module) -> dict[str, Tensor]:
@@ -29,8 +29,7 @@ def write(folder: Path, tensors: dict[str, Tensor], config: dict, name: str = "m
 
 def diffusers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The autoencoder under the names that its Hugging Face folder has, attention as matrices."""
-    levels = dict.fromkeys(f"decoder.up_blocks.{i}." for i in range(len(PARAMS.ch_mult)))
-    renamed = {ae_from_diffusers(name, levels)[0].key: tensor for name, tensor in tensors.items()}
+    renamed = {ae_name_in_diffusers(name, len(PARAMS.ch_mult)): tensor for name, tensor in tensors.items()}
     return {key: t[:, :, 0, 0].contiguous() if ".to_" in key and t.ndim == 4 else t for key, t in renamed.items()}
 
 

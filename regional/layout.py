@@ -3,10 +3,12 @@
 import difflib
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
+import numpy as np
 import yaml
 from msgspec import Meta, Struct
 from PIL import Image
@@ -48,9 +50,14 @@ class Layout(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     regions: tuple[Region, ...] = ()
 
     def regional_steps(self, steps: int) -> int:
-        """How many of `steps` are regional: a count, or with % a share of them, rounded half up."""
+        """How many of `steps` are regional: a count, or with % a share of them, rounded half up.
+
+        None are without regions, or at base_ratio 1: both are plain FLUX.
+        """
+        if not self.regions or self.base_ratio == 1:
+            return 0
         if isinstance(self.mask_inject_steps, str):
-            return int(float(self.mask_inject_steps.rstrip("%")) / 100 * steps + 0.5)
+            return int(Fraction(self.mask_inject_steps.rstrip("%")) * steps / 100 + Fraction(1, 2))
         return min(self.mask_inject_steps, steps)
 
 
@@ -83,10 +90,12 @@ class UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
-            if key_node.value in seen:
-                line = key_node.start_mark.line + 1
-                raise yaml.MarkedYAMLError(problem=f"the key {key_node.value} is written twice, again in line {line}")
-            seen.add(key_node.value)
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if not key_node.tag.endswith((":str", ":merge")):
+                raise yaml.YAMLError(f"line {line}: the key {describe(key)} is no word; write it in quotes")
+            if key in seen:
+                raise yaml.YAMLError(f"line {line}: the key {key} is written twice")
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -99,10 +108,13 @@ def read_yaml(file: Path) -> Any:
         raise InputError(f"{file}: cannot be read as a text file ({error}).") from None
     except yaml.YAMLError as error:
         raise InputError(f"{file}: {yaml_problem(error)}.") from None
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:  # values such as 2024-13-45
+        raise InputError(f"{file}: a value that YAML can't read ({' '.join(str(error).split())}).") from None
 
 
 def yaml_problem(error: yaml.YAMLError) -> str:
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+    mark = getattr(error, "problem_mark", None)
+    problem = " ".join((getattr(error, "problem", None) or str(error)).split())
     if "'\\t'" in problem:
         problem = "a tab is used for indentation, YAML wants spaces"
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem
@@ -117,8 +129,9 @@ def convert(data: dict, where: Where, name: str) -> Layout:
     path = path.rstrip("`").lstrip(".")
     if field := re.search(r"unknown field `(.*)`", message):
         known = Region if path else Layout
+        value = describe(value_at(data, path)[field[1]])
         key = f"{path}.{field[1]}" if path else field[1]
-        raise InputError(f"{where(key)} = {describe(value_at(data, key))}: no such key{hint(field[1], known)}.")
+        raise InputError(f"{where(key)} = {value}: no such key{hint(field[1], known)}.")
     if field := re.search(r"missing required field `(.*)`", message):
         raise InputError(f"{name}: {path + '.' if path else ''}{field[1]} is missing.")
     value = value_at(data, path)
@@ -198,17 +211,29 @@ def check_box(box: tuple[float, ...], layout: Layout, where: str) -> None:
 
 def check_mask(mask: str, layout: Layout, where: str) -> None:
     try:
-        with Image.open(mask) as picture:
-            width, height = picture.size
-            white = picture.convert("L").getextrema()[1]
+        inside = read_mask(mask)
     except FileNotFoundError:
         raise InputError(f"{where} = {mask}: there is no such file.") from None
-    except (OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where} = {mask}: not a picture that can be read ({error}).") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of these Pillow raises
+        raise InputError(f"{where} = {describe(mask)}: not a picture that can be read ({error}).") from None
+    height, width = inside.shape
     if abs(width * layout.height - height * layout.width) > max(layout.width, layout.height):
         raise InputError(
             f"{where} = {mask}: its {width} x {height} pixels have not the aspect ratio of "
             f"{layout.width} x {layout.height}."
         )
-    if white < 128:
+    if not inside.any():
         raise InputError(f"{where} = {mask}: nothing in it is white, no pixel reaches 128.")
+
+
+def read_mask(file: str) -> np.ndarray:
+    """A mask picture as (rows, columns) bool: inside is what is white, from 128 of 255 on; transparent is outside."""
+    with Image.open(file) as picture:
+        if picture.mode.startswith("I"):  # 16 bits: Pillow's own conversion would take all above 255 for white
+            return np.asarray(picture) >= 128 * 257
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            return (
+                np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture).convert("L")) >= 128
+            )
+        return np.asarray(picture.convert("L")) >= 128

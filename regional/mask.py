@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from regional.layout import Layout, Region
+from regional.layout import Layout, Region, read_mask
 
 BACKGROUND_BIT = 61  # the written regions have bits 0-60
 
@@ -65,7 +65,7 @@ def token_grid(region: Region, layout: Layout) -> np.ndarray:
         x0, y0, x1, y1 = region.box
         x, y = 16 * np.arange(w) + 8, 16 * np.arange(h) + 8
         return ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
-    mask = read_mask(region)
+    mask = read_mask(region.mask)
     row = ((np.arange(h) + 0.5) * mask.shape[0] / h).astype(int)
     column = ((np.arange(w) + 0.5) * mask.shape[1] / w).astype(int)
     return mask[row][:, column]
@@ -82,12 +82,9 @@ def most_covered(region: Region, layout: Layout) -> np.ndarray:
         ]
         area = np.outer(*overlap)
     else:
-        area = np.asarray(Image.fromarray(read_mask(region).astype(np.float32)).resize((w, h), Image.Resampling.BOX))
+        area = np.asarray(
+            Image.fromarray(read_mask(region.mask).astype(np.float32)).resize((w, h), Image.Resampling.BOX)
+        )
     one = np.zeros(h * w, dtype=bool)
     one[area.argmax()] = True
     return one.reshape(h, w)
-
-
-def read_mask(region: Region) -> np.ndarray:
-    """A mask picture as (rows, columns) bool: white, from 128 on, is inside."""
-    return np.asarray(Image.open(region.mask).convert("L")) >= 128

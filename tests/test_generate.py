@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,7 +137,8 @@ def test_a_png_carries_what_made_it(make):
     assert text["parameters"].startswith("a harbour at dawn\nSteps: 3") and "Seed: 3" in text["parameters"]
     made_by = json.loads(text["layout"])
     assert made_by["seed"] == 3 and made_by["regions"][1]["prompt"] == "a lighthouse" and made_by["base_ratio"] == 0.3
-    assert made_by["model"].endswith("flux-tiny-dev")
+    assert made_by["model"].endswith("flux-tiny-dev") and made_by["dtype"] == "torch.float32"
+    assert made_by["files"]["ae"].endswith("ae.safetensors")
 
 
 @pytest.mark.parametrize("suffix, kind", [(".jpg", "JPEG"), (".webp", "WEBP"), (".png", "PNG")])
@@ -190,6 +192,44 @@ def test_a_random_seed_is_printed_and_repeats_the_picture(make, capsys):
     assert torch.equal(first, latents(make, layout, "--seed", seed))
 
 
+def test_dots_in_a_layouts_name_stay(make):
+    assert make(A) == 0
+    Path("layout.yaml").rename("scene.v2.yaml")
+    args = generate.parse_args(["--layout", "scene.v2.yaml"])
+    layout = generate.read(args, 64)
+    assert [str(picture.output) for picture in generate.plan_outputs(args, layout)] == ["scene.v2.png"]
+
+
+def test_a_layout_too_long_for_a_jpeg_is_left_out_with_a_warning(make, capsys):
+    assert make({**A, "background_prompt": "sea " * 20000}, "--output", "a.jpg") == 0
+    assert "does not carry it" in capsys.readouterr().err
+    assert generate.EXIF_DESCRIPTION not in Image.open("a.jpg").getexif()
+
+
+def test_ctrl_c_keeps_the_pictures_that_are_finished(make, monkeypatch, capsys):
+    sample = generate.sample
+
+    def interrupted(flux, layout, tokens, conditioning, seed, attention):
+        if seed == 3:
+            raise KeyboardInterrupt
+        return sample(flux, layout, tokens, conditioning, seed, attention)
+
+    monkeypatch.setattr(generate, "sample", interrupted)
+    assert make(A, "--seed", "1", "2", "3", "4", "--output", "a.png") == 130
+    assert capsys.readouterr().out.split() == ["a_1.png", "a_2.png"] and Path("a_2.png").exists()
+
+
+def test_tokenizers_of_another_model_are_refused(make, golden, tmp_path, capsys):
+    model = tmp_path / "mixed"
+    shutil.copytree(golden / "models" / "flux-tiny-dev", model)
+    vocab = json.loads((model / "tokenizer" / "vocab.json").read_text())
+    vocab["<|endoftext|>"] += 1000
+    (model / "tokenizer" / "vocab.json").write_text(json.dumps(vocab))
+    assert make(A, "--output", "a.png", model=model) == 2
+    error = capsys.readouterr().err
+    assert "tokenizer" in error and "don't match" in error
+
+
 def test_a_prompt_needs_no_layout(make, golden, capsys):
     flags = [
         "--prompt",
@@ -224,6 +264,7 @@ def test_mistakes_end_with_code_two_and_one_sentence(make, golden, tmp_path, cap
     Path("model.ckpt").write_bytes(b"PK\x03\x04")
     save_file({"lora_unet_double_blocks_0_img_mod_lin.lora_down.weight": torch.zeros(4, 4)}, "lora.safetensors")
     Path("empty").mkdir()
+    Path("folder.png").mkdir()
     mistakes = [
         (["--flux", "cut.safetensors"], ["cut.safetensors", "100,000"]),
         (["--flux", "pointer.safetensors"], ["pointer.safetensors", "git-lfs"]),
@@ -235,6 +276,9 @@ def test_mistakes_end_with_code_two_and_one_sentence(make, golden, tmp_path, cap
         (["--model", "nowhere"], ["--model", "nowhere"]),
         (["--output", "a.gif"], ["--output", "a.gif"]),
         (["--output", "nowhere/a.png"], ["nowhere"]),
+        (["--output", "folder.png", "--overwrite"], ["folder.png"]),
+        (["--output", "x" * 252 + ".png"], ["x.png"]),
+        (["--save-latents", "z.png"], ["--save-latents z.png"]),
         (["--seed", "-4"], ["--seed", "-4"]),
         (["--width", "1000"], ["--width", "1000"]),
         (["--height", "8"], ["--height", "8"]),
@@ -250,7 +294,7 @@ def test_mistakes_end_with_code_two_and_one_sentence(make, golden, tmp_path, cap
         last = error.strip().splitlines()[-1]
         assert last.startswith("generate.py: ") and all(name in last for name in names), (flags, error)
         assert "Traceback" not in error and out == ""
-    assert not list(Path().glob("*.png"))
+    assert [str(path) for path in Path().glob("*.png")] == ["folder.png"]
 
 
 @pytest.mark.parametrize("flags", [["--stepz", "3"], ["--steps", "three"], [], ["--overlap", "first"]])

@@ -35,9 +35,3 @@ def test_imports_point_one_way(place):
         names = imported(file)
         assert names & OURS <= MAY_IMPORT[place], file
         assert not names & NEVER, file
-
-
-def test_the_program_stays_readable_in_an_afternoon():
-    files = [ROOT / "generate.py", ROOT / "weights.py"]
-    files += [file for folder in ("model", "sampler", "regional") for file in (ROOT / folder).glob("*.py")]
-    assert sum(len(file.read_text().splitlines()) for file in files) < 4000

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from model.errors import InputError
-from regional.layout import Layout, read_layout
+from regional.layout import Layout, Region, read_layout, read_mask
 
 GOOD = """
 prompt: a city
@@ -67,10 +68,36 @@ def test_json_is_yaml(write):
 
 @pytest.mark.parametrize(
     "value, steps, expected",
-    [("40%", 24, 10), ("40%", 4, 2), ("12.5%", 4, 1), ("0%", 9, 0), ("100%", 9, 9), (10, 4, 4), (3, 24, 3), (0, 4, 0)],
+    [
+        ("40%", 24, 10),
+        ("40%", 4, 2),
+        ("12.5%", 4, 1),
+        ("0%", 9, 0),
+        ("100%", 9, 9),
+        (10, 4, 4),
+        (3, 24, 3),
+        (0, 4, 0),
+        ("29%", 50, 15),
+    ],
 )
 def test_mask_inject_steps_is_a_count_or_a_share_rounded_half_up(value, steps, expected):
-    assert Layout(prompt="", mask_inject_steps=value).regional_steps(steps) == expected
+    regions = (Region(prompt="r", box=(0, 0, 64, 64)),)
+    assert Layout(prompt="", mask_inject_steps=value, regions=regions).regional_steps(steps) == expected
+
+
+def test_without_regions_or_at_beta_one_no_step_is_regional():
+    assert Layout(prompt="").regional_steps(24) == 0
+    assert Layout(prompt="", base_ratio=1, regions=(Region(prompt="r", box=(0, 0, 64, 64)),)).regional_steps(24) == 0
+
+
+def test_a_16_bit_mask_is_inside_from_half_white_on(tmp_path):
+    Image.fromarray(np.array([[300, 32895], [32896, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert read_mask(str(tmp_path / "deep.png")).tolist() == [[False, False], [True, True]]
+
+
+def test_what_is_transparent_is_outside(tmp_path):
+    Image.fromarray(np.array([[[255, 255, 255, 0], [255, 255, 255, 255]]], dtype=np.uint8)).save(tmp_path / "a.png")
+    assert read_mask(str(tmp_path / "a.png")).tolist() == [[False, True]]
 
 
 def region(text: str) -> str:
@@ -121,6 +148,13 @@ MISTAKES = {
     "a negative seed": ("prompt: x\nseed: -1", "seed = -1", ">= 0"),
     "tabs": ("prompt: x\nregions:\n\t- prompt: y", "line 3", "tab"),
     "a key written twice": ("prompt: x\nwidth: 64\nwidth: 128", "width is written twice", "line 3"),
+    "a key with a dot": ("prompt: x\nfoo.bar: 1", "foo.bar = 1", "no such key"),
+    "a key that is a number": ("prompt: x\n3: y", "line 2", "'3'"),
+    "a key that is a list": ("prompt: x\n? [a, b]\n: y", "line 2", "no word"),
+    "a date that is none": ("prompt: 2024-13-45", "value", "month"),
+    "deep nesting": ("prompt: " + "[" * 3000, "value", "recursion"),
+    "a control character": ("prompt: a\x00b", "#x0000", "not allowed"),
+    "a mask with a strange name": (region('{prompt: y, mask: "a\\0b.png"}'), "regions[0].mask", "not a picture"),
     "no mapping": ("- a\n- b", "['a', 'b']", "mapping"),
     "an empty file": ("", "None", "mapping"),
     "a regions entry that is a word": ("prompt: x\nregions: [a]", "regions[0] = 'a'", "object"),

@@ -10,10 +10,12 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.attention import Block, plain_attention
+from model.attention import Block, apply_rope, plain_attention, rope, rope_axes
+from model.layers import modulate, timestep_embedding
 from model.transformer import Flux, FluxParams
 from regional.attention import RegionalAttention, dense_attention, portable_attention
 from regional.layout import Layout, Region
@@ -215,11 +217,6 @@ def forward(flux, img, txt, y, **hooks):
 def naive_velocity(flux, layout, img, txt, regions, y, double=1, single=1, ratio=None):
     """METHOD section 3 written out as the published code has it: two branches everywhere, image projections computed
     twice, a dense mask. Independent of RegionalAttention and `join`."""
-    from einops import rearrange
-
-    from model.attention import apply_rope, rope, rope_axes
-    from model.layers import modulate, timestep_embedding
-
     ratio = layout.base_ratio if ratio is None else ratio
     bits = region_tokens(layout).bits(TEXT)
     mask = (bits[:, None] & bits[None, :]) != 0
@@ -308,28 +305,42 @@ def test_one_region_over_the_whole_picture_with_the_base_prompt_is_plain_flux(fl
 @pytest.mark.parametrize("kind, index", [("double", 0), ("double", 1), ("single", 0), ("single", 1), ("single", 2)])
 @LAYOUT
 def test_in_a_masked_block_a_region_reaches_no_token_outside_it(flux, layout, kind, index):
-    """Block by block: with other keys and values in region i's text, no other region's text and no image token outside
-    region i changes at all, and those inside do."""
+    """Block by block, through its real weights: when the rows of region i's text change, no other text, no token of the
+    base stream and no image token outside region i changes by a bit, and all inside do."""
     tokens = region_tokens(layout)
     attention = RegionalAttention(portable_attention(tokens.bits(TEXT)), TEXT, IMAGE, 0.3)
     regions = len(tokens.prompts)
-    length = TEXT + regions * TEXT + IMAGE * (2 if kind == "single" else 1)
-    first = TEXT + IMAGE if kind == "single" else TEXT
-    q, k, v = random_qkv(length)
-    before = attention(q, k, v, Block(kind, index))
+    generator = torch.Generator().manual_seed(index)
+    txt, img, vec = (
+        torch.randn(*shape, 96, dtype=torch.float64, generator=generator)
+        for shape in ((1, TEXT + regions * TEXT), (1, IMAGE), (1,))
+    )
+    axes = rope_axes(32)
+    txt_pe = rope(text_ids(txt.shape[1]), axes, 10_000, torch.float64)
+    img_pe = rope(image_ids(WIDTH, HEIGHT), axes, 10_000, torch.float64)
+
+    def run(txt):
+        """All rows after the block: base text, [base image,] region texts, image."""
+        if kind == "double":
+            pe = torch.cat([txt_pe, img_pe], dim=1)
+            img_out, txt_out = flux.double_blocks[index](img, txt, vec, pe, attention, Block(kind, index))
+            return torch.cat([txt_out, img_out], dim=1)
+        x, pe = attention.join(txt, img), attention.join(txt_pe, img_pe)
+        return flux.single_blocks[index](x, vec, pe, attention, Block(kind, index))
+
+    before = run(txt)
+    first = TEXT + (IMAGE if kind == "single" else 0)
     for i, bit in enumerate(tokens.prompt_bits):
-        rows = slice(first + i * TEXT, first + (i + 1) * TEXT)
-        k2, v2 = k.clone(), v.clone()
-        k2[:, :, rows] += 1
-        v2[:, :, rows] -= 1
-        changed = (attention(q, k2, v2, Block(kind, index)) != before).any(-1).flatten(0, 1).any(0)
-        inside = torch.zeros(length, dtype=torch.bool)
-        inside[rows] = True
-        inside[-IMAGE:] = (tokens.image_bits >> bit & 1).bool()
-        assert torch.equal(changed, inside)
+        other = txt.clone()
+        other[:, TEXT + i * TEXT : TEXT + (i + 1) * TEXT] += 1 + torch.arange(96) % 3
+        changed = (run(other) != before).any(-1)[0]
+        expected = torch.zeros(before.shape[1], dtype=torch.bool)
+        expected[first + i * TEXT : first + (i + 1) * TEXT] = True
+        expected[-IMAGE:] = (tokens.image_bits >> bit & 1).bool()
+        assert torch.equal(changed, expected)
 
 
-def test_an_open_block_lets_regions_see_each_other(flux):
+def test_an_open_block_lets_regions_see_each_other():
     layout = LAYOUTS["halves, no background"]
     attention = RegionalAttention(portable_attention(region_tokens(layout).bits(TEXT)), TEXT, IMAGE, 0.3, 2, 2)
     q, k, v = random_qkv(3 * TEXT + IMAGE)
@@ -341,7 +352,7 @@ def test_an_open_block_lets_regions_see_each_other(flux):
     assert torch.equal(masked, masked2) and not torch.equal(opened, opened2)
 
 
-def test_the_base_stream_of_the_single_blocks_is_never_blended(flux):
+def test_the_base_stream_of_the_single_blocks_is_never_blended():
     """Given single blocks alone, the base rows are plain attention over the base rows, bit for bit."""
     layout = LAYOUTS["overlapping"]
     attention = RegionalAttention(portable_attention(region_tokens(layout).bits(TEXT)), TEXT, IMAGE, 0.4)

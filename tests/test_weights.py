@@ -102,14 +102,14 @@ def test_the_official_single_files_load_as_they_are(tmp_path):
         module = load_part(getattr(found, part), CPU, F32)
         assert_same(module, STATE[part]())
         assert not module.training and not any(p.requires_grad for p in module.parameters())
-    assert found.flux.layout.name == "BFL"
+    assert found.flux.naming.name == "BFL"
 
 
 def test_a_diffusers_folder_gives_the_same_weights(tmp_path):
     found = weights.find(tiny.save_diffusers_model(tmp_path / "model"))
     for part, load_part in LOAD.items():
         assert_same(load_part(getattr(found, part), CPU, F32), STATE[part]())
-    assert found.flux.layout.name == found.ae.layout.name == "diffusers"
+    assert found.flux.naming.name == found.ae.naming.name == "diffusers"
 
 
 def test_sizes_come_from_shapes_and_what_they_do_not_tell_from_config(tmp_path):
@@ -439,7 +439,7 @@ def test_single_files_come_before_diffusers_folders(tmp_path):
     found = weights.find(tmp_path)
     assert (found.flux.path.name, found.ae.path.name) == ("flux1-dev.safetensors", "ae.safetensors")
     found = weights.find(tmp_path, flux=tmp_path / "transformer", ae=tmp_path / "vae")
-    assert found.flux.layout.name == found.ae.layout.name == "diffusers"
+    assert found.flux.naming.name == found.ae.naming.name == "diffusers"
 
 
 def test_two_transformers_in_a_folder_have_to_be_told_apart(tmp_path):
@@ -612,7 +612,7 @@ def test_a_repository_without_single_files_gives_its_diffusers_folders(tmp_path,
         return fail(None)(repo, patterns, cached) if cached else hub
 
     calls = answer_from_hub(monkeypatch, answer)
-    assert weights.find("org/name").flux.layout.name == "diffusers"
+    assert weights.find("org/name").flux.naming.name == "diffusers"
     assert [(patterns[0], cached) for _, patterns, cached in calls][2:] == [
         ("flux1-*.safetensors", False),
         ("transformer/*", False),

@@ -1,0 +1,119 @@
+"""The pocket checkpoint and its detector: what is measured with them must mean something."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import generate
+import weights
+from model.autoencoder import to_uint8
+from pocket.detect import detect
+from pocket.measure import judge, random_layout
+from pocket.scenes import BACKGROUNDS, Scene, Thing, caption, draw, random_scene, split
+from regional.layout import read_layout
+
+ROOT = Path(__file__).parent.parent
+CHECKPOINT = ROOT / "pocket" / "checkpoint"
+
+
+def around(thing: Thing, picture: np.ndarray) -> np.ndarray:
+    """The pixels within 3 of an object's bounding box, (H, W) bool."""
+    (x, y), (rx, ry) = thing.center, thing.radius
+    area = np.zeros(picture.shape[:2], dtype=bool)
+    area[max(0, y - ry - 3) : y + ry + 3, max(0, x - rx - 3) : x + rx + 3] = True
+    return area
+
+
+def read_objects(change, seed: int) -> np.ndarray:
+    """Share of 80 objects, four to a picture, whose (colour, pattern, shape) the detector reads after `change`."""
+    rng, right = np.random.default_rng(seed), []
+    for _ in range(20):
+        scene = random_scene(rng, 256, 256, 4)
+        picture = change(draw(scene))
+        for thing in scene.things:
+            seen = detect(picture, around(thing, picture))
+            right.append(
+                [seen and seen[i] == getattr(thing, key) for i, key in enumerate(("color", "pattern", "shape"))]
+            )
+    return np.array(right, dtype=float).mean(0)
+
+
+def test_the_detector_reads_what_was_drawn():
+    color, pattern, shape = read_objects(lambda picture: picture, seed=0)
+    assert color == pattern == 1 and shape > 0.97
+
+
+@torch.inference_mode()
+def test_the_autoencoder_keeps_what_is_measured():
+    model = weights.load_autoencoder(weights.find("pocket").ae, "cpu", torch.float32)
+
+    def there_and_back(picture: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
+        return to_uint8(model.decode(model.encode(x)))[0].numpy()
+
+    color, pattern, shape = read_objects(there_and_back, seed=1)
+    assert color > 0.95 and pattern > 0.97 and shape > 0.9
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_the_detector_sees_nothing_on_an_empty_background(background):
+    assert detect(draw(Scene(96, 96, background, ()))) is None
+
+
+def test_a_wrong_picture_is_judged_wrong():
+    """The judge must be able to say no: a layout against the picture of another one."""
+    layout, wanted = random_layout(0, 4)
+    _, others = random_layout(1, 4)
+    things = tuple(
+        Thing(*looks, center=(int(x0 + x1) // 2, int(y0 + y1) // 2), radius=(int(x1 - x0) // 3, int(y1 - y0) // 3))
+        for looks, (x0, y0, x1, y1) in zip(others, (region.box for region in layout.regions))
+    )
+    picture = draw(Scene(256, 256, "white", things))
+    assert judge(picture, layout, others)[:, 2].all()
+    assert judge(picture, layout, wanted)[:, 2].sum() == sum(w[:2] == o[:2] for w, o in zip(wanted, others)) < 4
+
+
+@pytest.mark.parametrize("regions", [1, 2, 4, 8, 12])
+def test_random_layouts_are_disjoint_and_on_the_canvas(regions):
+    for seed in range(10):
+        layout, wanted = random_layout(seed, regions)
+        count = np.zeros((256, 256), dtype=int)
+        for x0, y0, x1, y1 in (tuple(int(v) for v in region.box) for region in layout.regions):
+            assert min(x1 - x0, y1 - y0) >= 48
+            count[y0:y1, x0:x1] += 1
+        assert len(wanted) == regions and count.max() == 1
+
+
+def test_a_caption_names_everything_and_no_place():
+    scene = random_scene(np.random.default_rng(3), 256, 256, 3)
+    text = caption(np.random.default_rng(0), scene, keep_background=1)
+    assert all(thing.caption in text for thing in scene.things) and scene.background in text
+
+
+def test_a_canvas_is_split_without_rest():
+    boxes = split(np.random.default_rng(0), 256, 128, 5)
+    assert sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes) == 256 * 128
+
+
+def test_the_checkpoint_is_small_and_in_the_official_layout():
+    assert sum(file.stat().st_size for file in CHECKPOINT.rglob("*") if file.is_file()) < 12e6
+    found = weights.find("pocket")
+    assert found.flux.naming.name == "BFL" and found.ae.naming.name == "diffusers"
+    with safe_open(found.ae.path, "pt") as file:
+        assert "decoder.mid_block.attentions.0.to_q.weight" in file.keys()
+
+
+def test_every_region_of_the_starter_layout_shows_what_its_prompt_says(tmp_path):
+    out = tmp_path / "picture.png"
+    assert generate.main(["--layout", str(ROOT / "layout.yaml"), "--output", str(out), "--device", "cpu"]) == 0
+    picture = np.asarray(Image.open(out))
+    for region in read_layout(ROOT / "layout.yaml", {}, 256).regions:
+        area = np.zeros(picture.shape[:2], dtype=bool)
+        x0, y0, x1, y1 = (int(v) for v in region.box)
+        area[y0:y1, x0:x1] = True
+        seen = detect(picture, area)
+        assert seen and seen.color in region.prompt and seen.pattern in region.prompt, (region.prompt, seen)
