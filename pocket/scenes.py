@@ -121,20 +121,14 @@ def split(rng: np.random.Generator, width: int, height: int, count: int, least: 
     while len(boxes) < count:
         boxes.sort(key=lambda b: (b[2] - b[0]) * (b[3] - b[1]))
         x0, y0, x1, y1 = boxes.pop()
-        low, high = (x0, x1) if x1 - x0 >= y1 - y0 else (y0, y1)
+        wide = x1 - x0 >= y1 - y0
+        low, high = (x0, x1) if wide else (y0, y1)
         cuts = [c for c in range(low + least, high - least + 1) if c % 16 == 0]
         if not cuts:
             return boxes + [(x0, y0, x1, y1)]
         middle = sorted(cuts, key=lambda c: abs(2 * c - low - high))[: max(1, len(cuts) // 2)]
         cut = int(rng.choice(middle))
-        boxes += (
-            [(x0, y0, cut, y1), (cut, y0, x1, y1)]
-            if low == x0 and high == x1 and x1 - x0 >= y1 - y0
-            else [
-                (x0, y0, x1, cut),
-                (x0, cut, x1, y1),
-            ]
-        )
+        boxes += [(x0, y0, cut, y1), (cut, y0, x1, y1)] if wide else [(x0, y0, x1, cut), (x0, cut, x1, y1)]
     return boxes
 
 

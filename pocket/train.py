@@ -91,12 +91,11 @@ def text_prompt(rng: np.random.Generator, scene: Scene) -> str:
 class Batches:
     """Random batches; all processes agree on the canvas, each draws its own scenes."""
 
-    def __init__(self, run: Path, rank: int, world: int, seed: int):
+    def __init__(self, run: Path, rank: int, seed: int):
         self.pools = Pool.load_all(run / "latents")
         self.t5 = T5Tokenizer(run / "tokenizer_2" / "spiece.model")
         self.clip = CLIPTokenizer(run / "tokenizer")
         self.shared, self.own = np.random.default_rng(seed), np.random.default_rng([seed, rank + 1])
-        self.world = world
 
     def next(self, progress: float) -> tuple[Tensor, Tensor, list[str], list[str], int]:
         """Latent tokens (B, L, 64), their ids, prompts for T5 and for CLIP, and the text length."""
@@ -187,65 +186,86 @@ def learning_rate(step: int, steps: int) -> float:
     return min(1, (step + 1) / 200, max(0.01, (1 - step / steps) / 0.4))
 
 
+class State:
+    """All that training carries from step to step, kept in one file: the network, the average of its weights, the
+    optimizer, and from the distillation on the teacher."""
+
+    def __init__(self, run: Path):
+        self.run, self.file = run, run / "flux.pt"
+        self.model, self.average = Pocket(run), frozen(run)
+        self.average.load_state_dict(self.model.state_dict())
+        self.optimizer, self.teacher, self.step = Optimizer(self.model), None, 0
+        if self.file.exists():
+            self.resume(torch.load(self.file, weights_only=True))
+
+    def resume(self, saved: dict) -> None:
+        self.model.load_state_dict(saved["model"])
+        self.average.load_state_dict(saved["average"])
+        for part, state in zip(self.optimizer.parts, saved["optimizer"]):
+            part.load_state_dict(state)
+        self.step = saved["step"]
+        if saved["teacher"]:
+            self.teacher = frozen(self.run)
+            self.teacher.load_state_dict(saved["teacher"])
+
+    def begin_distillation(self) -> None:
+        """The averaged weights become the teacher, and the student goes on from them."""
+        self.teacher = frozen(self.run)
+        self.teacher.load_state_dict(self.average.state_dict())
+        self.model.load_state_dict(self.average.state_dict())
+        self.optimizer = Optimizer(self.model)
+
+    def update(self, loss: Tensor, scale: float) -> None:
+        loss.backward()
+        self.optimizer.step(scale)
+        self.step += 1
+        weight = 1 - min(0.998, self.step / (self.step + 10))
+        torch._foreach_lerp_(list(self.average.parameters()), [p.detach() for p in self.model.parameters()], weight)
+
+    def save(self) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": [part.state_dict() for part in self.optimizer.parts],
+            "teacher": self.teacher.state_dict() if self.teacher else {},
+            "step": self.step,
+        }
+        torch.save(state, self.file.with_suffix(".new"))
+        self.file.with_suffix(".new").rename(self.file)
+
+
+def frozen(run: Path) -> Pocket:
+    return Pocket(run).requires_grad_(False)
+
+
 def train(run: Path, steps: int, distill: int) -> None:
+    """Train for `steps` in all and distil for `distill` more, from wherever the state in `run` stands."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = Pocket(run)
-    average = Pocket(run).requires_grad_(False)
-    average.load_state_dict(model.state_dict())
-    optimizer, step, teacher = Optimizer(model), 0, None
-    state_file = run / "flux.pt"
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"]), average.load_state_dict(state["average"])
-        for part, saved in zip(optimizer.parts, state["optimizer"]):
-            part.load_state_dict(saved)
-        step = state["step"]
-        if state["teacher"]:
-            teacher = Pocket(run).requires_grad_(False)
-            teacher.load_state_dict(state["teacher"])
-    batches = Batches(run, rank, world, seed=step)
-    torch.manual_seed(step * world + rank + 1)
+    torch.manual_seed(0)  # all processes start from the same weights
+    state = State(run)
+    batches = Batches(run, rank, seed=state.step)
+    torch.manual_seed(state.step * world + rank + 1)
     start, losses, saved = time.monotonic(), [], time.monotonic()
-    while step < steps + distill:
-        if step < steps:
-            loss, scale = flow_loss(model, batches, step / steps), learning_rate(step, steps)
+    while state.step < steps + distill:
+        if state.step < steps:
+            loss = flow_loss(state.model, batches, state.step / steps)
+            scale = learning_rate(state.step, steps)
         else:
-            if teacher is None:  # the student goes on from the averaged weights
-                teacher = Pocket(run).requires_grad_(False)
-                teacher.load_state_dict(average.state_dict())
-                model.load_state_dict(average.state_dict())
-                optimizer = Optimizer(model)
-            loss = distill_loss(model, teacher, batches)
-            scale = 0.3 * learning_rate(step - steps, distill)
-        loss.backward()
-        optimizer.step(scale)
-        step += 1
-        decay = min(0.998, step / (step + 10))
-        torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+            if state.teacher is None:
+                state.begin_distillation()
+            loss = distill_loss(state.model, state.teacher, batches)
+            scale = 0.3 * learning_rate(state.step - steps, distill)
+        state.update(loss, scale)
         losses.append(loss.item())
-        if step % 100 == 0 and rank == 0:
+        if rank == 0 and state.step % 100 == 0:
             seconds = (time.monotonic() - start) / len(losses)
-            print(f"step {step} loss {np.mean(losses[-100:]):.4f} {seconds:.3f} s/step", flush=True)
-        done = step in (steps, steps + distill)
-        if rank == 0 and (done or time.monotonic() - saved > 120):
-            save(state_file, model, average, optimizer, teacher, step)
+            print(f"step {state.step} loss {np.mean(losses[-100:]):.4f} {seconds:.3f} s/step", flush=True)
+        if rank == 0 and (state.step in (steps, steps + distill) or time.monotonic() - saved > 120):
+            state.save()
             saved = time.monotonic()
-
-
-def save(file: Path, model: Pocket, average: Pocket, optimizer: Optimizer, teacher: Pocket | None, step: int) -> None:
-    state = {
-        "model": model.state_dict(),
-        "average": average.state_dict(),
-        "optimizer": [part.state_dict() for part in optimizer.parts],
-        "teacher": teacher.state_dict() if teacher else {},
-        "step": step,
-    }
-    torch.save(state, file.with_suffix(".new"))
-    file.with_suffix(".new").rename(file)
 
 
 if __name__ == "__main__":

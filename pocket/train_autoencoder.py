@@ -59,10 +59,16 @@ def train(run: Path, minutes: float, lr: float = 3e-3) -> None:
     state_file, used, step = run / "autoencoder.pt", 0.0, 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"]), average.load_state_dict(state["average"])
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         used, step = state["used"], state["step"]
         rng = np.random.default_rng(step)
+
+    def save() -> None:
+        state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save({**state, "used": used, "step": step}, state_file)
+
     start, mses = time.monotonic() - used, []
     held_out = batch(np.random.default_rng(10**6), 128, 16)
     while (used := time.monotonic() - start) < 60 * minutes:
@@ -87,18 +93,8 @@ def train(run: Path, minutes: float, lr: float = 3e-3) -> None:
                 flush=True,
             )
             mses.clear()
-            state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save({**state, "used": used, "step": step}, state_file)
-    torch.save(
-        {
-            "model": model.state_dict(),
-            "average": average.state_dict(),
-            "used": used,
-            "step": step,
-            "optimizer": optimizer.state_dict(),
-        },
-        state_file,
-    )
+            save()
+    save()
 
 
 if __name__ == "__main__":
