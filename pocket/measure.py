@@ -11,6 +11,7 @@ import argparse
 import msgspec
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import generate
@@ -27,7 +28,6 @@ SETTINGS = {
     "published: T 40%, beta 0.3": {"mask_inject_steps": "40%", "base_ratio": 0.3},
     "T 60%, beta 0.1": {"mask_inject_steps": "60%", "base_ratio": 0.1},
     "T 80%, beta 0": {"mask_inject_steps": "80%", "base_ratio": 0.0},
-    "T 100%, beta 0": {"mask_inject_steps": "100%", "base_ratio": 0.0},
 }
 
 
@@ -99,32 +99,52 @@ def interval(right: np.ndarray) -> float:
     return 1.96 * right.std(ddof=1) / len(right) ** 0.5
 
 
+def measure(model: Model, layouts: list[tuple[Layout, list[Looks]]], name: str) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Shares right (layouts, 4) of judge's four columns, and the pictures."""
+    scores, pictures = [], []
+    for layout, wanted in tqdm(layouts, desc=f"{len(layouts[0][1])} regions, {name}", disable=None, leave=False):
+        pictures.append(model.draw(msgspec.structs.replace(layout, **SETTINGS[name])))
+        scores.append(judge(pictures[-1], layout, wanted).mean(0))
+    return np.array(scores), pictures
+
+
+def sheet(rows: list[list[np.ndarray]], gap: int = 8) -> Image.Image:
+    """Pictures of one size in rows, a white gap between them."""
+    height, width, _ = rows[0][0].shape
+    image = Image.new("RGB", ((width + gap) * len(rows[0]) - gap, (height + gap) * len(rows) - gap), "white")
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            image.paste(Image.fromarray(picture), (j * (width + gap), i * (height + gap)))
+    return image
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pocket")
     parser.add_argument("--regions", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--layouts", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--guidance", type=float, default=3.5)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--sheet", metavar="FILE", help="also show the first five layouts of each row in one picture")
     args = parser.parse_args()
-    model = Model(args.model)
-    print(f"{args.layouts} layouts a row, {args.steps} steps, guidance {args.guidance}, {args.size} x {args.size}\n")
+    model, rows = Model(args.model), []
+    print(f"{args.layouts} layouts a row, 24 steps, guidance {args.guidance}, {args.size} x {args.size}\n")
     print("| regions | setting | colour | pattern | both (95 %) | shape |\n|---|---|---|---|---|---|")
     for regions in args.regions:
+        layouts = [random_layout(seed, regions, args.size) for seed in range(args.layouts)]
+        layouts = [(msgspec.structs.replace(a, guidance=args.guidance), wanted) for a, wanted in layouts]
         for name in args.settings:
-            scores = []
-            for seed in tqdm(range(args.layouts), desc=f"{regions} {name}", disable=None, leave=False):
-                layout, wanted = random_layout(seed, regions, args.size)
-                layout = msgspec.structs.replace(layout, steps=args.steps, guidance=args.guidance, **SETTINGS[name])
-                scores.append(judge(model.draw(layout), layout, wanted).mean(0))
-            color, pattern, both, shape = np.mean(scores, axis=0)
-            error = interval(np.array(scores)[:, 2])
+            scores, pictures = measure(model, layouts, name)
+            rows.append(pictures[:5])
+            color, pattern, both, shape = scores.mean(0)
+            error = interval(scores[:, 2])
             print(
                 f"| {regions} | {name} | {color:.3f} | {pattern:.3f} | {both:.3f} ± {error:.3f} | {shape:.3f} |",
                 flush=True,
             )
+    if args.sheet:
+        sheet(rows).save(args.sheet)
 
 
 if __name__ == "__main__":
