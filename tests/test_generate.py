@@ -117,7 +117,7 @@ def test_the_encoders_are_gone_before_the_transformer_is_loaded_and_it_before_th
 
         def loading(*args):
             gc.collect()
-            alive[name] = [type(o).__name__ for o in gc.get_objects() if isinstance(o, kinds)]
+            alive[name] = [type(o).__name__ for o in gc.get_objects() if type(o) in kinds]
             return load(*args)
 
         monkeypatch.setattr(weights, name, loading)
