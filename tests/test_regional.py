@@ -56,7 +56,7 @@ LAYOUT = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 @pytest.mark.parametrize("case", PUBLISHED, ids=lambda c: c["name"])
 def test_tokens_and_mask_are_those_of_the_published_code(case):
-    """Nine published layouts at full size, up to 7,936 tokens: the very mask, by its hash. Where boxes overlap the
+    """Eight published layouts at full size, up to 7,936 tokens: the very mask, by its hash. Where boxes overlap the
     written regions alone are compared, because the published background is faulty there."""
     tokens = region_tokens(boxes(*case["boxes"], width=case["width"], height=case["height"]))
     shape = case["region_tokens_shape"]
