@@ -1,6 +1,6 @@
 """Step 2 of the pocket checkpoint: the transformer and both text encoders, trained together on scenes. Resumable.
 
-    torchrun --nproc-per-node 2 -m pocket.train --folder pocket/run --steps 10000 --distill 1500
+    torchrun --nproc-per-node 2 -m pocket.train --folder pocket/run --steps 7000 --distill 800
 
 First a rectified flow is learned (`--steps`), with the guidance input fixed at 1. Then the network learns to answer in
 one pass what two passes of classifier-free guidance would (`--distill`), as FLUX.1-dev did.
@@ -66,7 +66,7 @@ def init(module: nn.Module) -> None:
 
 
 def small_attention(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
-    """Written out: on a CPU, forward and backward, several times as fast as the library's at these sizes."""
+    """Written out: in bfloat16 on a CPU, both ways, 1.4 (L = 320) to 4.4 (L = 48) times as fast as the library's."""
     return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1).type_as(v) @ v
 
 
@@ -271,7 +271,7 @@ def train(run: Path, steps: int, distill: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("pocket/run"))
-    parser.add_argument("--steps", type=int, default=10000)
-    parser.add_argument("--distill", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--distill", type=int, default=800)
     args = parser.parse_args()
     train(args.folder, args.steps, args.distill)
