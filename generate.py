@@ -12,6 +12,7 @@ import os
 import random
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,20 +22,21 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import weights
+from model.attention import fastest_backends
 from model.autoencoder import to_uint8
 from model.errors import InputError
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
 from model.transformer import Flux
-from regional.attention import MaskedAttention, RegionalAttention, dense_attention, portable_attention
+from regional.attention import MaskedAttention, RegionalAttention, Tokens, dense_attention, portable_attention
 from regional.layout import Layout, read_layout
 from regional.mask import RegionTokens, region_tokens
 from sampler.flow import denoise, image_ids, noise, pack, text_ids, unpack
 from sampler.schedule import sigmas
 
-MASKED_ATTENTION = {"portable": portable_attention, "dense": dense_attention}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # in float16 FLUX.1 overflows
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 EXIF_DESCRIPTION, EXIF_SOFTWARE = 0x010E, 0x0131
@@ -56,7 +58,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         add(f"--{part}", metavar="PATH", help=f"take the {part} part from this file or folder")
     add("--device", default="auto", choices=["auto", "cuda", "cpu", "mps"])
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: float32 on a CPU, else bfloat16")
-    add("--attention", default="portable", choices=list(MASKED_ATTENTION), help="how masked attention is computed")
+    add("--attention", default="auto", choices=["auto", "kernel", "portable", "dense"],
+        help="how masked attention is computed; auto: the kernel on CUDA, else portable")  # fmt: skip
+    add("--verbose", action="store_true", help="say which attention functions are used")
 
     layout = parser.add_argument_group("in place of the layout's keys", argument_default=argparse.SUPPRESS)
     add = layout.add_argument
@@ -129,8 +133,9 @@ def run(args: argparse.Namespace) -> None:
     tokens = region_tokens(layout) if layout.regional_steps(layout.steps) else None
     for warning in tokens.warnings if tokens else ():
         say(f"warning: {warning}")
+    masked_attention = choose_attention(args.attention, device, dtype, args.verbose)
     conditioning = encode(checkpoint, layout, tokens, device, dtype)
-    latents, stop = sample_all(args, checkpoint, layout, tokens, conditioning, pictures)
+    latents, stop = sample_all(checkpoint, layout, tokens, conditioning, pictures, masked_attention, args.verbose)
     autoencoder = weights.load_autoencoder(checkpoint.ae, device, dtype)
     for picture, z in zip(pictures, latents):
         image = Image.fromarray(to_uint8(autoencoder.decode(z.to(dtype)))[0].cpu().numpy())
@@ -141,22 +146,24 @@ def run(args: argparse.Namespace) -> None:
 
 
 def sample_all(
-    args: argparse.Namespace,
     checkpoint: weights.Checkpoint,
     layout: Layout,
     tokens: RegionTokens | None,
     conditioning: Conditioning,
     pictures: list[Picture],
+    masked_attention: Callable[[Tokens], MaskedAttention],
+    verbose: bool,
 ) -> tuple[list[Tensor], KeyboardInterrupt | None]:
     """The latents of each picture. Ctrl-C ends the list early, so that what is finished can still be decoded."""
     flux = weights.load_flux(checkpoint.flux, conditioning.txt.device, conditioning.txt.dtype)
     latents = []
     try:
-        for picture in pictures:
-            z = sample(flux, layout, tokens, conditioning, picture.seed, MASKED_ATTENTION[args.attention])
-            if picture.latents:
-                write(picture.latents, partial(save_file, {"latents": z.cpu().contiguous()}))
-            latents.append(z)
+        with library_attention(flux, layout, conditioning.txt, verbose):
+            for picture in pictures:
+                z = sample(flux, layout, tokens, conditioning, picture.seed, masked_attention)
+                if picture.latents:
+                    write(picture.latents, partial(save_file, {"latents": z.cpu().contiguous()}))
+                latents.append(z)
     except KeyboardInterrupt as stop:
         return latents, stop
     return latents, None
@@ -173,6 +180,39 @@ def choose_device(name: str) -> torch.device:
     if not available[name]:
         raise InputError(f"--device {name}: this machine, or this build of torch, has no such device.")
     return torch.device(name)
+
+
+def choose_attention(
+    name: str, device: torch.device, dtype: torch.dtype, verbose: bool
+) -> Callable[[Tokens], MaskedAttention]:
+    """What makes the masked attention of the regional steps. What was asked for and can't be had is an error."""
+    if name == "auto":
+        name = "kernel" if device.type == "cuda" else "portable"
+    if verbose:
+        say(f"masked attention: {name}")
+    if name != "kernel":
+        return {"portable": portable_attention, "dense": dense_attention}[name]
+    try:
+        from regional.kernel import INTERPRETED, kernel_attention
+    except ImportError as error:
+        raise InputError(f"--attention kernel: Triton is missing here ({error}); try --attention portable.") from error
+    if device.type != "cuda" and not (INTERPRETED and dtype == torch.float32):
+        raise InputError(
+            f"--attention kernel: the kernel runs on CUDA, not on {device.type}; try --attention portable. "
+            "(In Triton's interpreter, TRITON_INTERPRET=1, it runs on the CPU in float32, very slowly.)"
+        )
+    return kernel_attention
+
+
+def library_attention(flux: Flux, layout: Layout, txt: Tensor, verbose: bool) -> AbstractContextManager:
+    """Makes torch prefer, on a GPU, that of its unmasked attentions which is fastest there for this picture."""
+    if txt.device.type != "cuda":
+        return nullcontext()
+    heads, length = flux.params.num_heads, txt.shape[1] + layout.width * layout.height // 256
+    backends = fastest_backends(txt.new_empty(1, heads, length, flux.params.hidden_size // heads).normal_())
+    if verbose:
+        say(f"unmasked attention: {', then '.join(backend.name for backend in backends)}")
+    return sdpa_kernel([*backends, SDPBackend.MATH], set_priority=True)
 
 
 # ------------------------------------------------------------------------------------------------ settings and files
@@ -315,13 +355,16 @@ def sample(
     tokens: RegionTokens | None,
     conditioning: Conditioning,
     seed: int,
-    masked_attention: Callable[[Tensor], MaskedAttention],
+    masked_attention: Callable[[Tokens], MaskedAttention],
 ) -> Tensor:
     """Noise to latents (1, 16, height / 8, width / 8), float32: the first steps regional, the others plain FLUX."""
     device, dtype = conditioning.txt.device, conditioning.txt.dtype
     img = pack(noise(layout.width, layout.height, seed)).to(device, dtype).float()
     img_ids = image_ids(layout.width, layout.height)
     guidance = torch.tensor([layout.guidance], dtype=torch.float32, device=device)
+    if tokens:  # tokens of the same regions side by side, for this run
+        tokens, order = tokens.sorted()
+        img, img_ids = img[:, order], img_ids[:, order]
 
     def velocity(txt: Tensor, **hooks: Any) -> Callable[[Tensor, Tensor], Tensor]:
         ids = text_ids(txt.shape[1])
@@ -334,15 +377,17 @@ def sample(
             regional_steps = layout.regional_steps(layout.steps)
             text_length = conditioning.txt.shape[1]
             attention = RegionalAttention(
-                masked_attention(tokens.bits(text_length).to(device)), text_length, img.shape[1],
+                masked_attention, tokens.bits(text_length).to(device), text_length, img.shape[1],
                 layout.base_ratio, layout.double_inject_interval, layout.single_inject_interval,
             )  # fmt: skip
             txt = conditioning.regions.flatten(0, 1)[None]
             if layout.base_ratio > 0:
-                txt = torch.cat([conditioning.txt, txt], dim=1)
+                txt = torch.cat([txt, conditioning.txt], dim=1)
             regional = velocity(txt, attention=attention, join=attention.join)
             img = denoise(regional, img, levels[: regional_steps + 1], lambda img: bar.update())
         img = denoise(velocity(conditioning.txt), img, levels[regional_steps:], lambda img: bar.update())
+    if tokens:
+        img = img[:, order.argsort()]
     return unpack(img, layout.width, layout.height)
 
 

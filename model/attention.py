@@ -4,11 +4,14 @@ Whoever wants another attention (regional/attention.py does) passes another func
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
 
 
 class Block(NamedTuple):
@@ -25,6 +28,19 @@ Attention = Callable[[Tensor, Tensor, Tensor, Block], Tensor]
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
     """Every token sees every token. q, k, v and the result: (B, heads, L, head_dim)."""
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def fastest_backends(q: Tensor) -> list[SDPBackend]:
+    """The library's attentions that work for q (B, heads, L, head_dim) on its device, timed there, the fastest first.
+
+    MATH is not among them: it stores all L x L scores.
+    """
+    seconds = {}
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        with sdpa_kernel(backend), suppress(RuntimeError):  # this card, or this build of torch, does not have it
+            timer = Timer("F.scaled_dot_product_attention(q, q, q)", globals={"F": F, "q": q})
+            seconds[backend] = timer.timeit(10).median
+    return sorted(seconds, key=seconds.get)
 
 
 def rope_axes(head_dim: int) -> tuple[int, int, int]:

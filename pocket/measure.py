@@ -19,6 +19,7 @@ import weights
 from model.autoencoder import to_uint8
 from pocket.detect import Looks, detect
 from pocket.scenes import BACKGROUNDS, random_looks, split
+from regional.attention import portable_attention
 from regional.layout import Layout, Region
 from regional.mask import region_tokens
 
@@ -89,8 +90,7 @@ class Model:
         layout = generate.with_model_defaults(layout, self.checkpoint.flux)
         tokens = region_tokens(layout) if layout.regional_steps(layout.steps) else None
         conditioning = generate.encode(self.checkpoint, layout, tokens, torch.device("cpu"), torch.float32)
-        attention = generate.MASKED_ATTENTION["portable"]
-        latents = generate.sample(self.flux, layout, tokens, conditioning, layout.seed, attention)
+        latents = generate.sample(self.flux, layout, tokens, conditioning, layout.seed, portable_attention)
         return to_uint8(self.autoencoder.decode(latents))[0].numpy()
 
 

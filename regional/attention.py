@@ -8,10 +8,18 @@ Two branches (METHOD: "Training-free Regional Prompting for Diffusion Transforme
 and the image rows become (1 - base_ratio) * regional + base_ratio * base. In the double blocks both branches share one
 image stream, so its projections are computed once. Where the double blocks end the image stream is duplicated: from
 there on the base branch runs plain FLUX by itself and only lends its attention to the blend.
+
+Both branches lie in one sequence, the base branch in one piece of it:
+
+    double blocks     [txt_1 .. txt_R, txt, img]
+    single blocks     [txt_1 .. txt_R, txt, base img, img]
+
+Tokens of the base branch alone have no region bits: nobody sees them in the regional branch.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,82 +29,118 @@ from model.attention import Block, plain_attention
 from model.transformer import text_then_image
 from regional.mask import allowed
 
-# q, k, v: (B, heads, L, head_dim) -> (B, heads, L, head_dim), for tokens whose bits are known beforehand
-MaskedAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+class Tokens(NamedTuple):
+    """What masked attention knows of a sequence's L tokens.
+
+    bits: (L,) int64, the regions of each; 0 for the tokens of the base branch alone.
+    base_row: (L,) int64, its row in the base branch's output, where it has one.
+    base_weight: (L,) float64, the base branch's share in its result.
+    """
+
+    bits: Tensor
+    base_row: Tensor
+    base_weight: Tensor
+
+    def blend(self, regional: Tensor, base: Tensor | None) -> Tensor:
+        """(1 - base_weight) * regional + base_weight * base, for each token; just `regional` without a base branch."""
+        if base is None:
+            return regional
+        weight = self.base_weight.to(torch.promote_types(base.dtype, torch.float32))[:, None]
+        return ((1 - weight) * regional + weight * base[:, :, self.base_row]).type_as(regional)
 
 
-def dense_attention(bits: Tensor) -> MaskedAttention:
-    """The definition, for tests and small sizes: softmax(q k^T / sqrt(d), where allowed) v. bits: (L,) int64."""
+# (q, k, v, base) -> out, for tokens that are known beforehand. q, k, v, out: (B, heads, L, head_dim); base, the base
+# branch's output to blend with: (B, heads, L_base, head_dim), or None where there is no such branch
+MaskedAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+
+def dense_attention(tokens: Tokens) -> MaskedAttention:
+    """The definition, for tests and small sizes: softmax(q k^T / sqrt(d), where allowed) v, blended."""
+
+    def masked(q: Tensor, k: Tensor, v: Tensor, base: Tensor | None = None) -> Tensor:
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-        mask = allowed(bits[:, None], bits[None, :])
+        mask = allowed(tokens.bits[:, None], tokens.bits[None, :])
         weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-        return weights.nan_to_num(0.0) @ v  # a row with nothing allowed is 0 / 0; it gives zeros
+        # a row with nothing allowed is 0 / 0; it gives zeros
+        return tokens.blend(weights.nan_to_num(0.0) @ v, base)
 
-    return attend
+    return masked
 
 
-def portable_attention(bits: Tensor) -> MaskedAttention:
+def portable_attention(tokens: Tokens) -> MaskedAttention:
     """The same without any L x L tensor, on any device: one unmasked attention for each distinct value of the bits,
-    over just the keys that it may see. bits: (L,) int64."""
+    over just the keys that it may see."""
     groups = []
-    for value in bits.unique():
-        rows, keys = (bits == value).nonzero().flatten(), allowed(bits, value).nonzero().flatten()
+    for value in tokens.bits.unique():
+        rows, keys = (tokens.bits == value).nonzero().flatten(), allowed(tokens.bits, value).nonzero().flatten()
         if len(keys):  # rows with nothing allowed stay zero
             groups.append((rows, keys))
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def masked(q: Tensor, k: Tensor, v: Tensor, base: Tensor | None = None) -> Tensor:
         out = torch.zeros_like(q)
         for rows, keys in groups:
             out[:, :, rows] = F.scaled_dot_product_attention(q[:, :, rows], k[:, :, keys], v[:, :, keys])
-        return out
+        return tokens.blend(out, base)
 
-    return attend
+    return masked
 
 
-@dataclass(frozen=True)
+def in_one_sequence(bits: Tensor, base_only: int, text_length: int, image_length: int, base_ratio: float) -> Tokens:
+    """The tokens of [txt_1 .. txt_R, the first `base_only` tokens of the base branch, img]; bits: (L,) int64, those of
+    [txt_1 .. txt_R, img]."""
+    texts, image = bits.split([len(bits) - image_length, image_length])
+    base_row = torch.arange(text_length + image_length, device=bits.device)
+    weight = bits.new_tensor([0.0, 1.0, base_ratio], dtype=torch.float64)
+    counts = bits.new_tensor([len(texts), base_only, image_length])
+    return Tokens(
+        torch.cat([texts, bits.new_zeros(base_only), image]),
+        torch.cat([torch.zeros_like(texts), base_row[:base_only], base_row[text_length:]]),
+        weight.repeat_interleave(counts),
+    )
+
+
 class RegionalAttention:
-    """The attention function and the `join` hook of a regional step. It keeps no state between calls.
+    """The attention function and the `join` hook of a regional step. It keeps nothing of one call for the next.
 
-    `masked` is the regional branch's masked attention; `text_length` and `image_length` are the base prompt's and the
-    picture's tokens. The text given to Flux is [txt, txt_1 .. txt_R] along dimension 1; at base_ratio 0 there is no
-    base branch, and it is [txt_1 .. txt_R].
+    masked_attention: what makes the masked attention of given tokens: one of the above, or the kernel.
+    bits: (L,) int64, those of [txt_1 .. txt_R, img].
+    text_length, image_length: how many tokens the base prompt and the picture have.
+
+    The text given to Flux is [txt_1 .. txt_R, txt] along dimension 1; at base_ratio 0 there is no base branch, and it
+    is [txt_1 .. txt_R].
     """
 
-    masked: MaskedAttention
-    text_length: int
-    image_length: int
-    base_ratio: float
-    double_inject_interval: int = 1
-    single_inject_interval: int = 1
+    def __init__(
+        self,
+        masked_attention: Callable[[Tokens], MaskedAttention],
+        bits: Tensor,
+        text_length: int,
+        image_length: int,
+        base_ratio: float,
+        double_inject_interval: int = 1,
+        single_inject_interval: int = 1,
+    ):
+        self.has_base = base_ratio > 0
+        self.start = len(bits) - image_length  # of the base branch in the sequence
+        self.end = self.start + text_length + image_length
+        self.interval = {"double": double_inject_interval, "single": single_inject_interval}
+        self.masked, self.open = {}, {}
+        for kind, base_only in ("double", text_length), ("single", text_length + image_length):
+            tokens = in_one_sequence(bits, base_only if self.has_base else 0, text_length, image_length, base_ratio)
+            self.masked[kind] = masked_attention(tokens)
+            if self.interval[kind] > 1:
+                self.open[kind] = masked_attention(tokens._replace(bits=(tokens.bits != 0).long()))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
-        """q, k, v and the result (B, heads, L, head_dim), where L is
-
-        text, region texts, image                in the double blocks,
-        text, base image, region texts, image    in the single blocks (made by `join`).
-        """
-        interval = self.double_inject_interval if block.kind == "double" else self.single_inject_interval
-        if self.base_ratio == 0:
-            return self.regional(q, k, v, block, interval)
-        text, image = self.text_length, self.image_length
-        if block.kind == "double":
-            base = plain_attention(*(torch.cat([x[:, :, :text], x[:, :, -image:]], dim=2) for x in (q, k, v)), block)
-            kept, start = base[:, :, :text], text
-        else:
-            base = plain_attention(*(x[:, :, : text + image] for x in (q, k, v)), block)
-            kept, start = base, text + image
-        regional = self.regional(*(x[:, :, start:] for x in (q, k, v)), block, interval)
-        blended = (1 - self.base_ratio) * regional[:, :, -image:] + self.base_ratio * base[:, :, -image:]
-        return torch.cat([kept, regional[:, :, :-image], blended], dim=2)
-
-    def regional(self, q: Tensor, k: Tensor, v: Tensor, block: Block, interval: int) -> Tensor:
-        """The regional branch over [txt_1 .. txt_R, img]: masked in every `interval`-th block, open in the others."""
-        return self.masked(q, k, v) if block.index % interval == 0 else plain_attention(q, k, v, block)
+        """q, k, v and the result: (B, heads, L, head_dim), L as at the top of this file. Every `interval`-th block is
+        masked; in the others the regional branch is open, and region texts see each other."""
+        masked = self.masked if block.index % self.interval[block.kind] == 0 else self.open
+        base = None
+        if self.has_base:
+            base = plain_attention(*(x[:, :, self.start : self.end] for x in (q, k, v)), block)
+        return masked[block.kind](q, k, v, base)
 
     def join(self, txt: Tensor, img: Tensor) -> Tensor:
         """The sequence of the single blocks; the image stream is duplicated here."""
-        if self.base_ratio == 0:
-            return text_then_image(txt, img)
-        return torch.cat([txt[:, : self.text_length], img, txt[:, self.text_length :], img], dim=1)
+        return torch.cat([txt, img, img], dim=1) if self.has_base else text_then_image(txt, img)

@@ -34,6 +34,18 @@ class RegionTokens(NamedTuple):
         text = torch.tensor([1 << bit for bit in self.prompt_bits]).repeat_interleave(text_length)
         return torch.cat([text, self.image_bits])
 
+    def sorted(self) -> tuple["RegionTokens", Tensor]:
+        """The same with the image tokens of equal bits side by side, and their old positions, (h w,) int64.
+
+        Attention does not care about the order of tokens, but tiles of equal bits need no mask. The order is that of
+        the reflected Gray code, in which neighbours differ in few regions.
+        """
+        rank = self.image_bits
+        for shift in (1, 2, 4, 8, 16, 32):
+            rank = rank ^ (rank >> shift)
+        order = rank.argsort(stable=True)
+        return self._replace(image_bits=self.image_bits[order]), order
+
 
 def region_tokens(layout: Layout) -> RegionTokens:
     """Rasterise a layout's regions to its grid of (height / 16) x (width / 16) tokens."""

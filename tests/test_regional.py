@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.attention import Block, apply_rope, plain_attention, rope, rope_axes
 from model.layers import modulate, timestep_embedding
 from model.transformer import Flux, FluxParams
-from regional.attention import RegionalAttention, dense_attention, portable_attention
+from regional.attention import RegionalAttention, Tokens, dense_attention, portable_attention
 from regional.layout import Layout, Region
 from regional.mask import BACKGROUND_BIT, allowed, region_tokens
 from sampler.flow import image_ids, text_ids
@@ -133,13 +133,17 @@ def random_qkv(length: int, dtype=torch.float64, seed: int = 0) -> list[torch.Te
     return [torch.randn(2, 3, length, 16, dtype=dtype, generator=generator) for _ in range(3)]
 
 
+def unblended(bits: torch.Tensor) -> Tokens:
+    return Tokens(bits, torch.zeros_like(bits), torch.zeros(len(bits), dtype=torch.float64))
+
+
 @pytest.mark.parametrize("implementation", [dense_attention, portable_attention])
 @LAYOUT
 def test_masked_attention_is_softmax_over_the_allowed_keys(layout, implementation):
     """Against loops over tokens that state the rule in words, in float64."""
     bits = region_tokens(layout).bits(TEXT)
     q, k, v = random_qkv(len(bits))
-    out = implementation(bits)(q, k, v)
+    out = implementation(unblended(bits))(q, k, v)
     for i in range(len(bits)):
         keys = [j for j in range(len(bits)) if int(bits[i]) & int(bits[j])]
         weights = torch.softmax(torch.einsum("bhd,bhkd->bhk", q[:, :, i], k[:, :, keys]) / 4, dim=-1)
@@ -151,7 +155,7 @@ def test_masked_attention_is_softmax_over_the_allowed_keys(layout, implementatio
 def test_a_token_without_bits_gives_zeros(implementation):
     bits = torch.tensor([1, 0, 3, 0, 2])
     q, k, v = random_qkv(5)
-    out = implementation(bits)(q, k, v)
+    out = implementation(unblended(bits))(q, k, v)
     assert not out[:, :, [1, 3]].any() and out[:, :, [0, 2, 4]].all() and out.isfinite().all()
 
 
@@ -173,9 +177,9 @@ def test_portable_attention_never_makes_a_square_tensor():
     bits = region_tokens(layout).bits(64)
     q, k, v = (torch.randn(1, 1, len(bits), 8) for _ in range(3))
     with LargestTensor() as portable:
-        portable_attention(bits)(q, k, v)
+        portable_attention(unblended(bits))(q, k, v)
     with LargestTensor() as dense:
-        dense_attention(bits)(q, k, v)
+        dense_attention(unblended(bits))(q, k, v)
     assert dense.elements == len(bits) ** 2
     assert portable.elements < len(bits) ** 2 / 8
 
@@ -203,9 +207,9 @@ def inputs(layout: Layout, seed: int = 0):
 def regional_velocity(flux, layout, img, txt, regions, y, masked=portable_attention, double=1, single=1, ratio=None):
     ratio = layout.base_ratio if ratio is None else ratio
     bits = region_tokens(layout).bits(TEXT)
-    attention = RegionalAttention(masked(bits), TEXT, IMAGE, ratio, double, single)
+    attention = RegionalAttention(masked, bits, TEXT, IMAGE, ratio, double, single)
     texts = regions.flatten(0, 1)[None]
-    texts = torch.cat([txt, texts], dim=1) if ratio else texts
+    texts = torch.cat([texts, txt], dim=1) if ratio else texts
     return forward(flux, img, texts, y, attention=attention, join=attention.join)
 
 
@@ -308,19 +312,19 @@ def test_in_a_masked_block_a_region_reaches_no_token_outside_it(flux, layout, ki
     """Block by block, through its real weights: when the rows of region i's text change, no other text, no token of the
     base stream and no image token outside region i changes by a bit, and all inside do."""
     tokens = region_tokens(layout)
-    attention = RegionalAttention(portable_attention(tokens.bits(TEXT)), TEXT, IMAGE, 0.3)
+    attention = RegionalAttention(portable_attention, tokens.bits(TEXT), TEXT, IMAGE, 0.3)
     regions = len(tokens.prompts)
     generator = torch.Generator().manual_seed(index)
     txt, img, vec = (
         torch.randn(*shape, 96, dtype=torch.float64, generator=generator)
-        for shape in ((1, TEXT + regions * TEXT), (1, IMAGE), (1,))
+        for shape in ((1, regions * TEXT + TEXT), (1, IMAGE), (1,))
     )
     axes = rope_axes(32)
     txt_pe = rope(text_ids(txt.shape[1]), axes, 10_000, torch.float64)
     img_pe = rope(image_ids(WIDTH, HEIGHT), axes, 10_000, torch.float64)
 
     def run(txt):
-        """All rows after the block: base text, [base image,] region texts, image."""
+        """All rows after the block: region texts, base text, [base image,] image."""
         if kind == "double":
             pe = torch.cat([txt_pe, img_pe], dim=1)
             img_out, txt_out = flux.double_blocks[index](img, txt, vec, pe, attention, Block(kind, index))
@@ -329,24 +333,23 @@ def test_in_a_masked_block_a_region_reaches_no_token_outside_it(flux, layout, ki
         return flux.single_blocks[index](x, vec, pe, attention, Block(kind, index))
 
     before = run(txt)
-    first = TEXT + (IMAGE if kind == "single" else 0)
     for i, bit in enumerate(tokens.prompt_bits):
         other = txt.clone()
-        other[:, TEXT + i * TEXT : TEXT + (i + 1) * TEXT] += 1 + torch.arange(96) % 3
+        other[:, i * TEXT : (i + 1) * TEXT] += 1 + torch.arange(96) % 3
         changed = (run(other) != before).any(-1)[0]
         expected = torch.zeros(before.shape[1], dtype=torch.bool)
-        expected[first + i * TEXT : first + (i + 1) * TEXT] = True
+        expected[i * TEXT : (i + 1) * TEXT] = True
         expected[-IMAGE:] = (tokens.image_bits >> bit & 1).bool()
         assert torch.equal(changed, expected)
 
 
 def test_an_open_block_lets_regions_see_each_other():
     layout = LAYOUTS["halves, no background"]
-    attention = RegionalAttention(portable_attention(region_tokens(layout).bits(TEXT)), TEXT, IMAGE, 0.3, 2, 2)
+    attention = RegionalAttention(portable_attention, region_tokens(layout).bits(TEXT), TEXT, IMAGE, 0.3, 2, 2)
     q, k, v = random_qkv(3 * TEXT + IMAGE)
     v2 = v.clone()
-    v2[:, :, TEXT : 2 * TEXT] += 1  # the first region's text
-    second = slice(2 * TEXT, 3 * TEXT)
+    v2[:, :, :TEXT] += 1  # the first region's text
+    second = slice(TEXT, 2 * TEXT)
     masked, masked2 = (attention(q, k, x, Block("double", 0))[:, :, second] for x in (v, v2))
     opened, opened2 = (attention(q, k, x, Block("double", 1))[:, :, second] for x in (v, v2))
     assert torch.equal(masked, masked2) and not torch.equal(opened, opened2)
@@ -355,10 +358,10 @@ def test_an_open_block_lets_regions_see_each_other():
 def test_the_base_stream_of_the_single_blocks_is_never_blended():
     """Given single blocks alone, the base rows are plain attention over the base rows, bit for bit."""
     layout = LAYOUTS["overlapping"]
-    attention = RegionalAttention(portable_attention(region_tokens(layout).bits(TEXT)), TEXT, IMAGE, 0.4)
+    attention = RegionalAttention(portable_attention, region_tokens(layout).bits(TEXT), TEXT, IMAGE, 0.4)
     q, k, v = random_qkv(5 * TEXT + 2 * IMAGE)
     out = attention(q, k, v, Block("single", 0))
-    base = slice(0, TEXT + IMAGE)
+    base = slice(4 * TEXT, 5 * TEXT + IMAGE)
     assert torch.equal(out[:, :, base], plain_attention(*(x[:, :, base] for x in (q, k, v)), Block("single", 0)))
 
 
@@ -366,7 +369,7 @@ def test_without_a_base_branch_its_tokens_are_not_there(flux):
     """beta = 0 costs nothing: the attention gets region texts and image alone, in both kinds of block."""
     layout, seen = LAYOUTS["one box"], []
     img, txt, regions, y = inputs(layout)
-    attention = RegionalAttention(portable_attention(region_tokens(layout).bits(TEXT)), TEXT, IMAGE, 0.0)
+    attention = RegionalAttention(portable_attention, region_tokens(layout).bits(TEXT), TEXT, IMAGE, 0.0)
 
     def recording(q, k, v, block):
         seen.append(q.shape[2])

@@ -1,0 +1,276 @@
+"""Regional attention as one Triton kernel: the mask is one integer per token, tested in-line, and never stored.
+
+FlashAttention's online softmax (arXiv 2205.14135, 2307.08691) over lists of tiles. Which tiles of keys a tile of queries
+may see altogether, in part or not at all depends on the layout alone: `tile_lists` says it once for all heads, blocks
+and steps. The kernel goes through a query tile's full tiles without any mask code, then through its mixed tiles testing
+`bits_allowed`, never meets the forbidden ones, and blends with the base branch as it writes.
+
+On Hopper and newer, tiles come through TMA descriptors; elsewhere, and in Triton's interpreter (TRITON_INTERPRET=1: the
+CPU, no bfloat16), through pointers. q, k and v may have any strides with the head dimension contiguous.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from regional.attention import MaskedAttention, Tokens
+from regional.mask import allowed
+
+INTERPRETED = triton.knobs.runtime.interpret
+MIXED_COST = 1.9  # a mixed tile's time over a full one's: the ratio of both loops' instructions on sm_90
+
+
+# ------------------------------------------------------------------------------------------------ on the GPU
+
+
+@triton.jit
+def bits_allowed(bits_q, bits_k):
+    """The whole mask: `allowed` of regional/mask.py."""
+    return (bits_q & bits_k) != 0
+
+
+@triton.jit
+def load_tile(x, stride_b, stride_h, stride_l, b, h, start, L, ROWS: tl.constexpr, D: tl.constexpr,
+              TMA: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
+    """Rows start .. start + ROWS of one head, (ROWS, D). RAGGED: they may go beyond L, where they are zeros."""
+    if TMA:
+        tile = x.load([b, h, start, 0]).reshape(ROWS, D)
+    else:
+        rows = start + tl.arange(0, ROWS)[:, None]
+        pointers = x + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + rows * stride_l + tl.arange(0, D)[None]
+        if RAGGED:
+            tile = tl.load(pointers, mask=rows < L, other=0.0)
+        else:
+            tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def regional_kernel(
+    q, k, v, o, base, base_row, base_weight, queries, query_bits, keys, key_bits,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b, o_h, o_l, base_b, base_h, base_l,
+    L, scale,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BASE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one head. The lists are those of `Tiles`; scale is log2(e) / sqrt(D), because the
+    hardware's exponential is of base 2. Strides are in elements, named tensor_axis."""
+    entry = queries + 5 * tl.program_id(0)
+    start, end = tl.load(entry), tl.load(entry + 1)
+    first, mixed, last = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
+    h, b = tl.program_id(1), tl.program_id(2)
+    q_tile = load_tile(q, q_b, q_h, q_l, b, h, start, L, BLOCK_M, D, TMA, True)
+    m_i = tl.full([BLOCK_M], -1e38, tl.float32)  # not -inf, for the rows of mixed tiles that have met no key yet
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+
+    for i in range(first, mixed):
+        start_n = tl.load(keys + 2 * i)
+        k_tile = load_tile(k, k_b, k_h, k_l, b, h, start_n, L, BLOCK_N, D, TMA, False)
+        qk = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+        m_ij = tl.maximum(m_i, tl.max(qk, 1) * scale)
+        p = tl.exp2(qk * scale - m_ij[:, None])
+        alpha = tl.exp2(m_i - m_ij)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        v_tile = load_tile(v, v_b, v_h, v_l, b, h, start_n, L, BLOCK_N, D, TMA, False)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
+        m_i = m_ij
+
+    bits_q = tl.load(query_bits + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))
+    for i in range(mixed, last):
+        start_n = tl.load(keys + 2 * i)
+        k_tile = load_tile(k, k_b, k_h, k_l, b, h, start_n, L, BLOCK_N, D, TMA, True)
+        qk = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+        bits_k = tl.load(key_bits + tl.load(keys + 2 * i + 1) * BLOCK_N + tl.arange(0, BLOCK_N))
+        qk = tl.where(bits_allowed(bits_q[:, None], bits_k[None, :]), qk, float("-inf"))
+        m_ij = tl.maximum(m_i, tl.max(qk, 1) * scale)
+        p = tl.exp2(qk * scale - m_ij[:, None])
+        alpha = tl.exp2(m_i - m_ij)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        v_tile = load_tile(v, v_b, v_h, v_l, b, h, start_n, L, BLOCK_N, D, TMA, True)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
+        m_i = m_ij
+
+    acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]  # a row with nothing allowed gives zeros
+    rows = start + tl.arange(0, BLOCK_M)
+    inside = rows < end
+    d = tl.arange(0, D)[None]
+    if BASE:
+        weight = tl.load(base_weight + rows, mask=inside, other=0.0)[:, None]
+        base_rows = tl.load(base_row + rows, mask=inside, other=0)[:, None]
+        pointers = base + b.to(tl.int64) * base_b + h.to(tl.int64) * base_h + base_rows * base_l + d
+        acc = (1 - weight) * acc + weight * tl.load(pointers, mask=weight != 0, other=0.0)
+    pointers = o + b.to(tl.int64) * o_b + h.to(tl.int64) * o_h + rows[:, None] * o_l + d
+    tl.store(pointers, acc.to(o.dtype.element_ty), mask=inside[:, None])
+
+
+# ------------------------------------------------------------------------------------------------ once per layout
+
+
+class Tiles(NamedTuple):
+    """What the kernel goes through; the first and third int32, the bits int64.
+
+    queries (n, 5): a tile's first row, the row after its last, and where in `keys` its full tiles begin, its mixed tiles
+    begin, and both end; the longest lists first. query_bits (n, block_m): the bits of those rows, zeros after the end.
+    keys (m, 2): a tile's first row, and its row in key_bits. key_bits (tiles, block_n): its bits, zeros after its end.
+    pairs: how many (query, key) are allowed.
+    """
+
+    queries: Tensor
+    query_bits: Tensor
+    keys: Tensor
+    key_bits: Tensor
+    pairs: int
+
+
+def cut(bits: Tensor, block: int) -> list[tuple[int, int]]:
+    """Cut the sequence into tiles of at most `block` tokens, [(start, end)]. A run of equal bits that is longer than one
+    and a half tiles has tiles of its own, so that no tile straddles the border of a large region."""
+    runs = bits.unique_consecutive(return_counts=True)[1].tolist()
+    tiles, start, end = [], 0, 0
+    for i, run in enumerate(runs):
+        end += run
+        while end - start > block:
+            tiles.append((start, start + block))
+            start += block
+        if i + 1 == len(runs) or max(run, runs[i + 1]) >= 1.5 * block:
+            tiles.append((start, end))
+            start = end
+    return tiles
+
+
+def tile_lists(bits: Tensor, block_m: int, block_n: int) -> Tiles:
+    """bits: (L,) int64 on the CPU, best sorted. Exact: made from the rule itself, for each pair of distinct bits."""
+    values, kind = bits.unique(return_inverse=True)
+    rule = allowed(values[:, None], values[None, :]).float()
+
+    def tokens_of_each_kind(tiles: list[tuple[int, int]]) -> Tensor:
+        return torch.stack([kind[start:end].bincount(minlength=len(values)) for start, end in tiles]).float()
+
+    query_tiles, key_tiles = cut(bits, block_m), cut(bits, block_n)
+    pairs = tokens_of_each_kind(query_tiles) @ rule @ tokens_of_each_kind(key_tiles).T
+    rows = torch.tensor([end - start for start, end in query_tiles])
+    full = pairs == rows[:, None] * block_n
+    mixed = (pairs > 0) & ~full
+
+    queries, keys = [], []
+    order = (full.sum(1) + MIXED_COST * mixed.sum(1)).argsort(descending=True, stable=True).tolist()
+    for i in order:
+        first = len(keys)
+        keys += [(key_tiles[j][0], j) for j in full[i].nonzero().flatten().tolist()]
+        first_mixed = len(keys)
+        keys += [(key_tiles[j][0], j) for j in mixed[i].nonzero().flatten().tolist()]
+        queries.append((*query_tiles[i], first, first_mixed, len(keys)))
+    return Tiles(
+        torch.tensor(queries, dtype=torch.int32),
+        padded_bits(bits, [query_tiles[i] for i in order], block_m),
+        torch.tensor(keys, dtype=torch.int32).reshape(-1, 2),
+        padded_bits(bits, key_tiles, block_n),
+        int(pairs.sum(dtype=torch.float64)),
+    )
+
+
+def padded_bits(bits: Tensor, tiles: list[tuple[int, int]], block: int) -> Tensor:
+    """The bits of each tile's tokens, (len(tiles), block); no bits after a tile's end."""
+    return torch.stack([F.pad(bits[start:end], (0, block - (end - start))) for start, end in tiles])
+
+
+# ------------------------------------------------------------------------------------------------ launching it
+
+
+class Launch(NamedTuple):
+    """Tile sizes and how the kernel is compiled for them; tests/cross_compile.py shows that none of these spills."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    tma: bool
+
+
+def launch_for(dtype: torch.dtype, capability: tuple[int, int]) -> Launch:
+    if dtype == torch.float32:  # IEEE products, which the tensor cores do not have
+        return Launch(32, 32, num_warps=8, num_stages=1, tma=False)
+    if capability >= (9, 0):
+        return Launch(128, 128, num_warps=8, num_stages=2, tma=True)
+    return Launch(128, 64, num_warps=8, num_stages=2, tma=False)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Tensor,
+    query_bits: Tensor,
+    keys: Tensor,
+    key_bits: Tensor,
+    base: Tensor | None,
+    base_row: Tensor,
+    base_weight: Tensor,
+    block_m: int,
+    block_n: int,
+    num_warps: int,
+    num_stages: int,
+    tma: bool,
+    pairs: int,
+) -> Tensor:
+    """Launch the kernel. q, k, v (B, H, L, D) and base (B, H, L_base, D) -> (B, H, L, D), laid out as (B, L, H, D)."""
+    if INTERPRETED and q.dtype == torch.bfloat16:
+        raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16 there.")
+    batch, heads, length, head_dim = q.shape
+    out = empty_output(q)
+    given = [q, k, v]
+    if tma:
+        given = [
+            TensorDescriptor.from_tensor(x, [1, 1, rows, head_dim]) for x, rows in zip(given, (block_m, block_n, block_n))
+        ]
+    strides = [s for x in (q, k, v, out, out if base is None else base) for s in x.stride()[:3]]
+    regional_kernel[len(queries), heads, batch](
+        *given, out, out if base is None else base, base_row, base_weight, queries, query_bits, keys, key_bits, *strides,
+        length, math.log2(math.e) / math.sqrt(head_dim),
+        D=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, BASE=base is not None, TMA=tma,
+        num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    return out
+
+
+def empty_output(q: Tensor) -> Tensor:
+    """(B, H, L, D) in memory as (B, L, H, D), so that joining the heads afterwards copies nothing."""
+    return q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
+
+
+# As an operator of torch, so that torch.compile, the meta device and FlopCounterMode know what it gives and costs.
+attend_op = torch.library.custom_op("regional::attend", attend, mutates_args=())
+attend_op.register_fake(lambda q, *rest: empty_output(q))
+
+
+@register_flop_formula(torch.ops.regional.attend)
+def flops(q_shape, *rest, out_shape=None, **kwargs) -> int:
+    """Two products of 2 D operations for each allowed pair of each head."""
+    batch, heads, _, head_dim = q_shape
+    return 4 * batch * heads * head_dim * rest[-1]
+
+
+def kernel_attention(tokens: Tokens) -> MaskedAttention:
+    """The kernel for tokens with these bits. Its lists are made at the first call, when the dtype is known."""
+
+    @functools.cache
+    def prepared(dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[Tensor], Launch, int]:
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+        launch = launch_for(dtype, capability)
+        *lists, pairs = tile_lists(tokens.bits.cpu(), launch.block_m, launch.block_n)
+        blend = tokens.base_row.int(), tokens.base_weight.float()
+        return [x.to(device) for x in lists], [x.to(device) for x in blend], launch, pairs
+
+    def masked(q: Tensor, k: Tensor, v: Tensor, base: Tensor | None = None) -> Tensor:
+        lists, blend, launch, pairs = prepared(q.dtype, q.device)
+        return attend_op(q, k, v, *lists, base, *blend, *launch, pairs)
+
+    return masked
