@@ -18,7 +18,6 @@ Tokens of the base branch alone have no region bits: nobody sees them in the reg
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch

@@ -1,9 +1,9 @@
 """Regional attention as one Triton kernel: the mask is one integer per token, tested in-line, and never stored.
 
-FlashAttention's online softmax (arXiv 2205.14135, 2307.08691) over lists of tiles. Which tiles of keys a tile of queries
-may see altogether, in part or not at all depends on the layout alone: `tile_lists` says it once for all heads, blocks
-and steps. The kernel goes through a query tile's full tiles without any mask code, then through its mixed tiles testing
-`bits_allowed`, never meets the forbidden ones, and blends with the base branch as it writes.
+FlashAttention's online softmax (arXiv 2205.14135, 2307.08691) over lists of tiles. Which tiles of keys a tile of
+queries may see altogether, in part or not at all depends on the layout alone: `tile_lists` says it once for all heads,
+blocks and steps. The kernel goes through a query tile's full tiles without any mask code, then through its mixed tiles
+testing `bits_allowed`, never meets the forbidden ones, and blends with the base branch as it writes.
 
 On Hopper and newer, tiles come through TMA descriptors; elsewhere, and in Triton's interpreter (TRITON_INTERPRET=1: the
 CPU, no bfloat16), through pointers. q, k and v may have any strides with the head dimension contiguous.
@@ -115,11 +115,13 @@ def regional_kernel(
 
 
 class Tiles(NamedTuple):
-    """What the kernel goes through; the first and third int32, the bits int64.
+    """What the kernel goes through; bits are int64, the rest int32.
 
-    queries (n, 5): a tile's first row, the row after its last, and where in `keys` its full tiles begin, its mixed tiles
-    begin, and both end; the longest lists first. query_bits (n, block_m): the bits of those rows, zeros after the end.
-    keys (m, 2): a tile's first row, and its row in key_bits. key_bits (tiles, block_n): its bits, zeros after its end.
+    queries (n, 5): a tile's first row, the row after its last, and where in `keys` its full tiles begin, its mixed
+    tiles begin, and both end; the longest lists first, so that the last programs to run are short ones.
+    query_bits (n, block_m): the bits of those rows, zeros after the end.
+    keys (m, 2): a tile's first row, and its row in key_bits.
+    key_bits (tiles, block_n): the bits of a key tile, zeros after its end.
     pairs: how many (query, key) are allowed.
     """
 
@@ -131,8 +133,11 @@ class Tiles(NamedTuple):
 
 
 def cut(bits: Tensor, block: int) -> list[tuple[int, int]]:
-    """Cut the sequence into tiles of at most `block` tokens, [(start, end)]. A run of equal bits that is longer than one
-    and a half tiles has tiles of its own, so that no tile straddles the border of a large region."""
+    """Cut the sequence into tiles of at most `block` tokens, [(start, end)].
+
+    A run of equal bits as long as one and a half tiles gets tiles of its own, because a tile that straddles the border
+    of a large region is mixed with everything. Shorter runs share tiles: half-empty ones would cost more.
+    """
     runs = bits.unique_consecutive(return_counts=True)[1].tolist()
     tiles, start, end = [], 0, 0
     for i, run in enumerate(runs):
@@ -198,9 +203,9 @@ class Launch(NamedTuple):
 def launch_for(dtype: torch.dtype, capability: tuple[int, int]) -> Launch:
     if dtype == torch.float32:  # IEEE products, which the tensor cores do not have
         return Launch(32, 32, num_warps=8, num_stages=1, tma=False)
-    if capability >= (9, 0):
+    if (9, 0) <= capability < (12, 0):  # data centre cards from Hopper on: 227 KB of shared memory
         return Launch(128, 128, num_warps=8, num_stages=2, tma=True)
-    return Launch(128, 64, num_warps=8, num_stages=2, tma=False)
+    return Launch(128, 64, num_warps=8, num_stages=3, tma=False)
 
 
 def attend(
@@ -222,20 +227,23 @@ def attend(
     pairs: int,
 ) -> Tensor:
     """Launch the kernel. q, k, v (B, H, L, D) and base (B, H, L_base, D) -> (B, H, L, D), laid out as (B, L, H, D)."""
-    if INTERPRETED and q.dtype == torch.bfloat16:
-        raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16 there.")
     batch, heads, length, head_dim = q.shape
-    out = empty_output(q)
-    given = [q, k, v]
+    has_base, out = base is not None, empty_output(q)
+    base = base if has_base else out  # not read
+    if head_dim not in (32, 64, 128) or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"the kernel is not made for heads of {head_dim} in {q.dtype}")
+    if any(x.stride(-1) != 1 for x in (q, k, v, base)):
+        raise ValueError("the kernel needs q, k, v and base with a contiguous head dimension")
+    if INTERPRETED and q.dtype == torch.bfloat16:
+        raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16 there")
+    given = q, k, v
     if tma:
-        given = [
-            TensorDescriptor.from_tensor(x, [1, 1, rows, head_dim]) for x, rows in zip(given, (block_m, block_n, block_n))
-        ]
-    strides = [s for x in (q, k, v, out, out if base is None else base) for s in x.stride()[:3]]
+        boxes = ([1, 1, rows, head_dim] for rows in (block_m, block_n, block_n))
+        given = map(TensorDescriptor.from_tensor, given, boxes)
     regional_kernel[len(queries), heads, batch](
-        *given, out, out if base is None else base, base_row, base_weight, queries, query_bits, keys, key_bits, *strides,
-        length, math.log2(math.e) / math.sqrt(head_dim),
-        D=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, BASE=base is not None, TMA=tma,
+        *given, out, base, base_row, base_weight, queries, query_bits, keys, key_bits,
+        *(stride for x in (q, k, v, out, base) for stride in x.stride()[:3]), length, math.log2(math.e) / head_dim**0.5,
+        D=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, BASE=has_base, TMA=tma,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out

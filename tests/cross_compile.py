@@ -1,5 +1,6 @@
-"""Compile the kernel for GPUs that need not be there, as it is launched on them, and print what the compiler made of it:
-a list of JSON objects. Needs no GPU: ptxas and the disassembler come with Triton.
+"""Compile the kernel for GPUs that need not be there, as it is launched on them.
+
+Prints what the compiler made of it, a list of JSON objects. ptxas and the disassembler come with Triton.
 
     python tests/cross_compile.py
 """
@@ -30,7 +31,7 @@ INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDL", "STL")
 
 
 def compile_kernel(capability: int, dtype: torch.dtype, head_dim: int, base: bool) -> dict:
-    """Registers, spilled bytes, shared memory, and how often each of INSTRUCTIONS occurs."""
+    """Registers, spilled bytes, shared memory, how often each of INSTRUCTIONS occurs, and the length of the loops."""
     launch = launch_for(dtype, divmod(capability, 10))
     constants = {
         "D": head_dim, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BASE": base, "TMA": launch.tma,
@@ -63,7 +64,22 @@ def compile_kernel(capability: int, dtype: torch.dtype, head_dim: int, base: boo
         "capability": capability, "dtype": TYPES[dtype], "head_dim": head_dim, "base": base, **launch._asdict(),
         "registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared": compiled.metadata.shared, **{x: len(re.findall(rf"\b{x}\b", sass)) for x in INSTRUCTIONS},
+        "loops": loops(sass),
     }  # fmt: skip
+
+
+def loops(sass: str) -> list[int]:
+    """How many instructions each loop has that multiplies matrices: the full tiles', the mixed tiles'."""
+    instructions, labels, found = [], {}, []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+            back = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
+            if back and back[1] in labels and any("MMA" in x for x in instructions[labels[back[1]] :]):
+                found.append(len(instructions) - labels[back[1]])
+    return found[:2]  # what follows are the barriers' waiting loops, which jump back from after the end
 
 
 def run(tool: str, *arguments: str) -> str:
@@ -74,6 +90,6 @@ if __name__ == "__main__":
     launched = [
         *itertools.product([90], [torch.bfloat16, torch.float16, torch.float32], [32, 64, 128], [True]),
         *itertools.product([90], [torch.bfloat16], [128], [False]),
-        *itertools.product([80, 89], [torch.bfloat16], [64, 128], [True]),
+        *itertools.product([80, 89, 100, 120], [torch.bfloat16], [128], [True]),
     ]
     json.dump([compile_kernel(*each) for each in launched], sys.stdout, indent=1)

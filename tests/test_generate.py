@@ -18,6 +18,8 @@ import weights
 from model.clip import CLIPTextEncoder
 from model.t5 import T5Encoder
 from model.transformer import Flux
+from regional import kernel
+from regional.mask import RegionTokens
 
 ROOT = Path(__file__).parent.parent
 A = {
@@ -73,6 +75,41 @@ def test_no_regions_calls_the_model_as_if_regions_did_not_exist(make, monkeypatc
     seen.clear()
     latents(make, A)
     assert seen == [{"attention", "join"}] * 2 + [set()]
+
+
+def test_the_kernel_draws_what_the_portable_attention_draws(make, monkeypatch):
+    monkeypatch.setattr(kernel, "launch_for", lambda *_: kernel.Launch(128, 128, num_warps=8, num_stages=2, tma=True))
+    ours, theirs = latents(make, A, "--attention", "kernel"), latents(make, A, "--attention", "portable")
+    assert not torch.equal(ours, theirs) and (ours - theirs).abs().max() < 1e-5
+
+
+def test_auto_is_the_portable_attention_without_a_gpu(make, capsys):
+    latents(make, A, "--verbose")
+    assert "masked attention: portable" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not kernel.INTERPRETED, reason="there is a GPU")
+@pytest.mark.parametrize("dtype, interpreted", [("float32", False), ("bfloat16", True)])
+def test_the_kernel_is_refused_where_it_cannot_run(make, monkeypatch, capsys, dtype, interpreted):
+    monkeypatch.setattr(kernel, "INTERPRETED", interpreted)
+    assert make(A, "--attention", "kernel", "--dtype", dtype) == 2
+    assert "--attention kernel" in capsys.readouterr().err and not list(Path().glob("*.png"))
+
+
+def test_the_kernel_without_triton_is_an_error(make, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "regional.kernel", None)
+    assert make(A, "--attention", "kernel") == 2
+    assert "Triton is missing" in capsys.readouterr().err
+
+
+def test_sorting_the_tokens_changes_nothing_but_their_order(make, monkeypatch):
+    ours = latents(make, A)
+    tokens = RegionTokens.sorted
+    monkeypatch.setattr(RegionTokens, "sorted", lambda self: (self, torch.arange(len(self.image_bits))))
+    unsorted = latents(make, A)
+    assert not torch.equal(ours, unsorted) and (ours - unsorted).abs().max() < 1e-5
+    monkeypatch.setattr(RegionTokens, "sorted", lambda self: (self, tokens(self)[1]))  # other bits than the order's
+    assert (ours - latents(make, A)).abs().max() > 1e-2
 
 
 def test_a_second_layout_in_the_same_process_is_as_in_a_fresh_one(make, golden, tmp_path):

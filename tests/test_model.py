@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.attention import Block, apply_rope, plain_attention, rope, rope_axes
+from model.attention import Block, apply_rope, fastest_backends, plain_attention, rope, rope_axes
 from model.autoencoder import AutoEncoder, AutoEncoderParams, to_uint8
 from model.clip import CLIPParams, CLIPTextEncoder
 from model.layers import timestep_embedding
@@ -85,6 +86,16 @@ def test_attention_is_asked_by_every_block_in_order():
     blocks = [Block("double", 0), Block("double", 1)] + [Block("single", index) for index in range(3)]
     shape = (2, 2, WORDS + ROWS * COLUMNS, 32)
     assert asked == [(block, shape, shape, shape) for block in blocks]
+
+
+def test_the_fastest_backends_are_those_that_work():
+    """On a CPU torch has one that does not store all scores; it is chosen by timing, so a GPU may give any order."""
+    q = torch.randn(1, 2, 40, 32, device="cuda" if torch.cuda.is_available() else "cpu")
+    backends = fastest_backends(q)
+    assert backends and SDPBackend.MATH not in backends
+    for backend in backends:
+        with sdpa_kernel(backend):
+            assert torch.nn.functional.scaled_dot_product_attention(q, q, q).isfinite().all()
 
 
 def test_attention_written_out_is_plain_attention():

@@ -1,0 +1,293 @@
+"""How fast masked attention is: the kernel beside what else computes the same, in one run, on the same tokens.
+
+    python benchmarks/attention.py          # on a CUDA GPU: FLUX.1's sizes, bfloat16
+    python benchmarks/attention.py --cpu    # anywhere: a small version, float32
+
+The rivals: `scaled_dot_product_attention` with the dense mask (the published way), compiled FlexAttention with a
+BlockMask, and the portable path. The ceiling is the library's fastest unmasked attention over the base prompt and the
+picture. Everybody gets the same tokens, sorted by their bits, and has to agree with float32 before it is timed. On the
+CPU the kernel runs in Triton's interpreter, so there it has to agree but is not timed.
+
+Each time is the median of --repeats measurements after a warm-up; in each round everybody has a turn. TFLOP/s count the
+allowed pairs alone, 4 x head size x heads operations each. Memory is the peak beyond q, k, v and the output.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--cpu", action="store_true", help="a small version of it on the CPU")
+parser.add_argument("--repeats", type=int, default=7, help="measurements of each, at least 5")
+args = parser.parse_args()
+if args.cpu:
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import triton  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.nn.attention import sdpa_kernel  # noqa: E402
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from model.attention import Block, apply_rope, fastest_backends, plain_attention  # noqa: E402
+from model.layers import QKNorm  # noqa: E402
+from regional.attention import RegionalAttention, Tokens, portable_attention  # noqa: E402
+from regional.kernel import kernel_attention  # noqa: E402
+from regional.layout import Layout, Region  # noqa: E402
+from regional.mask import allowed, region_tokens  # noqa: E402
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Setting(NamedTuple):
+    device: str
+    dtype: torch.dtype
+    heads: int
+    head_dim: int
+    text_length: int
+    sizes: list[tuple[int, int]]
+    calls: int  # in one measurement
+    error: float  # allowed, relative
+
+
+GPU = Setting("cuda", torch.bfloat16, 24, 128, 512, [(1024, 1024), (1280, 768)], calls=10, error=1e-2)
+CPU = Setting("cpu", torch.float32, 2, 32, 32, [(256, 256), (320, 192)], calls=1, error=1e-4)
+
+
+def layouts(width: int, height: int) -> dict[str, Layout]:
+    def grid(columns: int, rows: int) -> list[tuple[float, ...]]:
+        return [(i / columns, j / rows, (i + 1) / columns, (j + 1) / rows) for j in range(rows) for i in range(columns)]
+
+    overlapping = [(x, y, x + w, y + h) for x, y, w, h in (
+        (0, 0, 0.5, 0.45), (0.3, 0.05, 0.4, 0.5), (0.55, 0.1, 0.4, 0.35), (0.05, 0.35, 0.35, 0.5),
+        (0.25, 0.3, 0.5, 0.4), (0.6, 0.35, 0.35, 0.5), (0.1, 0.65, 0.5, 0.3), (0.45, 0.6, 0.45, 0.35),
+    )]  # fmt: skip
+    boxes = {
+        "one box": [(0.25, 0.25, 0.75, 0.75)], "four quadrants": grid(2, 2), "three strips": grid(3, 1),
+        "4 x 4 grid": grid(4, 4), "8 overlapping boxes": overlapping,
+    }  # fmt: skip
+    return {
+        name: Layout(prompt="", width=width, height=height, regions=tuple(
+            Region(prompt="", box=tuple(round(share * size) for share, size in zip(box, (width, height) * 2)))
+            for box in corners
+        ))
+        for name, corners in boxes.items()
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ who takes part
+
+
+def dense_sdpa(tokens: Tokens) -> Attend:
+    mask = allowed(tokens.bits[:, None], tokens.bits[None, :])
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def flex(tokens: Tokens) -> Attend:
+    bits, length = tokens.bits, len(tokens.bits)
+
+    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return allowed(bits[i], bits[j])
+
+    torch._dynamo.reset()  # its limit on recompilations would leave the later layouts uncompiled
+    blocks = create_block_mask(mask_mod, None, None, length, length, device=bits.device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, block_mask=blocks)
+
+
+PARTICIPANTS = {
+    "kernel (ours)": kernel_attention,
+    "SDPA, dense mask": dense_sdpa,
+    "FlexAttention, compiled": flex,
+    "portable (ours)": portable_attention,
+}
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+
+def seconds(call: Callable[[], Tensor], setting: Setting) -> float:
+    """Of one call, in the mean of setting.calls."""
+    if setting.device == "cpu":
+        start = time.perf_counter()
+        for _ in range(setting.calls):
+            call()
+        return (time.perf_counter() - start) / setting.calls
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(setting.calls):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / setting.calls
+
+
+def medians(calls: dict[str, Callable[[], Tensor]], setting: Setting) -> dict[str, float]:
+    """Seconds of each, all taking turns; they are warm already."""
+    times = {name: [] for name in calls}
+    for _ in range(args.repeats):
+        for name, call in calls.items():
+            times[name].append(seconds(call, setting))
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def extra_memory(call: Callable[[], Tensor]) -> int:
+    """Peak bytes beyond what is there before and what is given back. CUDA only."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - out.nbytes
+
+
+def gpu_kernel(call: Callable[[], Tensor]) -> str:
+    """The name of the GPU kernel that a call spends most time in, which tells the backend that torch took."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return max(profile.key_averages(), key=lambda event: event.device_time_total).key[:80]
+
+
+def random_qkv(length: int, setting: Setting) -> list[Tensor]:
+    """q, k, v as views of one fused projection, as the model has them."""
+    fused = torch.randn(1, length, 3, setting.heads, setting.head_dim, device=setting.device)
+    return list(fused.to(setting.dtype).permute(2, 0, 3, 1, 4))
+
+
+def check(name: str, out: Tensor, expected: Tensor, setting: Setting) -> None:
+    error = float((out.float() - expected).norm() / expected.norm())
+    if not error < setting.error:
+        sys.exit(f"{name}: its relative error is {error:.1e}, more than {setting.error:.0e}")
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def ceiling(width: int, height: int, setting: Setting) -> float:
+    """The library's unmasked attention over the base prompt and the picture: prints a row, gives TFLOP/s."""
+    length = setting.text_length + width * height // 256
+    q, k, v = random_qkv(length, setting)
+    backend = fastest_backends(q)[0]
+    with sdpa_kernel(backend):
+        time_ = medians({"": lambda: plain_attention(q, k, v, Block("single", 0))}, setting)[""]
+    rate = 4 * setting.head_dim * setting.heads * length**2 / time_ / 1e12
+    print(f"| {width} x {height} | unmasked, {length} tokens | {backend.name} | {time_ * 1e3:.3f} | {rate:.3g} | | |")
+    return rate
+
+
+def compare(width: int, height: int, name: str, layout: Layout, setting: Setting) -> dict[str, float]:
+    """One layout: prints a row for each participant, gives useful TFLOP/s."""
+    bits = region_tokens(layout).sorted()[0].bits(setting.text_length).to(setting.device)
+    tokens = Tokens(bits, torch.zeros_like(bits), torch.zeros(len(bits), dtype=torch.float64, device=setting.device))
+    values, counts = bits.unique(return_counts=True)
+    pairs = int(counts @ allowed(values[:, None], values[None, :]).long() @ counts)
+    q, k, v = random_qkv(len(bits), setting)
+    expected = portable_attention(tokens)(q.float(), k.float(), v.float())
+    calls, notes = {}, {}
+    for participant, make in PARTICIPANTS.items():
+        attend = make(tokens)
+        calls[participant] = lambda attend=attend: attend(q, k, v)
+        check(participant, calls[participant](), expected, setting)
+        if setting.device == "cuda":
+            notes[participant] = f"{extra_memory(calls[participant]) / 2**20:.1f} | {gpu_kernel(calls[participant])}"
+        elif make is kernel_attention:
+            calls.pop(participant)
+    times = medians(calls, setting)
+    rates = {}
+    for participant, time_ in times.items():
+        rates[participant] = 4 * setting.head_dim * setting.heads * pairs / time_ / 1e12
+        print(
+            f"| {width} x {height} | {name}, {len(bits)} tokens | {participant} | {time_ * 1e3:.3f} "
+            f"| {rates[participant]:.3g} | {notes.get(participant, '|')} |"
+        )
+    return rates
+
+
+def both_branches(width: int, height: int, layout: Layout, setting: Setting) -> None:
+    """What regional attention costs in all, in the single blocks, beside plain attention."""
+    region = region_tokens(layout).sorted()[0]
+    text, image = setting.text_length, width * height // 256
+    bits = region.bits(text).to(setting.device)
+    masked_attention = portable_attention if setting.device == "cpu" else kernel_attention
+    attention = RegionalAttention(masked_attention, bits, text, image, base_ratio=0.3)
+    block = Block("single", 0)
+    q, k, v = random_qkv(len(bits) + text + image, setting)
+    plain = random_qkv(text + image, setting)
+    calls = {"both": lambda: attention(q, k, v, block), "plain": lambda: plain_attention(*plain, block)}
+    for call in calls.values():
+        call()
+    times = medians(calls, setting)
+    print(
+        f"\nFour quadrants at {width} x {height}, base branch, {masked_attention.__name__} and blend: "
+        f"{times['both'] * 1e3:.3f} ms, {times['both'] / times['plain']:.2f} times plain attention."
+    )
+
+
+def norm_and_rope(setting: Setting) -> None:
+    """QK-RMSNorm and RoPE of one single block: is there room for a kernel of our own beside compiled PyTorch?"""
+    width, height = setting.sizes[0]
+    length, hidden = setting.text_length + width * height // 256, setting.heads * setting.head_dim
+    norm = QKNorm(setting.head_dim).to(setting.device, setting.dtype)
+    qkv = torch.randn(1, length, 3 * hidden, device=setting.device).to(setting.dtype)
+    pe = torch.randn(1, length, setting.head_dim // 2, 2, device=setting.device)
+
+    def eager() -> tuple[Tensor, Tensor]:
+        q, k, _ = norm(qkv, setting.heads)
+        return apply_rope(q, pe), apply_rope(k, pe)
+
+    compiled = torch.compile(eager, dynamic=False)
+    q_and_k = qkv[..., : 2 * hidden].contiguous()
+    calls = {"eager": eager, "compiled": compiled, "copying q and k": q_and_k.clone}
+    for call in calls.values():
+        call()
+    times = medians(calls, setting)
+    each = ", ".join(f"{name} {time_ * 1e3:.3f} ms" for name, time_ in times.items())
+    print(f"\nQK-RMSNorm and RoPE over {length} tokens: {each} (the floor: as many bytes read and written).")
+
+
+@torch.inference_mode()
+def main() -> None:
+    setting = CPU if args.cpu else GPU
+    torch.manual_seed(0)
+    versions = f"torch {torch.__version__}, Triton {triton.__version__}"
+    if args.cpu:
+        print(f"{torch.get_num_threads()} threads of {platform.machine()}, {versions}\n")
+    else:
+        cudnn = torch.backends.cudnn.version()
+        print(f"{torch.cuda.get_device_name()}, {versions}, CUDA {torch.version.cuda}, cuDNN {cudnn}\n")
+    print("| picture | tokens | attention | ms | TFLOP/s | extra MiB | most time in |")
+    print("|---|---|---|---|---|---|---|")
+    rates = {}
+    for width, height in setting.sizes:
+        rates[width] = {"ceiling": ceiling(width, height, setting)}
+        for name, layout in layouts(width, height).items():
+            rates[width][name] = compare(width, height, name, layout, setting)
+    width, height = setting.sizes[0]
+    both_branches(width, height, layouts(width, height)["four quadrants"], setting)
+    norm_and_rope(setting)
+    if not args.cpu:
+        report(rates[width])
+
+
+def report(rates: dict) -> None:
+    """The targets, at 1024 x 1024."""
+    quadrants = rates["four quadrants"]
+    ours = quadrants["kernel (ours)"]
+    print("\n| at four quadrants | measured | target | aim |\n|---|---|---|---|")
+    print(f"| kernel over SDPA with the dense mask | {ours / quadrants['SDPA, dense mask']:.2f} | 3 | 6 |")
+    print(f"| kernel over FlexAttention | {ours / quadrants['FlexAttention, compiled']:.2f} | 1 | 1.15 |")
+    print(f"| useful TFLOP/s over the library's unmasked | {ours / rates['ceiling']:.2f} | 0.6 | 0.75 |")
+    print(f"| 4 x 4 grid's time over quadrants' | {ours / rates['4 x 4 grid']['kernel (ours)']:.2f} | 1.15 | 1.05 |")
+
+
+if __name__ == "__main__":
+    main()

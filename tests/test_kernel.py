@@ -1,0 +1,407 @@
+"""The Triton kernel: on the CPU in Triton's interpreter, or on a GPU where there is one; cross-compiled for sm_90; and
+what can be counted of it without running it."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.attention import Block
+from model.transformer import Flux, FluxParams
+from regional import kernel
+from regional.attention import RegionalAttention, Tokens, dense_attention, portable_attention
+from regional.kernel import Launch, kernel_attention, tile_lists
+from regional.layout import Layout, Region
+from regional.mask import BACKGROUND_BIT, allowed, region_tokens
+from sampler.flow import image_ids, text_ids
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU conftest.py asks for the interpreter
+FLOAT16 = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]  # the interpreter has no bfloat16
+
+
+def layout(*corners, width=1024, height=1024) -> Layout:
+    return Layout(
+        prompt="base", width=width, height=height, regions=tuple(Region(prompt="r", box=box) for box in corners)
+    )
+
+
+def grid(columns: int, rows: int, width: int = 1024, height: int = 1024) -> Layout:
+    xs, ys = ([size * i // n for i in range(n + 1)] for size, n in ((width, columns), (height, rows)))
+    boxes = [(xs[i], ys[j], xs[i + 1], ys[j + 1]) for j in range(rows) for i in range(columns)]
+    return layout(*boxes, width=width, height=height)
+
+
+def overlapping(count: int, width: int = 1024, height: int = 1024, seed: int = 0) -> Layout:
+    draw, boxes = random.Random(seed), []
+    for _ in range(count):
+        x, y = draw.randrange(width // 2), draw.randrange(height // 2)
+        boxes.append((x, y, x + draw.randrange(width // 5, width // 2), y + draw.randrange(height // 5, height // 2)))
+    return layout(*boxes, width=width, height=height)
+
+
+def sorted_bits(layout: Layout, text_length: int) -> torch.Tensor:
+    return region_tokens(layout).sorted()[0].bits(text_length)
+
+
+def random_bits(regions: int, length: int, seed: int = 0, background: bool = False) -> torch.Tensor:
+    """Tokens that are each in up to three of the regions, in no order."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.zeros(length, dtype=torch.int64)
+    for _ in range(3):
+        bits |= 1 << torch.randint(regions, (length,), generator=generator)
+    return torch.where(torch.rand(length, generator=generator) < 0.2, 1 << BACKGROUND_BIT, bits) if background else bits
+
+
+small = {"width": 192, "height": 192}  # 144 image tokens
+CASES = {
+    "no regions": torch.ones(203, dtype=torch.int64),
+    "full cover": sorted_bits(grid(2, 2, **small), 16),
+    "one box on a background": sorted_bits(layout((32, 32, 128, 112), **small), 19),
+    "overlaps": sorted_bits(overlapping(3, **small), 13),
+    "overlaps, unsorted": region_tokens(overlapping(3, **small)).bits(13),
+    "one-token regions": sorted_bits(layout((16, 16, 32, 32), (160, 0, 176, 16), (0, 0, 192, 96), **small), 7),
+    "31 regions": random_bits(31, 211).sort()[0],
+    "61 regions and a background, permuted": random_bits(61, 226, background=True),
+    "rows with nothing allowed": random_bits(4, 197, seed=1).masked_fill(torch.arange(197) % 5 == 0, 0),
+    "a whole tile with nothing allowed": torch.cat([torch.zeros(70, dtype=torch.int64), random_bits(2, 65)]),
+    "nothing allowed": torch.zeros(40, dtype=torch.int64),
+    "one token": torch.ones(1, dtype=torch.int64),
+    "33 tokens": random_bits(3, 33),
+}
+CASE = pytest.mark.parametrize("bits", CASES.values(), ids=CASES)
+# As launched for float32; and, on every device, both ways of loading with tiles of both shapes
+LAUNCHES = {
+    "float32's own": None,
+    "pointers": Launch(64, 32, num_warps=4, num_stages=2, tma=False),
+    "TMA": Launch(32, 64, num_warps=4, num_stages=2, tma=True),
+}
+LAUNCH = pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Makes every launch one of this shape; None leaves the choice to the kernel."""
+
+    def use(launch: Launch | None) -> None:
+        if launch and launch.tma and DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+            pytest.skip("this GPU has no TMA")
+        if launch:
+            monkeypatch.setattr(kernel, "launch_for", lambda dtype, capability: launch)
+
+    return use
+
+
+def tokens(bits: torch.Tensor, base_length: int = 1, seed: int = 0) -> Tokens:
+    """Tokens that blend with some of `base_length` base rows: not at all, in part, or wholly."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.rand(len(bits), generator=generator, dtype=torch.float64) * 1.5 - 0.25
+    return Tokens(bits, torch.randint(base_length, (len(bits),), generator=generator), weight.clamp(0, 1))
+
+
+def fused_qkv(length, dtype=torch.float32, batch=1, heads=1, head_dim=32, logits=1.0, seed=0) -> list[torch.Tensor]:
+    """q, k, v as views of one fused projection (B, L, 3 D), on DEVICE."""
+    generator = torch.Generator().manual_seed(seed)
+    fused = torch.randn(batch, length, 3, heads, head_dim, generator=generator) * logits
+    return list(fused.to(DEVICE, dtype).permute(2, 0, 3, 1, 4))
+
+
+def on_device(tokens: Tokens) -> Tokens:
+    return Tokens(*(x.to(DEVICE) for x in tokens))
+
+
+def in_float64(tokens: Tokens, *qkv_base: torch.Tensor) -> torch.Tensor:
+    return dense_attention(on_device(tokens))(*(x.double() for x in qkv_base))
+
+
+# ------------------------------------------------------------------------------------------------ the mask rule
+
+
+@triton.jit
+def table_of_the_rule(bits_q, bits_k, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    rule = kernel.bits_allowed(tl.load(bits_q + i)[:, None], tl.load(bits_k + i)[None, :])
+    tl.store(out + i[:, None] * N + i[None, :], rule.to(tl.int8))
+
+
+def test_the_line_of_triton_says_what_the_line_of_torch_says():
+    few = torch.cat([torch.zeros(2, dtype=torch.int64), 1 << torch.arange(62), random_bits(3, 64)])
+    bits_q, bits_k = few.to(DEVICE), few.flip(0).to(DEVICE)
+    out = torch.full((128, 128), 7, dtype=torch.int8, device=DEVICE)
+    table_of_the_rule[1,](bits_q, bits_k, out, N=128)
+    assert torch.equal(out, allowed(bits_q[:, None], bits_k[None, :]).to(torch.int8))
+
+
+# ------------------------------------------------------------------------------------------------ what it computes
+
+
+@CASE
+@LAUNCH
+def test_float32_is_the_dense_reference(bits, launch, launched):
+    launched(launch)
+    given = tokens(bits)
+    q, k, v = fused_qkv(len(bits))
+    out = kernel_attention(given)(q, k, v, None)
+    expected = in_float64(given, q, k, v)
+    assert (out - expected).abs().max() < 2e-6
+    assert not out[:, :, ~allowed(bits[:, None], bits[None, :]).any(1)].any()  # exact zeros
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, *FLOAT16])
+@LAUNCH
+def test_two_pictures_three_heads_and_a_blend(launch, dtype, head_dim, launched):
+    """The error is at most twice what torch's own attention has in that dtype, and a weight of 1 copies exactly."""
+    launched(launch)
+    bits = CASES["61 regions and a background, permuted"]
+    given = tokens(bits, base_length=17)
+    q, k, v = fused_qkv(len(bits), dtype, batch=2, heads=3, head_dim=head_dim)
+    base = fused_qkv(17, dtype, batch=2, heads=3, head_dim=head_dim, seed=1)[0]
+    out = kernel_attention(given)(q, k, v, base)
+    expected = in_float64(given, q, k, v, base)
+    mask = allowed(bits[:, None], bits[None, :]).to(DEVICE)
+    theirs = on_device(given).blend(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), base)
+    assert (out - expected).abs().max() <= max(2 * (theirs - expected).abs().max(), 1e-6)
+    copied = given.base_weight == 1
+    assert copied.any() and torch.equal(out[:, :, copied], base[:, :, given.base_row[copied].to(DEVICE)])
+
+
+@pytest.mark.parametrize("dtype", FLOAT16)
+@LAUNCH
+def test_large_logits_in_float16(launch, dtype, launched):
+    """Scores up to some 500, where softmax picks single keys."""
+    launched(launch)
+    bits = CASES["overlaps"]
+    q, k, v = fused_qkv(len(bits), dtype, logits=8.0)
+    out = kernel_attention(tokens(bits))(q, k, v, None)
+    expected = in_float64(tokens(bits), q, k, v)
+    mask = allowed(bits[:, None], bits[None, :]).to(DEVICE)
+    theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert out.isfinite().all()
+    assert (out - expected).abs().max() <= 2 * (theirs - expected).abs().max()
+
+
+@pytest.mark.parametrize("kind, index", [("double", 0), ("double", 1), ("single", 0), ("single", 1)])
+@pytest.mark.parametrize("base_ratio", [0.0, 0.3])
+def test_regional_attention_with_it_is_that_with_the_portable_one(base_ratio, kind, index):
+    """Both branches, both kinds of block, masked and open ones."""
+    region = region_tokens(overlapping(3, **small)).sorted()[0]
+    bits, text = region.bits(11), 11
+    attentions = [
+        RegionalAttention(make, bits.to(DEVICE), text, 144, base_ratio, 2, 2)
+        for make in (kernel_attention, portable_attention)
+    ]
+    length = len(bits) + (0 if base_ratio == 0 else text if kind == "double" else text + 144)
+    q, k, v = fused_qkv(length, heads=2)
+    ours, theirs = (attention(q, k, v, Block(kind, index)) for attention in attentions)
+    assert (ours - theirs).abs().max() < 2e-6
+
+
+def test_the_output_joins_its_heads_without_a_copy():
+    q, k, v = fused_qkv(40, batch=2, heads=3)
+    out = kernel_attention(tokens(torch.ones(40, dtype=torch.int64)))(q, k, v, None)
+    assert out.shape == (2, 3, 40, 32) and out.transpose(1, 2).is_contiguous()
+
+
+def test_the_operator_says_of_itself_what_it_does():
+    """torch's own check: the schema, what the meta device is told, and that no argument is changed."""
+    lists = [*tile_lists(CASES["33 tokens"], 32, 32)]
+    pairs = lists.pop()
+    q, k, v = fused_qkv(33)
+    arguments = (q, k, v, *(x.to(DEVICE) for x in lists), None, torch.zeros(33).int(), torch.zeros(33))
+    tests = "test_schema", "test_faketensor"
+    torch.library.opcheck(kernel.attend_op, (*arguments, 32, 32, 4, 1, False, pairs), test_utils=tests)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter")
+def test_the_interpreters_wrong_bfloat16_is_refused():
+    q, k, v = fused_qkv(33, torch.bfloat16)
+    with pytest.raises(ValueError, match="bfloat16"):
+        kernel_attention(tokens(CASES["33 tokens"]))(q, k, v, None)
+
+
+def test_what_it_is_not_made_for_is_refused():
+    attention = kernel_attention(tokens(CASES["33 tokens"]))
+    with pytest.raises(ValueError, match="heads of 16"):
+        attention(*fused_qkv(33, head_dim=16), None)
+    with pytest.raises(ValueError, match="float64"):
+        attention(*fused_qkv(33, torch.float64), None)
+    q, k, v = fused_qkv(33)
+    with pytest.raises(ValueError, match="contiguous"):
+        attention(q, k.mT.contiguous().mT, v, None)
+
+
+# ------------------------------------------------------------------------------------------------ the lists of tiles
+
+
+@pytest.mark.parametrize("block_m, block_n", [(32, 32), (64, 32), (16, 64), (128, 128)])
+@CASE
+def test_the_lists_are_the_mask(bits, block_m, block_n):
+    """Put together again, tile by tile, they give the L x L mask: every pair in one tile or none."""
+    length = len(bits)
+    queries, query_bits, keys, key_bits, pairs = tile_lists(bits, block_m, block_n)
+    mask, covered = torch.zeros(2, length, length + block_n, dtype=torch.int64)
+    for (start, end, first, mixed, last), bits_q in zip(queries.tolist(), query_bits):
+        assert 0 < end - start <= block_m
+        assert torch.equal(bits_q[: end - start], bits[start:end]) and not bits_q[end - start :].any()
+        for i in range(first, last):
+            key, j = keys[i].tolist()
+            here = slice(start, end), slice(key, key + block_n)
+            rule = torch.ones(1, 1) if i < mixed else allowed(bits_q[: end - start, None], key_bits[j][None, :])
+            covered[here] += rule.long()
+            mask[here] |= rule.long()
+    assert sorted(x for start, end, *_ in queries.tolist() for x in range(start, end)) == list(range(length))
+    assert covered.max() <= 1 and not mask[:, length:].any()
+    assert torch.equal(mask[:, :length].bool(), allowed(bits[:, None], bits[None, :])) and pairs == mask.sum()
+
+
+def test_no_tile_is_mixed_where_regions_fill_whole_tiles():
+    queries, *_ = tile_lists(sorted_bits(grid(4, 4), 512), 128, 128)
+    assert (queries[:, 3] == queries[:, 4]).all() and (queries[:, 3] - queries[:, 2] == 6).all()
+
+
+def tile_cost(layout: Layout, block_m: int = 128, block_n: int = 128) -> float:
+    """Time in tiles over the time of the allowed pairs alone, if a mixed tile takes 2.1 times a full one's."""
+    queries, *_, pairs = tile_lists(sorted_bits(layout, 512), block_m, block_n)
+    full, mixed = (queries[:, 3] - queries[:, 2]).sum(), (queries[:, 4] - queries[:, 3]).sum()
+    return float(full + 2.1 * mixed) * block_m * block_n / pairs
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (1280, 768)])
+@pytest.mark.parametrize("block_n", [128, 64])
+def test_tiles_cost_little_more_than_the_allowed_pairs(size, block_n):
+    width, height = size
+    box = layout((width // 4, height // 4, width * 3 // 4, height * 3 // 4), width=width, height=height)
+    for regular in box, grid(2, 2, *size), grid(3, 1, *size), grid(4, 4, *size):
+        assert tile_cost(regular, 128, block_n) <= 1.3
+    assert tile_cost(overlapping(8, *size), 128, block_n) <= 2.1
+
+
+def test_lists_are_made_in_no_time():
+    """At 12,800 tokens: 16 texts of 512, the base text and twice the image, as in the single blocks."""
+    for regions in grid(4, 4), overlapping(8):
+        bits = region_tokens(regions).sorted()[0].bits(512)
+        bits = torch.cat([bits[:-4096], torch.zeros(12_800 - len(bits), dtype=torch.int64), bits[-4096:]])
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            tile_lists(bits, 128, 128)
+            seconds.append(time.perf_counter() - start)
+        assert len(bits) == 12_800 and min(seconds) < 0.05
+
+
+# ------------------------------------------------------------------------------------------------ memory and work
+
+
+class Allocations(TorchDispatchMode):
+    """Adds up the bytes of all memory that operations take, and records tensors with two axes of `length` or more."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length, self.bytes, self.square, self.seen = length, 0, [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                if sum(n >= self.length for n in tensor.shape) > 1:
+                    self.square.append(func)
+                inputs = [x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)]
+                if tensor.untyped_storage().data_ptr() not in inputs:
+                    self.bytes += tensor.untyped_storage().nbytes()
+                    self.seen.append(tensor)  # kept, so that no later one gets its address
+        return out
+
+
+@pytest.mark.parametrize("kind", ["double", "single"])
+def test_no_square_tensor_and_no_memory_beyond_the_two_outputs(kind, launched, monkeypatch):
+    launched(Launch(128, 128, num_warps=8, num_stages=2, tma=DEVICE == "cpu"))
+    monkeypatch.setattr(kernel, "attend_op", kernel.attend)  # the mode does not look inside an operator
+    region = region_tokens(layout((0, 0, 256, 256), (128, 128, 512, 512), width=512, height=512)).sorted()[0]
+    text, image = 256, 1024
+    bits = region.bits(text)
+    length, base_length = len(bits) + text + (image if kind == "single" else 0), text + image
+    q, k, v = fused_qkv(length)
+    assert length > 8 * 32
+
+    def measure(make) -> Allocations:
+        attention = RegionalAttention(make, bits.to(DEVICE), text, image, 0.3)
+        attention(q, k, v, Block(kind, 0))  # the lists are made at the first call
+        with Allocations(length) as allocations:
+            attention(q, k, v, Block(kind, 0))
+        return allocations
+
+    ours, dense = measure(kernel_attention), measure(dense_attention)
+    outputs = (length + base_length) * 32 * 4
+    assert dense.square and not ours.square
+    assert outputs <= ours.bytes <= outputs + 2**20 < outputs + length**2
+    lists = tile_lists(bits, 128, 128)
+    assert sum(x.nbytes for x in lists[:4]) < 2**20
+
+
+def test_operations_of_a_full_size_step():
+    """FLUX.1-dev at 1024 x 1024 on the meta device, in 10^12 operations: plain, and disjoint regions over the whole
+    picture, the base attention by the library, the masked attention by the kernel (METHOD's two image streams)."""
+    with torch.device("meta"):
+        flux = Flux(FluxParams())
+    img, y, one = (torch.empty(shape, device="meta") for shape in ((1, 4096, 64), (1, 768), (1,)))
+
+    def operations(text_tokens: int, **hooks) -> float:
+        txt = torch.empty(1, text_tokens, 4096, device="meta")
+        with FlopCounterMode(display=False) as counter:
+            flux(img, image_ids(1024, 1024), txt, text_ids(text_tokens), one, y, one, **hooks)
+        return counter.get_total_flops() / 1e12
+
+    assert operations(512) == pytest.approx(74.38, rel=0.01)
+    for (columns, rows), expected in {
+        (1, 1): 131.1, (2, 1): 132.0, (2, 2): 142.7, (4, 2): 168.4, (4, 4): 222.0,
+    }.items():  # fmt: skip
+        bits = sorted_bits(grid(columns, rows), 512)
+        attention = RegionalAttention(kernel_attention, bits, 512, 4096, 0.3)
+        texts = 512 * (columns * rows + 1)
+        counted = operations(texts, attention=attention, join=attention.join)
+        assert counted == pytest.approx(expected, rel=0.01)
+
+
+# ------------------------------------------------------------------------------------------------ the compiled code
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("cross_compile.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_what_hopper_gets_does_not_spill_and_uses_its_units(compiled):
+    hopper = [x for x in compiled if x["capability"] == 90]
+    assert {(x["dtype"], x["head_dim"]) for x in hopper} == {
+        (dtype, head_dim) for dtype in ("bf16", "fp16", "fp32") for head_dim in (32, 64, 128)
+    }
+    for x in hopper:
+        assert x["stack"] == x["LDL"] == x["STL"] == 0 and x["registers"] <= 255 and x["shared"] <= 227 * 1024, x
+        if x["dtype"] != "fp32":
+            assert x["HGMMA"] and x["UTMALDG"] and not x["HMMA"], x
+    assert not any(x["HGMMA"] or x["HMMA"] for x in hopper if x["dtype"] == "fp32")  # IEEE products, not TF32
+    full, mixed = next(x["loops"] for x in hopper if (x["dtype"], x["head_dim"]) == ("bf16", 128))
+    assert full <= 560 and mixed <= 2.1 * full  # 532 and 751 from Triton 3.9, 504 and 940 from 3.6
+
+
+def test_what_other_gpus_get_fits_into_their_shared_memory(compiled):
+    others = [x for x in compiled if x["capability"] != 90]
+    assert {x["capability"] for x in others} == {80, 89, 100, 120}
+    for x in others:
+        limit = {80: 163, 89: 99, 100: 227, 120: 99}[x["capability"]]
+        assert x["registers"] <= 255 and x["shared"] <= limit * 1024, x
