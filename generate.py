@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> None:
     tokens = region_tokens(layout) if layout.regional_steps(layout.steps) else None
     for warning in tokens.warnings if tokens else ():
         say(f"warning: {warning}")
-    masked_attention = choose_attention(args.attention, device, dtype, args.verbose)
+    masked_attention = choose_attention(args.attention, device, dtype, args.verbose) if tokens else portable_attention
     conditioning = encode(checkpoint, layout, tokens, device, dtype)
     latents, stop = sample_all(checkpoint, layout, tokens, conditioning, pictures, masked_attention, args.verbose)
     autoencoder = weights.load_autoencoder(checkpoint.ae, device, dtype)
@@ -186,33 +186,35 @@ def choose_attention(
     name: str, device: torch.device, dtype: torch.dtype, verbose: bool
 ) -> Callable[[Tokens], MaskedAttention]:
     """What makes the masked attention of the regional steps. What was asked for and can't be had is an error."""
+    if name == "kernel" or name == "auto" and device.type == "cuda":
+        try:
+            from regional import kernel
+        except ImportError as error:
+            problem = f"Triton is missing here ({error}); try --attention portable."
+            raise InputError(f"--attention {name}: {problem}") from error
     if name == "auto":
-        name = "kernel" if device.type == "cuda" else "portable"
+        name = "kernel" if device.type == "cuda" and kernel.runs_on(device) else "portable"
     if verbose:
         say(f"masked attention: {name}")
     if name != "kernel":
         return {"portable": portable_attention, "dense": dense_attention}[name]
-    try:
-        from regional.kernel import INTERPRETED, kernel_attention
-    except ImportError as error:
-        raise InputError(f"--attention kernel: Triton is missing here ({error}); try --attention portable.") from error
-    if device.type != "cuda" and not (INTERPRETED and dtype == torch.float32):
+    if not kernel.runs_on(device) and not (kernel.INTERPRETED and device.type == "cpu" and dtype == torch.float32):
         raise InputError(
-            f"--attention kernel: the kernel runs on CUDA, not on {device.type}; try --attention portable. "
-            "(In Triton's interpreter, TRITON_INTERPRET=1, it runs on the CPU in float32, very slowly.)"
+            "--attention kernel: the kernel needs an NVIDIA GPU from Ampere on; try --attention portable. (In Triton's "
+            "interpreter, TRITON_INTERPRET=1, it runs on the CPU in float32, slowly.)"
         )
-    return kernel_attention
+    return partial(kernel.kernel_attention, dtype=dtype, device=device)
 
 
 def library_attention(flux: Flux, layout: Layout, txt: Tensor, verbose: bool) -> AbstractContextManager:
     """Makes torch prefer, on a GPU, that of its unmasked attentions which is fastest there for this picture."""
-    if txt.device.type != "cuda":
-        return nullcontext()
-    heads, length = flux.params.num_heads, txt.shape[1] + layout.width * layout.height // 256
-    backends = fastest_backends(txt.new_empty(1, heads, length, flux.params.hidden_size // heads).normal_())
+    backends = []
+    if txt.device.type == "cuda":
+        heads, length = flux.params.num_heads, txt.shape[1] + layout.width * layout.height // 256
+        backends = fastest_backends(txt.new_empty(1, heads, length, flux.params.hidden_size // heads).normal_())
     if verbose:
-        say(f"unmasked attention: {', then '.join(backend.name for backend in backends)}")
-    return sdpa_kernel([*backends, SDPBackend.MATH], set_priority=True)
+        say(f"unmasked attention: {', then '.join(backend.name for backend in backends) or 'as torch chooses'}")
+    return sdpa_kernel([*backends, SDPBackend.MATH], set_priority=True) if backends else nullcontext()
 
 
 # ------------------------------------------------------------------------------------------------ settings and files

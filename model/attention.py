@@ -4,7 +4,6 @@ Whoever wants another attention (regional/attention.py does) passes another func
 """
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -33,13 +32,20 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
 def fastest_backends(q: Tensor) -> list[SDPBackend]:
     """The library's attentions that work for q (B, heads, L, head_dim) on its device, timed there, the fastest first.
 
-    MATH is not among them: it stores all L x L scores.
+    MATH is not among them: it stores all L x L scores. Nor is cuDNN's where torch has it switched off.
     """
-    seconds = {}
-    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-        with sdpa_kernel(backend), suppress(RuntimeError):  # this card, or this build of torch, does not have it
-            timer = Timer("F.scaled_dot_product_attention(q, q, q)", globals={"F": F, "q": q})
-            seconds[backend] = timer.timeit(10).median
+    backends, seconds = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION], {}
+    if torch.backends.cuda.cudnn_sdp_enabled():
+        backends.append(SDPBackend.CUDNN_ATTENTION)
+    for backend in backends:
+        timer = Timer("F.scaled_dot_product_attention(q, q, q)", globals={"F": F, "q": q})
+        try:
+            with sdpa_kernel(backend):
+                seconds[backend] = timer.timeit(10).median
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # this card, or this build of torch, does not have it
+            continue
     return sorted(seconds, key=seconds.get)
 
 

@@ -34,7 +34,7 @@ class Tokens(NamedTuple):
 
     bits: (L,) int64, the regions of each; 0 for the tokens of the base branch alone.
     base_row: (L,) int64, its row in the base branch's output, where it has one.
-    base_weight: (L,) float64, the base branch's share in its result.
+    base_weight: (L,) float32 or float64, the base branch's share in its result.
     """
 
     bits: Tensor
@@ -45,8 +45,9 @@ class Tokens(NamedTuple):
         """(1 - base_weight) * regional + base_weight * base, for each token; just `regional` without a base branch."""
         if base is None:
             return regional
-        weight = self.base_weight.to(torch.promote_types(base.dtype, torch.float32))[:, None]
-        return ((1 - weight) * regional + weight * base[:, :, self.base_row]).type_as(regional)
+        precise = torch.promote_types(base.dtype, torch.float32)
+        base = base[:, :, self.base_row].to(precise)
+        return torch.lerp(regional.to(precise), base, self.base_weight.to(precise)[:, None]).type_as(regional)
 
 
 # (q, k, v, base) -> out, for tokens that are known beforehand. q, k, v, out: (B, heads, L, head_dim); base, the base
@@ -90,7 +91,8 @@ def in_one_sequence(bits: Tensor, base_only: int, text_length: int, image_length
     [txt_1 .. txt_R, img]."""
     texts, image = bits.split([len(bits) - image_length, image_length])
     base_row = torch.arange(text_length + image_length, device=bits.device)
-    weight = bits.new_tensor([0.0, 1.0, base_ratio], dtype=torch.float64)
+    precise = torch.float32 if bits.device.type == "mps" else torch.float64  # which Apple's GPUs don't have
+    weight = bits.new_tensor([0.0, 1.0, base_ratio], dtype=precise)
     counts = bits.new_tensor([len(texts), base_only, image_length])
     return Tokens(
         torch.cat([texts, bits.new_zeros(base_only), image]),
@@ -134,11 +136,11 @@ class RegionalAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
         """q, k, v and the result: (B, heads, L, head_dim), L as at the top of this file. Every `interval`-th block is
         masked; in the others the regional branch is open, and region texts see each other."""
-        masked = self.masked if block.index % self.interval[block.kind] == 0 else self.open
+        attend = (self.masked if block.index % self.interval[block.kind] == 0 else self.open)[block.kind]
         base = None
         if self.has_base:
             base = plain_attention(*(x[:, :, self.start : self.end] for x in (q, k, v)), block)
-        return masked[block.kind](q, k, v, base)
+        return attend(q, k, v, base)
 
     def join(self, txt: Tensor, img: Tensor) -> Tensor:
         """The sequence of the single blocks; the image stream is duplicated here."""

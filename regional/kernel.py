@@ -9,7 +9,6 @@ On Hopper and newer, tiles come through TMA descriptors; elsewhere, and in Trito
 CPU, no bfloat16), through pointers. q, k and v may have any strides with the head dimension contiguous.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ from regional.attention import MaskedAttention, Tokens
 from regional.mask import allowed
 
 INTERPRETED = triton.knobs.runtime.interpret
-MIXED_COST = 1.9  # a mixed tile's time over a full one's: the ratio of both loops' instructions on sm_90
+MIXED_COST = 1.9  # a mixed tile's time over a full one's; instructions on sm_90 say 1.9 (Triton 3.6) and 1.4 (3.9)
 
 
 # ------------------------------------------------------------------------------------------------ on the GPU
@@ -38,19 +37,33 @@ def bits_allowed(bits_q, bits_k):
 
 
 @triton.jit
-def load_tile(x, stride_b, stride_h, stride_l, b, h, start, L, ROWS: tl.constexpr, D: tl.constexpr,
-              TMA: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
-    """Rows start .. start + ROWS of one head, (ROWS, D). RAGGED: they may go beyond L, where they are zeros."""
+def load_tile(x, stride_b, stride_h, stride_l, start, L, ROWS: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
+              RAGGED: tl.constexpr):  # fmt: skip
+    """Rows start .. start + ROWS of this program's head, (ROWS, D); zeros from row L on. RAGGED tells the pointers that
+    the rows may go that far; TMA looks by itself."""
+    h, b = tl.program_id(1), tl.program_id(2)
     if TMA:
         tile = x.load([b, h, start, 0]).reshape(ROWS, D)
     else:
-        rows = start + tl.arange(0, ROWS)[:, None]
-        pointers = x + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + rows * stride_l + tl.arange(0, D)[None]
+        row = tl.arange(0, ROWS)[:, None]
+        x += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + start.to(tl.int64) * stride_l
+        pointers = x + row * stride_l + tl.arange(0, D)[None]
         if RAGGED:
-            tile = tl.load(pointers, mask=rows < L, other=0.0)
+            tile = tl.load(pointers, mask=start + row < L, other=0.0)
         else:
             tile = tl.load(pointers)
     return tile
+
+
+@triton.jit
+def online_softmax(qk, v_tile, m_i, l_i, acc, scale):
+    """Take one more tile of scores and values into the running maximum (of scores times `scale`), sum and output."""
+    m_ij = tl.maximum(m_i, tl.max(qk, 1) * scale)
+    p = tl.exp2(qk * scale - m_ij[:, None])
+    alpha = tl.exp2(m_i - m_ij)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
+    return m_ij, l_i, acc
 
 
 @triton.jit
@@ -60,55 +73,45 @@ def regional_kernel(
     L, scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BASE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one head. The lists are those of `Tiles`; scale is log2(e) / sqrt(D), because the
-    hardware's exponential is of base 2. Strides are in elements, named tensor_axis."""
+    """One tile of queries of one head; the grid is (tiles, heads, pictures). The lists are those of `Tiles`. scale is
+    log2(e) / sqrt(D), because the hardware's exponential is of base 2. Strides are in elements, named tensor_axis."""
     entry = queries + 5 * tl.program_id(0)
     start, end = tl.load(entry), tl.load(entry + 1)
-    first, mixed, last = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
-    h, b = tl.program_id(1), tl.program_id(2)
-    q_tile = load_tile(q, q_b, q_h, q_l, b, h, start, L, BLOCK_M, D, TMA, True)
-    m_i = tl.full([BLOCK_M], -1e38, tl.float32)  # not -inf, for the rows of mixed tiles that have met no key yet
+    full_begin, mixed_begin, keys_end = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
+    q_tile = load_tile(q, q_b, q_h, q_l, start, L, BLOCK_M, D, TMA, RAGGED=True)
+    # Not -inf: in a mixed tile, a row that has met no key of its own keeps this maximum, and exp2(-inf - m_i) is 0
+    m_i = tl.full([BLOCK_M], -1e38, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
 
-    for i in range(first, mixed):
+    for i in range(full_begin, mixed_begin):
         start_n = tl.load(keys + 2 * i)
-        k_tile = load_tile(k, k_b, k_h, k_l, b, h, start_n, L, BLOCK_N, D, TMA, False)
+        k_tile = load_tile(k, k_b, k_h, k_l, start_n, L, BLOCK_N, D, TMA, RAGGED=False)
         qk = tl.dot(q_tile, k_tile.T, input_precision="ieee")
-        m_ij = tl.maximum(m_i, tl.max(qk, 1) * scale)
-        p = tl.exp2(qk * scale - m_ij[:, None])
-        alpha = tl.exp2(m_i - m_ij)
-        l_i = l_i * alpha + tl.sum(p, 1)
-        v_tile = load_tile(v, v_b, v_h, v_l, b, h, start_n, L, BLOCK_N, D, TMA, False)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
-        m_i = m_ij
+        v_tile = load_tile(v, v_b, v_h, v_l, start_n, L, BLOCK_N, D, TMA, RAGGED=False)
+        m_i, l_i, acc = online_softmax(qk, v_tile, m_i, l_i, acc, scale)
 
     bits_q = tl.load(query_bits + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))
-    for i in range(mixed, last):
+    for i in range(mixed_begin, keys_end):
         start_n = tl.load(keys + 2 * i)
-        k_tile = load_tile(k, k_b, k_h, k_l, b, h, start_n, L, BLOCK_N, D, TMA, True)
+        k_tile = load_tile(k, k_b, k_h, k_l, start_n, L, BLOCK_N, D, TMA, RAGGED=True)
         qk = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+        # loaded after the product, so that the bits and the operands don't need registers at the same time
         bits_k = tl.load(key_bits + tl.load(keys + 2 * i + 1) * BLOCK_N + tl.arange(0, BLOCK_N))
         qk = tl.where(bits_allowed(bits_q[:, None], bits_k[None, :]), qk, float("-inf"))
-        m_ij = tl.maximum(m_i, tl.max(qk, 1) * scale)
-        p = tl.exp2(qk * scale - m_ij[:, None])
-        alpha = tl.exp2(m_i - m_ij)
-        l_i = l_i * alpha + tl.sum(p, 1)
-        v_tile = load_tile(v, v_b, v_h, v_l, b, h, start_n, L, BLOCK_N, D, TMA, True)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
-        m_i = m_ij
+        v_tile = load_tile(v, v_b, v_h, v_l, start_n, L, BLOCK_N, D, TMA, RAGGED=True)
+        m_i, l_i, acc = online_softmax(qk, v_tile, m_i, l_i, acc, scale)
 
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]  # a row with nothing allowed gives zeros
     rows = start + tl.arange(0, BLOCK_M)
     inside = rows < end
-    d = tl.arange(0, D)[None]
+    h, b, d = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64), tl.arange(0, D)[None]
     if BASE:
         weight = tl.load(base_weight + rows, mask=inside, other=0.0)[:, None]
         base_rows = tl.load(base_row + rows, mask=inside, other=0)[:, None]
-        pointers = base + b.to(tl.int64) * base_b + h.to(tl.int64) * base_h + base_rows * base_l + d
-        acc = (1 - weight) * acc + weight * tl.load(pointers, mask=weight != 0, other=0.0)
-    pointers = o + b.to(tl.int64) * o_b + h.to(tl.int64) * o_h + rows[:, None] * o_l + d
-    tl.store(pointers, acc.to(o.dtype.element_ty), mask=inside[:, None])
+        base_tile = tl.load(base + b * base_b + h * base_h + base_rows * base_l + d, mask=weight != 0, other=0.0)
+        acc = (1 - weight) * acc + weight * base_tile
+    tl.store(o + b * o_b + h * o_h + rows[:, None] * o_l + d, acc.to(o.dtype.element_ty), mask=inside[:, None])
 
 
 # ------------------------------------------------------------------------------------------------ once per layout
@@ -118,7 +121,7 @@ class Tiles(NamedTuple):
     """What the kernel goes through; bits are int64, the rest int32.
 
     queries (n, 5): a tile's first row, the row after its last, and where in `keys` its full tiles begin, its mixed
-    tiles begin, and both end; the longest lists first, so that the last programs to run are short ones.
+    tiles begin, and its tiles end; the longest lists first, so that the last programs to run are short ones.
     query_bits (n, block_m): the bits of those rows, zeros after the end.
     keys (m, 2): a tile's first row, and its row in key_bits.
     key_bits (tiles, block_n): the bits of a key tile, zeros after its end.
@@ -135,8 +138,8 @@ class Tiles(NamedTuple):
 def cut(bits: Tensor, block: int) -> list[tuple[int, int]]:
     """Cut the sequence into tiles of at most `block` tokens, [(start, end)].
 
-    A run of equal bits as long as one and a half tiles gets tiles of its own, because a tile that straddles the border
-    of a large region is mixed with everything. Shorter runs share tiles: half-empty ones would cost more.
+    Tiles end where a run of equal bits ends if that run or the next is as long as one and a half tiles: a tile that
+    straddles the border of a large region is mixed with everything. Short runs share tiles, half-empty ones cost more.
     """
     runs = bits.unique_consecutive(return_counts=True)[1].tolist()
     tiles, start, end = [], 0, 0
@@ -168,11 +171,11 @@ def tile_lists(bits: Tensor, block_m: int, block_n: int) -> Tiles:
     queries, keys = [], []
     order = (full.sum(1) + MIXED_COST * mixed.sum(1)).argsort(descending=True, stable=True).tolist()
     for i in order:
-        first = len(keys)
+        full_begin = len(keys)
         keys += [(key_tiles[j][0], j) for j in full[i].nonzero().flatten().tolist()]
-        first_mixed = len(keys)
+        mixed_begin = len(keys)
         keys += [(key_tiles[j][0], j) for j in mixed[i].nonzero().flatten().tolist()]
-        queries.append((*query_tiles[i], first, first_mixed, len(keys)))
+        queries.append((*query_tiles[i], full_begin, mixed_begin, len(keys)))
     return Tiles(
         torch.tensor(queries, dtype=torch.int32),
         padded_bits(bits, [query_tiles[i] for i in order], block_m),
@@ -191,7 +194,7 @@ def padded_bits(bits: Tensor, tiles: list[tuple[int, int]], block: int) -> Tenso
 
 
 class Launch(NamedTuple):
-    """Tile sizes and how the kernel is compiled for them; tests/cross_compile.py shows that none of these spills."""
+    """Tile sizes, how the kernel is compiled for them, and how it loads; see tests/cross_compile.py."""
 
     block_m: int
     block_n: int
@@ -212,39 +215,39 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    base: Tensor | None,
+    base_row: Tensor,
+    base_weight: Tensor,
     queries: Tensor,
     query_bits: Tensor,
     keys: Tensor,
     key_bits: Tensor,
-    base: Tensor | None,
-    base_row: Tensor,
-    base_weight: Tensor,
+    pairs: int,
     block_m: int,
     block_n: int,
     num_warps: int,
     num_stages: int,
     tma: bool,
-    pairs: int,
 ) -> Tensor:
     """Launch the kernel. q, k, v (B, H, L, D) and base (B, H, L_base, D) -> (B, H, L, D), laid out as (B, L, H, D)."""
     batch, heads, length, head_dim = q.shape
-    has_base, out = base is not None, empty_output(q)
-    base = base if has_base else out  # not read
+    out, has_base = empty_output(q), base is not None
+    base = base if has_base else out  # the launcher wants a pointer; it is not read
     if head_dim not in (32, 64, 128) or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"the kernel is not made for heads of {head_dim} in {q.dtype}")
     if any(x.stride(-1) != 1 for x in (q, k, v, base)):
         raise ValueError("the kernel needs q, k, v and base with a contiguous head dimension")
     if INTERPRETED and q.dtype == torch.bfloat16:
         raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16 there")
-    given = q, k, v
+    tensors = q, k, v
     if tma:
         boxes = ([1, 1, rows, head_dim] for rows in (block_m, block_n, block_n))
-        given = map(TensorDescriptor.from_tensor, given, boxes)
+        tensors = map(TensorDescriptor.from_tensor, tensors, boxes)
     regional_kernel[len(queries), heads, batch](
-        *given, out, base, base_row, base_weight, queries, query_bits, keys, key_bits,
+        *tensors, out, base, base_row, base_weight, queries, query_bits, keys, key_bits,
         *(stride for x in (q, k, v, out, base) for stride in x.stride()[:3]), length, math.log2(math.e) / head_dim**0.5,
         D=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, BASE=has_base, TMA=tma,
-        num_warps=num_warps, num_stages=num_stages,
+        num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -254,31 +257,32 @@ def empty_output(q: Tensor) -> Tensor:
     return q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
 
 
-# As an operator of torch, so that torch.compile, the meta device and FlopCounterMode know what it gives and costs.
+# As an operator of torch, so that torch.compile, the meta device and FlopCounterMode know what it gives and costs
 attend_op = torch.library.custom_op("regional::attend", attend, mutates_args=())
 attend_op.register_fake(lambda q, *rest: empty_output(q))
 
 
 @register_flop_formula(torch.ops.regional.attend)
-def flops(q_shape, *rest, out_shape=None, **kwargs) -> int:
+def flops(q_shape, k_shape, v_shape, base_shape, base_row, base_weight, queries, query_bits, keys, key_bits, pairs, *_,
+          out_shape=None, **kwargs) -> int:  # fmt: skip
     """Two products of 2 D operations for each allowed pair of each head."""
     batch, heads, _, head_dim = q_shape
-    return 4 * batch * heads * head_dim * rest[-1]
+    return 4 * batch * heads * head_dim * pairs
 
 
-def kernel_attention(tokens: Tokens) -> MaskedAttention:
-    """The kernel for tokens with these bits. Its lists are made at the first call, when the dtype is known."""
-
-    @functools.cache
-    def prepared(dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[Tensor], Launch, int]:
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-        launch = launch_for(dtype, capability)
-        *lists, pairs = tile_lists(tokens.bits.cpu(), launch.block_m, launch.block_n)
-        blend = tokens.base_row.int(), tokens.base_weight.float()
-        return [x.to(device) for x in lists], [x.to(device) for x in blend], launch, pairs
+def kernel_attention(tokens: Tokens, dtype: torch.dtype, device: torch.device) -> MaskedAttention:
+    """The kernel for tokens with these bits and q, k, v of this dtype on this device."""
+    launch = launch_for(dtype, torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0))
+    *lists, pairs = tile_lists(tokens.bits.cpu(), launch.block_m, launch.block_n)
+    blend_and_lists = [x.to(device) for x in (tokens.base_row.int(), tokens.base_weight.float(), *lists)]
 
     def masked(q: Tensor, k: Tensor, v: Tensor, base: Tensor | None = None) -> Tensor:
-        lists, blend, launch, pairs = prepared(q.dtype, q.device)
-        return attend_op(q, k, v, *lists, base, *blend, *launch, pairs)
+        return attend_op(q, k, v, base, *blend_and_lists, pairs, *launch)
 
     return masked
+
+
+def runs_on(device: torch.device) -> bool:
+    """NVIDIA's GPUs from Ampere on; older ones have neither bfloat16 nor the shared memory."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)

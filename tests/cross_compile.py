@@ -53,7 +53,7 @@ def compile_kernel(capability: int, dtype: torch.dtype, head_dim: int, base: boo
     compiled = triton.compile(
         ASTSource(regional_kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

@@ -12,13 +12,14 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend
 
 import generate
 import weights
 from model.clip import CLIPTextEncoder
 from model.t5 import T5Encoder
-from model.transformer import Flux
-from regional import kernel
+from model.transformer import Flux, FluxParams
+from regional.attention import dense_attention, portable_attention
 from regional.mask import RegionTokens
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +78,16 @@ def test_no_regions_calls_the_model_as_if_regions_did_not_exist(make, monkeypatc
     assert seen == [{"attention", "join"}] * 2 + [set()]
 
 
-def test_the_kernel_draws_what_the_portable_attention_draws(make, monkeypatch):
+@pytest.fixture
+def kernel():
+    """The kernel's module, in Triton's interpreter (see conftest.py)."""
+    module = pytest.importorskip("regional.kernel")
+    if not module.INTERPRETED:
+        pytest.skip("there is a GPU")
+    return module
+
+
+def test_the_kernel_draws_what_the_portable_attention_draws(make, monkeypatch, kernel):
     monkeypatch.setattr(kernel, "launch_for", lambda *_: kernel.Launch(128, 128, num_warps=8, num_stages=2, tma=True))
     ours, theirs = latents(make, A, "--attention", "kernel"), latents(make, A, "--attention", "portable")
     assert not torch.equal(ours, theirs) and (ours - theirs).abs().max() < 1e-5
@@ -85,18 +95,51 @@ def test_the_kernel_draws_what_the_portable_attention_draws(make, monkeypatch):
 
 def test_auto_is_the_portable_attention_without_a_gpu(make, capsys):
     latents(make, A, "--verbose")
-    assert "masked attention: portable" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "masked attention: portable" in errors and "unmasked attention: as torch chooses" in errors
 
 
-@pytest.mark.skipif(not kernel.INTERPRETED, reason="there is a GPU")
+def test_which_attention_is_chosen(monkeypatch, kernel):
+    def choose(name: str, device: str):
+        return generate.choose_attention(name, torch.device(device), torch.bfloat16, False)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert choose("auto", "cuda").func is choose("kernel", "cuda").func is kernel.kernel_attention
+    assert choose("auto", "mps") is choose("auto", "cpu") is choose("portable", "cuda") is portable_attention
+    assert choose("dense", "cuda") is dense_attention
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choose("auto", "cuda") is portable_attention
+    with pytest.raises(generate.InputError, match="Ampere"):
+        choose("kernel", "cuda")
+
+
+def test_the_librarys_fastest_attention_is_preferred(monkeypatch):
+    """On a GPU; here a tensor that says it is on one. The shape that is timed is that of the base branch."""
+    asked = []
+    fastest = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    monkeypatch.setattr(generate, "fastest_backends", lambda q: (asked.append(q.shape), fastest)[1])
+    monkeypatch.setattr(generate, "sdpa_kernel", lambda backends, set_priority: (backends, set_priority))
+
+    class OnGPU:
+        device, shape = torch.device("cuda"), (1, 32, 8)
+        new_empty = staticmethod(torch.empty)
+
+    with torch.device("meta"):
+        flux = Flux(FluxParams(hidden_size=64, num_heads=2, depth=1, depth_single_blocks=1))
+    layout = generate.Layout(prompt="", width=96, height=64)
+    chosen = generate.library_attention(flux, layout, OnGPU(), False)
+    assert chosen == ([*fastest, SDPBackend.MATH], True) and asked == [(1, 2, 32 + 24, 32)]
+
+
 @pytest.mark.parametrize("dtype, interpreted", [("float32", False), ("bfloat16", True)])
-def test_the_kernel_is_refused_where_it_cannot_run(make, monkeypatch, capsys, dtype, interpreted):
+def test_the_kernel_is_refused_where_it_cannot_run(make, monkeypatch, capsys, kernel, dtype, interpreted):
     monkeypatch.setattr(kernel, "INTERPRETED", interpreted)
     assert make(A, "--attention", "kernel", "--dtype", dtype) == 2
     assert "--attention kernel" in capsys.readouterr().err and not list(Path().glob("*.png"))
 
 
 def test_the_kernel_without_triton_is_an_error(make, monkeypatch, capsys):
+    monkeypatch.delattr("regional.kernel", raising=False)
     monkeypatch.setitem(sys.modules, "regional.kernel", None)
     assert make(A, "--attention", "kernel") == 2
     assert "Triton is missing" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,7 @@ def launched(monkeypatch):
     return use
 
 
-def tokens(bits: torch.Tensor, base_length: int = 1, seed: int = 0) -> Tokens:
+def blending_tokens(bits: torch.Tensor, base_length: int = 1, seed: int = 0) -> Tokens:
     """Tokens that blend with some of `base_length` base rows: not at all, in part, or wholly."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.rand(len(bits), generator=generator, dtype=torch.float64) * 1.5 - 0.25
@@ -114,6 +115,10 @@ def fused_qkv(length, dtype=torch.float32, batch=1, heads=1, head_dim=32, logits
     generator = torch.Generator().manual_seed(seed)
     fused = torch.randn(batch, length, 3, heads, head_dim, generator=generator) * logits
     return list(fused.to(DEVICE, dtype).permute(2, 0, 3, 1, 4))
+
+
+def run(tokens: Tokens, q, k, v, base=None) -> torch.Tensor:
+    return kernel_attention(on_device(tokens), q.dtype, q.device)(q, k, v, base)
 
 
 def on_device(tokens: Tokens) -> Tokens:
@@ -149,9 +154,9 @@ def test_the_line_of_triton_says_what_the_line_of_torch_says():
 @LAUNCH
 def test_float32_is_the_dense_reference(bits, launch, launched):
     launched(launch)
-    given = tokens(bits)
+    given = blending_tokens(bits)
     q, k, v = fused_qkv(len(bits))
-    out = kernel_attention(given)(q, k, v, None)
+    out = run(given, q, k, v)
     expected = in_float64(given, q, k, v)
     assert (out - expected).abs().max() < 2e-6
     assert not out[:, :, ~allowed(bits[:, None], bits[None, :]).any(1)].any()  # exact zeros
@@ -164,10 +169,10 @@ def test_two_pictures_three_heads_and_a_blend(launch, dtype, head_dim, launched)
     """The error is at most twice what torch's own attention has in that dtype, and a weight of 1 copies exactly."""
     launched(launch)
     bits = CASES["61 regions and a background, permuted"]
-    given = tokens(bits, base_length=17)
+    given = blending_tokens(bits, base_length=17)
     q, k, v = fused_qkv(len(bits), dtype, batch=2, heads=3, head_dim=head_dim)
     base = fused_qkv(17, dtype, batch=2, heads=3, head_dim=head_dim, seed=1)[0]
-    out = kernel_attention(given)(q, k, v, base)
+    out = run(given, q, k, v, base)
     expected = in_float64(given, q, k, v, base)
     mask = allowed(bits[:, None], bits[None, :]).to(DEVICE)
     theirs = on_device(given).blend(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), base)
@@ -183,12 +188,15 @@ def test_large_logits_in_float16(launch, dtype, launched):
     launched(launch)
     bits = CASES["overlaps"]
     q, k, v = fused_qkv(len(bits), dtype, logits=8.0)
-    out = kernel_attention(tokens(bits))(q, k, v, None)
-    expected = in_float64(tokens(bits), q, k, v)
+    out = run(blending_tokens(bits), q, k, v)
+    expected = in_float64(blending_tokens(bits), q, k, v)
     mask = allowed(bits[:, None], bits[None, :]).to(DEVICE)
     theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     assert out.isfinite().all()
     assert (out - expected).abs().max() <= 2 * (theirs - expected).abs().max()
+
+
+KERNEL = partial(kernel_attention, dtype=torch.float32, device=torch.device(DEVICE))
 
 
 @pytest.mark.parametrize("kind, index", [("double", 0), ("double", 1), ("single", 0), ("single", 1)])
@@ -198,8 +206,7 @@ def test_regional_attention_with_it_is_that_with_the_portable_one(base_ratio, ki
     region = region_tokens(overlapping(3, **small)).sorted()[0]
     bits, text = region.bits(11), 11
     attentions = [
-        RegionalAttention(make, bits.to(DEVICE), text, 144, base_ratio, 2, 2)
-        for make in (kernel_attention, portable_attention)
+        RegionalAttention(make, bits.to(DEVICE), text, 144, base_ratio, 2, 2) for make in (KERNEL, portable_attention)
     ]
     length = len(bits) + (0 if base_ratio == 0 else text if kind == "double" else text + 144)
     q, k, v = fused_qkv(length, heads=2)
@@ -209,36 +216,68 @@ def test_regional_attention_with_it_is_that_with_the_portable_one(base_ratio, ki
 
 def test_the_output_joins_its_heads_without_a_copy():
     q, k, v = fused_qkv(40, batch=2, heads=3)
-    out = kernel_attention(tokens(torch.ones(40, dtype=torch.int64)))(q, k, v, None)
+    out = run(blending_tokens(torch.ones(40, dtype=torch.int64)), q, k, v)
     assert out.shape == (2, 3, 40, 32) and out.transpose(1, 2).is_contiguous()
 
 
 def test_the_operator_says_of_itself_what_it_does():
     """torch's own check: the schema, what the meta device is told, and that no argument is changed."""
-    lists = [*tile_lists(CASES["33 tokens"], 32, 32)]
-    pairs = lists.pop()
-    q, k, v = fused_qkv(33)
-    arguments = (q, k, v, *(x.to(DEVICE) for x in lists), None, torch.zeros(33).int(), torch.zeros(33))
+    *lists, pairs = tile_lists(CASES["33 tokens"], 32, 32)
+    q, k, v = fused_qkv(33, heads=2)
+    arguments = q, k, v, None, *(x.to(DEVICE) for x in (torch.zeros(33).int(), torch.zeros(33), *lists)), pairs
     tests = "test_schema", "test_faketensor"
-    torch.library.opcheck(kernel.attend_op, (*arguments, 32, 32, 4, 1, False, pairs), test_utils=tests)
+    torch.library.opcheck(kernel.attend_op, (*arguments, 32, 32, 4, 1, False), test_utils=tests)
+    told = kernel.attend_op(
+        *(x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments), 32, 32, 4, 1, False
+    )
+    assert told.stride() == run(blending_tokens(CASES["33 tokens"]), q, k, v).stride()
+
+
+def test_it_compiles_into_one_graph():
+    region = region_tokens(overlapping(2, **small)).sorted()[0]
+    attention = RegionalAttention(KERNEL, region.bits(5).to(DEVICE), 5, 144, 0.3)
+    q, k, v = fused_qkv(3 * 5 + 5 + 144)
+    compiled = torch.compile(
+        lambda q, k, v: attention(q, k, v, Block("double", 0)), backend="aot_eager", fullgraph=True
+    )
+    assert len(region.prompts) == 3 and torch.equal(compiled(q, k, v), attention(q, k, v, Block("double", 0)))
+
+
+@LAUNCH
+def test_strides_and_scores_of_any_kind(launch, launched):
+    """q, k and v laid out each in its own way, and scores so negative that no key seems worth a look."""
+    launched(launch)
+    bits = CASES["overlaps, unsorted"]
+    length = len(bits)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 3, length, 32, generator=generator).abs() * 30
+    k = -torch.randn(2, length, 3, 32, generator=generator).abs().transpose(1, 2) * 30
+    v = torch.randn(2, length, 5, 3, 32, generator=generator)[:, :, 4].transpose(1, 2)
+    q, k, v = (x.to(DEVICE) for x in (q, k, v))
+    given = blending_tokens(bits)
+    assert (run(given, q, k, v) - in_float64(given, q, k, v)).abs().max() < 1e-3
+    small_q = q / 900
+    assert (run(given, small_q, k, v) - in_float64(given, small_q, k, v)).abs().max() < 2e-6
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter")
 def test_the_interpreters_wrong_bfloat16_is_refused():
     q, k, v = fused_qkv(33, torch.bfloat16)
     with pytest.raises(ValueError, match="bfloat16"):
-        kernel_attention(tokens(CASES["33 tokens"]))(q, k, v, None)
+        run(blending_tokens(CASES["33 tokens"]), q, k, v)
 
 
 def test_what_it_is_not_made_for_is_refused():
-    attention = kernel_attention(tokens(CASES["33 tokens"]))
+    given = blending_tokens(CASES["33 tokens"])
     with pytest.raises(ValueError, match="heads of 16"):
-        attention(*fused_qkv(33, head_dim=16), None)
+        run(given, *fused_qkv(33, head_dim=16))
     with pytest.raises(ValueError, match="float64"):
-        attention(*fused_qkv(33, torch.float64), None)
-    q, k, v = fused_qkv(33)
-    with pytest.raises(ValueError, match="contiguous"):
-        attention(q, k.mT.contiguous().mT, v, None)
+        run(given, *fused_qkv(33, torch.float64))
+    for i in range(4):
+        turned = [*fused_qkv(33), fused_qkv(33)[0]]
+        turned[i] = turned[i].mT.contiguous().mT
+        with pytest.raises(ValueError, match="contiguous"):
+            run(given, *turned)
 
 
 # ------------------------------------------------------------------------------------------------ the lists of tiles
@@ -270,9 +309,10 @@ def test_no_tile_is_mixed_where_regions_fill_whole_tiles():
     assert (queries[:, 3] == queries[:, 4]).all() and (queries[:, 3] - queries[:, 2] == 6).all()
 
 
-def tile_cost(layout: Layout, block_m: int = 128, block_n: int = 128) -> float:
-    """Time in tiles over the time of the allowed pairs alone, if a mixed tile takes 2.1 times a full one's."""
-    queries, *_, pairs = tile_lists(sorted_bits(layout, 512), block_m, block_n)
+def cost(bits: torch.Tensor, block_m: int = 128, block_n: int = 128) -> float:
+    """Time in tiles over the time of the allowed pairs alone, if a mixed tile takes 2.1 times a full one's, which is
+    more than the compiled loops say."""
+    queries, *_, pairs = tile_lists(bits, block_m, block_n)
     full, mixed = (queries[:, 3] - queries[:, 2]).sum(), (queries[:, 4] - queries[:, 3]).sum()
     return float(full + 2.1 * mixed) * block_m * block_n / pairs
 
@@ -283,8 +323,19 @@ def test_tiles_cost_little_more_than_the_allowed_pairs(size, block_n):
     width, height = size
     box = layout((width // 4, height // 4, width * 3 // 4, height * 3 // 4), width=width, height=height)
     for regular in box, grid(2, 2, *size), grid(3, 1, *size), grid(4, 4, *size):
-        assert tile_cost(regular, 128, block_n) <= 1.3
-    assert tile_cost(overlapping(8, *size), 128, block_n) <= 2.1
+        assert cost(sorted_bits(regular, 512), 128, block_n) <= 1.3
+    assert cost(sorted_bits(overlapping(8, *size), 512), 128, block_n) <= 2.1
+
+
+def test_neighbours_in_gray_code_are_cheaper():
+    """Sorted by the bits as numbers, tiles would be mixed more often; and the longest lists come first."""
+    for size in (1024, 1024), (1280, 768):
+        regions = region_tokens(overlapping(8, *size))
+        numbers = torch.cat([regions.bits(512)[: -len(regions.image_bits)], regions.image_bits.sort()[0]])
+        assert cost(regions.sorted()[0].bits(512)) < 0.97 * cost(numbers)
+    queries = tile_lists(numbers, 128, 128).queries
+    work = (queries[:, 3] - queries[:, 2]) + kernel.MIXED_COST * (queries[:, 4] - queries[:, 3])
+    assert (work.diff() <= 0).all() and work[0] > work[-1]
 
 
 def test_lists_are_made_in_no_time():
@@ -325,14 +376,14 @@ class Allocations(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["double", "single"])
 def test_no_square_tensor_and_no_memory_beyond_the_two_outputs(kind, launched, monkeypatch):
-    launched(Launch(128, 128, num_warps=8, num_stages=2, tma=DEVICE == "cpu"))
+    launched(Launch(128, 64, num_warps=8, num_stages=1, tma=False))  # few large tiles: the interpreter is slow
     monkeypatch.setattr(kernel, "attend_op", kernel.attend)  # the mode does not look inside an operator
     region = region_tokens(layout((0, 0, 256, 256), (128, 128, 512, 512), width=512, height=512)).sorted()[0]
     text, image = 256, 1024
     bits = region.bits(text)
     length, base_length = len(bits) + text + (image if kind == "single" else 0), text + image
     q, k, v = fused_qkv(length)
-    assert length > 8 * 32
+    assert length > 8 * 1 * 32  # heads, head size: else q itself would look square
 
     def measure(make) -> Allocations:
         attention = RegionalAttention(make, bits.to(DEVICE), text, image, 0.3)
@@ -341,7 +392,7 @@ def test_no_square_tensor_and_no_memory_beyond_the_two_outputs(kind, launched, m
             attention(q, k, v, Block(kind, 0))
         return allocations
 
-    ours, dense = measure(kernel_attention), measure(dense_attention)
+    ours, dense = measure(KERNEL), measure(dense_attention)
     outputs = (length + base_length) * 32 * 4
     assert dense.square and not ours.square
     assert outputs <= ours.bytes <= outputs + 2**20 < outputs + length**2
@@ -367,7 +418,8 @@ def test_operations_of_a_full_size_step():
         (1, 1): 131.1, (2, 1): 132.0, (2, 2): 142.7, (4, 2): 168.4, (4, 4): 222.0,
     }.items():  # fmt: skip
         bits = sorted_bits(grid(columns, rows), 512)
-        attention = RegionalAttention(kernel_attention, bits, 512, 4096, 0.3)
+        on_meta = partial(kernel_attention, dtype=torch.bfloat16, device=torch.device("meta"))
+        attention = RegionalAttention(on_meta, bits, 512, 4096, 0.3)
         texts = 512 * (columns * rows + 1)
         counted = operations(texts, attention=attention, join=attention.join)
         assert counted == pytest.approx(expected, rel=0.01)
@@ -396,7 +448,7 @@ def test_what_hopper_gets_does_not_spill_and_uses_its_units(compiled):
             assert x["HGMMA"] and x["UTMALDG"] and not x["HMMA"], x
     assert not any(x["HGMMA"] or x["HMMA"] for x in hopper if x["dtype"] == "fp32")  # IEEE products, not TF32
     full, mixed = next(x["loops"] for x in hopper if (x["dtype"], x["head_dim"]) == ("bf16", 128))
-    assert full <= 560 and mixed <= 2.1 * full  # 532 and 751 from Triton 3.9, 504 and 940 from 3.6
+    assert full <= 560 and mixed <= 2.1 * full  # 532 and 748 from Triton 3.9, 504 and 938 from 3.6
 
 
 def test_what_other_gpus_get_fits_into_their_shared_memory(compiled):
@@ -405,3 +457,4 @@ def test_what_other_gpus_get_fits_into_their_shared_memory(compiled):
     for x in others:
         limit = {80: 163, 89: 99, 100: 227, 120: 99}[x["capability"]]
         assert x["registers"] <= 255 and x["shared"] <= limit * 1024, x
+        assert x["LDL"] <= 16 and x["tma"] == (x["capability"] == 100), x  # Triton 3.6 spills a few outside the loops

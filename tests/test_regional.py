@@ -159,6 +159,18 @@ def test_a_token_without_bits_gives_zeros(implementation):
     assert not out[:, :, [1, 3]].any() and out[:, :, [0, 2, 4]].all() and out.isfinite().all()
 
 
+@pytest.mark.parametrize("implementation", [dense_attention, portable_attention])
+def test_the_blend_is_precise_in_bfloat16(implementation):
+    """A weight of 0.3 is not 0.3008, and the result is rounded once."""
+    tokens = Tokens(torch.ones(40, dtype=torch.int64), torch.arange(40), torch.full((40,), 0.3, dtype=torch.float64))
+    q, k, v = random_qkv(40, torch.bfloat16)
+    base = 100 * random_qkv(40, torch.bfloat16, seed=1)[0]
+    out = implementation(tokens)(q, k, v, base)
+    regional = implementation(unblended(tokens.bits))(q, k, v)
+    expected = (0.7 * regional.double() + 0.3 * base.double()).bfloat16()
+    assert (out == expected).double().mean() > 0.99  # a few lie halfway between two numbers
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the size of the largest tensor that any operation makes."""
 
