@@ -7,6 +7,7 @@ picture. What is not needed any more is dropped before the next part of the mode
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import torch
+import yaml
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,12 +34,18 @@ from model.errors import InputError
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
 from model.transformer import Flux
 from regional.attention import MaskedAttention, RegionalAttention, Tokens, dense_attention, portable_attention
+from regional.compose import Velocity, composed_velocity
 from regional.layout import Layout, read_layout
+from regional.maps import AttentionMaps
 from regional.mask import RegionTokens, region_tokens
+from regional.sheets import contact_sheet
 from sampler.flow import denoise, image_ids, noise, pack, text_ids, unpack
 from sampler.schedule import sigmas
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # in float16 FLUX.1 overflows
+SWEPT = (
+    "base_ratio", "mask_inject_steps", "double_inject_interval", "single_inject_interval", "guidance", "steps", "method",
+)  # fmt: skip
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 EXIF_DESCRIPTION, EXIF_SOFTWARE = 0x010E, 0x0131
 MAX_JPEG_EXIF = 65_000  # bytes; a JPEG's segments have 16-bit lengths
@@ -50,6 +58,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, metavar="FILE", help=".png, .jpg or .webp; default: the layout's name, .png")
     add("--overwrite", action="store_true", help="replace an existing output")
     add("--save-latents", type=Path, metavar="FILE", help="also write the latents before decoding (.safetensors)")
+    add("--sweep", action="append", default=[], metavar="KEY=A,B", help="draw once for each value of this key, and a "
+        "sheet of all; two sweeps draw all their combinations")  # fmt: skip
+    add("--attention-maps", type=Path, metavar="DIR", help="also draw where each region's text is looked at")
 
     model = parser.add_argument_group("model")
     add = model.add_argument
@@ -67,12 +78,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prompt", help="the base prompt; enough for a picture without a layout")
     add("--background-prompt", metavar="PROMPT")
     add("--seed", type=int, nargs="+", metavar="N", help="several seeds make several pictures, named _SEED")
-    for key in ("width", "height", "steps", "double-inject-interval", "single-inject-interval", "max-sequence-length"):
+    for key in ("width", "height", "steps", "double-inject-interval", "single-inject-interval", "max-sequence-length",
+                "region-max-sequence-length"):  # fmt: skip
         add(f"--{key}", type=int, metavar="N")
     for key in ("guidance", "base-ratio"):
         add(f"--{key}", type=float, metavar="X")
     add("--mask-inject-steps", type=count_or_share, metavar="N", help="a count, or a share such as 40%%")
     add("--overlap", choices=["share", "last"])
+    add("--method", choices=["regional", "rpg", "plain"], help="rpg: compose whole pictures, as the paper's rival does")
     args = parser.parse_args(argv)
     if not args.layout and "prompt" not in args:
         parser.error("give a --layout, or at least a --prompt")
@@ -84,15 +97,18 @@ def count_or_share(text: str) -> int | str:
 
 
 class Picture(NamedTuple):
-    """One picture of a run, and the files that it is written to."""
+    """One picture of a run; `swept` is what tells its layout from the others: base_ratio=0.1, say."""
 
+    layout: Layout
+    swept: tuple[str, ...]
     seed: int
     output: Path
     latents: Path | None
 
 
 class Conditioning(NamedTuple):
-    """The encoded prompts: txt (1, L_txt, context), regions (R, L_txt, context) or None, y (1, vec)."""
+    """The encoded prompts: txt (1, L_txt, context), regions (R, L_region, context) or None, and CLIP's vectors, of the
+    base prompt alone, y (1, vec), or by the method rpg of the regions' too, (1 + R, vec)."""
 
     txt: Tensor
     regions: Tensor | None
@@ -123,50 +139,62 @@ def run(args: argparse.Namespace) -> None:
     if weights.is_repository(args.model):  # complain before tens of gigabytes are downloaded
         plan_outputs(args, read(args, 1024))
     checkpoint = weights.find(args.model, args.flux, args.t5, args.clip, args.ae)
-    layout = read(args, int(weights.metadata_number(checkpoint.flux, "sample_size", 1024)))
-    layout = with_model_defaults(layout, checkpoint.flux)
-    pictures = plan_outputs(args, layout)
-    say(f"seed {', '.join(str(picture.seed) for picture in pictures)}")
+    layouts = read(args, int(weights.metadata_number(checkpoint.flux, "sample_size", 1024)))
+    layouts = {swept: with_model_defaults(layout, checkpoint.flux) for swept, layout in layouts.items()}
+    pictures, sheet = plan_outputs(args, layouts)
+    say(f"seed {', '.join(str(seed) for seed in dict.fromkeys(picture.seed for picture in pictures))}")
     if checkpoint.name == "pocket":
         say("the built-in pocket model draws; for FLUX.1-dev add --model black-forest-labs/FLUX.1-dev, or its folder")
 
-    tokens = region_tokens(layout) if layout.regional_steps(layout.steps) else None
+    regional = [layout for layout in layouts.values() if layout.regional_steps(layout.steps)]
+    tokens = region_tokens(regional[0]) if regional else None  # a sweep changes neither prompts nor shapes
     for warning in tokens.warnings if tokens else ():
         say(f"warning: {warning}")
     masked_attention = choose_attention(args.attention, device, dtype, args.verbose) if tokens else portable_attention
-    conditioning = encode(checkpoint, layout, tokens, device, dtype)
-    latents, stop = sample_all(checkpoint, layout, tokens, conditioning, pictures, masked_attention, args.verbose)
+    vectors = any(layout.method == "rpg" for layout in regional)
+    conditioning = encode(checkpoint, pictures[0].layout, tokens, vectors, device, dtype)
+    watch = args.attention_maps is not None
+    drawn, stop = sample_all(checkpoint, tokens, conditioning, pictures, masked_attention, watch, args.verbose)
     autoencoder = weights.load_autoencoder(checkpoint.ae, device, dtype)
-    for picture, z in zip(pictures, latents):
+    images = []
+    for picture, (z, maps) in zip(pictures, drawn):
         image = Image.fromarray(to_uint8(autoencoder.decode(z.to(dtype)))[0].cpu().numpy())
-        write(picture.output, partial(save_image, image, layout, made_by(layout, picture.seed, checkpoint, dtype)))
+        made = made_by(picture.layout, picture.seed, checkpoint, dtype)
+        write(picture.output, partial(save_image, image, picture.layout, made))
         print(picture.output)
+        images.append(image)
+        if maps and maps.steps:
+            save_maps(maps, args.attention_maps / picture.output.stem, image, tokens.prompts)
     if stop:
         raise stop
+    if sheet:
+        write(sheet, sweep_sheet(pictures, images).save)
+        print(sheet)
 
 
 def sample_all(
     checkpoint: weights.Checkpoint,
-    layout: Layout,
     tokens: RegionTokens | None,
     conditioning: Conditioning,
     pictures: list[Picture],
     masked_attention: Callable[[Tokens], MaskedAttention],
+    watch: bool,
     verbose: bool,
-) -> tuple[list[Tensor], KeyboardInterrupt | None]:
-    """The latents of each picture. Ctrl-C ends the list early, so that what is finished can still be decoded."""
+) -> tuple[list[tuple[Tensor, AttentionMaps | None]], KeyboardInterrupt | None]:
+    """Each picture's latents and, if asked for, maps. Ctrl-C ends the list early, so that the rest can be decoded."""
     flux = weights.load_flux(checkpoint.flux, conditioning.txt.device, conditioning.txt.dtype)
-    latents = []
+    drawn = []
     try:
-        with library_attention(flux, layout, conditioning.txt, verbose):
+        with library_attention(flux, pictures[0].layout, conditioning.txt, verbose):
             for picture in pictures:
-                z = sample(flux, layout, tokens, conditioning, picture.seed, masked_attention)
+                maps = AttentionMaps(flux.params.depth, flux.params.depth_single_blocks) if watch else None
+                z = sample(flux, picture.layout, tokens, conditioning, picture.seed, masked_attention, maps)
                 if picture.latents:
                     write(picture.latents, partial(save_file, {"latents": z.cpu().contiguous()}))
-                latents.append(z)
+                drawn.append((z, maps))
     except KeyboardInterrupt as stop:
-        return latents, stop
-    return latents, None
+        return drawn, stop
+    return drawn, None
 
 
 def say(text: str) -> None:
@@ -220,41 +248,71 @@ def library_attention(flux: Flux, layout: Layout, txt: Tensor, verbose: bool) ->
 # ------------------------------------------------------------------------------------------------ settings and files
 
 
-def read(args: argparse.Namespace, size: int) -> Layout:
-    """The layout with the command line's flags in it; `size` is the model's default width and height."""
-    overrides = {key: value for key, value in vars(args).items() if key in Layout.__struct_fields__ and key != "seed"}
-    return read_layout(args.layout, overrides, size)
+def read(args: argparse.Namespace, size: int) -> dict[tuple[str, ...], Layout]:
+    """The layout with the command line's flags in it, once for each combination of the swept values, by these. `size`
+    is the model's default width and height."""
+    flags = {key: value for key, value in vars(args).items() if key in Layout.__struct_fields__ and key != "seed"}
+    sweeps = [parse_sweep(text) for text in args.sweep]
+    layouts = {}
+    for values in itertools.product(*(values for _, values in sweeps)):
+        swept = {key: value for (key, _), value in zip(sweeps, values)}
+        layouts[tuple(f"{key}={value}" for key, value in swept.items())] = read_layout(args.layout, flags | swept, size)
+    return layouts
+
+
+def parse_sweep(text: str) -> tuple[str, list[Any]]:
+    key, _, values = text.partition("=")
+    key = key.strip().replace("-", "_")
+    if key not in SWEPT:
+        raise InputError(f"the command line: --sweep {text}: expected one of {', '.join(SWEPT)}, then = and values.")
+    try:
+        return key, [yaml.safe_load(value) for value in values.split(",")]
+    except yaml.YAMLError as error:
+        raise InputError(f"the command line: --sweep {text}: its values can't be read.") from error
 
 
 def with_model_defaults(layout: Layout, flux: weights.Source) -> Layout:
     """Fill in what the layout leaves to the model: dev takes 24 steps and 512 text tokens, schnell 4 and 256."""
     steps, length = (24, 512) if weights.flux_params(flux).guidance_embed else (4, 256)
     length = int(weights.metadata_number(flux, "max_sequence_length", length))
+    length = layout.max_sequence_length or length
     return msgspec.structs.replace(
-        layout, steps=layout.steps or steps, max_sequence_length=layout.max_sequence_length or length
+        layout,
+        steps=layout.steps or steps,
+        max_sequence_length=length,
+        region_max_sequence_length=layout.region_max_sequence_length or length,
     )
 
 
-def plan_outputs(args: argparse.Namespace, layout: Layout) -> list[Picture]:
-    """Which files this run writes. Refuses, before any work, what it could not write in the end."""
-    seeds = list(dict.fromkeys(getattr(args, "seed", None) or [layout.seed]))
+def plan_outputs(args: argparse.Namespace, layouts: dict[tuple[str, ...], Layout]) -> tuple[list[Picture], Path | None]:
+    """Which files this run writes, and the sheet of a sweep. Refuses, before any work, what it could not write."""
+    seeds = list(dict.fromkeys(getattr(args, "seed", None) or [next(iter(layouts.values())).seed]))
     if seeds == [None]:
         seeds = [random.randrange(2**32)]
     for seed in seeds:
         if not 0 <= seed < 2**63:
             raise InputError(f"the command line: --seed {seed}: expected a number from 0 to 2^63 - 1.")
-    output = args.output or free_name(Path(f"{args.layout.stem if args.layout else 'picture'}.png"), seeds)
+    runs = [(*each, seed) for each in layouts.items() for seed in seeds]
+    marks = [[*swept, *([str(seed)] if len(seeds) > 1 else [])] for swept, _, seed in runs]
+    output = args.output or free_name(Path(f"{args.layout.stem if args.layout else 'picture'}.png"), marks)
     if output.suffix.lower() not in SUFFIXES:
         raise InputError(f"--output {output}: the suffix must be one of {', '.join(SUFFIXES)}.")
     if args.save_latents and args.save_latents.suffix != ".safetensors":
         raise InputError(f"--save-latents {args.save_latents}: the suffix must be .safetensors.")
     pictures = [
-        Picture(seed, numbered(output, seed, seeds), args.save_latents and numbered(args.save_latents, seed, seeds))
-        for seed in seeds
+        Picture(layout, swept, seed, marked(output, mark), args.save_latents and marked(args.save_latents, mark))
+        for (swept, layout, seed), mark in zip(runs, marks)
     ]
-    for path in (path for picture in pictures for path in picture[1:] if path):
+    files = [path for picture in pictures for path in (picture.output, picture.latents) if path]
+    sheet = marked(output, ["sheet"]) if args.sweep else None
+    files += [sheet] if sheet else []
+    if args.attention_maps:
+        if not args.attention_maps.exists():
+            args.attention_maps.mkdir(parents=True)
+        files += [args.attention_maps / f"{picture.output.stem}.safetensors" for picture in pictures]
+    for path in files:
         check_writable(path, args.overwrite)
-    return pictures
+    return pictures, sheet
 
 
 def check_writable(path: Path, overwrite: bool) -> None:
@@ -267,14 +325,14 @@ def check_writable(path: Path, overwrite: bool) -> None:
         raise InputError(f"{path}: exists already; choose another --output, or add --overwrite.")
 
 
-def numbered(path: Path, seed: int, seeds: list[int]) -> Path:
-    return path.with_stem(f"{path.stem}_{seed}") if len(seeds) > 1 else path
+def marked(path: Path, mark: list[str]) -> Path:
+    return path.with_stem("_".join([path.stem, *mark]))
 
 
-def free_name(path: Path, seeds: list[int]) -> Path:
+def free_name(path: Path, marks: list[list[str]]) -> Path:
     """The path itself, or the first of path_1, path_2 ... where nothing is in the way."""
     candidates = [path] + [path.with_stem(f"{path.stem}_{i}") for i in range(1, 10000)]
-    return next(p for p in candidates if not any(numbered(p, seed, seeds).exists() for seed in seeds))
+    return next(p for p in candidates if not any(marked(p, mark).exists() for mark in [*marks, ["sheet"]]))
 
 
 def write(path: Path, save: Callable[[Path], None]) -> None:
@@ -316,6 +374,23 @@ def save_image(image: Image.Image, layout: Layout, made_by: dict[str, Any], file
     image.save(file, exif=exif, quality=95)
 
 
+def sweep_sheet(pictures: list[Picture], images: list[Image.Image]) -> Image.Image:
+    """All pictures of a sweep: a column for each value of the last key, a row for each of everything else."""
+    rows, several = {}, len({picture.seed for picture in pictures}) > 1
+    for picture, image in zip(pictures, images):
+        *others, column = picture.swept
+        row = ", ".join([*others, *([f"seed {picture.seed}"] if several else [])])
+        rows.setdefault(row, {})[column] = image
+    return contact_sheet({row: list(images.values()) for row, images in rows.items()}, list(next(iter(rows.values()))))
+
+
+def save_maps(maps: AttentionMaps, path: Path, image: Image.Image, prompts: list[str]) -> None:
+    """A sheet for each regional step, path_step1.png and so on, and the numbers behind them, path.safetensors."""
+    for i, sheet in enumerate(maps.sheets(image, prompts)):
+        write(path.with_name(f"{path.name}_step{i + 1}.png"), partial(sheet.save))
+    write(path.with_name(f"{path.name}.safetensors"), partial(save_file, {"maps": maps.maps}))
+
+
 # ------------------------------------------------------------------------------------------------ the picture
 
 
@@ -323,29 +398,38 @@ def encode(
     checkpoint: weights.Checkpoint,
     layout: Layout,
     tokens: RegionTokens | None,
+    vectors: bool,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Conditioning:
-    """Encode the prompts; both encoders are gone when this returns."""
-    prompts = [layout.prompt] + (tokens.prompts if tokens else [])
-    ids, cut = T5Tokenizer(checkpoint.t5_tokenizer)(prompts, layout.max_sequence_length)
-    for prompt, rest in zip(prompts, cut):
-        if rest:
-            say(f"warning: {layout.max_sequence_length} text tokens do not hold {prompt[:40]!r}...; cut off: {rest!r}")
-    clip_ids, cut = CLIPTokenizer(checkpoint.clip_tokenizer)([layout.prompt])
+    """Encode the prompts, with CLIP the base prompt's alone or all `vectors`; both encoders are gone afterwards."""
+    regions = tokens.prompts if tokens else []
+    tokenizer = T5Tokenizer(checkpoint.t5_tokenizer)
+    t5_ids = [tokenize(tokenizer, [layout.prompt], layout.max_sequence_length)]
+    if regions:
+        t5_ids += tokenize(tokenizer, regions, layout.region_max_sequence_length).split(8)
+    clip_ids, cut = CLIPTokenizer(checkpoint.clip_tokenizer)([layout.prompt] + regions * vectors)
     if cut[0]:
         say(f"warning: CLIP reads 77 tokens of the base prompt; it does not see: {cut[0]!r}")
     t5 = weights.load_t5(checkpoint.t5, device, dtype)
-    check_vocabulary(ids, t5.params.vocab_size, checkpoint.t5_tokenizer, checkpoint.t5)
-    txt = torch.cat([t5(part.to(device)) for part in ids.split(8)]).to(dtype)
+    check_vocabulary(max(ids.max() for ids in t5_ids), t5.params.vocab_size, checkpoint.t5_tokenizer, checkpoint.t5)
+    txt, *region_txt = (t5(ids.to(device)).to(dtype) for ids in t5_ids)
     del t5
     clip = weights.load_clip(checkpoint.clip, device, dtype)
-    check_vocabulary(clip_ids, clip.params.vocab_size, checkpoint.clip_tokenizer, checkpoint.clip)
-    return Conditioning(txt[:1], txt[1:] if tokens else None, clip(clip_ids.to(device)))
+    check_vocabulary(clip_ids.max(), clip.params.vocab_size, checkpoint.clip_tokenizer, checkpoint.clip)
+    return Conditioning(txt, torch.cat(region_txt) if regions else None, clip(clip_ids.to(device)))
 
 
-def check_vocabulary(ids: Tensor, size: int, tokenizer: Path, encoder: weights.Source) -> None:
-    if ids.max() >= size:
+def tokenize(tokenizer: T5Tokenizer, prompts: list[str], length: int) -> Tensor:
+    ids, cut = tokenizer(prompts, length)
+    for prompt, rest in zip(prompts, cut):
+        if rest:
+            say(f"warning: {length} text tokens do not hold {prompt[:40]!r}...; cut off: {rest!r}")
+    return ids
+
+
+def check_vocabulary(highest: Tensor, size: int, tokenizer: Path, encoder: weights.Source) -> None:
+    if highest >= size:
         raise InputError(
             f"{tokenizer}: its ids go beyond the {size} tokens that {encoder.path} knows; they don't match."
         )
@@ -358,37 +442,42 @@ def sample(
     conditioning: Conditioning,
     seed: int,
     masked_attention: Callable[[Tokens], MaskedAttention],
+    maps: AttentionMaps | None = None,
 ) -> Tensor:
     """Noise to latents (1, 16, height / 8, width / 8), float32: the first steps regional, the others plain FLUX."""
     device, dtype = conditioning.txt.device, conditioning.txt.dtype
     img = pack(noise(layout.width, layout.height, seed)).to(device, dtype).float()
     img_ids = image_ids(layout.width, layout.height)
     guidance = torch.tensor([layout.guidance], dtype=torch.float32, device=device)
-    if tokens:  # tokens of the same regions side by side, for this run
+    regional_steps = layout.regional_steps(layout.steps)
+    if regional_steps:  # tokens of the same regions side by side, for this run
         tokens, order = tokens.sorted()
         img, img_ids = img[:, order], img_ids[:, order]
 
-    def velocity(txt: Tensor, **hooks: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    def velocity(txt: Tensor, y: Tensor, **hooks: Any) -> Velocity:
         ids = text_ids(txt.shape[1])
-        return lambda img, t: flux(img.to(dtype), img_ids, txt, ids, t, conditioning.y, guidance, **hooks)
+        return lambda img, t: flux(img.to(dtype), img_ids, txt, ids, t, y, guidance, **hooks)
+
+    plain = first = velocity(conditioning.txt, conditioning.y[:1])
+    if regional_steps and layout.method == "rpg":
+        own = [velocity(txt[None], y[None]) for txt, y in zip(conditioning.regions, conditioning.y[1:])]
+        first = composed_velocity(own, plain, tokens, layout.base_ratio)
+    elif regional_steps:
+        bits = tokens.bits(conditioning.regions.shape[1]).to(device)
+        interval = {"double": layout.double_inject_interval, "single": layout.single_inject_interval}
+        regional = RegionalAttention(
+            masked_attention, bits, conditioning.txt.shape[1], img.shape[1], layout.base_ratio,
+            is_masked=lambda block: block.index % interval[block.kind] == 0,
+        )  # fmt: skip
+        attention = maps.watch(regional, bits, len(tokens.prompts), order) if maps else regional
+        txt = [conditioning.regions.flatten(0, 1)[None]] + ([conditioning.txt] if layout.base_ratio > 0 else [])
+        first = velocity(torch.cat(txt, dim=1), conditioning.y[:1], attention=attention, join=regional.join)
 
     levels = sigmas(layout.steps, img.shape[1], shift=flux.params.guidance_embed)
-    regional_steps = 0
     with tqdm(total=layout.steps, desc=f"seed {seed}", disable=None) as bar:
-        if tokens:
-            regional_steps = layout.regional_steps(layout.steps)
-            text_length = conditioning.txt.shape[1]
-            attention = RegionalAttention(
-                masked_attention, tokens.bits(text_length).to(device), text_length, img.shape[1],
-                layout.base_ratio, layout.double_inject_interval, layout.single_inject_interval,
-            )  # fmt: skip
-            txt = conditioning.regions.flatten(0, 1)[None]
-            if layout.base_ratio > 0:
-                txt = torch.cat([txt, conditioning.txt], dim=1)
-            regional = velocity(txt, attention=attention, join=attention.join)
-            img = denoise(regional, img, levels[: regional_steps + 1], lambda img: bar.update())
-        img = denoise(velocity(conditioning.txt), img, levels[regional_steps:], lambda img: bar.update())
-    if tokens:
+        img = denoise(first, img, levels[: regional_steps + 1], lambda img: bar.update())
+        img = denoise(plain, img, levels[regional_steps:], lambda img: bar.update())
+    if regional_steps:
         img = img[:, order.argsort()]
     return unpack(img, layout.width, layout.height)
 

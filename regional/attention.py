@@ -107,6 +107,7 @@ class RegionalAttention:
     masked_attention: what makes the masked attention of given tokens: one of the above, or the kernel.
     bits: (L,) int64, those of [txt_1 .. txt_R, img].
     text_length, image_length: how many tokens the base prompt and the picture have.
+    is_masked: in which blocks the regional branch is masked. In the others it is open: region texts see each other.
 
     The text given to Flux is [txt_1 .. txt_R, txt] along dimension 1; at base_ratio 0 there is no base branch, and it
     is [txt_1 .. txt_R].
@@ -119,24 +120,21 @@ class RegionalAttention:
         text_length: int,
         image_length: int,
         base_ratio: float,
-        double_inject_interval: int = 1,
-        single_inject_interval: int = 1,
+        is_masked: Callable[[Block], bool] = lambda block: True,
     ):
         self.has_base = base_ratio > 0
         self.start = len(bits) - image_length  # of the base branch in the sequence
         self.end = self.start + text_length + image_length
-        self.interval = {"double": double_inject_interval, "single": single_inject_interval}
+        self.is_masked = is_masked
         self.masked, self.open = {}, {}
         for kind, base_only in ("double", text_length), ("single", text_length + image_length):
             tokens = in_one_sequence(bits, base_only if self.has_base else 0, text_length, image_length, base_ratio)
             self.masked[kind] = masked_attention(tokens)
-            if self.interval[kind] > 1:
-                self.open[kind] = masked_attention(tokens._replace(bits=(tokens.bits != 0).long()))
+            self.open[kind] = masked_attention(tokens._replace(bits=(tokens.bits != 0).long()))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
-        """q, k, v and the result: (B, heads, L, head_dim), L as at the top of this file. Every `interval`-th block is
-        masked; in the others the regional branch is open, and region texts see each other."""
-        attend = (self.masked if block.index % self.interval[block.kind] == 0 else self.open)[block.kind]
+        """q, k, v and the result: (B, heads, L, head_dim), L as at the top of this file."""
+        attend = (self.masked if self.is_masked(block) else self.open)[block.kind]
         base = None
         if self.has_base:
             base = plain_attention(*(x[:, :, self.start : self.end] for x in (q, k, v)), block)

@@ -46,15 +46,17 @@ class Layout(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     double_inject_interval: Annotated[int, Meta(ge=1)] = 1
     single_inject_interval: Annotated[int, Meta(ge=1)] = 1
     max_sequence_length: Annotated[int, Meta(ge=2, le=4096)] | None = None
+    region_max_sequence_length: Annotated[int, Meta(ge=2, le=4096)] | None = None
     overlap: Literal["share", "last"] = "share"
+    method: Literal["regional", "rpg", "plain"] = "regional"
     regions: tuple[Region, ...] = ()
 
     def regional_steps(self, steps: int) -> int:
         """How many of `steps` are regional: a count, or with % a share of them, rounded half up.
 
-        None are without regions, or at base_ratio 1: both are plain FLUX.
+        None are without regions, at base_ratio 1, or by the plain method: all three are plain FLUX.
         """
-        if not self.regions or self.base_ratio == 1:
+        if not self.regions or self.base_ratio == 1 or self.method == "plain":
             return 0
         if isinstance(self.mask_inject_steps, str):
             return int(Fraction(self.mask_inject_steps.rstrip("%")) * steps / 100 + Fraction(1, 2))

@@ -206,7 +206,8 @@ def test_regional_attention_with_it_is_that_with_the_portable_one(base_ratio, ki
     region = region_tokens(overlapping(3, **small)).sorted()[0]
     bits, text = region.bits(11), 11
     attentions = [
-        RegionalAttention(make, bits.to(DEVICE), text, 144, base_ratio, 2, 2) for make in (KERNEL, portable_attention)
+        RegionalAttention(make, bits.to(DEVICE), text, 144, base_ratio, lambda block: block.index == 0)
+        for make in (KERNEL, portable_attention)
     ]
     length = len(bits) + (0 if base_ratio == 0 else text if kind == "double" else text + 144)
     q, k, v = fused_qkv(length, heads=2)

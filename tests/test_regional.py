@@ -216,10 +216,14 @@ def inputs(layout: Layout, seed: int = 0):
     return [torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in shapes]
 
 
+def every(double: int, single: int):
+    return lambda block: block.index % (double if block.kind == "double" else single) == 0
+
+
 def regional_velocity(flux, layout, img, txt, regions, y, masked=portable_attention, double=1, single=1, ratio=None):
     ratio = layout.base_ratio if ratio is None else ratio
     bits = region_tokens(layout).bits(TEXT)
-    attention = RegionalAttention(masked, bits, TEXT, IMAGE, ratio, double, single)
+    attention = RegionalAttention(masked, bits, TEXT, IMAGE, ratio, every(double, single))
     texts = regions.flatten(0, 1)[None]
     texts = torch.cat([texts, txt], dim=1) if ratio else texts
     return forward(flux, img, texts, y, attention=attention, join=attention.join)
@@ -357,7 +361,7 @@ def test_in_a_masked_block_a_region_reaches_no_token_outside_it(flux, layout, ki
 
 def test_an_open_block_lets_regions_see_each_other():
     layout = LAYOUTS["halves, no background"]
-    attention = RegionalAttention(portable_attention, region_tokens(layout).bits(TEXT), TEXT, IMAGE, 0.3, 2, 2)
+    attention = RegionalAttention(portable_attention, region_tokens(layout).bits(TEXT), TEXT, IMAGE, 0.3, every(2, 2))
     q, k, v = random_qkv(3 * TEXT + IMAGE)
     v2 = v.clone()
     v2[:, :, :TEXT] += 1  # the first region's text
