@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import weights
-from model.attention import fastest_backends
+from model.attention import Block, fastest_backends
 from model.autoencoder import to_uint8
 from model.errors import InputError
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
@@ -44,7 +44,8 @@ from sampler.schedule import sigmas
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # in float16 FLUX.1 overflows
 SWEPT = (
-    "base_ratio", "mask_inject_steps", "double_inject_interval", "single_inject_interval", "guidance", "steps", "method",
+    "base_ratio", "mask_inject_steps", "double_inject_interval", "single_inject_interval", "guidance", "steps",
+    "method",
 )  # fmt: skip
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 EXIF_DESCRIPTION, EXIF_SOFTWARE = 0x010E, 0x0131
@@ -443,8 +444,12 @@ def sample(
     seed: int,
     masked_attention: Callable[[Tokens], MaskedAttention],
     maps: AttentionMaps | None = None,
+    is_masked: Callable[[Block], bool] | None = None,
 ) -> Tensor:
-    """Noise to latents (1, 16, height / 8, width / 8), float32: the first steps regional, the others plain FLUX."""
+    """Noise to latents (1, 16, height / 8, width / 8), float32: the first steps regional, the others plain FLUX.
+
+    `is_masked` says in which blocks the regional branch is masked; without it the layout's intervals do.
+    """
     device, dtype = conditioning.txt.device, conditioning.txt.dtype
     img = pack(noise(layout.width, layout.height, seed)).to(device, dtype).float()
     img_ids = image_ids(layout.width, layout.height)
@@ -467,7 +472,7 @@ def sample(
         interval = {"double": layout.double_inject_interval, "single": layout.single_inject_interval}
         regional = RegionalAttention(
             masked_attention, bits, conditioning.txt.shape[1], img.shape[1], layout.base_ratio,
-            is_masked=lambda block: block.index % interval[block.kind] == 0,
+            is_masked or (lambda block: block.index % interval[block.kind] == 0),
         )  # fmt: skip
         attention = maps.watch(regional, bits, len(tokens.prompts), order) if maps else regional
         txt = [conditioning.regions.flatten(0, 1)[None]] + ([conditioning.txt] if layout.base_ratio > 0 else [])

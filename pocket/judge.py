@@ -1,0 +1,189 @@
+"""What regional control can be measured by: random layouts for the pocket model, and what a picture shows of them.
+
+A case is a layout together with what every region should show. `judge` looks at the picture alone (detect.py) and at
+the case; it does not know by which method, or by which settings, the picture was made.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from pocket.detect import Looks, detect, nearest_tones
+from pocket.scenes import BACKGROUNDS, COLORS, Scene, draw, place, random_looks, split
+from regional.layout import Layout, Region
+
+SIZE = 256
+KINDS = ("boxes", "overlapping boxes", "free forms", "overlapping free forms")
+
+
+class Case(NamedTuple):
+    """A layout, what each region should show, each region's pixels (R, H, W) bool, and the background asked for."""
+
+    layout: Layout
+    wanted: list[Looks]
+    areas: np.ndarray
+    background: str
+
+
+# ------------------------------------------------------------------------------------------------ random layouts
+
+
+def random_case(seed: int, regions: int, kind: str = "boxes", folder: Path | None = None) -> Case:
+    """One of KINDS on SIZE x SIZE pixels; every part of a region is nearer to it than to any other. Half of the
+    regions leave a margin to the background. Free forms are written as mask pictures to `folder`."""
+    rng = np.random.default_rng([seed, regions])
+    background = str(rng.choice(list(BACKGROUNDS)))
+    cells = []
+    while len(cells) < regions:
+        cells = split(rng, SIZE, SIZE, regions, least=64 if regions <= 8 else 48)
+    wanted = [Looks(*random_looks(rng)) for _ in cells]
+    margins = rng.random(regions) < 0.5
+    free, overlap = "free" in kind, 16 * ("overlapping" in kind)
+    if free:
+        areas = free_forms(rng, cells, margins)
+        areas = np.stack([grow(area, overlap) for area in areas])
+    else:
+        boxes = [shrink(rng, box) if margin else box for box, margin in zip(cells, margins)]
+        boxes = [widen(box, overlap) for box in boxes]
+        areas = np.stack([filled(box) for box in boxes])
+    shapes = []
+    for i in range(regions):
+        if free:
+            path = folder / f"{kind} {regions} {seed} {i}.png"
+            Image.fromarray(areas[i].astype(np.uint8) * 255).save(path)
+            shapes.append({"mask": str(path)})
+        else:
+            shapes.append({"box": tuple(boxes[i])})
+    prompts = [f"a {w.pattern} {w.color} {w.shape}" for w in wanted]
+    on = f"on a {background} background"
+    layout = Layout(
+        prompt=f"{', '.join(prompts)} {on}", background_prompt=f"a {background} background",
+        width=SIZE, height=SIZE, seed=seed,
+        regions=tuple(Region(prompt=f"{prompt} {on}", **shape) for prompt, shape in zip(prompts, shapes)),
+    )  # fmt: skip
+    return Case(layout, wanted, areas, background)
+
+
+def shrink(rng: np.random.Generator, box: tuple[int, ...]) -> list[int]:
+    """Take up to 32 pixels off each side, on the token grid, while 64 are left."""
+    x0, y0, x1, y1 = box
+    for _ in range(2):
+        x0 += 16 * int(rng.integers(0, 2)) * (x1 - x0 > 64)
+        x1 -= 16 * int(rng.integers(0, 2)) * (x1 - x0 > 64)
+        y0 += 16 * int(rng.integers(0, 2)) * (y1 - y0 > 64)
+        y1 -= 16 * int(rng.integers(0, 2)) * (y1 - y0 > 64)
+    return [x0, y0, x1, y1]
+
+
+def widen(box: tuple[int, ...], pixels: int) -> list[int]:
+    """Move the right and the lower side into the neighbours."""
+    x0, y0, x1, y1 = box
+    return [x0, y0, min(SIZE, x1 + pixels), min(SIZE, y1 + pixels)]
+
+
+def grow(area: np.ndarray, pixels: int) -> np.ndarray:
+    """Half of `pixels` in every direction, so that neighbours overlap by all of them."""
+    return np.asarray(Image.fromarray(area).convert("L").filter(ImageFilter.MaxFilter(pixels + 1))) > 0
+
+
+def filled(box: tuple[int, ...]) -> np.ndarray:
+    area = np.zeros((SIZE, SIZE), dtype=bool)
+    x0, y0, x1, y1 = box
+    area[y0:y1, x0:x1] = True
+    return area
+
+
+def free_forms(rng: np.random.Generator, cells: list[tuple[int, ...]], margins: np.ndarray) -> np.ndarray:
+    """Each cell as a rounded form with a wavy border, (R, SIZE, SIZE) bool, disjoint; with a margin or without."""
+    y, x = np.mgrid[:SIZE, :SIZE] + 0.5
+    waves = [Image.fromarray(rng.normal(0, 9, (6, 6)).astype(np.float32)) for _ in range(2)]
+    dx, dy = (np.asarray(wave.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for wave in waves)
+    distances = []
+    for x0, y0, x1, y1 in cells:
+        across = (x + dx - (x0 + x1) / 2) / (x1 - x0) * 2
+        down = (y + dy - (y0 + y1) / 2) / (y1 - y0) * 2
+        distances.append(across**4 + down**4)
+    distances = np.stack(distances)
+    mine = distances.argmin(0)[None] == np.arange(len(cells))[:, None, None]
+    return mine & (~margins[:, None, None] | (distances < 1))
+
+
+# ------------------------------------------------------------------------------------------------ what a picture shows
+
+
+def judge(picture: np.ndarray, case: Case) -> dict[str, float]:
+    """Measures of a picture (H, W, 3) uint8, each a mean over the layout; NaN where there is nothing to measure.
+
+    color, pattern, both, shape: the share of regions that show it. A region is looked at where no other one is.
+    leakage: of the object pixels in a region, the share in a color that others ask for and it does not.
+    duplicates: looks (color and pattern) seen in more regions than ask for them, as a share of the regions.
+    background: of the pixels in no region, the share nearest to the background asked for.
+    seams: the mean step between two pixels across a region border, over that across other edges of the token grid.
+    step: the same where no object is on either side, that is, what shows in the background alone, in 255 levels: the
+        mean step across region borders, less that across other edges.
+    cut: of the pairs of pixels across region borders, the share where an object ends just there.
+    coherence: how much the background differs between regions: the standard deviation of its mean, of 255 levels.
+    """
+    color, _ = nearest_tones(picture)
+    alone = case.areas & (case.areas.sum(0) == 1)
+    seen = [detect(picture, area) or Looks("", "", "") for area in alone]
+    right = np.array([[s.color == w.color, s.pattern == w.pattern, s.shape == w.shape] for s, w in zip(seen, case.wanted)])
+    names = list(COLORS)
+    leaks = []
+    for i, area in enumerate(alone):
+        objects = color[area & (color >= 0)]
+        others = {w.color for w in case.wanted} - {case.wanted[i].color}
+        leaks.append(np.isin(objects, [names.index(c) for c in others]).mean() if len(objects) else 0.0)
+    asked, shown = ([looks[:2] for looks in every] for every in (case.wanted, seen))
+    extra = sum(max(0, shown.count(looks) - asked.count(looks)) for looks in set(asked))
+    uncovered = ~case.areas.any(0)
+    return {
+        "color": right[:, 0].mean(), "pattern": right[:, 1].mean(), "both": right[:, :2].all(1).mean(),
+        "shape": right[:, 2].mean(), "leakage": float(np.mean(leaks)), "duplicates": extra / len(asked),
+        "background": is_background(picture, case.background)[uncovered].mean() if uncovered.sum() > 500 else np.nan,
+        "coherence": coherence(picture, color, alone), **borders(picture.astype(float), color, case.areas),
+    }  # fmt: skip
+
+
+def is_background(picture: np.ndarray, name: str) -> np.ndarray:
+    tones = np.array(list(BACKGROUNDS.values()) + list(COLORS.values()), dtype=np.float32)
+    nearest = np.square(picture[:, :, None].astype(np.float32) - tones).sum(-1).argmin(-1)
+    return nearest == list(BACKGROUNDS).index(name)
+
+
+def borders(picture: np.ndarray, color: np.ndarray, areas: np.ndarray) -> dict[str, float]:
+    """`seams`, `step` and `cut`, from the pairs of pixels across the edges of the token grid."""
+    steps, border, objects = [], [], []
+    for turned in False, True:
+        p, c, a = (x.swapaxes(-2, -1) if turned else x for x in (picture.transpose(2, 0, 1), color, areas))
+        edges = np.arange(16, SIZE, 16)
+        changes = (a[:, 8::16, edges - 8] != a[:, 8::16, edges + 8]).any(0)  # token centres decide
+        border.append(changes.repeat(16, axis=0).ravel())
+        steps.append(np.abs(p[:, :, edges] - p[:, :, edges - 1]).mean(0).ravel())
+        objects.append(((c[:, edges] >= 0).astype(int) + (c[:, edges - 1] >= 0)).ravel())
+    steps, border, objects = (np.concatenate(x) for x in (steps, border, objects))
+    empty = objects == 0
+    if not border.any():
+        return {"seams": np.nan, "step": np.nan, "cut": np.nan}
+    return {
+        "seams": steps[border].mean() / steps[~border].mean(),
+        "step": steps[border & empty].mean() - steps[~border & empty].mean() if (border & empty).any() else np.nan,
+        "cut": (objects[border] == 1).mean(),
+    }
+
+
+def coherence(picture: np.ndarray, color: np.ndarray, areas: np.ndarray) -> float:
+    means = [picture[area & (color < 0)].mean(0) for area in areas if (area & (color < 0)).sum() > 100]
+    return float(np.std(means, axis=0).mean()) if len(means) > 1 else np.nan
+
+
+def drawn(case: Case) -> np.ndarray:
+    """What was asked for, drawn by hand: each object in the box of the part that is its region's alone. The measures of
+    it are what a perfect picture would have."""
+    rng, things = np.random.default_rng(case.layout.seed), []
+    for looks, area in zip(case.wanted, case.areas & (case.areas.sum(0) == 1)):
+        rows, columns = area.any(1).nonzero()[0], area.any(0).nonzero()[0]
+        things.append(place(rng, looks, (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)))
+    return draw(Scene(SIZE, SIZE, case.background, tuple(things)))
