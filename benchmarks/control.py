@@ -89,6 +89,7 @@ class Model:
         self.checkpoint = weights.find("pocket")
         self.flux = weights.load_flux(self.checkpoint.flux, cpu, dtype)
         self.autoencoder = weights.load_autoencoder(self.checkpoint.ae, cpu, torch.float32)
+        self.encode = functools.lru_cache(maxsize=4)(self.encode)  # a case has the same prompts in all its settings
 
     @torch.inference_mode()
     def draw(self, case: Case, setting: Setting, steps: int) -> tuple[np.ndarray, float]:
@@ -109,7 +110,6 @@ class Model:
         return to_uint8(self.autoencoder.decode(latents.float()))[0].numpy(), seconds
 
 
-    @functools.lru_cache(maxsize=4)  # a case has the same prompts in all its settings
     def encode(self, layout: Layout) -> generate.Conditioning:
         tokens, cpu = region_tokens(layout), torch.device("cpu")
         encoded = generate.encode(self.checkpoint, layout, tokens, True, cpu, torch.float32)

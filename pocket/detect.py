@@ -13,6 +13,7 @@ from pocket.scenes import BACKGROUNDS, COLORS, DARK, PATTERNS, PERIOD, SHAPES, o
 
 SIDE = 48  # shapes are compared at this size
 LEAST = 0.06  # share of an area that an object must take to be seen
+MARGIN = 8  # pixels around an area, more than `clean` reaches
 
 
 class Looks(NamedTuple):
@@ -21,12 +22,17 @@ class Looks(NamedTuple):
     shape: str
 
 
+def nearest_of(picture: np.ndarray, tones: np.ndarray) -> np.ndarray:
+    """For each pixel of (H, W, 3) the index of the nearest of the tones (N, 3)."""
+    tones = tones.astype(np.float32)
+    return (np.square(tones).sum(1) - 2 * picture.astype(np.float32) @ tones.T).argmin(-1)
+
+
 def nearest_tones(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each pixel of (H, W, 3) uint8 the index of its colour in COLORS, or -1 for a background; and is it dark?"""
     bright = np.array(list(COLORS.values()), dtype=np.float32)
     tones = np.concatenate([bright, DARK * bright, np.array(list(BACKGROUNDS.values()), dtype=np.float32)])
-    distance = np.square(picture[:, :, None].astype(np.float32) - tones).sum(-1)
-    nearest = distance.argmin(-1)
+    nearest = nearest_of(picture, tones)
     dark = (nearest >= len(bright)) & (nearest < 2 * len(bright))
     color = np.where(nearest < 2 * len(bright), nearest % len(bright), -1)
     return color, dark
@@ -34,9 +40,14 @@ def nearest_tones(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def detect(picture: np.ndarray, area: np.ndarray | None = None) -> Looks | None:
     """The looks of the object in the area (H, W) bool of a picture (H, W, 3) uint8; None where there is none."""
-    color, dark = nearest_tones(picture)
     if area is None:
-        area = np.ones(color.shape, dtype=bool)
+        area = np.ones(picture.shape[:2], dtype=bool)
+    rows, columns = (area.any(axis).nonzero()[0] for axis in (1, 0))
+    if not len(rows):
+        return None
+    near = tuple(slice(max(0, side[0] - MARGIN), side[-1] + 1 + MARGIN) for side in (rows, columns))
+    picture, area = picture[near], area[near]
+    color, dark = nearest_tones(picture)
     color = np.where(area, color, -1)
     counts = np.bincount(color[color >= 0], minlength=len(COLORS))
     if counts.sum() < LEAST * area.sum():

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from pocket.detect import Looks, detect, nearest_tones
+from pocket.detect import Looks, detect, nearest_of, nearest_tones
 from pocket.scenes import BACKGROUNDS, COLORS, Scene, draw, place, random_looks, split
 from regional.layout import Layout, Region
 
@@ -129,7 +129,7 @@ def judge(picture: np.ndarray, case: Case) -> dict[str, float]:
     color, _ = nearest_tones(picture)
     alone = case.areas & (case.areas.sum(0) == 1)
     seen = [detect(picture, area) or Looks("", "", "") for area in alone]
-    right = np.array([[s.color == w.color, s.pattern == w.pattern, s.shape == w.shape] for s, w in zip(seen, case.wanted)])
+    right = np.array([[a == b for a, b in zip(s, w)] for s, w in zip(seen, case.wanted)])
     names = list(COLORS)
     leaks = []
     for i, area in enumerate(alone):
@@ -148,9 +148,8 @@ def judge(picture: np.ndarray, case: Case) -> dict[str, float]:
 
 
 def is_background(picture: np.ndarray, name: str) -> np.ndarray:
-    tones = np.array(list(BACKGROUNDS.values()) + list(COLORS.values()), dtype=np.float32)
-    nearest = np.square(picture[:, :, None].astype(np.float32) - tones).sum(-1).argmin(-1)
-    return nearest == list(BACKGROUNDS).index(name)
+    tones = np.array(list(BACKGROUNDS.values()) + list(COLORS.values()))
+    return nearest_of(picture, tones) == list(BACKGROUNDS).index(name)
 
 
 def borders(picture: np.ndarray, color: np.ndarray, areas: np.ndarray) -> dict[str, float]:
