@@ -264,7 +264,7 @@ def read(args: argparse.Namespace, size: int) -> dict[tuple[str, ...], Layout]:
 def parse_sweep(text: str) -> tuple[str, list[Any]]:
     key, _, values = text.partition("=")
     key = key.strip().replace("-", "_")
-    if key not in SWEPT:
+    if key not in SWEPT or not values:
         raise InputError(f"the command line: --sweep {text}: expected one of {', '.join(SWEPT)}, then = and values.")
     try:
         return key, [yaml.safe_load(value) for value in values.split(",")]

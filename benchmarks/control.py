@@ -1,12 +1,15 @@
 """Regional control, measured: does every region show what its own prompt says, and at what price?
 
-    python benchmarks/control.py             # everything, under an hour on 2 cores; goes on where it was stopped
+    python benchmarks/control.py             # everything; goes on where it was stopped
     python benchmarks/control.py --quick     # 4 regions in boxes alone, under 2 minutes; exit code 1 below 85 %
 
 The pocket model draws random layouts (pocket/judge.py) by three methods: `plain`, the base prompt alone, which names
 every object and no place; `rpg`, one whole picture for each region put together in every step (regional/compose.py);
-`regional`, this program's. The same layouts and seeds for all of them. Writes docs/control/tables.md, tables.json, plots
-and contact sheets; the single results are kept in benchmarks/run/control.jsonl.
+`regional`, this program's. The same layouts and seeds for all. The sweeps have layouts of their own, 0 to 49; settings
+chosen there are compared on others, 100 to 149.
+
+Writes docs/control/: tables.md, tables.json, plots and contact sheets of the first layouts. The single results are kept
+in benchmarks/run/control.jsonl.
 """
 
 import argparse
@@ -15,11 +18,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -73,8 +76,8 @@ MASKED_BLOCKS: dict[str, Callable[[Block], bool]] = {
     "double": lambda block: block.kind == "double",
     "single": lambda block: block.kind == "single",
     "early single": lambda block: block.kind == "single" and block.index < 2,
-    "middle single": lambda block: block.kind == "single" and 1 <= block.index < 4,
-    "late single": lambda block: block.kind == "single" and block.index >= 3,
+    "middle single": lambda block: block.kind == "single" and 2 <= block.index < 4,
+    "late single": lambda block: block.kind == "single" and block.index >= 4,
     "double and early single": lambda block: block.kind == "double" or block.index < 2,
     "no": lambda block: False,
 }
@@ -108,7 +111,6 @@ class Model:
         )  # fmt: skip
         seconds = time.perf_counter() - start
         return to_uint8(self.autoencoder.decode(latents.float()))[0].numpy(), seconds
-
 
     def encode(self, layout: Layout) -> generate.Conditioning:
         tokens, cpu = region_tokens(layout), torch.device("cpu")
@@ -175,17 +177,158 @@ def run(jobs: list[Job], workers: int, keep: Path | None) -> dict[str, dict[str,
 
 # ------------------------------------------------------------------------------------------------ what is compared
 
+STEPS, DTYPE = 10, "bfloat16"  # 40 % and 60 % are whole steps; accuracy is that of 24 steps in float32
 PUBLISHED = Setting("regional", 0.3, "40%")
 BEST = Setting("regional", 0.1, "60%")
-RPG_PUBLISHED = Setting("rpg", 0.3, "40%")
 RPG_BEST = Setting("rpg", 0.1, "60%")
 SWEEPS = {
     "Base ratio and regional steps": [
         Setting("regional", beta, T) for T in ("20%", "40%", "60%", "80%", "100%") for beta in (0.0, 0.1, 0.3, 0.5)
     ],
-    "The same of RPG-style composition": [
-        Setting("rpg", beta, T) for T in ("40%", "60%", "80%") for beta in (0.0, 0.1, 0.3)
-    ],
+    "The same by composition (RPG)": [Setting("rpg", beta, T) for T in ("40%", "60%", "80%") for beta in (0.1, 0.3)],
     "Which blocks are masked": [PUBLISHED._replace(masked_blocks=blocks) for blocks in MASKED_BLOCKS],
     "Text tokens of each region": [PUBLISHED._replace(region_length=length) for length in (64, 32, 16)],
 }
+SWEEP_SEEDS, SEEDS = range(50), range(100, 150)
+
+
+class Row(NamedTuple):
+    kind: str
+    regions: int
+    setting: Setting | None
+    seeds: range
+
+    def jobs(self, steps: int = STEPS, dtype: str = DTYPE) -> list[Job]:
+        return [Job(self.kind, self.regions, seed, self.setting, steps, dtype) for seed in self.seeds]
+
+
+def tables() -> dict[str, list[Row]]:
+    """Title -> rows, the most telling table first."""
+    found = {}
+    for kind in KINDS:
+        settings = [None, PLAIN, PUBLISHED, BEST, RPG_BEST] if kind == "boxes" else [None, PLAIN, BEST, RPG_BEST]
+        found[f"Methods: {kind}"] = [Row(kind, regions, setting, SEEDS) for regions in REGIONS for setting in settings]
+    for title, settings in SWEEPS.items():
+        found[title] = [Row("boxes", regions, each, SWEEP_SEEDS) for regions in SWEPT_REGIONS for each in settings]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ what is written
+
+
+def summary(row: Row, results: dict[str, dict[str, float]]) -> dict[str, tuple[float, float]]:
+    """Each measure's mean over the layouts and half its 95 % confidence interval; regions of one layout are not
+    independent. NaN where nothing could be measured."""
+    found = {}
+    for name in MEASURES:
+        values = np.array([results[job.key][name] for job in row.jobs()])
+        values = values[~np.isnan(values)]
+        half = 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+        found[name] = (values.mean() if len(values) else float("nan"), half)
+    return found
+
+
+def markdown(title: str, rows: list[Row], results: dict[str, dict[str, float]]) -> str:
+    lines = [f"## {title}", "", "| regions | setting | both (95 %) | " + " | ".join(MEASURES[1:]) + " |"]
+    lines.append("|" + "---|" * (len(MEASURES) + 2))
+    for row in rows:
+        means = summary(row, results)
+        cells = [f"{means['both'][0]:.3f} ± {means['both'][1]:.3f}"]
+        cells += ["" if np.isnan(means[name][0]) else f"{means[name][0]:.3g}" for name in MEASURES[1:]]
+        lines.append(f"| {row.regions} | {row.setting or 'drawn by hand'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot_accuracy(results: dict[str, dict[str, float]]) -> None:
+    """Both attributes right against the number of regions."""
+    import matplotlib.pyplot as plt  # in requirements-dev.txt; the measuring does not need it
+
+    figure, axes = plt.subplots(1, len(KINDS), figsize=(14, 3.2), sharey=True)
+    for kind, axis in zip(KINDS, axes):
+        for setting in (PLAIN, PUBLISHED, BEST, RPG_BEST):
+            rows = [row for row in tables()[f"Methods: {kind}"] if row.setting == setting]
+            means = [summary(row, results)["both"] for row in rows]
+            if rows:
+                axis.errorbar([r.regions for r in rows], *zip(*means), label=str(setting), capsize=2, marker=".")
+        axis.set(title=kind, xlabel="regions", ylim=(0, 1.03))
+    axes[0].set_ylabel("color and pattern right")
+    axes[0].legend(fontsize=7)
+    figure.savefig(DOCS / "accuracy.png", dpi=100, bbox_inches="tight")
+
+
+def plot_sweep(results: dict[str, dict[str, float]]) -> None:
+    """What base ratio and regional steps do to accuracy and to the borders."""
+    import matplotlib.pyplot as plt
+
+    measures = ("both", "seams", "step")
+    figure, axes = plt.subplots(len(SWEPT_REGIONS), len(measures), figsize=(12, 9), sharex=True)
+    for regions, line in zip(SWEPT_REGIONS, axes):
+        for measure_, axis in zip(measures, line):
+            for beta in sorted({s.base_ratio for s in SWEEPS["Base ratio and regional steps"]}):
+                settings = [s for s in SWEEPS["Base ratio and regional steps"] if s.base_ratio == beta]
+                means = [summary(Row("boxes", regions, s, SWEEP_SEEDS), results)[measure_] for s in settings]
+                shares = [float(s.mask_inject_steps.rstrip("%")) for s in settings]
+                axis.errorbar(shares, *zip(*means), label=f"beta {beta:g}", capsize=2, marker=".")
+            axis.set(title=f"{regions} regions: {measure_}", xlabel="T, % of the steps")
+    axes[0][0].legend(fontsize=7)
+    figure.savefig(DOCS / "sweep.png", dpi=100, bbox_inches="tight")
+
+
+def draw_sheet(kind: str, regions: int) -> None:
+    """The first layouts of a table, by every setting in it; not the best."""
+    settings = dict.fromkeys(row.setting for row in tables()[f"Methods: {kind}"])
+    rows = {
+        str(setting or "drawn by hand"): [
+            Image.fromarray(picture_of(Job(kind, regions, seed, setting, STEPS, DTYPE))[0]).resize((128, 128))
+            for seed in SEEDS[:8]
+        ]
+        for setting in settings
+    }
+    contact_sheet(rows).save(DOCS / f"{kind.replace(' ', '_')}_{regions}.jpg", quality=85)
+
+
+def write_all(results: dict[str, dict[str, float]]) -> None:
+    DOCS.mkdir(parents=True, exist_ok=True)
+    text = [markdown(title, rows, results) for title, rows in tables().items()]
+    (DOCS / "tables.md").write_text("# Regional control, measured\n\n" + "\n\n".join(text) + "\n")
+    numbers = {
+        title: [
+            {**row._asdict(), "setting": str(row.setting), "seeds": [*row.seeds], **summary(row, results)}
+            for row in rows
+        ]
+        for title, rows in tables().items()
+    }
+    (DOCS / "tables.json").write_text(json.dumps(numbers, indent=0))
+    plot_accuracy(results)
+    plot_sweep(results)
+    start_worker(DTYPE)
+    for kind, regions in (("boxes", 4), ("boxes", 16), ("overlapping boxes", 4), ("free forms", 8)):
+        draw_sheet(kind, regions)
+
+
+def quick(workers: int) -> int:
+    """Prints one table; 0 if 85 % of the regions of 4 show what they should."""
+    seeds = range(100, 124)
+    rows = [Row("boxes", 4, setting, seeds) for setting in (None, PLAIN, PUBLISHED, BEST)]
+    jobs = [job for row in rows for job in row.jobs()]
+    results = run(jobs, workers, None)
+    print(markdown("4 regions in boxes", rows, results))
+    return int(summary(rows[-1], results)["both"][0] < 0.85)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    if args.quick:
+        return quick(args.workers)
+    jobs = []
+    for rows in tables().values():  # settings of one case side by side: it is encoded once
+        jobs += sorted((job for row in rows for job in row.jobs()), key=lambda job: (job.kind, job.regions, job.seed))
+    write_all(run(jobs, args.workers, RUN / "control.jsonl"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

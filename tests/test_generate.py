@@ -155,6 +155,101 @@ def test_sorting_the_tokens_changes_nothing_but_their_order(make, monkeypatch):
     assert (ours - latents(make, A)).abs().max() > 1e-2
 
 
+# ------------------------------------------------------------------------------------------------ other methods
+
+
+def test_the_plain_method_is_plain_flux(make):
+    assert torch.equal(latents(make, A, "--method", "plain"), latents(make, {**A, "regions": []}))
+
+
+def test_one_region_by_rpg_is_plain_flux_with_its_prompt(make):
+    """Over the whole picture, at base_ratio 0 and in all steps, its composition is that of one picture."""
+    whole = {**A, "regions": [{"prompt": "a red boat", "box": [0, 0, 96, 64]}]}
+    composed = latents(make, whole, "--method", "rpg", "--base-ratio", "0", "--mask-inject-steps", "100%")
+    own = latents(make, {**A, "prompt": "a red boat", "regions": []})
+    assert (composed - own).abs().max() < 1e-5
+
+
+def test_rpg_composes_and_then_goes_on_plainly(make):
+    composed = latents(make, A, "--method", "rpg")
+    assert not torch.equal(composed, latents(make, A)) and not torch.equal(
+        composed, latents(make, A, "--method", "plain")
+    )
+    assert torch.equal(latents(make, A, "--method", "rpg", "--base-ratio", "1"), latents(make, A, "--method", "plain"))
+
+
+def test_a_shorter_text_for_regions_is_what_the_model_gets(make, monkeypatch):
+    seen, forward = [], Flux.forward
+
+    def recording(self, img, img_ids, txt, *args, **hooks):
+        seen.append(txt.shape[1])
+        return forward(self, img, img_ids, txt, *args, **hooks)
+
+    monkeypatch.setattr(Flux, "forward", recording)
+    latents(make, A, "--region-max-sequence-length", "8")
+    assert seen == [32 + 3 * 8] * 2 + [32]  # two regions and the background
+
+
+def test_texts_as_long_as_the_base_prompts_are_the_default(make):
+    assert torch.equal(latents(make, A), latents(make, A, "--region-max-sequence-length", "32"))
+
+
+# ------------------------------------------------------------------------------------------------ sweeps and maps
+
+
+def test_a_sweep_makes_every_picture_and_a_sheet(make, capsys):
+    assert make(A, "--sweep", "base_ratio=0,0.3", "--sweep", "mask-inject-steps=0,40%", "--seed", "1", "2") == 0
+    made = capsys.readouterr().out.split()
+    assert len(made) == 9 and made[-1] == "layout_sheet.png"
+    assert set(made[:8]) == {
+        f"layout_base_ratio={beta}_mask_inject_steps={steps}_{seed}.png"
+        for beta in ("0", "0.3") for steps in ("0", "40%") for seed in (1, 2)
+    }  # fmt: skip
+    with Image.open("layout_sheet.png") as sheet:
+        assert (
+            sheet.size[0] == 2 * 96 + 8 and sheet.size[1] > 4 * 64
+        )  # a column for each T, a row for each beta and seed
+    for name in made[:8]:
+        made_by = json.loads(Image.open(name).text["layout"])
+        said = f"base_ratio={made_by['base_ratio']:g}_mask_inject_steps={made_by['mask_inject_steps']}"
+        assert name == f"layout_{said}_{made_by['seed']}.png"
+
+
+def test_a_swept_picture_is_the_one_that_flags_make(make):
+    assert make(A, "--sweep", "method=plain,regional", "--output", "a.png") == 0
+    assert make(A, "--method", "plain", "--output", "b.png") == 0
+    assert Image.open("a_method=plain.png").tobytes() == Image.open("b.png").tobytes()
+
+
+@pytest.mark.parametrize(
+    "sweep, told",
+    [("prompt=a,b", "base_ratio"), ("base_ratio=2", "base-ratio"), ("base_ratio", "base_ratio"), ("steps=[", "steps")],
+)
+def test_a_sweep_that_makes_no_sense_is_an_error(make, capsys, sweep, told):
+    assert make(A, "--sweep", sweep) == 2
+    assert told in capsys.readouterr().err and not list(Path().glob("*.png"))
+
+
+def test_a_sweep_overwrites_nothing(make):
+    Path("z_sheet.png").write_text("mine")
+    assert make(A, "--sweep", "base_ratio=0,0.1", "--output", "z.png") == 2
+    assert Path("z_sheet.png").read_text() == "mine" and not Path("z_base_ratio=0.png").exists()
+
+
+def test_attention_maps_are_shares_inside_the_regions(make):
+    plain = latents(make, A)
+    assert torch.equal(plain, latents(make, A, "--attention-maps", "maps"))  # watching changes nothing
+    maps = load_file("maps/z.safetensors")["maps"]
+    assert maps.shape == (2, 5, 3, 24)  # steps; 2 double and 3 single blocks; 2 regions and the background; tokens
+    assert maps.min() >= 0 and maps.sum(2).max() <= 1.001
+    left = torch.zeros(4, 6, dtype=torch.bool)
+    left[:, :3] = True
+    assert (maps[:, :, 0] > 0).eq(left.flatten()).all()  # the first region's text is looked at in its box, only there
+    for step in 1, 2:
+        assert Image.open(f"maps/z_step{step}.png").size[0] == 5 * 96 + 4 * 8
+    assert not Path("maps/z_step3.png").exists()
+
+
 def test_a_second_layout_in_the_same_process_is_as_in_a_fresh_one(make, golden, tmp_path):
     latents(make, A)
     second = latents(make, B)
@@ -276,8 +371,8 @@ def test_dots_in_a_layouts_name_stay(make):
     assert make(A) == 0
     Path("layout.yaml").rename("scene.v2.yaml")
     args = generate.parse_args(["--layout", "scene.v2.yaml"])
-    layout = generate.read(args, 64)
-    assert [str(picture.output) for picture in generate.plan_outputs(args, layout)] == ["scene.v2.png"]
+    pictures, _ = generate.plan_outputs(args, generate.read(args, 64))
+    assert [str(picture.output) for picture in pictures] == ["scene.v2.png"]
 
 
 def test_a_layout_too_long_for_a_jpeg_is_left_out_with_a_warning(make, capsys):
@@ -289,10 +384,10 @@ def test_a_layout_too_long_for_a_jpeg_is_left_out_with_a_warning(make, capsys):
 def test_ctrl_c_keeps_the_pictures_that_are_finished(make, monkeypatch, capsys):
     sample = generate.sample
 
-    def interrupted(flux, layout, tokens, conditioning, seed, attention):
+    def interrupted(flux, layout, tokens, conditioning, seed, *rest):
         if seed == 3:
             raise KeyboardInterrupt
-        return sample(flux, layout, tokens, conditioning, seed, attention)
+        return sample(flux, layout, tokens, conditioning, seed, *rest)
 
     monkeypatch.setattr(generate, "sample", interrupted)
     assert make(A, "--seed", "1", "2", "3", "4", "--output", "a.png") == 130
