@@ -1,0 +1,128 @@
+"""What regions cost: seconds and peak memory against the number of masks, for plain FLUX, composition and ours.
+
+    python benchmarks/masks.py           # the pocket model on the CPU
+    python benchmarks/masks.py --full    # FLUX.1-dev's sizes with random weights, on a CUDA GPU
+
+The paper's Figure 6 on this machine. Regions are a grid over the whole picture; T 40 %, beta 0.1. Each measurement is a
+process of its own, which draws once to warm up and then --repeats times; the median counts. Only the sampling is timed:
+text encoders and VAE are the same for all.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import generate  # noqa: E402
+import weights  # noqa: E402
+from model.transformer import Flux, FluxParams  # noqa: E402
+from regional.layout import Layout, Region  # noqa: E402
+from regional.mask import region_tokens  # noqa: E402
+
+GRIDS = {1: (1, 1), 2: (2, 1), 4: (2, 2), 8: (4, 2), 16: (4, 4)}
+PAPER = {
+    "plain": [18] * 5,
+    "rpg": [None, 97, 180, 310, 572],
+    "regional": [None, 23, 36, 46, 63],
+}  # seconds, its Figure 6
+
+
+def grid(masks: int, size: int) -> tuple[Region, ...]:
+    columns, rows = GRIDS[masks]
+    edges = [[size * i // n for i in range(n + 1)] for n in (columns, rows)]
+    return tuple(
+        Region(prompt="r", box=(x0, y0, x1, y1))
+        for y0, y1 in zip(edges[1], edges[1][1:])
+        for x0, x1 in zip(edges[0], edges[0][1:])
+    )
+
+
+def random_full_size(device: torch.device) -> Flux:
+    """FLUX.1-dev's transformer with random weights, small enough that nothing overflows."""
+    with torch.device("meta"):
+        flux = Flux(FluxParams())
+    flux = flux.to(torch.bfloat16).to_empty(device=device)
+    for name, parameter in flux.named_parameters():
+        torch.nn.init.ones_(parameter) if name.endswith("scale") else torch.nn.init.normal_(parameter, std=0.02)
+    return flux.requires_grad_(False)
+
+
+@torch.inference_mode()
+def measure(masks: int, method: str, full: bool, region_length: int, repeats: int) -> dict[str, float]:
+    """In this process: seconds a picture, and the peak memory in bytes beyond the model."""
+    device = torch.device("cuda" if full else "cpu")
+    flux = random_full_size(device) if full else weights.load_flux(weights.find("pocket").flux, device, torch.float32)
+    size, text_length = (1024, 512) if full else (256, 64)
+    layout = Layout(
+        prompt="p", width=size, height=size, steps=24, base_ratio=0.1, mask_inject_steps="40%", method=method,
+        regions=grid(masks, size),
+    )  # fmt: skip
+    tokens = region_tokens(layout) if method != "plain" else None
+    dtype, params = flux.img_in.weight.dtype, flux.params
+    conditioning = generate.Conditioning(
+        *(
+            torch.randn(shape, device=device, dtype=dtype)
+            for shape in (
+                (1, text_length, params.context_in_dim),
+                (masks, region_length, params.context_in_dim),
+                (1 + masks, params.vec_in_dim),
+            )
+        )
+    )
+    attention = generate.choose_attention("auto", device, dtype, False)
+
+    def draw() -> float:
+        start = time.perf_counter()
+        latents = generate.sample(flux, layout, tokens, conditioning, 0, attention)
+        latents.sum().item()  # waits for the GPU
+        return time.perf_counter() - start
+
+    before = memory(full)
+    with generate.library_attention(flux, layout, conditioning.txt, False):
+        draw()
+        seconds = [draw() for _ in range(repeats)]
+    return {"seconds": statistics.median(seconds), "bytes": memory(full) - before}
+
+
+def memory(full: bool) -> int:
+    """Peak bytes so far."""
+    return torch.cuda.max_memory_allocated() if full else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument(
+        "--region-length", type=int, help="text tokens of each region; default: an eighth of the image's"
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--one", nargs=2, metavar=("MASKS", "METHOD"), help=argparse.SUPPRESS)  # one measurement
+    args = parser.parse_args()
+    region_length = args.region_length or (512 if args.full else 32)
+    if args.one:
+        print(json.dumps(measure(int(args.one[0]), args.one[1], args.full, region_length, args.repeats)))
+        return
+    print("| masks | method | s | of plain | paper: of plain | peak MiB beyond the model |\n|---|---|---|---|---|---|")
+    for i, masks in enumerate(GRIDS):
+        found = {}
+        for method in ("plain", "rpg", "regional"):
+            command = [sys.executable, *sys.argv, "--one", str(masks), method]
+            found[method] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            ratio = found[method]["seconds"] / found["plain"]["seconds"]
+            paper = f"{PAPER[method][i] / 18:.2f}" if PAPER[method][i] else ""
+            print(
+                f"| {masks} | {method} | {found[method]['seconds']:.2f} | {ratio:.2f} | {paper} "
+                f"| {found[method]['bytes'] / 2**20:.0f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
