@@ -1,6 +1,6 @@
 """Regional control, measured: does every region show what its own prompt says, and at what price?
 
-    python benchmarks/control.py             # everything; goes on where it was stopped
+    python benchmarks/control.py             # everything; Ctrl-C writes the rows that are whole, a new run goes on
     python benchmarks/control.py --quick     # 4 regions in boxes alone, under 2 minutes; exit code 1 below 85 %
 
 The pocket model draws random layouts (pocket/judge.py) by three methods: `plain`, the base prompt alone, which names
@@ -169,9 +169,12 @@ def run(jobs: list[Job], workers: int, keep: Path | None) -> dict[str, dict[str,
         ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (jobs[0].dtype,)) as pool,
         open(keep or os.devnull, "a") as file,
     ):
-        for key, measures in tqdm(pool.map(measure, missing, chunksize=4), total=len(missing), disable=None):
-            results[key] = measures
-            print(json.dumps([key, measures]), file=file, flush=True)
+        try:
+            for key, measures in tqdm(pool.map(measure, missing, chunksize=4), total=len(missing), disable=None):
+                results[key] = measures
+                print(json.dumps([key, measures]), file=file, flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
     return results
 
 
@@ -179,12 +182,13 @@ def run(jobs: list[Job], workers: int, keep: Path | None) -> dict[str, dict[str,
 
 STEPS, DTYPE = 10, "bfloat16"  # 40 % and 60 % are whole steps; accuracy is that of 24 steps in float32
 PUBLISHED = Setting("regional", 0.3, "40%")
-BEST = Setting("regional", 0.1, "60%")
-RPG_BEST = Setting("rpg", 0.1, "60%")
+BEST = Setting("regional", 0.1, "40%")
+RPG_BEST = Setting("rpg", 0.1, "40%")
 SWEEPS = {
     "Base ratio and regional steps": [
-        Setting("regional", beta, T) for T in ("20%", "40%", "60%", "80%", "100%") for beta in (0.0, 0.1, 0.3, 0.5)
-    ],
+        PLAIN,
+    ]
+    + [Setting("regional", beta, T) for T in ("20%", "40%", "60%", "80%", "100%") for beta in (0.0, 0.1, 0.3, 0.5)],
     "The same by composition (RPG)": [Setting("rpg", beta, T) for T in ("40%", "60%", "80%") for beta in (0.1, 0.3)],
     "Which blocks are masked": [PUBLISHED._replace(masked_blocks=blocks) for blocks in MASKED_BLOCKS],
     "Text tokens of each region": [PUBLISHED._replace(region_length=length) for length in (64, 32, 16)],
@@ -239,6 +243,10 @@ def markdown(title: str, rows: list[Row], results: dict[str, dict[str, float]]) 
     return "\n".join(lines)
 
 
+def whole(rows: list[Row], results: dict[str, dict[str, float]]) -> list[Row]:
+    return [row for row in rows if all(job.key in results for job in row.jobs())]
+
+
 def plot_accuracy(results: dict[str, dict[str, float]]) -> None:
     """Both attributes right against the number of regions."""
     import matplotlib.pyplot as plt  # in requirements-dev.txt; the measuring does not need it
@@ -246,7 +254,7 @@ def plot_accuracy(results: dict[str, dict[str, float]]) -> None:
     figure, axes = plt.subplots(1, len(KINDS), figsize=(14, 3.2), sharey=True)
     for kind, axis in zip(KINDS, axes):
         for setting in (PLAIN, PUBLISHED, BEST, RPG_BEST):
-            rows = [row for row in tables()[f"Methods: {kind}"] if row.setting == setting]
+            rows = [row for row in whole(tables()[f"Methods: {kind}"], results) if row.setting == setting]
             means = [summary(row, results)["both"] for row in rows]
             if rows:
                 axis.errorbar([r.regions for r in rows], *zip(*means), label=str(setting), capsize=2, marker=".")
@@ -264,11 +272,14 @@ def plot_sweep(results: dict[str, dict[str, float]]) -> None:
     figure, axes = plt.subplots(len(SWEPT_REGIONS), len(measures), figsize=(12, 9), sharex=True)
     for regions, line in zip(SWEPT_REGIONS, axes):
         for measure_, axis in zip(measures, line):
-            for beta in sorted({s.base_ratio for s in SWEEPS["Base ratio and regional steps"]}):
-                settings = [s for s in SWEEPS["Base ratio and regional steps"] if s.base_ratio == beta]
-                means = [summary(Row("boxes", regions, s, SWEEP_SEEDS), results)[measure_] for s in settings]
-                shares = [float(s.mask_inject_steps.rstrip("%")) for s in settings]
-                axis.errorbar(shares, *zip(*means), label=f"beta {beta:g}", capsize=2, marker=".")
+            swept = SWEEPS["Base ratio and regional steps"][1:]
+            for beta in sorted({setting.base_ratio for setting in swept}):
+                rows = [Row("boxes", regions, each, SWEEP_SEEDS) for each in swept if each.base_ratio == beta]
+                rows = whole(rows, results)
+                means = [summary(row, results)[measure_] for row in rows]
+                shares = [float(row.setting.mask_inject_steps.rstrip("%")) for row in rows]
+                if rows:
+                    axis.errorbar(shares, *zip(*means), label=f"beta {beta:g}", capsize=2, marker=".")
             axis.set(title=f"{regions} regions: {measure_}", xlabel="T, % of the steps")
     axes[0][0].legend(fontsize=7)
     figure.savefig(DOCS / "sweep.png", dpi=100, bbox_inches="tight")
@@ -288,21 +299,23 @@ def draw_sheet(kind: str, regions: int) -> None:
 
 
 def write_all(results: dict[str, dict[str, float]]) -> None:
+    """All that docs/control/ holds, of the rows that are whole."""
     DOCS.mkdir(parents=True, exist_ok=True)
-    text = [markdown(title, rows, results) for title, rows in tables().items()]
-    (DOCS / "tables.md").write_text("# Regional control, measured\n\n" + "\n\n".join(text) + "\n")
-    numbers = {
-        title: [
-            {**row._asdict(), "setting": str(row.setting), "seeds": [*row.seeds], **summary(row, results)}
-            for row in rows
-        ]
-        for title, rows in tables().items()
-    }
-    (DOCS / "tables.json").write_text(json.dumps(numbers, indent=0))
+    text, numbers = ["# Regional control, measured"], {}
+    for title, rows in tables().items():
+        if rows := whole(rows, results):
+            text.append(markdown(title, rows, results))
+            numbers[title] = [
+                {"kind": row.kind, "regions": row.regions, "setting": str(row.setting or "drawn by hand")}
+                | {name: [round(float(x), 4) for x in pair] for name, pair in summary(row, results).items()}
+                for row in rows
+            ]
+    (DOCS / "tables.md").write_text("\n\n".join(text) + "\n")
+    (DOCS / "tables.json").write_text(json.dumps(numbers, indent=0) + "\n")
     plot_accuracy(results)
     plot_sweep(results)
     start_worker(DTYPE)
-    for kind, regions in (("boxes", 4), ("boxes", 16), ("overlapping boxes", 4), ("free forms", 8)):
+    for kind, regions in ("boxes", 4), ("boxes", 16), ("overlapping boxes", 4), ("free forms", 8):
         draw_sheet(kind, regions)
 
 

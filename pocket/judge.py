@@ -32,7 +32,8 @@ class Case(NamedTuple):
 
 def random_case(seed: int, regions: int, kind: str = "boxes", folder: Path | None = None) -> Case:
     """One of KINDS on SIZE x SIZE pixels; every part of a region is nearer to it than to any other. Half of the
-    regions leave a margin to the background. Free forms are written as mask pictures to `folder`."""
+    regions leave a margin to the background, but overlapping boxes none. Free forms are written as mask pictures to
+    `folder`."""
     rng = np.random.default_rng([seed, regions])
     background = str(rng.choice(list(BACKGROUNDS)))
     cells = []
@@ -45,8 +46,10 @@ def random_case(seed: int, regions: int, kind: str = "boxes", folder: Path | Non
         areas = free_forms(rng, cells, margins)
         areas = np.stack([grow(area, overlap) for area in areas])
     else:
-        boxes = [shrink(rng, box) if margin else box for box, margin in zip(cells, margins)]
-        boxes = [widen(box, overlap) for box in boxes]
+        boxes = [
+            widen(box, overlap) if overlap else shrink(rng, box) if margin else box
+            for box, margin in zip(cells, margins)
+        ]
         areas = np.stack([filled(box) for box in boxes])
     shapes = []
     for i in range(regions):

@@ -12,9 +12,10 @@ import generate
 import weights
 from model.autoencoder import to_uint8
 from pocket.detect import detect
-from pocket.measure import judge, random_layout
+from pocket.judge import KINDS, drawn, judge, random_case
 from pocket.scenes import BACKGROUNDS, Scene, Thing, caption, draw, random_scene, split
 from regional.layout import read_layout
+from regional.mask import region_tokens
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "pocket" / "checkpoint"
@@ -64,28 +65,54 @@ def test_the_detector_sees_nothing_on_an_empty_background(background):
     assert detect(draw(Scene(96, 96, background, ()))) is None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_judge_says_yes_to_what_was_asked_for(kind, tmp_path):
+    for seed in range(5):
+        case = random_case(seed, 4, kind, tmp_path)
+        seen = judge(drawn(case), case)
+        assert seen["both"] == 1 and seen["duplicates"] == 0 and seen["leakage"] < 0.1
+        assert not seen["background"] < 0.9 and seen["step"] < 1 and seen["coherence"] < 2
+
+
 def test_a_wrong_picture_is_judged_wrong():
-    """The judge must be able to say no: a layout against the picture of another one."""
-    layout, wanted = random_layout(0, 4)
-    _, others = random_layout(1, 4)
-    things = tuple(
-        Thing(*looks, center=(int(x0 + x1) // 2, int(y0 + y1) // 2), radius=(int(x1 - x0) // 3, int(y1 - y0) // 3))
-        for looks, (x0, y0, x1, y1) in zip(others, (region.box for region in layout.regions))
-    )
-    picture = draw(Scene(256, 256, "white", things))
-    assert judge(picture, layout, others)[:, 2].all()
-    assert judge(picture, layout, wanted)[:, 2].sum() == sum(w[:2] == o[:2] for w, o in zip(wanted, others)) < 4
+    """The judge must be able to say no: a layout against the picture of other looks in the same places."""
+    case, other = random_case(0, 4), random_case(1, 4)
+    swapped = case._replace(wanted=other.wanted)
+    seen = judge(drawn(swapped), case)
+    right = [w[:2] == o[:2] for w, o in zip(case.wanted, other.wanted)]
+    assert seen["both"] == np.mean(right) < 1
 
 
-@pytest.mark.parametrize("regions", [1, 2, 4, 8, 12])
-def test_random_layouts_are_disjoint_and_on_the_canvas(regions):
-    for seed in range(10):
-        layout, wanted = random_layout(seed, regions)
-        count = np.zeros((256, 256), dtype=int)
-        for x0, y0, x1, y1 in (tuple(int(v) for v in region.box) for region in layout.regions):
-            assert min(x1 - x0, y1 - y0) >= 48
-            count[y0:y1, x0:x1] += 1
-        assert len(wanted) == regions and count.max() == 1
+def test_leaks_duplicates_seams_and_a_wrong_background_are_seen():
+    case = random_case(3, 4)
+    good = judge(drawn(case), case)
+    turned = case._replace(wanted=case.wanted[1:] + case.wanted[:1])
+    assert judge(drawn(turned), case)["leakage"] > 0.4 > 0.1 > good["leakage"]
+    same = case._replace(wanted=case.wanted[:1] * 4)
+    assert judge(drawn(same), case)["duplicates"] == 3 / 4
+    elsewhere = next(name for name in BACKGROUNDS if name != case.background)
+    assert judge(drawn(case._replace(background=elsewhere)), case)["background"] < 0.1 < 0.9 < good["background"]
+    shaded = drawn(case).astype(int)
+    shaded[case.areas[0]] += 12 * (-1 if case.background == "white" else 1)
+    shaded = judge(shaded.clip(0, 255).astype(np.uint8), case)
+    assert shaded["step"] > good["step"] + 2 and shaded["coherence"] > good["coherence"] + 2
+    assert shaded["seams"] > good["seams"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("regions", [1, 4, 8, 16])
+def test_random_cases_are_what_their_kind_says(kind, regions, tmp_path):
+    for seed in range(5):
+        case = random_case(seed, regions, kind, tmp_path)
+        tokens = region_tokens(case.layout)
+        assert len(case.wanted) == len(case.areas) == regions and not tokens.warnings
+        for i, area in enumerate(case.areas):  # the layout's regions are the areas that are judged
+            inside = (tokens.image_bits.reshape(16, 16) >> i & 1).bool().numpy()
+            assert (inside == area[8::16, 8::16]).all()
+        if regions > 1:
+            assert (case.areas.sum(0) > 1).any() == ("overlapping" in kind)
+        alone = case.areas & (case.areas.sum(0) == 1)
+        assert alone.sum((1, 2)).min() > 400
 
 
 def test_a_caption_names_everything_and_no_place():
