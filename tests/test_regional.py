@@ -18,6 +18,7 @@ from model.attention import Block, apply_rope, plain_attention, rope, rope_axes
 from model.layers import modulate, timestep_embedding
 from model.transformer import Flux, FluxParams
 from regional.attention import RegionalAttention, Tokens, dense_attention, portable_attention
+from regional.compose import composed_velocity
 from regional.layout import Layout, Region
 from regional.mask import BACKGROUND_BIT, allowed, region_tokens
 from sampler.flow import image_ids, text_ids
@@ -393,3 +394,23 @@ def test_without_a_base_branch_its_tokens_are_not_there(flux):
 
     forward(flux, img, regions.flatten(0, 1)[None], y, attention=recording, join=attention.join)
     assert seen == [2 * TEXT + IMAGE] * 5
+
+
+# ------------------------------------------------------------------------------------------------ composition
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25])
+def test_composition_takes_each_token_from_its_regions(ratio):
+    """Velocities that are constants: 1, 2, 3 for the regions, 4 for the background, 100 for the base prompt."""
+    tokens = region_tokens(LAYOUTS["overlapping"])
+    asked = []
+
+    def constant(value: float):
+        return lambda img, t: (asked.append(value), torch.full_like(img, value))[1]
+
+    velocity = composed_velocity([constant(v) for v in (1.0, 2.0, 3.0, 4.0)], constant(100.0), tokens, ratio)
+    out = velocity(torch.zeros(1, IMAGE, 64), torch.ones(1))
+    of_bits = {0b1: 1, 0b10: 2, 0b11: 1.5, 0b111: 2, 0b101: 2, 0b110: 2.5, 0b100: 3, 1 << BACKGROUND_BIT: 4}
+    expected = torch.tensor([of_bits[bits] for bits in tokens.image_bits.tolist()])
+    assert (out - ((1 - ratio) * expected + ratio * 100)[:, None]).abs().max() < 1e-5
+    assert asked == [1.0, 2.0, 3.0, 4.0] + [100.0] * (ratio > 0)  # at base_ratio 0 the base prompt costs nothing
