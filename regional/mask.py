@@ -1,6 +1,6 @@
 """Regions as one integer per token. `allowed` is the whole mask; it is never stored.
 
-To try another mask rule, change `allowed` here; every attention of this folder calls it.
+To try another mask rule, change `allowed` here, and its line of Triton in kernel.py; every attention here uses it.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,10 @@ BACKGROUND_BIT = 61  # the written regions have bits 0-60
 
 
 def allowed(bits_q: Tensor, bits_k: Tensor) -> Tensor:
-    """May a query with these region bits look at a key with those? int64 in, bool out, broadcasting."""
+    """May a query with these region bits look at a key with those? int64 in, bool out, broadcasting.
+
+    Whatever the rule, a token without bits must see nothing and be seen by nobody: padding has none.
+    """
     return (bits_q & bits_k) != 0
 
 
