@@ -251,16 +251,17 @@ def plot_accuracy(results: dict[str, dict[str, float]]) -> None:
     """Both attributes right against the number of regions."""
     import matplotlib.pyplot as plt  # in requirements-dev.txt; the measuring does not need it
 
-    figure, axes = plt.subplots(1, len(KINDS), figsize=(14, 3.2), sharey=True)
-    for kind, axis in zip(KINDS, axes):
+    kinds = [kind for kind in KINDS if whole(tables()[f"Methods: {kind}"], results)]
+    figure, axes = plt.subplots(1, len(kinds), figsize=(4 * len(kinds), 3.2), sharey=True, squeeze=False)
+    for kind, axis in zip(kinds, axes[0]):
         for setting in (PLAIN, PUBLISHED, BEST, RPG_BEST):
             rows = [row for row in whole(tables()[f"Methods: {kind}"], results) if row.setting == setting]
             means = [summary(row, results)["both"] for row in rows]
             if rows:
                 axis.errorbar([r.regions for r in rows], *zip(*means), label=str(setting), capsize=2, marker=".")
         axis.set(title=kind, xlabel="regions", ylim=(0, 1.03))
-    axes[0].set_ylabel("color and pattern right")
-    axes[0].legend(fontsize=7)
+    axes[0][0].set_ylabel("color and pattern right")
+    axes[0][0].legend(fontsize=7)
     figure.savefig(DOCS / "accuracy.png", dpi=100, bbox_inches="tight")
 
 
@@ -269,7 +270,7 @@ def plot_sweep(results: dict[str, dict[str, float]]) -> None:
     import matplotlib.pyplot as plt
 
     measures = ("both", "seams", "step")
-    figure, axes = plt.subplots(len(SWEPT_REGIONS), len(measures), figsize=(12, 9), sharex=True)
+    figure, axes = plt.subplots(len(SWEPT_REGIONS), len(measures), figsize=(12, 9), layout="constrained")
     for regions, line in zip(SWEPT_REGIONS, axes):
         for measure_, axis in zip(measures, line):
             swept = SWEEPS["Base ratio and regional steps"][1:]
