@@ -7,6 +7,7 @@ picture. What is not needed any more is dropped before the next part of the mode
 """
 
 import argparse
+import glob
 import itertools
 import json
 import os
@@ -151,9 +152,10 @@ def run(args: argparse.Namespace) -> None:
     tokens = region_tokens(regional[0]) if regional else None  # a sweep changes neither prompts nor shapes
     for warning in tokens.warnings if tokens else ():
         say(f"warning: {warning}")
-    masked_attention = choose_attention(args.attention, device, dtype, args.verbose) if tokens else portable_attention
-    vectors = any(layout.method == "rpg" for layout in regional)
-    conditioning = encode(checkpoint, pictures[0].layout, tokens, vectors, device, dtype)
+    methods, masked_attention = {layout.method for layout in regional}, portable_attention
+    if "regional" in methods:
+        masked_attention = choose_attention(args.attention, device, dtype, args.verbose)
+    conditioning = encode(checkpoint, pictures[0].layout, tokens, "rpg" in methods, device, dtype)
     watch = args.attention_maps is not None
     drawn, stop = sample_all(checkpoint, tokens, conditioning, pictures, masked_attention, watch, args.verbose)
     autoencoder = weights.load_autoencoder(checkpoint.ae, device, dtype)
@@ -166,6 +168,8 @@ def run(args: argparse.Namespace) -> None:
         images.append(image)
         if maps and maps.steps:
             save_maps(maps, args.attention_maps / picture.output.stem, image, tokens.prompts)
+        elif maps:
+            say(f"{picture.output}: no step of it is regional, so it has no attention maps")
     if stop:
         raise stop
     if sheet:
@@ -254,6 +258,8 @@ def read(args: argparse.Namespace, size: int) -> dict[tuple[str, ...], Layout]:
     is the model's default width and height."""
     flags = {key: value for key, value in vars(args).items() if key in Layout.__struct_fields__ and key != "seed"}
     sweeps = [parse_sweep(text) for text in args.sweep]
+    if len(dict(sweeps)) < len(sweeps):
+        raise InputError(f"the command line: --sweep {', '.join(args.sweep)}: a key is swept twice.")
     layouts = {}
     for values in itertools.product(*(values for _, values in sweeps)):
         swept = {key: value for (key, _), value in zip(sweeps, values)}
@@ -295,7 +301,8 @@ def plan_outputs(args: argparse.Namespace, layouts: dict[tuple[str, ...], Layout
             raise InputError(f"the command line: --seed {seed}: expected a number from 0 to 2^63 - 1.")
     runs = [(*each, seed) for each in layouts.items() for seed in seeds]
     marks = [[*swept, *([str(seed)] if len(seeds) > 1 else [])] for swept, _, seed in runs]
-    output = args.output or free_name(Path(f"{args.layout.stem if args.layout else 'picture'}.png"), marks)
+    names = marks + ([["sheet"]] if args.sweep else [])
+    output = args.output or free_name(Path(f"{args.layout.stem if args.layout else 'picture'}.png"), names)
     if output.suffix.lower() not in SUFFIXES:
         raise InputError(f"--output {output}: the suffix must be one of {', '.join(SUFFIXES)}.")
     if args.save_latents and args.save_latents.suffix != ".safetensors":
@@ -310,7 +317,9 @@ def plan_outputs(args: argparse.Namespace, layouts: dict[tuple[str, ...], Layout
     if args.attention_maps:
         if not args.attention_maps.exists():
             args.attention_maps.mkdir(parents=True)
-        files += [args.attention_maps / f"{picture.output.stem}.safetensors" for picture in pictures]
+        for picture in pictures:
+            files.append(args.attention_maps / f"{picture.output.stem}.safetensors")
+            files += args.attention_maps.glob(f"{glob.escape(picture.output.stem)}_step*.png")
     for path in files:
         check_writable(path, args.overwrite)
     return pictures, sheet
@@ -333,7 +342,7 @@ def marked(path: Path, mark: list[str]) -> Path:
 def free_name(path: Path, marks: list[list[str]]) -> Path:
     """The path itself, or the first of path_1, path_2 ... where nothing is in the way."""
     candidates = [path] + [path.with_stem(f"{path.stem}_{i}") for i in range(1, 10000)]
-    return next(p for p in candidates if not any(marked(p, mark).exists() for mark in [*marks, ["sheet"]]))
+    return next(p for p in candidates if not any(marked(p, mark).exists() for mark in marks))
 
 
 def write(path: Path, save: Callable[[Path], None]) -> None:
@@ -388,7 +397,7 @@ def sweep_sheet(pictures: list[Picture], images: list[Image.Image]) -> Image.Ima
 def save_maps(maps: AttentionMaps, path: Path, image: Image.Image, prompts: list[str]) -> None:
     """A sheet for each regional step, path_step1.png and so on, and the numbers behind them, path.safetensors."""
     for i, sheet in enumerate(maps.sheets(image, prompts)):
-        write(path.with_name(f"{path.name}_step{i + 1}.png"), partial(sheet.save))
+        write(path.with_name(f"{path.name}_step{i + 1}.png"), sheet.save)
     write(path.with_name(f"{path.name}.safetensors"), partial(save_file, {"maps": maps.maps}))
 
 

@@ -31,9 +31,8 @@ class Case(NamedTuple):
 
 
 def random_case(seed: int, regions: int, kind: str = "boxes", folder: Path | None = None) -> Case:
-    """One of KINDS on SIZE x SIZE pixels; every part of a region is nearer to it than to any other. Half of the
-    regions leave a margin to the background, but overlapping boxes none. Free forms are written as mask pictures to
-    `folder`."""
+    """One of KINDS on SIZE x SIZE pixels. Half of the regions leave a margin to the background, but overlapping boxes
+    none. Free forms are written as mask pictures to `folder`."""
     rng = np.random.default_rng([seed, regions])
     background = str(rng.choice(list(BACKGROUNDS)))
     cells = []

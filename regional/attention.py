@@ -91,7 +91,7 @@ def in_one_sequence(bits: Tensor, base_only: int, text_length: int, image_length
     [txt_1 .. txt_R, img]."""
     texts, image = bits.split([len(bits) - image_length, image_length])
     base_row = torch.arange(text_length + image_length, device=bits.device)
-    precise = torch.float32 if bits.device.type == "mps" else torch.float64  # which Apple's GPUs don't have
+    precise = torch.float32 if bits.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     weight = bits.new_tensor([0.0, 1.0, base_ratio], dtype=precise)
     counts = bits.new_tensor([len(texts), base_only, image_length])
     return Tokens(

@@ -236,6 +236,20 @@ def test_a_sweep_overwrites_nothing(make):
     assert Path("z_sheet.png").read_text() == "mine" and not Path("z_base_ratio=0.png").exists()
 
 
+def test_a_key_swept_twice_is_an_error(make, capsys):
+    assert make(A, "--sweep", "base_ratio=0,0.1", "--sweep", "base-ratio=0.2") == 2
+    assert "twice" in capsys.readouterr().err
+
+
+def test_maps_overwrite_nothing_and_say_when_there_are_none(make, capsys):
+    Path("maps").mkdir()
+    Path("maps/a_step7.png").write_text("mine")
+    assert make(A, "--attention-maps", "maps", "--output", "a.png") == 2
+    assert not Path("a.png").exists()
+    assert make(A, "--attention-maps", "maps", "--output", "b.png", "--method", "plain") == 0
+    assert "no attention maps" in capsys.readouterr().err and not Path("maps/b.safetensors").exists()
+
+
 def test_attention_maps_are_shares_inside_the_regions(make):
     plain = latents(make, A)
     assert torch.equal(plain, latents(make, A, "--attention-maps", "maps"))  # watching changes nothing
