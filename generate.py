@@ -46,7 +46,7 @@ from sampler.schedule import sigmas
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # in float16 FLUX.1 overflows
 SWEPT = (
     "base_ratio", "mask_inject_steps", "double_inject_interval", "single_inject_interval", "guidance", "steps",
-    "method",
+    "method", "preset", "region_max_sequence_length",
 )  # fmt: skip
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 EXIF_DESCRIPTION, EXIF_SOFTWARE = 0x010E, 0x0131
@@ -80,12 +80,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prompt", help="the base prompt; enough for a picture without a layout")
     add("--background-prompt", metavar="PROMPT")
     add("--seed", type=int, nargs="+", metavar="N", help="several seeds make several pictures, named _SEED")
-    for key in ("width", "height", "steps", "double-inject-interval", "single-inject-interval", "max-sequence-length",
-                "region-max-sequence-length"):  # fmt: skip
+    for key in ("width", "height", "steps", "double-inject-interval", "single-inject-interval", "max-sequence-length"):
         add(f"--{key}", type=int, metavar="N")
     for key in ("guidance", "base-ratio"):
         add(f"--{key}", type=float, metavar="X")
     add("--mask-inject-steps", type=count_or_share, metavar="N", help="a count, or a share such as 40%%")
+    add("--region-max-sequence-length", type=count_or_share, metavar="N", help="a count, or a share such as 25%%")
+    add("--preset", choices=["published", "control"], help="control: settings that hold many regions better")
     add("--overlap", choices=["share", "last"])
     add("--method", choices=["regional", "rpg", "plain"], help="rpg: compose whole pictures, as the paper's rival does")
     args = parser.parse_args(argv)
@@ -287,7 +288,7 @@ def with_model_defaults(layout: Layout, flux: weights.Source) -> Layout:
         layout,
         steps=layout.steps or steps,
         max_sequence_length=length,
-        region_max_sequence_length=layout.region_max_sequence_length or length,
+        region_max_sequence_length=layout.region_length(length),
     )
 
 

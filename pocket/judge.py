@@ -15,6 +15,7 @@ from pocket.scenes import BACKGROUNDS, COLORS, Scene, draw, place, random_looks,
 from regional.layout import Layout, Region
 
 SIZE = 256
+JUST_VISIBLE = 2.3  # a just noticeable difference of two colours side by side, in CIE L*a*b* (Mahy et al. 1994)
 KINDS = ("boxes", "overlapping boxes", "free forms", "overlapping free forms")
 
 
@@ -123,8 +124,8 @@ def judge(picture: np.ndarray, case: Case) -> dict[str, float]:
     duplicates: looks (color and pattern) seen in more regions than ask for them, as a share of the regions.
     background: of the pixels in no region, the share nearest to the background asked for.
     seams: the mean step between two pixels across a region border, over that across other edges of the token grid.
-    step: the same where no object is on either side, that is, what shows in the background alone, in 255 levels: the
-        mean step across region borders, less that across other edges.
+    visible: the share of region borders that can be seen in the background: of the pieces one token long with no object
+        near, those whose two sides, 4 pixels deep, differ by more than JUST_VISIBLE.
     cut: of the pairs of pixels across region borders, the share where an object ends just there.
     coherence: how much the background differs between regions: the standard deviation of its mean, of 255 levels.
     """
@@ -155,24 +156,45 @@ def is_background(picture: np.ndarray, name: str) -> np.ndarray:
 
 
 def borders(picture: np.ndarray, color: np.ndarray, areas: np.ndarray) -> dict[str, float]:
-    """`seams`, `step` and `cut`, from the pairs of pixels across the edges of the token grid."""
-    steps, border, objects = [], [], []
+    """`seams`, `visible` and `cut`, from the pairs of pixels across the edges of the token grid."""
+    steps, differences, border, objects, near = [], [], [], [], []
+    lab = cielab(picture)
     for turned in False, True:
-        p, c, a = (x.swapaxes(-2, -1) if turned else x for x in (picture.transpose(2, 0, 1), color, areas))
+        of_both = picture, lab, color >= 0, areas.transpose(1, 2, 0)
+        p, tones, c, a = (x.swapaxes(0, 1) if turned else x for x in of_both)
         edges = np.arange(16, SIZE, 16)
-        changes = (a[:, 8::16, edges - 8] != a[:, 8::16, edges + 8]).any(0)  # token centres decide
-        border.append(changes.repeat(16, axis=0).ravel())
-        steps.append(np.abs(p[:, :, edges] - p[:, :, edges - 1]).mean(0).ravel())
-        objects.append(((c[:, edges] >= 0).astype(int) + (c[:, edges - 1] >= 0)).ravel())
-    steps, border, objects = (np.concatenate(x) for x in (steps, border, objects))
-    empty = objects == 0
+        border.append((a[8::16, edges - 8] != a[8::16, edges + 8]).any(2))  # token centres decide
+        steps.append(np.abs(p[:, edges] - p[:, edges - 1]).mean(2))
+        objects.append(c[:, edges].astype(int) + c[:, edges - 1])
+        before, after = (in_pieces(tones, edges, depth).mean((1, 3)) for depth in (range(-4, 0), range(4)))
+        differences.append(np.linalg.norm(before - after, axis=2))
+        near.append(in_pieces(c, edges, range(-4, 4)).any((1, 3)))
+    steps, differences, border, objects, near = map(np.stack, (steps, differences, border, objects, near))
     if not border.any():
-        return {"seams": np.nan, "step": np.nan, "cut": np.nan}
+        return {"seams": np.nan, "visible": np.nan, "cut": np.nan}
+    pixels, empty = border.repeat(16, axis=1), border & ~near
     return {
-        "seams": steps[border].mean() / steps[~border].mean(),
-        "step": steps[border & empty].mean() - steps[~border & empty].mean() if (border & empty).any() else np.nan,
-        "cut": (objects[border] == 1).mean(),
+        "seams": steps[pixels].mean() / steps[~pixels].mean(),
+        "visible": (differences[empty] > JUST_VISIBLE).mean() if empty.any() else np.nan,
+        "cut": (objects[pixels] == 1).mean(),
     }
+
+
+def in_pieces(x: np.ndarray, edges: np.ndarray, depth: range) -> np.ndarray:
+    """The columns of x (H, W, ...) at these distances from the edges, in pieces one token long: (pieces, 16, edges,
+    depth, ...)."""
+    beside = x[:, edges[:, None] + np.array(depth)]
+    return beside.reshape(SIZE // 16, 16, *beside.shape[1:])
+
+
+def cielab(picture: np.ndarray) -> np.ndarray:
+    """sRGB (..., 3) in 255 levels to CIE L*a*b* under D65, where distances are about as large as they look."""
+    x = picture / 255
+    linear = np.where(x > 0.04045, ((x + 0.055) / 1.055) ** 2.4, x / 12.92)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    x, y, z = np.moveaxis(linear @ to_xyz.T / to_xyz.sum(1), -1, 0)
+    x, y, z = (np.where(v > (6 / 29) ** 3, np.cbrt(v), v * (29 / 6) ** 2 / 3 + 4 / 29) for v in (x, y, z))
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
 
 
 def coherence(picture: np.ndarray, color: np.ndarray, areas: np.ndarray) -> float:

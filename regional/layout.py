@@ -20,6 +20,9 @@ Where = Callable[[str], str]  # the path of a key -> how messages name it
 Pixels = Annotated[int, Meta(ge=16, le=65536)]
 
 
+SHARE = r"\d+(\.\d+)?%"  # what shares in a layout look like
+
+
 class Region(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One region: its prompt, and exactly one shape.
 
@@ -32,7 +35,10 @@ class Region(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Layout(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One picture. What is None takes the model's default, or for the seed a random one."""
+    """One picture. What is None takes the model's default, or for the seed a random one.
+
+    preset: what the settings are that are not written; `published`, the defaults below, or `control`, see PRESETS.
+    """
 
     prompt: str
     background_prompt: str = "a photo"
@@ -46,7 +52,8 @@ class Layout(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     double_inject_interval: Annotated[int, Meta(ge=1)] = 1
     single_inject_interval: Annotated[int, Meta(ge=1)] = 1
     max_sequence_length: Annotated[int, Meta(ge=2, le=4096)] | None = None
-    region_max_sequence_length: Annotated[int, Meta(ge=2, le=4096)] | None = None
+    region_max_sequence_length: Annotated[int, Meta(ge=2, le=4096)] | str | None = None
+    preset: Literal["published", "control"] = "published"
     overlap: Literal["share", "last"] = "share"
     method: Literal["regional", "rpg", "plain"] = "regional"
     regions: tuple[Region, ...] = ()
@@ -59,8 +66,31 @@ class Layout(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         if not self.regions or self.base_ratio == 1 or self.method == "plain":
             return 0
         if isinstance(self.mask_inject_steps, str):
-            return int(Fraction(self.mask_inject_steps.rstrip("%")) * steps / 100 + Fraction(1, 2))
+            return share_of(self.mask_inject_steps, steps)
         return min(self.mask_inject_steps, steps)
+
+    def region_length(self, length: int) -> int:
+        """How many text tokens each region has where the base prompt has `length`: as many, a count or a share."""
+        if isinstance(self.region_max_sequence_length, str):
+            return max(2, share_of(self.region_max_sequence_length, length))
+        return self.region_max_sequence_length or length
+
+
+def share_of(share: str, whole: int) -> int:
+    """A share such as 40% of a count, rounded half up."""
+    return int(Fraction(share.rstrip("%")) * whole / 100 + Fraction(1, 2))
+
+
+# Settings by the number of regions. `control` is what held best as regions grow, measured in docs/control: less of the
+# base prompt, more regional steps for many regions, and texts of a quarter of the base prompt's length.
+PRESETS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "published": lambda regions: {},
+    "control": lambda regions: {
+        "base_ratio": 0.1,
+        "mask_inject_steps": "40%" if regions <= 6 else "60%",
+        "region_max_sequence_length": "25%",
+    },
+}
 
 
 def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024) -> Layout:
@@ -79,6 +109,8 @@ def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024) 
         return f"the command line: --{path.replace('_', '-')}" if path in overrides else f"{name}: {path}"
 
     layout = convert(data, where, name)
+    settings = PRESETS[layout.preset](len(layout.regions))
+    layout = msgspec.structs.replace(layout, **{key: value for key, value in settings.items() if key not in data})
     folder = file.parent if file else Path()
     regions = [msgspec.structs.replace(r, mask=str(folder / r.mask)) if r.mask else r for r in layout.regions]
     layout = msgspec.structs.replace(layout, regions=tuple(regions))
@@ -166,10 +198,16 @@ def check(layout: Layout, where: Where) -> None:
             raise InputError(f"{where(key)} = {value}: not a multiple of 16, the nearest are {low} and {low + 16}.")
     share = layout.mask_inject_steps
     if isinstance(share, str):
-        if not re.fullmatch(r"\d+(\.\d+)?%", share) or float(share[:-1]) > 100:
+        if not re.fullmatch(SHARE, share) or float(share[:-1]) > 100:
             raise InputError(f"{where('mask_inject_steps')} = {share!r}: expected a count, or a share such as 40%.")
     elif share < 0:
         raise InputError(f"{where('mask_inject_steps')} = {share}: expected a count of steps from 0 on.")
+    length = layout.region_max_sequence_length
+    if isinstance(length, str) and not (re.fullmatch(SHARE, length) and 0 < float(length[:-1]) <= 100):
+        raise InputError(
+            f"{where('region_max_sequence_length')} = {length!r}: expected a count, or a share of max_sequence_length "
+            "such as 25%."
+        )
     for key in ("prompt", "background_prompt"):
         check_text(getattr(layout, key), where(key))
     if len(layout.regions) > MAX_REGIONS:

@@ -71,7 +71,7 @@ def test_the_judge_says_yes_to_what_was_asked_for(kind, tmp_path):
         case = random_case(seed, 4, kind, tmp_path)
         seen = judge(drawn(case), case)
         assert seen["both"] == 1 and seen["duplicates"] == 0 and seen["leakage"] < 0.1
-        assert not seen["background"] < 0.9 and seen["step"] < 1 and seen["coherence"] < 2
+        assert not seen["background"] < 0.9 and not seen["visible"] > 0.1 and seen["coherence"] < 2
 
 
 def test_a_wrong_picture_is_judged_wrong():
@@ -95,7 +95,7 @@ def test_leaks_duplicates_seams_and_a_wrong_background_are_seen():
     shaded = drawn(case).astype(int)
     shaded[case.areas[0]] += 12 * (-1 if case.background == "white" else 1)
     shaded = judge(shaded.clip(0, 255).astype(np.uint8), case)
-    assert shaded["step"] > good["step"] + 2 and shaded["coherence"] > good["coherence"] + 2
+    assert shaded["visible"] > 0.2 > good["visible"] == 0 and shaded["coherence"] > good["coherence"] + 2
     assert shaded["seams"] > good["seams"]
 
 
