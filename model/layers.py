@@ -80,7 +80,7 @@ class Modulation(nn.Module):
         self.lin = nn.Linear(hidden, multiplier * hidden)
 
     def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
-        return self.lin(F.silu(vec))[:, None, :].chunk(self.multiplier, dim=-1)
+        return self.lin(F.silu(vec)[:, None, :]).chunk(self.multiplier, dim=-1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -158,5 +158,5 @@ class LastLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
+        shift, scale = self.adaLN_modulation(vec[:, None, :]).chunk(2, dim=-1)
         return self.linear(modulate(x, shift, scale))

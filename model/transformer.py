@@ -1,7 +1,7 @@
 """FLUX.1's transformer: text and image tokens in, the velocity of the image tokens out.
 
-It knows nothing of regions. Two functions passed to `forward` change what it computes: `attention`, and `join`, which
-puts the streams together where the double blocks end.
+It knows nothing of regions. Three functions passed to `forward` change what it computes: `attention`; `join`, which puts
+the streams together where the double blocks end; and `after_block`, through which a ControlNet adds its residuals.
 """
 
 from collections.abc import Callable
@@ -36,6 +36,10 @@ def text_then_image(txt: Tensor, img: Tensor) -> Tensor:
     return torch.cat([txt, img], dim=1)
 
 
+def as_it_is(x: Tensor, block: Block) -> Tensor:
+    return x
+
+
 class Flux(nn.Module):
     def __init__(self, params: FluxParams):
         super().__init__()
@@ -64,6 +68,7 @@ class Flux(nn.Module):
         guidance: Tensor | None = None,
         attention: Attention = plain_attention,
         join: Callable[[Tensor, Tensor], Tensor] = text_then_image,
+        after_block: Callable[[Tensor, Block], Tensor] = as_it_is,
     ) -> Tensor:
         """The velocity at `timesteps`, (B, L_img, out_channels).
 
@@ -73,6 +78,8 @@ class Flux(nn.Module):
 
         `join(txt, img)` makes the sequence of the single blocks; whatever it makes must end with the image tokens to
         decode. It is also given the position tables, so it may only repeat, drop and reorder rows (dimension 1).
+        `after_block(x, block)` gives what goes on from a block: x is img (B, L_img, D) in the double blocks, and the
+        sequence that `join` made in the single ones.
         """
         dtype = img.dtype
         table = torch.promote_types(dtype, torch.float32)
@@ -88,9 +95,12 @@ class Flux(nn.Module):
         img, txt = self.img_in(img), self.txt_in(txt)
         pe = torch.cat([txt_pe, img_pe], dim=1)
         for index, double_block in enumerate(self.double_blocks):
-            img, txt = double_block(img, txt, vec, pe, attention, Block("double", index))
+            block = Block("double", index)
+            img, txt = double_block(img, txt, vec, pe, attention, block)
+            img = after_block(img, block)
 
         x, pe = join(txt, img), join(txt_pe, img_pe)
         for index, single_block in enumerate(self.single_blocks):
-            x = single_block(x, vec, pe, attention, Block("single", index))
+            block = Block("single", index)
+            x = after_block(single_block(x, vec, pe, attention, block), block)
         return self.final_layer(x[:, -length:], vec)
