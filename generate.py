@@ -13,7 +13,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -32,11 +32,15 @@ import weights
 from model.attention import Block, fastest_backends
 from model.autoencoder import to_uint8
 from model.errors import InputError
+from model.lora import Addition, Lora, added, hooks_for, merge, read_lora
+from model.t5 import T5Encoder
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
 from model.transformer import Flux
 from regional.attention import MaskedAttention, RegionalAttention, Tokens, dense_attention, portable_attention
 from regional.compose import Velocity, composed_velocity
-from regional.layout import Layout, read_layout
+from regional.control import ActiveControl, control_hook, control_picture, image_share
+from regional.layout import CONTROL_FLAGS, MODES, Control, Layout, read_layout
+from regional.lora import additions, can_be_regional, plain_step, regional_step
 from regional.maps import AttentionMaps
 from regional.mask import RegionTokens, region_tokens
 from regional.sheets import contact_sheet
@@ -75,6 +79,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="how masked attention is computed; auto: the kernel on CUDA, else portable")  # fmt: skip
     add("--verbose", action="store_true", help="say which attention functions are used")
 
+    add("--lora", dest="loras", action="append", nargs="+", metavar=("FILE", "SCALE"), default=argparse.SUPPRESS,
+        help="a LoRA for the whole picture: a file, or a repository, org/name or org/name:file, and its scale; "
+        "repeatable; in place of the layout's loras")  # fmt: skip
+
+    control = parser.add_argument_group("one ControlNet, in place of the layout's", argument_default=argparse.SUPPRESS)
+    add = control.add_argument
+    add("--controlnet", metavar="MODEL", help="a file or folder, or a repository, org/name or org/name:file")
+    add("--control-image", metavar="FILE", help="the picture that it follows")
+    add("--control-mode", type=count_or_share, metavar="M", help=f"for union models: a number, or {', '.join(MODES)}")
+    for key, meaning in ("scale", "default 0.7"), ("start", "share of the steps, from 0"), ("end", "and to 1"):
+        add(f"--control-{key}", type=float, metavar="X", help=meaning)
+    add("--preprocess", choices=["canny"], help="follow the edges in the picture (pip install opencv-python-headless)")
+
     layout = parser.add_argument_group("in place of the layout's keys", argument_default=argparse.SUPPRESS)
     add = layout.add_argument
     add("--prompt", help="the base prompt; enough for a picture without a layout")
@@ -90,6 +107,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--overlap", choices=["share", "last"])
     add("--method", choices=["regional", "rpg", "plain"], help="rpg: compose whole pictures, as the paper's rival does")
     args = parser.parse_args(argv)
+    if "loras" in args:
+        args.loras = [lora_flag(parser, values) for values in args.loras]
+    if control := {key: vars(args)[flag] for key, flag in CONTROL_FLAGS.items() if flag in args}:
+        if not {"model", "image"} <= control.keys():
+            parser.error("a ControlNet needs both --controlnet and --control-image")
+        args.controlnets = [control]
     if not args.layout and "prompt" not in args:
         parser.error("give a --layout, or at least a --prompt")
     return args
@@ -97,6 +120,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def count_or_share(text: str) -> int | str:
     return int(text) if text.lstrip("-").isdigit() else text
+
+
+def lora_flag(parser: argparse.ArgumentParser, values: list[str]) -> dict[str, Any]:
+    file, *scale = values
+    try:
+        return {"file": file, "scale": float(*scale)} if scale else {"file": file}
+    except (TypeError, ValueError):
+        parser.error(f"argument --lora: expected a file and perhaps its scale, a number, not {' '.join(values)}")
+
+
+class ControlPlan(NamedTuple):
+    """A ControlNet before it is loaded; its picture is (1, 3, height, width), or its packed latents (1, L_img, 64)."""
+
+    source: weights.Source
+    setting: Control
+    picture: Tensor
 
 
 class Picture(NamedTuple):
@@ -107,6 +146,10 @@ class Picture(NamedTuple):
     seed: int
     output: Path
     latents: Path | None
+
+
+Loras = Mapping[str, Lora]  # by their names in the layout
+NO_LORAS: Loras = {}
 
 
 class Conditioning(NamedTuple):
@@ -149,16 +192,22 @@ def run(args: argparse.Namespace) -> None:
     if checkpoint.name == "pocket":
         say("the built-in pocket model draws; for FLUX.1-dev add --model black-forest-labs/FLUX.1-dev, or its folder")
 
+    controls = plan_controls(args, pictures[0].layout, checkpoint.flux)
     regional = [layout for layout in layouts.values() if layout.regional_steps(layout.steps)]
-    tokens = region_tokens(regional[0]) if regional else None  # a sweep changes neither prompts nor shapes
+    loras = read_loras(pictures[0].layout, checkpoint)  # a sweep changes neither these, nor prompts, nor shapes
+    in_plain_steps = any(lora.plain_steps for region in pictures[0].layout.regions for lora in region.loras)
+    tokens = region_tokens(pictures[0].layout) if regional or in_plain_steps else None
     for warning in tokens.warnings if tokens else ():
         say(f"warning: {warning}")
     methods, masked_attention = {layout.method for layout in regional}, portable_attention
     if "regional" in methods:
         masked_attention = choose_attention(args.attention, device, dtype, args.verbose)
-    conditioning = encode(checkpoint, pictures[0].layout, tokens, "rpg" in methods, device, dtype)
+    conditioning = encode(checkpoint, pictures[0].layout, tokens, "rpg" in methods, device, dtype, loras)
+    controls = encode_controls(controls, checkpoint.ae, device, dtype)
     watch = args.attention_maps is not None
-    drawn, stop = sample_all(checkpoint, tokens, conditioning, pictures, masked_attention, watch, args.verbose)
+    drawn, stop = sample_all(
+        checkpoint, loras, controls, tokens, conditioning, pictures, masked_attention, watch, args.verbose
+    )
     autoencoder = weights.load_autoencoder(checkpoint.ae, device, dtype)
     images = []
     for picture, (z, maps) in zip(pictures, drawn):
@@ -180,6 +229,8 @@ def run(args: argparse.Namespace) -> None:
 
 def sample_all(
     checkpoint: weights.Checkpoint,
+    loras: Loras,
+    plans: list[ControlPlan],
     tokens: RegionTokens | None,
     conditioning: Conditioning,
     pictures: list[Picture],
@@ -188,13 +239,18 @@ def sample_all(
     verbose: bool,
 ) -> tuple[list[tuple[Tensor, AttentionMaps | None]], KeyboardInterrupt | None]:
     """Each picture's latents and, if asked for, maps. Ctrl-C ends the list early, so that the rest can be decoded."""
-    flux = weights.load_flux(checkpoint.flux, conditioning.txt.device, conditioning.txt.dtype)
+    merges = merges_of(pictures[0].layout, loras, "flux")
+    flux = weights.load_flux(checkpoint.flux, conditioning.txt.device, conditioning.txt.dtype, merges)
+    controls = load_controls(plans, pictures[0].layout, conditioning.txt.device, conditioning.txt.dtype)
     drawn = []
     try:
         with library_attention(flux, pictures[0].layout, conditioning.txt, verbose):
             for picture in pictures:
                 maps = AttentionMaps(flux.params.depth, flux.params.depth_single_blocks) if watch else None
-                z = sample(flux, picture.layout, tokens, conditioning, picture.seed, masked_attention, maps)
+                z = sample(
+                    flux, picture.layout, tokens, conditioning, picture.seed, masked_attention, maps,
+                    loras=loras, controls=controls,
+                )  # fmt: skip
                 if picture.latents:
                     write(picture.latents, partial(save_file, {"latents": z.cpu().contiguous()}))
                 drawn.append((z, maps))
@@ -402,6 +458,38 @@ def save_maps(maps: AttentionMaps, path: Path, image: Image.Image, prompts: list
     write(path.with_name(f"{path.name}.safetensors"), partial(save_file, {"maps": maps.maps}))
 
 
+# ------------------------------------------------------------------------------------------------ LoRAs
+
+
+def read_loras(layout: Layout, checkpoint: weights.Checkpoint) -> Loras:
+    """All LoRAs that a layout names, by the names they have there. Says what in them is left out."""
+    named = {f"loras[{i}].file": lora for i, lora in enumerate(layout.loras)}
+    for i, region in enumerate(layout.regions):
+        named |= {f"regions[{i}].loras[{j}].file": lora for j, lora in enumerate(region.loras)}
+    if not named:
+        return {}
+    modules, loras = {part: weights.on_meta(getattr(checkpoint, part)) for part in ("flux", "t5", "clip")}, {}
+    for key, entry in named.items():
+        lora = loras.get(entry.file) or read_lora(weights.lora_file(entry.file, f"{key} = {entry.file}"), modules)
+        if lora.unknown and entry.file not in loras:
+            count, first = len(lora.unknown), lora.unknown[0]
+            say(f"warning: {lora.path}: {count} of its keys mean nothing for this model and are left out, as {first}")
+        loras[entry.file] = lora
+        left = {c.name for c in lora.changes["flux"] if not can_be_regional(c)} | {c.name for c in lora.changes["clip"]}
+        if left and key.startswith("regions"):
+            say(f"warning: {key} = {entry.file}: what changes the whole picture is left out: {', '.join(sorted(left))}")
+    return loras
+
+
+def merges_of(layout: Layout, loras: Loras, part: str) -> weights.Merges:
+    """What the layout's whole-picture LoRAs make of a part's weights."""
+    changes = {}
+    for entry in layout.loras:
+        for change in loras[entry.file].changes[part]:
+            changes.setdefault(change.name, []).append((change, entry.scale))
+    return {name: partial(merge, changes=own) for name, own in changes.items()}
+
+
 # ------------------------------------------------------------------------------------------------ the picture
 
 
@@ -412,23 +500,41 @@ def encode(
     vectors: bool,
     device: torch.device,
     dtype: torch.dtype,
+    loras: Loras = NO_LORAS,
 ) -> Conditioning:
     """Encode the prompts, with CLIP the base prompt's alone or all `vectors`; both encoders are gone afterwards."""
     regions = tokens.prompts if tokens else []
     tokenizer = T5Tokenizer(checkpoint.t5_tokenizer)
-    t5_ids = [tokenize(tokenizer, [layout.prompt], layout.max_sequence_length)]
-    if regions:
-        t5_ids += tokenize(tokenizer, regions, layout.region_max_sequence_length).split(8)
+    base_ids = tokenize(tokenizer, [layout.prompt], layout.max_sequence_length)
+    region_ids = tokenize(tokenizer, regions, layout.region_max_sequence_length) if regions else None
     clip_ids, cut = CLIPTokenizer(checkpoint.clip_tokenizer)([layout.prompt] + regions * vectors)
     if cut[0]:
         say(f"warning: CLIP reads 77 tokens of the base prompt; it does not see: {cut[0]!r}")
-    t5 = weights.load_t5(checkpoint.t5, device, dtype)
-    check_vocabulary(max(ids.max() for ids in t5_ids), t5.params.vocab_size, checkpoint.t5_tokenizer, checkpoint.t5)
-    txt, *region_txt = (t5(ids.to(device)).to(dtype) for ids in t5_ids)
+    t5 = weights.load_t5(checkpoint.t5, device, dtype, merges_of(layout, loras, "t5"))
+    highest = max(ids.max() for ids in (base_ids, region_ids) if ids is not None)
+    check_vocabulary(highest, t5.params.vocab_size, checkpoint.t5_tokenizer, checkpoint.t5)
+    txt = t5(base_ids.to(device)).to(dtype)
+    region_txt = region_states(t5, region_ids.to(device), layout, loras).to(dtype) if regions else None
     del t5
-    clip = weights.load_clip(checkpoint.clip, device, dtype)
+    clip = weights.load_clip(checkpoint.clip, device, dtype, merges_of(layout, loras, "clip"))
     check_vocabulary(clip_ids.max(), clip.params.vocab_size, checkpoint.clip_tokenizer, checkpoint.clip)
-    return Conditioning(txt, torch.cat(region_txt) if regions else None, clip(clip_ids.to(device)))
+    return Conditioning(txt, region_txt, clip(clip_ids.to(device)))
+
+
+def region_states(t5: T5Encoder, ids: Tensor, layout: Layout, loras: Loras) -> Tensor:
+    """T5's states of the regions' prompts (R, L), each changed by the T5 part of its region's own LoRAs."""
+    everywhere = torch.ones(ids.shape[1], dtype=torch.bool)
+    changes = [
+        [Addition(c, lora.scale, everywhere) for lora in region.loras for c in loras[lora.file].changes["t5"]]
+        for region in layout.regions
+    ]
+    if not any(changes):
+        return torch.cat([t5(part) for part in ids.split(8)])
+    states = []
+    for own, prompt in itertools.zip_longest(changes, ids.split(1), fillvalue=[]):  # the background has none
+        with added(t5, hooks_for(t5, own)):
+            states.append(t5(prompt))
+    return torch.cat(states)
 
 
 def tokenize(tokenizer: T5Tokenizer, prompts: list[str], length: int) -> Tensor:
@@ -446,6 +552,59 @@ def check_vocabulary(highest: Tensor, size: int, tokenizer: Path, encoder: weigh
         )
 
 
+def plan_controls(args: argparse.Namespace, layout: Layout, flux: weights.Source) -> list[ControlPlan]:
+    """The layout's ControlNets, each checked against the transformer and its mode, and their pictures."""
+    plans = []
+    for i, control in enumerate(layout.controlnets):
+        key = f"{args.layout}: controlnets[{i}]"
+        model, mode = ("--controlnet", "--control-mode") if "controlnets" in args else (f"{key}.model =", f"{key}.mode")
+        source = weights.find_controlnet(control.model, model)
+        weights.check_base(source, flux)
+        check_mode(control, weights.controlnet_params(source).modes, source, mode)
+        picture, warnings = control_picture(control, layout.width, layout.height)
+        for warning in warnings:
+            say(f"warning: {warning}")
+        plans.append(ControlPlan(source, control, picture))
+    return plans
+
+
+def check_mode(control: Control, modes: int, source: weights.Source, where: str) -> None:
+    if modes and control.mode is None:
+        raise InputError(f"{where} is missing: {source.path} is a union of {modes} modes, and needs one of them.")
+    if not modes and control.mode is not None:
+        raise InputError(f"{where} = {control.mode}: {source.path} has no modes.")
+    if modes and control.mode_index >= modes:
+        raise InputError(f"{where} = {control.mode}: {source.path} has {modes} modes, counted from 0.")
+
+
+def encode_controls(
+    plans: list[ControlPlan], ae: weights.Source, device: torch.device, dtype: torch.dtype
+) -> list[ControlPlan]:
+    """The same with packed latents for pictures, but where a ControlNet reads the picture itself."""
+    seen = [plan for plan in plans if not weights.controlnet_params(plan.source).hint_width]
+    autoencoder = weights.load_autoencoder(ae, device, dtype) if seen else None
+    return [
+        plan._replace(picture=pack(autoencoder.encode(plan.picture.to(device, dtype)))) if plan in seen else plan
+        for plan in plans
+    ]
+
+
+def load_controls(
+    plans: list[ControlPlan], layout: Layout, device: torch.device, dtype: torch.dtype
+) -> list[ActiveControl]:
+    """The ControlNets, each file loaded once, ready for this layout."""
+    nets = {}
+    for plan in plans:
+        if plan.source.path not in nets:
+            nets[plan.source.path] = weights.load_controlnet(plan.source, device, dtype)
+    controls = []
+    for source, setting, picture in plans:
+        net, picture = nets[source.path], picture.to(device, dtype)
+        tokens = net.read(picture) if net.params.hint_width else picture
+        controls.append(ActiveControl(net, tokens, image_share(setting, layout).to(device, dtype), setting))
+    return controls
+
+
 def sample(
     flux: Flux,
     layout: Layout,
@@ -455,6 +614,8 @@ def sample(
     masked_attention: Callable[[Tokens], MaskedAttention],
     maps: AttentionMaps | None = None,
     is_masked: Callable[[Block], bool] | None = None,
+    loras: Loras = NO_LORAS,
+    controls: Sequence[ActiveControl] = (),
 ) -> Tensor:
     """Noise to latents (1, 16, height / 8, width / 8), float32: the first steps regional, the others plain FLUX.
 
@@ -468,14 +629,33 @@ def sample(
     if regional_steps:  # tokens of the same regions side by side, for this run
         tokens, order = tokens.sorted()
         img, img_ids = img[:, order], img_ids[:, order]
+        controls = [control.sorted(order) for control in controls]
+    length = conditioning.txt.shape[1]
+    levels = sigmas(layout.steps, img.shape[1], shift=flux.params.guidance_embed)
+    base = {"img_ids": img_ids, "txt": conditioning.txt, "txt_ids": text_ids(length), "y": conditioning.y[:1]}
+    control = control_hook(controls, flux.params, levels, base | {"guidance": guidance})
 
-    def velocity(txt: Tensor, y: Tensor, **hooks: Any) -> Velocity:
+    def velocity(txt: Tensor, y: Tensor, changes: list[Addition], streams: int = 1, **hooks: Any) -> Velocity:
         ids = text_ids(txt.shape[1])
-        return lambda img, t: flux(img.to(dtype), img_ids, txt, ids, t, y, guidance, **hooks)
 
-    plain = first = velocity(conditioning.txt, conditioning.y[:1])
+        def flow(img: Tensor, t: Tensor) -> Tensor:
+            img = img.to(dtype)
+            after_block = control(img, t, streams)
+            with added(flux, changes):
+                return flux(img, img_ids, txt, ids, t, y, guidance, after_block=after_block, **hooks)
+
+        return flow
+
+    changes = additions(
+        layout.regions, loras, lambda bit: plain_step(tokens.image_bits & bit != 0, length), in_plain_steps=True
+    )
+    plain = first = velocity(conditioning.txt, conditioning.y[:1], changes)
     if regional_steps and layout.method == "rpg":
-        own = [velocity(txt[None], y[None]) for txt, y in zip(conditioning.regions, conditioning.y[1:])]
+        everywhere = plain_step(torch.ones(img.shape[1], dtype=torch.bool), conditioning.regions.shape[1])
+        own = [
+            velocity(txt[None], y[None], additions(layout.regions[i : i + 1], loras, lambda bit: everywhere))
+            for i, (txt, y) in enumerate(zip(conditioning.regions, conditioning.y[1:]))
+        ]
         first = composed_velocity(own, plain, tokens, layout.base_ratio)
     elif regional_steps:
         bits = tokens.bits(conditioning.regions.shape[1]).to(device)
@@ -485,10 +665,15 @@ def sample(
             is_masked or (lambda block: block.index % interval[block.kind] == 0),
         )  # fmt: skip
         attention = maps.watch(regional, bits, len(tokens.prompts), order) if maps else regional
-        txt = [conditioning.regions.flatten(0, 1)[None]] + ([conditioning.txt] if layout.base_ratio > 0 else [])
-        first = velocity(torch.cat(txt, dim=1), conditioning.y[:1], attention=attention, join=regional.join)
+        has_base = layout.base_ratio > 0
+        changes = additions(
+            layout.regions, loras, lambda bit: regional_step(bits & bit != 0, length, img.shape[1], has_base)
+        )
+        txt = [conditioning.regions.flatten(0, 1)[None]] + ([conditioning.txt] if has_base else [])
+        first = velocity(
+            torch.cat(txt, dim=1), conditioning.y[:1], changes, 1 + has_base, attention=attention, join=regional.join
+        )
 
-    levels = sigmas(layout.steps, img.shape[1], shift=flux.params.guidance_embed)
     with tqdm(total=layout.steps, desc=f"seed {seed}", disable=None) as bar:
         img = denoise(first, img, levels[: regional_steps + 1], lambda img: bar.update())
         img = denoise(plain, img, levels[regional_steps:], lambda img: bar.update())

@@ -10,10 +10,10 @@ import json
 import math
 import mmap
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import torch
@@ -23,12 +23,25 @@ from torch import Tensor, nn
 
 from model.autoencoder import AutoEncoder, AutoEncoderParams
 from model.clip import CLIPParams, CLIPTextEncoder
+from model.controlnet import ControlNet, ControlNetParams
 from model.errors import InputError
 from model.t5 import T5Encoder, T5Params
 from model.transformer import Flux, FluxParams
 
-WHAT = {"flux": "FLUX.1 transformer", "t5": "T5 encoder", "clip": "CLIP text encoder", "ae": "FLUX.1 autoencoder"}
-SUBFOLDER = {"flux": "transformer", "t5": "text_encoder_2", "clip": "text_encoder", "ae": "vae"}  # diffusers'
+WHAT = {
+    "flux": "FLUX.1 transformer",
+    "t5": "T5 encoder",
+    "clip": "CLIP text encoder",
+    "ae": "FLUX.1 autoencoder",
+    "controlnet": "FLUX.1 ControlNet",
+}
+SUBFOLDER = {  # diffusers'
+    "flux": "transformer",
+    "t5": "text_encoder_2",
+    "clip": "text_encoder",
+    "ae": "vae",
+    "controlnet": "controlnet",
+}
 
 POCKET = Path(__file__).parent / "pocket" / "checkpoint"
 
@@ -251,6 +264,21 @@ def flux_from_diffusers(name: str, tensors: Tensors) -> list[Rows]:
     return [Rows(key)]
 
 
+def controlnet_from_diffusers(name: str, tensors: Tensors) -> list[Rows]:
+    """InstantX's, and XLabs' after diffusers' conversion."""
+    if name.startswith("controlnet_"):
+        return [Rows(name)]
+    if hint := re.fullmatch(r"input_hint_block\.(\d+)\.(.+)", name):
+        index = int(hint[1])
+        their = {0: "conv_in", 14: "conv_out"}.get(index, f"blocks.{index // 2 - 1}")
+        return [Rows(f"input_hint_block.{their}.{hint[2]}")]
+    return flux_from_diffusers(name, tensors)
+
+
+def controlnet_from_xlabs(name: str, tensors: Tensors) -> list[Rows]:
+    return [Rows(name.replace("controlnet_x_embedder.", "pos_embed_input."))]
+
+
 def t5_from_hf(name: str, tensors: Tensors) -> list[Rows]:
     twin = "encoder.embed_tokens.weight"  # files have the table under this name, as shared.weight, or both
     return [Rows(twin if name == "shared.weight" and name not in tensors and twin in tensors else name)]
@@ -326,6 +354,8 @@ NAMINGS = (
     Naming("clip", "OpenAI", r"transformer\.resblocks\.\d+\.attn\.", clip_from_openai),
     Naming("ae", "BFL", r"decoder\.up\.\d+\.block\.", same_name),
     Naming("ae", "diffusers", r"decoder\.up_blocks\.\d+\.resnets\.", ae_from_diffusers),
+    Naming("controlnet", "XLabs", r"(?:pos_embed_input|input_hint_block\.0)\.", controlnet_from_xlabs),
+    Naming("controlnet", "diffusers", r"controlnet_(?:x_embedder|blocks\.\d+)\.", controlnet_from_diffusers),
 )
 
 # Keys that a part's files may hold although its module has no use for them.
@@ -334,6 +364,7 @@ IGNORED = {
     "t5": r"encoder\.embed_tokens\.|decoder\.|lm_head\.",
     "clip": r"(embeddings\.)?position_ids$|text_projection|logit_scale$|vision_model\.|visual",
     "ae": r"(?!)",
+    "controlnet": r"(?!)",
 }
 
 # ------------------------------------------------------------------------------------------------------ recognition
@@ -371,10 +402,11 @@ STRANGERS = {
 VARIANTS = {128: "FLUX.1 Canny or Depth", 384: "FLUX.1 Fill"}  # by the transformer's input channels
 
 
-def stranger(pile: Pile) -> str | None:
-    """What a pile is, in words that follow "is", if no part can be taken from it."""
+def stranger(pile: Pile, part: str) -> str | None:
+    """What a pile is, in words that follow "is", if it can't be taken for this part."""
     for pattern, name in STRANGERS.items():
-        if any(re.search(pattern, key) for key in pile.tensors):
+        own = part == "controlnet" and name == "a ControlNet"
+        if not own and any(re.search(pattern, key) for key in pile.tensors):
             return f"{name}, which is not supported here"
     for key, tensor in pile.tensors.items():
         width = tensor.shape[1] if len(tensor.shape) > 1 else 0
@@ -394,17 +426,18 @@ def prefix_of(pile: Pile, naming: Naming) -> str | None:
     return next((found[1] for key in pile.tensors if (found := pattern.match(key))), None)
 
 
-def describe(pile: Pile) -> str:
+def describe(pile: Pile, part: str) -> str:
     names = [
         f"a {WHAT[naming.part]} in {naming.name} names" for naming in NAMINGS if prefix_of(pile, naming) is not None
     ]
-    return stranger(pile) or " and ".join(names) or f"unknown (one of its keys is {next(iter(pile.tensors), None)})"
+    unknown = f"unknown (one of its keys is {next(iter(pile.tensors), None)})"
+    return stranger(pile, part) or " and ".join(names) or unknown
 
 
 def recognise(pile: Pile, part: str) -> Source | None:
     for naming in NAMINGS:
         prefix = prefix_of(pile, naming) if naming.part == part else None
-        if prefix is not None and not stranger(pile):
+        if prefix is not None and not stranger(pile, part):
             own = {key[len(prefix) :]: tensor for key, tensor in pile.tensors.items() if key.startswith(prefix)}
             tensors = attach_scales(pile.path, own, pile.metadata)
             return Source(part, pile.path, prefix, naming, tensors, pile.metadata, pile.config)
@@ -481,14 +514,18 @@ def rest(source: Source) -> str:
 
 def flux_params(source: Source) -> FluxParams:
     """Sizes of the transformer from the header's shapes, and RoPE's theta from its metadata if that has it."""
+    return FluxParams(**stream_sizes(source), out_channels=shape_of(source, "final_layer.linear.weight")[0])
+
+
+def stream_sizes(source: Source) -> dict[str, Any]:
+    """The sizes that the transformer and its ControlNets share."""
     hidden, in_channels = shape_of(source, "img_in.weight")
     (head_dim,) = shape_of(source, "double_blocks.0.img_attn.norm.query_norm.scale", dims=1)
     if head_dim == 0 or hidden % head_dim:
         key = source.naming.rows("img_in.weight", source.tensors)[0].key
         raise misshapen(source, key, f"a multiple of {head_dim} rows, the size of a head")
-    return FluxParams(
+    return dict(
         in_channels=in_channels,
-        out_channels=shape_of(source, "final_layer.linear.weight")[0],
         vec_in_dim=shape_of(source, "vector_in.in_layer.weight")[1],
         context_in_dim=shape_of(source, "txt_in.weight")[1],
         hidden_size=hidden,
@@ -498,6 +535,21 @@ def flux_params(source: Source) -> FluxParams:
         depth_single_blocks=count(source.tensors, r"single_(?:transformer_)?blocks\.(\d+)\."),
         theta=metadata_number(source, "theta", FluxParams.theta),
         guidance_embed=any(re.match(r"guidance_in\.|time_text_embed\.guidance", key) for key in source.tensors),
+    )
+
+
+def controlnet_params(source: Source) -> ControlNetParams:
+    """Sizes of a ControlNet, from the header's shapes; a config.json would say nothing more."""
+    union, hint = "controlnet_mode_embedder.weight", any(key.startswith("input_hint_block.") for key in source.tensors)
+    sizes = stream_sizes(source)
+    width = shape_of(source, "controlnet_x_embedder.weight")[1]
+    if width != sizes["in_channels"]:
+        key = source.naming.rows("controlnet_x_embedder.weight", source.tensors)[0].key
+        raise misshapen(source, key, f"{sizes['in_channels']} columns; inpainting ControlNets are not supported")
+    return ControlNetParams(
+        **sizes,
+        modes=shape_of(source, union)[0] if union in source.tensors else 0,
+        hint_width=shape_of(source, "input_hint_block.0.weight", dims=4)[0] if hint else 0,
     )
 
 
@@ -575,6 +627,8 @@ def ae_params(source: Source) -> AutoEncoderParams:
 # ---------------------------------------------------------------------------------------------------------- loading
 
 Device = torch.device | str
+Merges = Mapping[str, Callable[[Tensor], Tensor]]  # a tensor's name -> what LoRAs make of it, float32 or wider
+NOTHING: Merges = {}
 
 
 MODULES = {
@@ -582,27 +636,32 @@ MODULES = {
     "t5": (T5Encoder, t5_params),
     "clip": (CLIPTextEncoder, clip_params),
     "ae": (AutoEncoder, ae_params),
+    "controlnet": (ControlNet, controlnet_params),
 }
 
 
-def load_flux(source: Source, device: Device, dtype: torch.dtype) -> Flux:
-    return load(source, device, dtype)
+def load_flux(source: Source, device: Device, dtype: torch.dtype, merges: Merges = NOTHING) -> Flux:
+    return load(source, device, dtype, merges)
 
 
-def load_t5(source: Source, device: Device, dtype: torch.dtype) -> T5Encoder:
-    return load(source, device, dtype)
+def load_t5(source: Source, device: Device, dtype: torch.dtype, merges: Merges = NOTHING) -> T5Encoder:
+    return load(source, device, dtype, merges)
 
 
-def load_clip(source: Source, device: Device, dtype: torch.dtype) -> CLIPTextEncoder:
-    return load(source, device, dtype)
+def load_clip(source: Source, device: Device, dtype: torch.dtype, merges: Merges = NOTHING) -> CLIPTextEncoder:
+    return load(source, device, dtype, merges)
 
 
 def load_autoencoder(source: Source, device: Device, dtype: torch.dtype) -> AutoEncoder:
     return load(source, device, dtype)
 
 
-def load(source: Source, device: Device, dtype: torch.dtype) -> nn.Module:
-    """The module of a source with its weights, frozen, in eval mode.
+def load_controlnet(source: Source, device: Device, dtype: torch.dtype) -> ControlNet:
+    return load(source, device, dtype)
+
+
+def load(source: Source, device: Device, dtype: torch.dtype, merges: Merges = NOTHING) -> nn.Module:
+    """The module of a source with its weights, frozen, in eval mode; `merges` change tensors before they are cast.
 
     It is made on the meta device, which holds no memory, and its tensors are assigned, not copied into it; on the CPU,
     a tensor that is stored just as the module wants it stays a view of the file.
@@ -610,7 +669,15 @@ def load(source: Source, device: Device, dtype: torch.dtype) -> nn.Module:
     module = on_meta(source)
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     recipe = check(shapes, source)
-    state = {name: assemble(rows, source.tensors, shapes[name], device, dtype) for name, rows in recipe.items()}
+    precise = torch.promote_types(dtype, torch.float32)
+    state = {}
+    for name, rows in recipe.items():
+        state[name] = assemble(rows, source.tensors, shapes[name], device, precise if name in merges else dtype)
+        if name in merges:
+            state[name] = merges[name](state[name]).to(dtype)
+            if state[name].shape != shapes[name]:  # a control LoRA gives img_in more columns
+                hidden, channels = state[name].shape
+                module.img_in = nn.Linear(channels, hidden, device="meta")
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
@@ -697,7 +764,7 @@ def find(model: Name = None, flux: Name = None, t5: Name = None, clip: Name = No
     }
     check_widths(**sources)
     for source in sources.values():  # now, and not when the part is loaded: T5 may take minutes before the next is
-        check({name: tensor.shape for name, tensor in on_meta(source).state_dict().items()}, source)
+        check_loads(source)
     return Checkpoint(
         name=str(flux or model or "pocket"),
         **sources,
@@ -705,6 +772,36 @@ def find(model: Name = None, flux: Name = None, t5: Name = None, clip: Name = No
         clip_tokenizer=clip_tokenizer(sources["clip"], place if model or not clip else None),
         t5_tokenizer=t5_tokenizer(sources["t5"], place if model or not t5 else None),
     )
+
+
+def check_loads(source: Source) -> None:
+    """InputError unless every tensor is there, in its shape, and no other."""
+    check({name: tensor.shape for name, tensor in on_meta(source).state_dict().items()}, source)
+
+
+def find_controlnet(name: str, flag: str = "--controlnet") -> Source:
+    """A ControlNet, from its header alone: `name` is a file, a folder, or a repository, org/name or org/name:file."""
+    repository, _, file = name.partition(":")
+    if is_repository(repository):
+        weight = [file or "*.safetensors"]
+        instead = "download it elsewhere and name its folder"
+        place = fetch(repository, [[*weight, "config.json"], weight], f"{flag} {name}", instead)
+        place = place / file if file else place
+    else:
+        place = existing(flag, name)
+    source = pick("controlnet", flag, place)
+    check_loads(source)
+    return source
+
+
+def check_base(controlnet: Source, flux: Source) -> None:
+    """InputError when a ControlNet was made for a transformer of other widths."""
+    own, base = controlnet_params(controlnet), flux_params(flux)
+    for key in ("hidden_size", "in_channels", "context_in_dim", "vec_in_dim"):
+        found, expected = getattr(own, key), getattr(base, key)
+        if found != expected:
+            sizes = f"its {key} is {found}, that of {flux.path} is {expected}"
+            raise InputError(f"{controlnet.path}: this ControlNet is of the wrong base size: {sizes}.")
 
 
 def existing(flag: str, path: str | Path) -> Path:
@@ -717,6 +814,30 @@ def existing(flag: str, path: str | Path) -> Path:
         )
         raise InputError(f"{flag} {path}: there is no such file or folder; expected {others}.")
     return place
+
+
+def lora_file(name: str, where: str) -> Path:
+    """The file of a LoRA: a path, or org/name of a repository with one safetensors file, or org/name:file.
+
+    `where` is what an InputError begins with.
+    """
+    path = Path(name).expanduser()
+    repo, _, file = name.partition(":")
+    if path.is_file():
+        return path
+    if path.is_dir():
+        folder = path
+    elif is_repository(repo):
+        folder = fetch(repo, [[file or "*.safetensors"]], where, "download it elsewhere and give its path")
+    else:
+        raise InputError(
+            f"{where}: there is no such file; expected a safetensors file or a repository (org/name:file)."
+        )
+    files = sorted(folder.glob(file or "*.safetensors"))
+    if len(files) != 1:
+        names = ", ".join(f.name for f in files) or "none"
+        raise InputError(f"{where}: expected one safetensors file there, found {names}; name one of them.")
+    return files[0]
 
 
 def model_place(model: str) -> Path:
@@ -747,7 +868,7 @@ def pick(part: str, flag: str, place: Path) -> Source:
             raise InputError(f"{flag} {place}: {both} could each be the {WHAT[part]}; choose one with --{part}.")
         if found:
             return found[0]
-        seen += [f"{pile.path.name} is {describe(pile)}" for pile in piles]
+        seen += [f"{pile.path.name} is {describe(pile, part)}" for pile in piles]
     others = sorted(place.iterdir()) if place.is_dir() else []
     seen += [f"{path.name} is not safetensors" for path in others if path.suffix in PICKLES | {".gguf"}]
     found = "; ".join(seen) or "no safetensors file"

@@ -1,7 +1,7 @@
 """FLUX.1's transformer: text and image tokens in, the velocity of the image tokens out.
 
-It knows nothing of regions. Three functions passed to `forward` change what it computes: `attention`; `join`, which puts
-the streams together where the double blocks end; and `after_block`, through which a ControlNet adds its residuals.
+It knows nothing of regions. Three functions passed to `forward` change what it computes: `attention`; `join`, which
+puts the streams together where the double blocks end; and `after_block`, through which ControlNets add residuals.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,9 @@ def as_it_is(x: Tensor, block: Block) -> Tensor:
     return x
 
 
-class Flux(nn.Module):
+class Streams(nn.Module):
+    """What FLUX.1 and its ControlNets share: the embedders and the blocks."""
+
     def __init__(self, params: FluxParams):
         super().__init__()
         self.params = params
@@ -55,7 +57,48 @@ class Flux(nn.Module):
         self.single_blocks = nn.ModuleList(
             SingleStreamBlock(hidden, heads, mlp_hidden) for _ in range(params.depth_single_blocks)
         )
-        self.final_layer = LastLayer(hidden, params.out_channels)
+
+    def conditioning(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
+        """The vector that modulates every block, (B, D): timesteps (B,), y (B, vec), guidance (B,)."""
+        vec = self.time_in(timestep_embedding(timesteps, 256, y.dtype)) + self.vector_in(y)
+        if self.params.guidance_embed:
+            vec = vec + self.guidance_in(timestep_embedding(guidance, 256, y.dtype))
+        return vec
+
+    def blocks(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        vec: Tensor,
+        attention: Attention = plain_attention,
+        join: Callable[[Tensor, Tensor], Tensor] = text_then_image,
+        after_block: Callable[[Tensor, Block], Tensor] = as_it_is,
+    ) -> Tensor:
+        """All blocks: img (B, L_img, D), txt (B, L_txt, D), vec (B, D) -> what comes out of the last one, (B, L, D)."""
+        table = torch.promote_types(img.dtype, torch.float32)
+        axes = rope_axes(self.params.hidden_size // self.params.num_heads)
+        txt_pe = rope(txt_ids, axes, self.params.theta, table).to(img.device)
+        img_pe = rope(img_ids, axes, self.params.theta, table).to(img.device)
+
+        pe = torch.cat([txt_pe, img_pe], dim=1)
+        for index, double_block in enumerate(self.double_blocks):
+            block = Block("double", index)
+            img, txt = double_block(img, txt, vec, pe, attention, block)
+            img = after_block(img, block)
+
+        x, pe = join(txt, img), join(txt_pe, img_pe)
+        for index, single_block in enumerate(self.single_blocks):
+            block = Block("single", index)
+            x = after_block(single_block(x, vec, pe, attention, block), block)
+        return x
+
+
+class Flux(Streams):
+    def __init__(self, params: FluxParams):
+        super().__init__(params)
+        self.final_layer = LastLayer(params.hidden_size, params.out_channels)
 
     def forward(
         self,
@@ -81,26 +124,6 @@ class Flux(nn.Module):
         `after_block(x, block)` gives what goes on from a block: x is img (B, L_img, D) in the double blocks, and the
         sequence that `join` made in the single ones.
         """
-        dtype = img.dtype
-        table = torch.promote_types(dtype, torch.float32)
-        vec = self.time_in(timestep_embedding(timesteps, 256, dtype)) + self.vector_in(y)
-        if self.params.guidance_embed:
-            vec = vec + self.guidance_in(timestep_embedding(guidance, 256, dtype))
-
-        axes = rope_axes(self.params.hidden_size // self.params.num_heads)
-        txt_pe = rope(txt_ids, axes, self.params.theta, table).to(img.device)
-        img_pe = rope(img_ids, axes, self.params.theta, table).to(img.device)
-
-        length = img.shape[1]
-        img, txt = self.img_in(img), self.txt_in(txt)
-        pe = torch.cat([txt_pe, img_pe], dim=1)
-        for index, double_block in enumerate(self.double_blocks):
-            block = Block("double", index)
-            img, txt = double_block(img, txt, vec, pe, attention, block)
-            img = after_block(img, block)
-
-        x, pe = join(txt, img), join(txt_pe, img_pe)
-        for index, single_block in enumerate(self.single_blocks):
-            block = Block("single", index)
-            x = after_block(single_block(x, vec, pe, attention, block), block)
-        return self.final_layer(x[:, -length:], vec)
+        vec = self.conditioning(timesteps, y, guidance)
+        x = self.blocks(self.img_in(img), img_ids, self.txt_in(txt), txt_ids, vec, attention, join, after_block)
+        return self.final_layer(x[:, -img.shape[1] :], vec)

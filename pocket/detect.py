@@ -40,6 +40,25 @@ def nearest_tones(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def detect(picture: np.ndarray, area: np.ndarray | None = None) -> Looks | None:
     """The looks of the object in the area (H, W) bool of a picture (H, W, 3) uint8; None where there is none."""
+    found = find_object(picture, area)
+    if not found or found.body.sum() < LEAST * found.area.sum():
+        return None
+    return Looks(list(COLORS)[found.color], pattern_of(found.body, found.dark), shape_of(found.body))
+
+
+class Found(NamedTuple):
+    """An object's color, as an index into COLORS; of the picture near the area, (h, w) bool, the pixels of that color
+    without specks and with them, the dark ones of all colors, and the area; and that part of the picture."""
+
+    color: int
+    body: np.ndarray
+    raw: np.ndarray
+    dark: np.ndarray
+    area: np.ndarray
+    picture: np.ndarray
+
+
+def find_object(picture: np.ndarray, area: np.ndarray | None = None) -> Found | None:
     if area is None:
         area = np.ones(picture.shape[:2], dtype=bool)
     rows, columns = (area.any(axis).nonzero()[0] for axis in (1, 0))
@@ -52,10 +71,46 @@ def detect(picture: np.ndarray, area: np.ndarray | None = None) -> Looks | None:
     counts = np.bincount(color[color >= 0], minlength=len(COLORS))
     if counts.sum() < LEAST * area.sum():
         return None
-    body = clean(color == counts.argmax())
-    if body.sum() < LEAST * area.sum():
+    raw = color == counts.argmax()
+    return Found(int(counts.argmax()), clean(raw), raw, dark, area, picture)
+
+
+def look_of(picture: np.ndarray, area: np.ndarray | None = None) -> str | None:
+    """Which look of pocket/adapters.py the object in the area has: outlined, hollow, or None of them.
+
+    outlined: most of a ring around it, 2 to 5 pixels wide, is black, or on a black background white. hollow: a good
+    part of what it encloses from all four sides is background.
+    """
+    found = find_object(picture, area)
+    if not found:
         return None
-    return Looks(list(COLORS)[counts.argmax()], pattern_of(body, dark), shape_of(body))
+    names = list(BACKGROUNDS)
+    tones = np.concatenate([np.array(list(BACKGROUNDS.values())), np.array(list(COLORS.values()))])
+    tones = np.concatenate([tones, DARK * tones[len(names) :]])
+    nearest = nearest_of(found.picture, tones)
+    for distance in 9, 8, 7, 0:  # in a small area the object leaves little of the background
+        far = found.area & ~grown(found.raw, distance) & (nearest < len(names))
+        if far.sum() > 20:
+            break
+    background = np.bincount(nearest[far], minlength=len(names)).argmax()
+    line = names.index("white" if names[background] == "black" else "black")
+    ring = found.area & grown(found.body, 5) & ~grown(found.body, 1)
+    if ring.any() and (nearest[ring] == line).mean() > 0.5:
+        return "outlined"
+    hole = (enclosed(found.raw) & (nearest == background)).sum()
+    return "hollow" if hole > 0.15 * (hole + found.raw.sum()) else None
+
+
+def grown(mask: np.ndarray, pixels: int) -> np.ndarray:
+    image = Image.fromarray(mask.astype(np.uint8) * 255)
+    return np.asarray(image.filter(ImageFilter.MaxFilter(2 * pixels + 1))) > 0
+
+
+def enclosed(mask: np.ndarray) -> np.ndarray:
+    """Pixels outside the mask that have it above, below, to the left and to the right."""
+    below, right = (np.logical_or.accumulate(mask, axis) for axis in (0, 1))
+    above, left = (np.flip(np.logical_or.accumulate(np.flip(mask, axis), axis), axis) for axis in (0, 1))
+    return above & below & left & right & ~mask
 
 
 def clean(mask: np.ndarray) -> np.ndarray:

@@ -1,17 +1,18 @@
 """The layout file: YAML in, checked and frozen dataclasses out. Below this nobody checks again."""
 
 import difflib
+import math
 import re
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
 import numpy as np
 import yaml
 from msgspec import Meta, Struct
-from PIL import Image
+from PIL import Image, ImageOps
 
 from model.errors import InputError
 
@@ -20,7 +21,51 @@ Where = Callable[[str], str]  # the path of a key -> how messages name it
 Pixels = Annotated[int, Meta(ge=16, le=65536)]
 
 
+REPOSITORY = r"\w[\w.-]*/\w[\w.-]*(:.+)?"  # org/name, or one of its files
 SHARE = r"\d+(\.\d+)?%"  # what shares in a layout look like
+
+
+class Lora(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A LoRA for the whole picture. file: a path, or a repository of the hub, org/name or org/name:file."""
+
+    file: str
+    scale: Annotated[float, Meta(ge=-100, le=100)] = 1.0
+
+
+class RegionLora(Lora, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A LoRA for one region alone. plain_steps: act on the region's image tokens in the plain steps too."""
+
+    plain_steps: bool = False
+
+
+class Control(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A ControlNet and the picture that it follows.
+
+    model: a file or folder, or a repository of the hub, org/name or org/name:file. mode: for union models, a number or
+    a name of MODES. start, end: the share of the steps in which it acts. region: the index of the one region that it
+    acts on. residuals: `published` leaves the base branch without those of the single blocks, as the published code
+    does. preprocess: what makes the control picture of `image`.
+    """
+
+    model: str
+    image: str
+    mode: Annotated[int, Meta(ge=0)] | str | None = None
+    scale: float = 0.7
+    start: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    end: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    region: Annotated[int, Meta(ge=0)] | None = None
+    residuals: Literal["all", "published"] = "all"
+    preprocess: Literal["canny"] | None = None
+
+    @property
+    def mode_index(self) -> int | None:
+        return MODES[self.mode] if isinstance(self.mode, str) else self.mode
+
+    def acts(self, step: int, steps: int) -> bool:
+        return step / steps >= self.start and (step + 1) / steps <= self.end
+
+
+MODES = {"canny": 0, "tile": 1, "depth": 2, "blur": 3, "pose": 4, "gray": 5, "lq": 6}  # those of every union model
 
 
 class Region(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -32,6 +77,7 @@ class Region(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     prompt: str
     box: tuple[float, float, float, float] | None = None
     mask: str | None = None
+    loras: tuple[RegionLora, ...] = ()
 
 
 class Layout(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -56,6 +102,8 @@ class Layout(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     preset: Literal["published", "control"] = "published"
     overlap: Literal["share", "last"] = "share"
     method: Literal["regional", "rpg", "plain"] = "regional"
+    loras: tuple[Lora, ...] = ()
+    controlnets: tuple[Control, ...] = ()
     regions: tuple[Region, ...] = ()
 
     def regional_steps(self, steps: int) -> int:
@@ -93,6 +141,11 @@ PRESETS: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 
 
+# the command line's names of a ControlNet's keys
+CONTROL_FLAGS = {key: f"control_{key}" for key in ("image", "mode", "scale", "start", "end")}
+CONTROL_FLAGS |= {"model": "controlnet", "preprocess": "preprocess"}
+
+
 def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024) -> Layout:
     """Read a layout, with `overrides` (from the command line) in place of what it says and `size` x `size` pixels
     where neither says anything. Mask paths come out absolute or relative to the working directory.
@@ -106,16 +159,33 @@ def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024) 
     name = str(file or "the command line")
 
     def where(path: str) -> str:
+        if path.startswith("controlnets[") and "controlnets" in overrides:
+            return f"the command line: --{CONTROL_FLAGS[path.rpartition('.')[2]].replace('_', '-')}"
         return f"the command line: --{path.replace('_', '-')}" if path in overrides else f"{name}: {path}"
 
     layout = convert(data, where, name)
     settings = PRESETS[layout.preset](len(layout.regions))
     layout = msgspec.structs.replace(layout, **{key: value for key, value in settings.items() if key not in data})
     folder = file.parent if file else Path()
-    regions = [msgspec.structs.replace(r, mask=str(folder / r.mask)) if r.mask else r for r in layout.regions]
-    layout = msgspec.structs.replace(layout, regions=tuple(regions))
+    replace = msgspec.structs.replace
+
+    def placed(loras: tuple[Lora, ...]) -> tuple[Lora, ...]:
+        return tuple(replace(lora, file=beside(folder, lora.file)) for lora in loras)
+
+    regions = [replace(r, mask=str(folder / r.mask) if r.mask else None, loras=placed(r.loras)) for r in layout.regions]
+    loras = layout.loras if "loras" in overrides else placed(layout.loras)
+    controls = layout.controlnets
+    if "controlnets" not in overrides:
+        controls = [replace(c, model=beside(folder, c.model), image=str(folder / c.image)) for c in controls]
+    layout = replace(layout, loras=loras, controlnets=tuple(controls), regions=tuple(regions))
     check(layout, where)
     return layout
+
+
+def beside(folder: Path, name: str) -> str:
+    """A file or folder by its path from the layout's folder; as it is if it can only be a repository of the hub."""
+    path = folder / name
+    return name if re.fullmatch(REPOSITORY, name) and not path.exists() else str(path)
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
@@ -162,7 +232,7 @@ def convert(data: dict, where: Where, name: str) -> Layout:
         message, _, path = str(error).partition(" - at `$")
     path = path.rstrip("`").lstrip(".")
     if field := re.search(r"unknown field `(.*)`", message):
-        known = Region if path else Layout
+        known = struct_at(path)
         value = describe(value_at(data, path)[field[1]])
         key = f"{path}.{field[1]}" if path else field[1]
         raise InputError(f"{where(key)} = {value}: no such key{hint(field[1], known)}.")
@@ -171,6 +241,14 @@ def convert(data: dict, where: Where, name: str) -> Layout:
     value = value_at(data, path)
     quote = "; write it in quotes" if "Expected `str`" in message and isinstance(value, (bool, int, float)) else ""
     raise InputError(f"{where(path)} = {describe(value)}: {message[0].lower()}{message[1:].replace('`', '')}{quote}.")
+
+
+def struct_at(path: str) -> type[Struct]:
+    """What stands at a path such as regions[1].loras[0]."""
+    struct = Layout
+    for key in re.findall(r"([^.\[\]]+)\[\d+\]", path):
+        struct = get_args(get_type_hints(struct)[key])[0]
+    return struct
 
 
 def value_at(data: Any, path: str) -> Any:
@@ -214,6 +292,8 @@ def check(layout: Layout, where: Where) -> None:
         raise InputError(f"{where('regions')} has {len(layout.regions)} entries: at most {MAX_REGIONS} are possible.")
     for i, region in enumerate(layout.regions):
         check_region(region, layout, where(f"regions[{i}]"))
+    for i, control in enumerate(layout.controlnets):
+        check_control(control, layout, lambda key, i=i: where(f"controlnets[{i}].{key}"))
 
 
 def check_text(text: str, where: str) -> None:
@@ -249,13 +329,33 @@ def check_box(box: tuple[float, ...], layout: Layout, where: str) -> None:
             raise InputError(f"{where} = {numbers}: the box is empty, {axis}0 must be smaller than {axis}1.")
 
 
-def check_mask(mask: str, layout: Layout, where: str) -> None:
+def check_control(control: Control, layout: Layout, where: Where) -> None:
+    if not math.isfinite(control.scale):
+        raise InputError(f"{where('scale')} = {control.scale}: expected a finite number.")
+    if control.start >= control.end:
+        raise InputError(f"{where('start')} = {control.start:g}: not before its end, {control.end:g}.")
+    if isinstance(control.mode, str) and control.mode not in MODES:
+        raise InputError(
+            f"{where('mode')} = {describe(control.mode)}: expected a number, or one of {', '.join(MODES)}."
+        )
+    if control.region is not None and control.region >= len(layout.regions):
+        count = len(layout.regions)
+        raise InputError(f"{where('region')} = {control.region}: the layout has {count} regions, counted from 0.")
+    readable(read_picture, control.image, where("image"))
+
+
+def readable(read: Callable[[str], Any], file: str, where: str) -> Any:
+    """What `read` makes of a picture's file; InputError if it can't."""
     try:
-        inside = read_mask(mask)
+        return read(file)
     except FileNotFoundError:
-        raise InputError(f"{where} = {mask}: there is no such file.") from None
+        raise InputError(f"{where} = {file}: there is no such file.") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of these Pillow raises
-        raise InputError(f"{where} = {describe(mask)}: not a picture that can be read ({error}).") from None
+        raise InputError(f"{where} = {describe(file)}: not a picture that can be read ({error}).") from None
+
+
+def check_mask(mask: str, layout: Layout, where: str) -> None:
+    inside = readable(read_mask, mask, where)
     height, width = inside.shape
     if abs(width * layout.height - height * layout.width) > max(layout.width, layout.height):
         raise InputError(
@@ -277,3 +377,11 @@ def read_mask(file: str) -> np.ndarray:
                 np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture).convert("L")) >= 128
             )
         return np.asarray(picture.convert("L")) >= 128
+
+
+def read_picture(file: str) -> Image.Image:
+    """A control picture as RGB, upright; of 16 bits the upper 8."""
+    with Image.open(file) as picture:
+        if picture.mode.startswith("I"):
+            picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+        return ImageOps.exif_transpose(picture).convert("RGB")
