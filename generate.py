@@ -562,6 +562,8 @@ def plan_controls(args: argparse.Namespace, layout: Layout, flux: weights.Source
         weights.check_base(source, flux)
         check_mode(control, weights.controlnet_params(source).modes, source, mode)
         picture, warnings = control_picture(control, layout.width, layout.height)
+        if not any(control.acts(step, layout.steps) for step in range(layout.steps)):
+            warnings.append(f"{control.model}: no step of {layout.steps} lies within its start and end; it never acts")
         for warning in warnings:
             say(f"warning: {warning}")
         plans.append(ControlPlan(source, control, picture))
@@ -581,11 +583,11 @@ def encode_controls(
     plans: list[ControlPlan], ae: weights.Source, device: torch.device, dtype: torch.dtype
 ) -> list[ControlPlan]:
     """The same with packed latents for pictures, but where a ControlNet reads the picture itself."""
-    seen = [plan for plan in plans if not weights.controlnet_params(plan.source).hint_width]
-    autoencoder = weights.load_autoencoder(ae, device, dtype) if seen else None
+    as_latents = [not weights.controlnet_params(plan.source).hint_width for plan in plans]
+    autoencoder = weights.load_autoencoder(ae, device, dtype) if any(as_latents) else None
     return [
-        plan._replace(picture=pack(autoencoder.encode(plan.picture.to(device, dtype)))) if plan in seen else plan
-        for plan in plans
+        plan._replace(picture=pack(autoencoder.encode(plan.picture.to(device, dtype)))) if encode else plan
+        for plan, encode in zip(plans, as_latents)
     ]
 
 
@@ -636,12 +638,12 @@ def sample(
     control = control_hook(controls, flux.params, levels, base | {"guidance": guidance})
 
     def velocity(txt: Tensor, y: Tensor, changes: list[Addition], streams: int = 1, **hooks: Any) -> Velocity:
-        ids = text_ids(txt.shape[1])
+        ids, lora_hooks = text_ids(txt.shape[1]), hooks_for(flux, changes)
 
         def flow(img: Tensor, t: Tensor) -> Tensor:
             img = img.to(dtype)
             after_block = control(img, t, streams)
-            with added(flux, changes):
+            with added(flux, lora_hooks):
                 return flux(img, img_ids, txt, ids, t, y, guidance, after_block=after_block, **hooks)
 
         return flow

@@ -1,20 +1,22 @@
 """Small adapters for the pocket model, trained with its weights frozen: two LoRAs, each a look, and a ControlNet.
 
-    python -m pocket.adapters lora --look outlined --minutes 10
     python -m pocket.adapters lora --look hollow --minutes 10
+    python -m pocket.adapters lora --look split --minutes 10
     python -m pocket.adapters controlnet --minutes 20
 
-A look is something that the pocket model has never seen and no caption mentions: the LoRA alone makes it. `outlined`
-objects have a thick line around them, `hollow` ones have the background in their middle. In half of the training only
-some objects have the look, and the LoRA acts only on the tokens around those: that keeps it where it is put.
+A look is something that the pocket model has never seen and no caption mentions: the LoRA alone makes it. `hollow`
+objects have the background in their middle, `split` ones are cut in two by a level gap. In half of the training
+only some objects have the look, and the LoRA acts only on the tokens around those: that keeps it where it is put.
 The ControlNet is shown white edges on black, and the model learns to put its objects there.
 """
 
 import argparse
+import json
 import math
 import re
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import weights
+from model.attention import Block, rope_axes
+from model.controlnet import ControlNet, ControlNetParams
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
 from model.transformer import Flux
 from pocket.latents import CANVASES, chunks
@@ -33,8 +37,8 @@ from pocket.train import CLIP_LENGTH, sample_times, small_attention, text_prompt
 from pocket.train_autoencoder import to_tensor
 from sampler.flow import image_ids, pack, text_ids
 
-LOOKS = ("outlined", "hollow")
-LINE, HOLE, EDGE = 7, 0.6, 3  # pixels of an outline; a hole's share of its object's width; pixels of a control edge
+LOOKS = ("hollow", "split")
+HOLE, GAP, EDGE = 0.6, 0.35, 3  # shares of its object that a hole and a gap are; pixels of an edge
 RANK, ALPHA = 16, 8
 ADAPTED = re.compile(r"(double_blocks\.\d+\.(img|txt)_(attn\.qkv|attn\.proj|mlp\.[02])|single_blocks\.\d+\.linear[12])")
 TOKENS, TEXT = 1536, 32  # tokens in a step, text tokens of each prompt
@@ -64,11 +68,11 @@ def draw_looks(scene: Scene, looks: Iterable[str | None]) -> np.ndarray:
     picture = np.broadcast_to(background, (scene.height, scene.width, 3)).copy()
     for thing, look in zip(scene.things, looks):
         alpha = outline_mask(thing.shape, thing.center, thing.radius, size)
-        alpha = (alpha * (1 - hole(thing, size)) if look == "hollow" else alpha)[..., None]
-        picture += alpha * (paint(thing.color, thing.pattern, size) - picture)
-        if look == "outlined":
-            line = BACKGROUNDS["white" if scene.background == "black" else "black"]
-            picture += stroke(thing, LINE, size) * (np.array(line, dtype=np.float32) - picture)
+        if look == "hollow":
+            alpha = alpha * (1 - hole(thing, size))
+        if look == "split":
+            alpha = alpha * (np.abs(np.arange(scene.height) + 0.5 - thing.center[1]) > GAP * thing.radius[1])[:, None]
+        picture += alpha[..., None] * (paint(thing.color, thing.pattern, size) - picture)
     return picture.round().astype(np.uint8)
 
 
@@ -256,6 +260,64 @@ def train_lora(look: str, minutes: float, out: Path) -> None:
     lora.save(out, look, f"for the pocket model: {look} objects, whatever the prompt; pocket/adapters.py")
 
 
+def new_controlnet(flux: Flux) -> ControlNet:
+    """The embedders and the first block of the pocket model, its MLPs halved: those of their units that weigh most."""
+    params = asdict(flux.params)
+    del params["out_channels"]
+    params |= {"depth": 1, "depth_single_blocks": 0, "mlp_hidden": flux.params.mlp_hidden // 2}
+    net = ControlNet(ControlNetParams(**params))
+    state = {name: tensor for name, tensor in flux.state_dict().items() if name in net.state_dict()}
+    for mlp in ("double_blocks.0.img_mlp", "double_blocks.0.txt_mlp"):
+        first, second = state[f"{mlp}.0.weight"], state[f"{mlp}.2.weight"]
+        units = (first.norm(dim=1) * second.norm(dim=0)).topk(params["mlp_hidden"]).indices.sort().values
+        state |= {f"{mlp}.0.weight": first[units], f"{mlp}.2.weight": second[:, units]}
+        state[f"{mlp}.0.bias"] = state[f"{mlp}.0.bias"][units]
+    net.load_state_dict(state, strict=False)
+    for linear in net.controlnet_x_embedder, net.controlnet_blocks[0]:  # at first it changes nothing
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    return net
+
+
+def train_controlnet(minutes: float, out: Path) -> None:
+    model, rng = Model(), np.random.default_rng(2)
+    pools = make_pools(model, len(LOOKS), with_edges)
+    net, depth = new_controlnet(model.flux), model.flux.params.depth
+
+    def loss() -> Tensor:
+        b = model.batch(rng, pools)
+        guidance = 1 + 4 * torch.rand(len(b.t))  # it is to do the same at every guidance
+        ids = text_ids(b.txt.shape[1])
+        residuals = net(b.noisy, b.img_ids, b.txt, ids, b.t, b.y, guidance, b.extra)
+
+        def add(x: Tensor, block: Block) -> Tensor:
+            return x + residuals.after(block, depth, in_turn=False) if block.kind == "double" else x
+
+        return (model.velocity(b, after_block=add).float() - b.target).square().mean()
+
+    train(list(net.parameters()), loss, minutes, lr=1e-3)
+    save_controlnet(net, out)
+
+
+def save_controlnet(net: ControlNet, out: Path) -> None:
+    """In the names and the folder that diffusers has for InstantX's."""
+    tensors, params = {}, net.params
+    for name, tensor in net.state_dict().items():
+        keys = [row.key for row in weights.controlnet_from_diffusers(name, {})]
+        tensors |= {key: piece.bfloat16().contiguous() for key, piece in zip(keys, tensor.chunk(len(keys)))}
+    out.mkdir(exist_ok=True)
+    metadata = {"theta": str(params.theta), "note": "for the pocket model: edges of objects; pocket/adapters.py"}
+    save_file(tensors, out / "diffusion_pytorch_model.safetensors", metadata)
+    config = {
+        "_class_name": "FluxControlNetModel", "in_channels": params.in_channels, "num_layers": params.depth,
+        "num_single_layers": params.depth_single_blocks, "num_attention_heads": params.num_heads,
+        "attention_head_dim": params.hidden_size // params.num_heads, "joint_attention_dim": params.context_in_dim,
+        "pooled_projection_dim": params.vec_in_dim, "guidance_embeds": params.guidance_embed, "num_mode": None,
+        "axes_dims_rope": rope_axes(params.hidden_size // params.num_heads),
+    }  # fmt: skip
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -271,6 +333,8 @@ def main() -> None:
     args.folder.mkdir(exist_ok=True)
     if args.command == "lora":
         train_lora(args.look, args.minutes, args.folder / f"{args.look}.safetensors")
+    else:
+        train_controlnet(args.minutes, args.folder / "edges")
 
 
 if __name__ == "__main__":

@@ -47,15 +47,15 @@ def detect(picture: np.ndarray, area: np.ndarray | None = None) -> Looks | None:
 
 
 class Found(NamedTuple):
-    """An object's color, as an index into COLORS; of the picture near the area, (h, w) bool, the pixels of that color
-    without specks and with them, the dark ones of all colors, and the area; and that part of the picture."""
+    """An object's color, as an index into COLORS; and of the picture near the area, (h, w) each: the object's pixels
+    without specks and with them, what `nearest_tones` says of all, and the area."""
 
     color: int
     body: np.ndarray
     raw: np.ndarray
+    color_of: np.ndarray
     dark: np.ndarray
     area: np.ndarray
-    picture: np.ndarray
 
 
 def find_object(picture: np.ndarray, area: np.ndarray | None = None) -> Found | None:
@@ -72,45 +72,39 @@ def find_object(picture: np.ndarray, area: np.ndarray | None = None) -> Found | 
     if counts.sum() < LEAST * area.sum():
         return None
     raw = color == counts.argmax()
-    return Found(int(counts.argmax()), clean(raw), raw, dark, area, picture)
+    return Found(int(counts.argmax()), clean(raw), raw, color, dark, area)
 
 
 def look_of(picture: np.ndarray, area: np.ndarray | None = None) -> str | None:
-    """Which look of pocket/adapters.py the object in the area has: outlined, hollow, or None of them.
+    """Which look of pocket/adapters.py the object in the area has: hollow, split, or None of them.
 
-    outlined: most of a ring around it, 2 to 5 pixels wide, is black, or on a black background white. hollow: a good
-    part of what it encloses from all four sides is background.
+    hollow: a good part of what lies between pixels of it, in all four directions, is background. split: a good part of
+    its rows, side by side and with more of the object on both sides, is empty.
     """
     found = find_object(picture, area)
     if not found:
         return None
-    names = list(BACKGROUNDS)
-    tones = np.concatenate([np.array(list(BACKGROUNDS.values())), np.array(list(COLORS.values()))])
-    tones = np.concatenate([tones, DARK * tones[len(names) :]])
-    nearest = nearest_of(found.picture, tones)
-    for distance in 9, 8, 7, 0:  # in a small area the object leaves little of the background
-        far = found.area & ~grown(found.raw, distance) & (nearest < len(names))
-        if far.sum() > 20:
-            break
-    background = np.bincount(nearest[far], minlength=len(names)).argmax()
-    line = names.index("white" if names[background] == "black" else "black")
-    ring = found.area & grown(found.body, 5) & ~grown(found.body, 1)
-    if ring.any() and (nearest[ring] == line).mean() > 0.5:
-        return "outlined"
-    hole = (enclosed(found.raw) & (nearest == background)).sum()
-    return "hollow" if hole > 0.15 * (hole + found.raw.sum()) else None
+    own, background = found.raw, found.color_of < 0
+    hole = (background & between(own, 0) & between(own, 1)).sum()
+    if hole > 0.15 * (hole + own.sum()):
+        return "hollow"
+    widths = own.sum(1)
+    share = widths.cumsum() / widths.sum()
+    empty = (widths < 0.1 * widths.max()) & (share > 0.08) & (share < 0.92)
+    height = (share > 0.98).argmax() - (share > 0.02).argmax()
+    return "split" if longest(empty) > 0.15 * height else None
 
 
-def grown(mask: np.ndarray, pixels: int) -> np.ndarray:
-    image = Image.fromarray(mask.astype(np.uint8) * 255)
-    return np.asarray(image.filter(ImageFilter.MaxFilter(2 * pixels + 1))) > 0
+def longest(flags: np.ndarray) -> int:
+    """The length of the longest run of True."""
+    edges = np.flatnonzero(np.diff(flags, prepend=False, append=False))
+    return int((edges[1::2] - edges[::2]).max(initial=0))
 
 
-def enclosed(mask: np.ndarray) -> np.ndarray:
-    """Pixels outside the mask that have it above, below, to the left and to the right."""
-    below, right = (np.logical_or.accumulate(mask, axis) for axis in (0, 1))
-    above, left = (np.flip(np.logical_or.accumulate(np.flip(mask, axis), axis), axis) for axis in (0, 1))
-    return above & below & left & right & ~mask
+def between(mask: np.ndarray, axis: int) -> np.ndarray:
+    """Pixels outside the mask that have it on both sides."""
+    before, after = (np.logical_or.accumulate(m, axis) for m in (mask, np.flip(mask, axis)))
+    return before & np.flip(after, axis) & ~mask
 
 
 def clean(mask: np.ndarray) -> np.ndarray:

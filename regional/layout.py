@@ -185,7 +185,11 @@ def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024) 
 def beside(folder: Path, name: str) -> str:
     """A file or folder by its path from the layout's folder; as it is if it can only be a repository of the hub."""
     path = folder / name
-    return name if re.fullmatch(REPOSITORY, name) and not path.exists() else str(path)
+    if path.exists():
+        return str(path)
+    if re.fullmatch(REPOSITORY, name):
+        return name
+    return f"./{path}" if re.fullmatch(REPOSITORY, str(path)) else str(path)  # no repository: its error would mislead
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
