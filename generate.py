@@ -642,9 +642,9 @@ def sample(
 
         def flow(img: Tensor, t: Tensor) -> Tensor:
             img = img.to(dtype)
-            after_block = control(img, t, streams)
+            residuals = {"after_block": control(img, t, streams)} if controls else {}
             with added(flux, lora_hooks):
-                return flux(img, img_ids, txt, ids, t, y, guidance, after_block=after_block, **hooks)
+                return flux(img, img_ids, txt, ids, t, y, guidance, **residuals, **hooks)
 
         return flow
 

@@ -5,7 +5,8 @@
 
 The paper's Figure 6 on this machine. Regions are a grid over the whole picture; T 40 %, beta 0.1. Each measurement is a
 process of its own, which draws once to warm up and then --repeats times; the median counts. Only the sampling is timed:
-text encoders and VAE are the same for all.
+text encoders and VAE are the same for all. With --rank 16 regional runs are also measured where every region has a LoRA
+of its own, of this rank, on all matrices of all blocks.
 """
 
 import argparse
@@ -22,11 +23,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import generate  # noqa: E402
 import weights  # noqa: E402
+from model.lora import Change, Lora, LowRank  # noqa: E402
 from model.transformer import Flux, FluxParams  # noqa: E402
-from regional.layout import Layout, Region  # noqa: E402
+from regional.layout import Layout, Region, RegionLora  # noqa: E402
 from regional.mask import region_tokens  # noqa: E402
 
 GRIDS = {1: (1, 1), 2: (2, 1), 4: (2, 2), 8: (4, 2), 16: (4, 4)}
+METHODS = ("plain", "rpg", "regional", "regional with LoRAs")
 PAPER = {
     "plain": [18] * 5,
     "rpg": [None, 97, 180, 310, 572],
@@ -34,11 +37,11 @@ PAPER = {
 }  # seconds, its Figure 6
 
 
-def grid(masks: int, size: int) -> tuple[Region, ...]:
+def grid(masks: int, size: int, loras: tuple[RegionLora, ...]) -> tuple[Region, ...]:
     columns, rows = GRIDS[masks]
     edges = [[size * i // n for i in range(n + 1)] for n in (columns, rows)]
     return tuple(
-        Region(prompt="r", box=(x0, y0, x1, y1))
+        Region(prompt="r", box=(x0, y0, x1, y1), loras=loras)
         for y0, y1 in zip(edges[1], edges[1][1:])
         for x0, x1 in zip(edges[0], edges[0][1:])
     )
@@ -54,15 +57,27 @@ def random_full_size(device: torch.device) -> Flux:
     return flux.requires_grad_(False)
 
 
+def random_lora(flux: Flux, rank: int) -> Lora:
+    changes = []
+    for name, weight in flux.named_parameters():
+        if "blocks" in name and weight.ndim == 2 and "mod" not in name:
+            (rows, columns), like = weight.shape, {"device": weight.device, "dtype": weight.dtype}
+            up, down = torch.randn(rows, rank, **like), torch.randn(rank, columns, **like)
+            changes.append(Change(name, 0, rows, LowRank(up, down, 1e-3 / rank)))
+    return Lora(Path("random"), {"flux": changes}, [])
+
+
 @torch.inference_mode()
-def measure(masks: int, method: str, full: bool, region_length: int, repeats: int) -> dict[str, float]:
+def measure(masks: int, method: str, full: bool, region_length: int, repeats: int, rank: int) -> dict[str, float]:
     """In this process: seconds a picture, and the peak memory in bytes beyond the model."""
     device = torch.device("cuda" if full else "cpu")
     flux = random_full_size(device) if full else weights.load_flux(weights.find("pocket").flux, device, torch.float32)
     size, text_length = (1024, 512) if full else (256, 64)
+    loras = {"random": random_lora(flux, rank)} if method.endswith("LoRAs") else {}
+    method = method.split()[0]
     layout = Layout(
         prompt="p", width=size, height=size, steps=24, base_ratio=0.1, mask_inject_steps="40%", method=method,
-        regions=grid(masks, size),
+        regions=grid(masks, size, tuple(RegionLora(file=name) for name in loras)),
     )  # fmt: skip
     tokens = region_tokens(layout) if method != "plain" else None
     dtype, params = flux.img_in.weight.dtype, flux.params
@@ -80,7 +95,7 @@ def measure(masks: int, method: str, full: bool, region_length: int, repeats: in
 
     def draw() -> float:
         start = time.perf_counter()
-        latents = generate.sample(flux, layout, tokens, conditioning, 0, attention)
+        latents = generate.sample(flux, layout, tokens, conditioning, 0, attention, loras=loras)
         latents.sum().item()  # waits for the GPU
         return time.perf_counter() - start
 
@@ -103,20 +118,21 @@ def main() -> None:
         "--region-length", type=int, help="text tokens of each region; default: an eighth of the image's"
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rank", type=int, default=0, help="also measure regions with LoRAs of this rank")
     parser.add_argument("--one", nargs=2, metavar=("MASKS", "METHOD"), help=argparse.SUPPRESS)  # one measurement
     args = parser.parse_args()
     region_length = args.region_length or (512 if args.full else 32)
     if args.one:
-        print(json.dumps(measure(int(args.one[0]), args.one[1], args.full, region_length, args.repeats)))
+        print(json.dumps(measure(int(args.one[0]), args.one[1], args.full, region_length, args.repeats, args.rank)))
         return
     print("| masks | method | s | of plain | paper: of plain | peak MiB beyond the model |\n|---|---|---|---|---|---|")
     for i, masks in enumerate(GRIDS):
         found = {}
-        for method in ("plain", "rpg", "regional"):
+        for method in METHODS if args.rank else METHODS[:3]:
             command = [sys.executable, *sys.argv, "--one", str(masks), method]
             found[method] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             ratio = found[method]["seconds"] / found["plain"]["seconds"]
-            paper = f"{PAPER[method][i] / 18:.2f}" if PAPER[method][i] else ""
+            paper = f"{PAPER[method][i] / 18:.2f}" if method in PAPER and PAPER[method][i] else ""
             print(
                 f"| {masks} | {method} | {found[method]['seconds']:.2f} | {ratio:.2f} | {paper} "
                 f"| {found[method]['bytes'] / 2**20:.0f} |",

@@ -1,12 +1,12 @@
 """Small adapters for the pocket model, trained with its weights frozen: two LoRAs, each a look, and a ControlNet.
 
     python -m pocket.adapters lora --look hollow --minutes 10
-    python -m pocket.adapters lora --look split --minutes 10
+    python -m pocket.adapters lora --look outlined --minutes 10
     python -m pocket.adapters controlnet --minutes 20
 
 A look is something that the pocket model has never seen and no caption mentions: the LoRA alone makes it. `hollow`
-objects have the background in their middle, `split` ones are cut in two by a level gap. In half of the training
-only some objects have the look, and the LoRA acts only on the tokens around those: that keeps it where it is put.
+objects have the background in their middle, `outlined` ones a thick black line around them, white on
+black. In half of the training only some objects have the look, and the LoRA acts only on the tokens around those: that keeps it where it is put.
 The ControlNet is shown white edges on black, and the model learns to put its objects there.
 """
 
@@ -37,8 +37,8 @@ from pocket.train import CLIP_LENGTH, sample_times, small_attention, text_prompt
 from pocket.train_autoencoder import to_tensor
 from sampler.flow import image_ids, pack, text_ids
 
-LOOKS = ("hollow", "split")
-HOLE, GAP, EDGE = 0.6, 0.35, 3  # shares of its object that a hole and a gap are; pixels of an edge
+LOOKS = ("hollow", "outlined")
+HOLE, LINE, EDGE = 0.6, 7, 3  # a hole's share of its object's width; pixels of an outline, and of a control edge
 RANK, ALPHA = 16, 8
 ADAPTED = re.compile(r"(double_blocks\.\d+\.(img|txt)_(attn\.qkv|attn\.proj|mlp\.[02])|single_blocks\.\d+\.linear[12])")
 TOKENS, TEXT = 1536, 32  # tokens in a step, text tokens of each prompt
@@ -70,9 +70,10 @@ def draw_looks(scene: Scene, looks: Iterable[str | None]) -> np.ndarray:
         alpha = outline_mask(thing.shape, thing.center, thing.radius, size)
         if look == "hollow":
             alpha = alpha * (1 - hole(thing, size))
-        if look == "split":
-            alpha = alpha * (np.abs(np.arange(scene.height) + 0.5 - thing.center[1]) > GAP * thing.radius[1])[:, None]
         picture += alpha[..., None] * (paint(thing.color, thing.pattern, size) - picture)
+        if look == "outlined":
+            line = BACKGROUNDS["white" if scene.background == "black" else "black"]
+            picture += stroke(thing, LINE, size) * (np.array(line, dtype=np.float32) - picture)
     return picture.round().astype(np.uint8)
 
 

@@ -48,7 +48,7 @@ def detect(picture: np.ndarray, area: np.ndarray | None = None) -> Looks | None:
 
 class Found(NamedTuple):
     """An object's color, as an index into COLORS; and of the picture near the area, (h, w) each: the object's pixels
-    without specks and with them, what `nearest_tones` says of all, and the area."""
+    without specks and with them, what `nearest_tones` says of all, the area, and the picture itself."""
 
     color: int
     body: np.ndarray
@@ -56,6 +56,7 @@ class Found(NamedTuple):
     color_of: np.ndarray
     dark: np.ndarray
     area: np.ndarray
+    picture: np.ndarray
 
 
 def find_object(picture: np.ndarray, area: np.ndarray | None = None) -> Found | None:
@@ -72,33 +73,43 @@ def find_object(picture: np.ndarray, area: np.ndarray | None = None) -> Found | 
     if counts.sum() < LEAST * area.sum():
         return None
     raw = color == counts.argmax()
-    return Found(int(counts.argmax()), clean(raw), raw, color, dark, area)
+    return Found(int(counts.argmax()), clean(raw), raw, color, dark, area, picture)
 
 
 def look_of(picture: np.ndarray, area: np.ndarray | None = None) -> str | None:
-    """Which look of pocket/adapters.py the object in the area has: hollow, split, or None of them.
+    """Which look of pocket/adapters.py the object in the area has: hollow, outlined, or None of them.
 
-    hollow: a good part of what lies between pixels of it, in all four directions, is background. split: a good part of
-    its rows, side by side and with more of the object on both sides, is empty.
+    hollow: a good part of what lies between pixels of it, in all four directions, is background. outlined: it ends in a
+    band that is dark nearly everywhere, or on a black background lies in one that is bright.
     """
     found = find_object(picture, area)
     if not found:
         return None
-    own, background = found.raw, found.color_of < 0
-    hole = (background & between(own, 0) & between(own, 1)).sum()
-    if hole > 0.15 * (hole + own.sum()):
-        return "hollow"
-    widths = own.sum(1)
-    share = widths.cumsum() / widths.sum()
-    empty = (widths < 0.1 * widths.max()) & (share > 0.08) & (share < 0.92)
-    height = (share > 0.98).argmax() - (share > 0.02).argmax()
-    return "split" if longest(empty) > 0.15 * height else None
+    light = found.picture @ np.array([0.299, 0.587, 0.114])
+    if is_outlined(found, light):
+        return "outlined"
+    hole = (found.area & (found.color_of < 0) & between(found.raw, 0) & between(found.raw, 1)).sum()
+    return "hollow" if hole > 0.15 * (hole + found.raw.sum()) else None
 
 
-def longest(flags: np.ndarray) -> int:
-    """The length of the longest run of True."""
-    edges = np.flatnonzero(np.diff(flags, prepend=False, append=False))
-    return int((edges[1::2] - edges[::2]).max(initial=0))
+def is_outlined(found: Found, light: np.ndarray) -> bool:
+    dark = light < 65
+    for distance in range(9, 0, -1):  # in a small area the object leaves little of the background
+        beyond = found.area & ~grown(found.body, distance)
+        if beyond.sum() > 20:
+            break
+    if beyond.any() and dark[beyond].mean() > 0.5:  # on black
+        around = found.area & grown(found.body, 5) & ~grown(found.body, 1)
+        return around.any() and (light[around] > 80).mean() > 0.6
+    whole = clean(found.area & ((found.color_of >= 0) | dark))
+    whole |= between(whole, 0) & between(whole, 1)
+    rim = ~grown(~whole, 1) & grown(~whole, 5)
+    return rim.any() and dark[rim].mean() > 0.75
+
+
+def grown(mask: np.ndarray, pixels: int) -> np.ndarray:
+    image = Image.fromarray(mask.astype(np.uint8) * 255)
+    return np.asarray(image.filter(ImageFilter.MaxFilter(2 * pixels + 1))) > 0
 
 
 def between(mask: np.ndarray, axis: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from torch import Tensor
 from model.attention import Block
 from model.controlnet import ControlNet, Residuals
 from model.errors import InputError
-from model.transformer import FluxParams, as_it_is
+from model.transformer import FluxParams
 from regional.layout import Control, Layout, read_picture
 from regional.mask import region_tokens
 
@@ -78,8 +78,6 @@ def control_hook(
     depths = {"double": params.depth, "single": params.depth_single_blocks}
 
     def hook(img: Tensor, t: Tensor, streams: int) -> Callable[[Tensor, Block], Tensor]:
-        if not controls:
-            return as_it_is
         step = min(range(steps), key=lambda i: abs(sigmas[i] - t.item()))
         added = []
         for net, tokens, share, setting in controls:

@@ -290,7 +290,7 @@ def test_a_flag_wins_over_the_layout(make):
 def test_defaults_of_steps_and_text_length_come_from_the_model(make, golden, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        generate, "sample", lambda flux, layout, *_: (seen.append(layout), torch.zeros(1, 16, 8, 12))[1]
+        generate, "sample", lambda flux, layout, *_, **__: (seen.append(layout), torch.zeros(1, 16, 8, 12))[1]
     )
     short = {key: A[key] for key in ("prompt", "width", "height", "seed")}
     for name in ("dev", "schnell"):
@@ -398,10 +398,10 @@ def test_a_layout_too_long_for_a_jpeg_is_left_out_with_a_warning(make, capsys):
 def test_ctrl_c_keeps_the_pictures_that_are_finished(make, monkeypatch, capsys):
     sample = generate.sample
 
-    def interrupted(flux, layout, tokens, conditioning, seed, *rest):
+    def interrupted(flux, layout, tokens, conditioning, seed, *rest, **more):
         if seed == 3:
             raise KeyboardInterrupt
-        return sample(flux, layout, tokens, conditioning, seed, *rest)
+        return sample(flux, layout, tokens, conditioning, seed, *rest, **more)
 
     monkeypatch.setattr(generate, "sample", interrupted)
     assert make(A, "--seed", "1", "2", "3", "4", "--output", "a.png") == 130
