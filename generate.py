@@ -154,11 +154,13 @@ NO_LORAS: Loras = {}
 
 class Conditioning(NamedTuple):
     """The encoded prompts: txt (1, L_txt, context), regions (R, L_region, context) or None, and CLIP's vectors, of the
-    base prompt alone, y (1, vec), or by the method rpg of the regions' too, (1 + R, vec)."""
+    base prompt alone, y (1, vec), or by the method rpg of the regions' too, (1 + R, vec). control: a control LoRA's
+    picture, its packed latents (1, L_img, 64)."""
 
     txt: Tensor
     regions: Tensor | None
     y: Tensor
+    control: Tensor | None = None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -195,6 +197,7 @@ def run(args: argparse.Namespace) -> None:
     controls = plan_controls(args, pictures[0].layout, checkpoint.flux)
     regional = [layout for layout in layouts.values() if layout.regional_steps(layout.steps)]
     loras = read_loras(pictures[0].layout, checkpoint)  # a sweep changes neither these, nor prompts, nor shapes
+    lora_picture = control_of(pictures[0].layout)
     in_plain_steps = any(lora.plain_steps for region in pictures[0].layout.regions for lora in region.loras)
     tokens = region_tokens(pictures[0].layout) if regional or in_plain_steps else None
     for warning in tokens.warnings if tokens else ():
@@ -204,6 +207,10 @@ def run(args: argparse.Namespace) -> None:
         masked_attention = choose_attention(args.attention, device, dtype, args.verbose)
     conditioning = encode(checkpoint, pictures[0].layout, tokens, "rpg" in methods, device, dtype, loras)
     controls = encode_controls(controls, checkpoint.ae, device, dtype)
+    if lora_picture is not None:
+        autoencoder = weights.load_autoencoder(checkpoint.ae, device, dtype)
+        conditioning = conditioning._replace(control=pack(autoencoder.encode(lora_picture.to(device, dtype))))
+        del autoencoder
     watch = args.attention_maps is not None
     drawn, stop = sample_all(
         checkpoint, loras, controls, tokens, conditioning, pictures, masked_attention, watch, args.verbose
@@ -476,9 +483,27 @@ def read_loras(layout: Layout, checkpoint: weights.Checkpoint) -> Loras:
             say(f"warning: {lora.path}: {count} of its keys mean nothing for this model and are left out, as {first}")
         loras[entry.file] = lora
         left = {c.name for c in lora.changes["flux"] if not can_be_regional(c)} | {c.name for c in lora.changes["clip"]}
+        if lora.is_control != bool(getattr(entry, "image", None)):
+            needs = (
+                "is a control LoRA, for the whole picture, and needs an image" if lora.is_control else "takes no image"
+            )
+            raise InputError(f"{key} = {entry.file}: this LoRA {needs}.")
         if left and key.startswith("regions"):
             say(f"warning: {key} = {entry.file}: what changes the whole picture is left out: {', '.join(sorted(left))}")
     return loras
+
+
+def control_of(layout: Layout) -> Tensor | None:
+    """The control picture of the layout's control LoRA, (1, 3, height, width) in [-1, 1]."""
+    images = [lora.image for lora in layout.loras if lora.image]
+    if len(images) > 1:
+        raise InputError(f"loras: {' and '.join(images)}: there can be only one control LoRA, with one image.")
+    for image in images:
+        picture, warnings = control_picture(image, None, layout.width, layout.height)
+        for warning in warnings:
+            say(f"warning: {warning}")
+        return picture
+    return None
 
 
 def merges_of(layout: Layout, loras: Loras, part: str) -> weights.Merges:
@@ -561,7 +586,7 @@ def plan_controls(args: argparse.Namespace, layout: Layout, flux: weights.Source
         source = weights.find_controlnet(control.model, model)
         weights.check_base(source, flux)
         check_mode(control, weights.controlnet_params(source).modes, source, mode)
-        picture, warnings = control_picture(control, layout.width, layout.height)
+        picture, warnings = control_picture(control.image, control.preprocess, layout.width, layout.height)
         if not any(control.acts(step, layout.steps) for step in range(layout.steps)):
             warnings.append(f"{control.model}: no step of {layout.steps} lies within its start and end; it never acts")
         for warning in warnings:
@@ -632,6 +657,9 @@ def sample(
         tokens, order = tokens.sorted()
         img, img_ids = img[:, order], img_ids[:, order]
         controls = [control.sorted(order) for control in controls]
+    beside = conditioning.control
+    if regional_steps and beside is not None:
+        beside = beside[:, order]
     length = conditioning.txt.shape[1]
     levels = sigmas(layout.steps, img.shape[1], shift=flux.params.guidance_embed)
     base = {"img_ids": img_ids, "txt": conditioning.txt, "txt_ids": text_ids(length), "y": conditioning.y[:1]}
@@ -643,8 +671,9 @@ def sample(
         def flow(img: Tensor, t: Tensor) -> Tensor:
             img = img.to(dtype)
             residuals = {"after_block": control(img, t, streams)} if controls else {}
+            x = img if beside is None else torch.cat([img, beside], dim=-1)
             with added(flux, lora_hooks):
-                return flux(img, img_ids, txt, ids, t, y, guidance, **residuals, **hooks)
+                return flux(x, img_ids, txt, ids, t, y, guidance, **residuals, **hooks)
 
         return flow
 

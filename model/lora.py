@@ -103,9 +103,11 @@ def merge(weight: Tensor, changes: list[tuple[Change, float]]) -> Tensor:
     """A weight, float32 or wider, with changes at these scales; wider if a change has more columns (control LoRAs)."""
     weight = weight.clone()
     for change, scale in changes:
-        if isinstance(change.term, LowRank) and weight.shape[1] < change.term.down.shape[1]:
-            weight = F.pad(weight, (0, change.term.down.shape[1] - weight.shape[1]))
+        columns = change.term.down.shape[1] if isinstance(change.term, LowRank) else weight.shape[-1]
+        if columns > weight.shape[-1]:
+            weight = F.pad(weight, (0, columns - weight.shape[-1]))
         rows = weight[change.start : change.stop]
+        rows = rows[:, :columns] if rows.ndim == 2 else rows
         rows += scale * change.delta(rows)
     return weight
 
@@ -182,11 +184,16 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Lora:
-    """A file's changes to each part, "flux", "t5" and "clip"; `unknown`: keys that mean nothing for this model."""
+    """A file's changes to each part, "flux", "t5" and "clip"; `unknown`: keys that mean nothing for this model.
+
+    is_control: it makes the transformer read, beside the noisy latents, those of a control picture (BFL's Canny and
+    Depth LoRAs).
+    """
 
     path: Path
     changes: dict[str, list[Change]]
     unknown: list[str]
+    is_control: bool = False
 
 
 # What a key may begin with, before a module's name, dots written as underscores.
@@ -275,7 +282,10 @@ def read_lora(path: Path, modules: dict[str, nn.Module]) -> Lora:
     for (target, module), kinds in groups.items():
         layer = modules[target.part].get_submodule(target.layer)
         changes[target.part] += changes_of(target, layer, kinds, metadata_scale(pile, module, kinds))
-    return Lora(path, changes, unknown)
+    inputs = [change.term for change in changes["flux"] if change.name == "img_in.weight"]
+    width = modules["flux"].img_in.in_features
+    is_control = any(isinstance(term, LowRank) and term.down.shape[1] > width for term in inputs)
+    return Lora(path, changes, unknown, is_control)
 
 
 def metadata_scale(pile: Pile, module: str, kinds: dict[str, Stored]) -> float:

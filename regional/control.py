@@ -34,14 +34,14 @@ class ActiveControl(NamedTuple):
         return self._replace(tokens=self.tokens[:, order], share=self.share[order])
 
 
-def control_picture(control: Control, width: int, height: int) -> tuple[Tensor, list[str]]:
+def control_picture(image: str, preprocess: str | None, width: int, height: int) -> tuple[Tensor, list[str]]:
     """The control picture at this size, (1, 3, height, width) in [-1, 1], and warnings."""
-    picture, warnings = read_picture(control.image), []
+    picture, warnings = read_picture(image), []
     if abs(picture.width * height - picture.height * width) > max(width, height):
         size = f"{picture.width} x {picture.height}"
-        warnings.append(f"{control.image}: its {size} pixels are stretched to {width} x {height}, another aspect ratio")
+        warnings.append(f"{image}: its {size} pixels are stretched to {width} x {height}, another aspect ratio")
     pixels = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))
-    if control.preprocess == "canny":
+    if preprocess == "canny":
         pixels = canny(pixels)
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1, warnings
 

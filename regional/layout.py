@@ -26,15 +26,19 @@ SHARE = r"\d+(\.\d+)?%"  # what shares in a layout look like
 
 
 class Lora(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A LoRA for the whole picture. file: a path, or a repository of the hub, org/name or org/name:file."""
+    """A LoRA for the whole picture. file: a path, or a repository of the hub, org/name or org/name:file. image: the
+    control picture of a control LoRA."""
 
     file: str
     scale: Annotated[float, Meta(ge=-100, le=100)] = 1.0
+    image: str | None = None
 
 
-class RegionLora(Lora, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class RegionLora(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A LoRA for one region alone. plain_steps: act on the region's image tokens in the plain steps too."""
 
+    file: str
+    scale: Annotated[float, Meta(ge=-100, le=100)] = 1.0
     plain_steps: bool = False
 
 
@@ -169,15 +173,19 @@ def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024) 
     folder = file.parent if file else Path()
     replace = msgspec.structs.replace
 
-    def placed(loras: tuple[Lora, ...]) -> tuple[Lora, ...]:
+    def picture(file: str | None) -> str | None:
+        return file and str(folder / file)
+
+    def placed(loras: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(replace(lora, file=beside(folder, lora.file)) for lora in loras)
 
-    regions = [replace(r, mask=str(folder / r.mask) if r.mask else None, loras=placed(r.loras)) for r in layout.regions]
-    loras = layout.loras if "loras" in overrides else placed(layout.loras)
-    controls = layout.controlnets
+    regions = [replace(r, mask=picture(r.mask), loras=placed(r.loras)) for r in layout.regions]
+    loras, controls = layout.loras, layout.controlnets
+    if "loras" not in overrides:
+        loras = [replace(lora, image=picture(lora.image)) for lora in placed(loras)]
     if "controlnets" not in overrides:
-        controls = [replace(c, model=beside(folder, c.model), image=str(folder / c.image)) for c in controls]
-    layout = replace(layout, loras=loras, controlnets=tuple(controls), regions=tuple(regions))
+        controls = [replace(c, model=beside(folder, c.model), image=picture(c.image)) for c in controls]
+    layout = replace(layout, loras=tuple(loras), controlnets=tuple(controls), regions=tuple(regions))
     check(layout, where)
     return layout
 
@@ -296,6 +304,9 @@ def check(layout: Layout, where: Where) -> None:
         raise InputError(f"{where('regions')} has {len(layout.regions)} entries: at most {MAX_REGIONS} are possible.")
     for i, region in enumerate(layout.regions):
         check_region(region, layout, where(f"regions[{i}]"))
+    for i, lora in enumerate(layout.loras):
+        if lora.image:
+            readable(read_picture, lora.image, where(f"loras[{i}].image"))
     for i, control in enumerate(layout.controlnets):
         check_control(control, layout, lambda key, i=i: where(f"controlnets[{i}].{key}"))
 

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -588,6 +589,37 @@ def test_overlaps_add(latents, lora):
     other = latents([region(LEFT, (lora, 1.0)), region(LEFT, prompt="a boat"), region(RIGHT)])
     assert torch.equal(halves[..., 6:], other[..., 6:])
     assert (halves[..., :6] - other[..., :6]).abs().mean() > 1e-4
+
+
+def test_a_control_lora_reads_its_picture(latents, tmp_path, capsys):
+    """By hand: the same network with a wider input, given the picture's latents beside the noisy ones."""
+    rank, hidden = 3, 128
+    up, down = 0.2 * rand(hidden, rank), 0.2 * rand(rank, 128)
+    save_file({"img_in.lora_A.weight": down, "img_in.lora_B.weight": up}, tmp_path / "depth.safetensors")
+    Image.fromarray((rand(64, 96, 3) * 60 + 128).clip(0, 255).byte().numpy()).save("depth.png")
+    Image.new("RGB", (96, 64)).save("black.png")
+    entry = {"file": "depth.safetensors", "image": "depth.png"}
+    regions = [region(LEFT), region(RIGHT)]
+    first = latents(regions, loras=[entry])
+    assert (first - latents(regions, loras=[entry | {"image": "black.png"}])).abs().mean() > 0.01
+    # what the noisy latents' half of it does is an ordinary LoRA; without the picture's half the picture says nothing
+    save_file(
+        {"img_in.lora_A.weight": down[:, :64].contiguous(), "img_in.lora_B.weight": up}, tmp_path / "half.safetensors"
+    )
+    wide = torch.cat([down[:, :64], torch.zeros(rank, 64)], dim=1)
+    save_file({"img_in.lora_A.weight": wide, "img_in.lora_B.weight": up}, tmp_path / "depth.safetensors")
+    assert (latents(regions, loras=[entry]) - latents(regions, "--lora", "half.safetensors")).abs().max() < 1e-4
+    capsys.readouterr()
+    for loras, words in (
+        ([{"file": "depth.safetensors"}], ["loras[0].file = depth.safetensors", "needs an image"]),
+        ([{"file": "half.safetensors", "image": "depth.png"}], ["loras[0].file = half.safetensors", "takes no image"]),
+        ([entry | {"image": "none.png"}], ["loras[0].image = none.png", "no such file"]),
+        ([entry, entry], ["only one control LoRA"]),
+    ):
+        with pytest.raises(AssertionError):
+            latents(regions, loras=loras)
+        said = capsys.readouterr().err
+        assert all(word in said for word in words), said
 
 
 def test_by_composition_each_region_is_drawn_with_its_own(latents, lora):
