@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import weights
@@ -231,6 +231,12 @@ class LoRA(nn.Module):
 
         return hook
 
+    def go_on_from(self, file: Path) -> None:
+        tensors = load_file(file)
+        for key in self.down:
+            self.down[key].data.copy_(tensors[f"lora_unet_{key}.lora_down.weight"])
+            self.up[key].data.copy_(tensors[f"lora_unet_{key}.lora_up.weight"])
+
     def act_on(self, txt: Tensor, img: Tensor) -> None:
         self.acts = {"txt": txt, "img": img, "both": torch.cat([txt, img], dim=1)}
 
@@ -246,9 +252,11 @@ class LoRA(nn.Module):
 
 
 def train_lora(look: str, minutes: float, out: Path) -> None:
-    model, rng = Model(), np.random.default_rng(1)
+    model, rng = Model(), np.random.default_rng([1, time.time_ns()])
     pools = make_pools(model, LOOKS.index(look), with_look(look))
     lora = LoRA(model.flux)
+    if out.exists():
+        lora.go_on_from(out)
 
     def loss() -> Tensor:
         b = model.batch(rng, pools)

@@ -156,3 +156,17 @@ def shape_of(body: np.ndarray) -> str:
     cut = np.asarray(Image.fromarray(cut.astype(np.uint8) * 255).resize((SIDE, SIDE))) > 127
     overlap = {name: (cut & t).sum() / (cut | t).sum() for name, t in shape_templates().items()}
     return max(overlap, key=overlap.get)
+
+
+def borders_agree(picture: np.ndarray, wanted: np.ndarray, within: int = 3) -> float:
+    """How well two pictures' objects end in the same places: F1 of the pixels on their borders that have one of the
+    other picture's so near."""
+    a, b = (border(clean(nearest_tones(each)[0] >= 0)) for each in (picture, wanted))
+    if not a.any() or not b.any():
+        return 0.0
+    precision, recall = grown(b, within)[a].mean(), grown(a, within)[b].mean()
+    return float(2 * precision * recall / max(precision + recall, 1e-9))
+
+
+def border(mask: np.ndarray) -> np.ndarray:
+    return mask & grown(~mask, 1)

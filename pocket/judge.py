@@ -203,10 +203,14 @@ def coherence(picture: np.ndarray, color: np.ndarray, areas: np.ndarray) -> floa
 
 
 def drawn(case: Case) -> np.ndarray:
-    """What was asked for, drawn by hand: each object in the box of the part that is its region's alone. The measures of
-    it are what a perfect picture would have."""
+    """What was asked for, drawn by hand. The measures of it are what a perfect picture would have."""
+    return draw(wanted_scene(case))
+
+
+def wanted_scene(case: Case) -> Scene:
+    """What was asked for, each object in the box of the part that is its region's alone."""
     rng, things = np.random.default_rng(case.layout.seed), []
     for looks, area in zip(case.wanted, case.areas & (case.areas.sum(0) == 1)):
         rows, columns = area.any(1).nonzero()[0], area.any(0).nonzero()[0]
         things.append(place(rng, looks, (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)))
-    return draw(Scene(SIZE, SIZE, case.background, tuple(things)))
+    return Scene(SIZE, SIZE, case.background, tuple(things))
