@@ -115,7 +115,7 @@ class Model:
     def encode(self, layout: Layout) -> generate.Conditioning:
         tokens, cpu = region_tokens(layout), torch.device("cpu")
         encoded = generate.encode(self.checkpoint, layout, tokens, True, cpu, torch.float32)
-        return generate.Conditioning(*(x.to(self.flux.img_in.weight.dtype) for x in encoded))
+        return generate.Conditioning(*(x.to(self.flux.img_in.weight.dtype) for x in encoded[:3]))
 
 
 # ------------------------------------------------------------------------------------------------ what is measured
@@ -145,8 +145,13 @@ def start_worker(dtype: str) -> None:
     model = Model(getattr(torch, dtype))
 
 
+@functools.lru_cache(maxsize=4)
+def case_of(seed: int, regions: int, kind: str) -> Case:
+    return random_case(seed, regions, kind, RUN / "masks")
+
+
 def picture_of(job: Job) -> tuple[np.ndarray, Case, float]:
-    case = random_case(job.seed, job.regions, job.kind, RUN / "masks")
+    case = case_of(job.seed, job.regions, job.kind)
     if job.setting is None:
         return drawn(case), case, 0.0
     picture, seconds = model.draw(case, job.setting, job.steps)

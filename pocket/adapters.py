@@ -5,8 +5,9 @@
     python -m pocket.adapters controlnet --minutes 20
 
 A look is something that the pocket model has never seen and no caption mentions: the LoRA alone makes it. `hollow`
-objects have the background in their middle, `outlined` ones a thick black line around them, white on
-black. In half of the training only some objects have the look, and the LoRA acts only on the tokens around those: that keeps it where it is put.
+objects have the background in their middle, `outlined` ones a thick black line around them, white on black. In half of
+the training only some objects have the look, and the LoRA acts only on the tokens around those: that keeps it where it
+is put. A LoRA that is there already is trained further.
 The ControlNet is shown white edges on black, and the model learns to put its objects there.
 """
 
@@ -252,8 +253,10 @@ class LoRA(nn.Module):
 
 
 def train_lora(look: str, minutes: float, out: Path) -> None:
-    model, rng = Model(), np.random.default_rng([1, time.time_ns()])
-    pools = make_pools(model, LOOKS.index(look), with_look(look))
+    """Goes on from the file where there is one, with other scenes."""
+    seed = 10 * out.exists() + LOOKS.index(look)
+    model, rng = Model(), np.random.default_rng(seed)
+    pools = make_pools(model, seed, with_look(look))
     lora = LoRA(model.flux)
     if out.exists():
         lora.go_on_from(out)
@@ -338,7 +341,7 @@ def main() -> None:
         command.add_argument("--folder", type=Path, default=Path("pocket/adapters"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    torch.manual_seed(time.time_ns())
     args.folder.mkdir(exist_ok=True)
     if args.command == "lora":
         train_lora(args.look, args.minutes, args.folder / f"{args.look}.safetensors")
