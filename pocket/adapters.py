@@ -41,7 +41,7 @@ from sampler.flow import image_ids, pack, text_ids
 LOOKS = ("hollow", "outlined")
 HOLE, LINE, EDGE = 0.6, 7, 3  # a hole's share of its object's width; pixels of an outline, and of a control edge
 RANK, ALPHA = 16, 8
-ADAPTED = re.compile(r"(double_blocks\.\d+\.(img|txt)_(attn\.qkv|attn\.proj|mlp\.[02])|single_blocks\.\d+\.linear[12])")
+ADAPTED = re.compile(r"(double_blocks\.\d+\.img_(attn\.qkv|attn\.proj|mlp\.[02])|single_blocks\.\d+\.linear[12])")
 TOKENS, TEXT = 1536, 32  # tokens in a step, text tokens of each prompt
 POOL = 24  # a pool of scenes is this many times smaller than those that the model was trained on
 
@@ -268,7 +268,7 @@ def train_lora(look: str, minutes: float, out: Path) -> None:
         lora.act_on(text.float().expand(-1, b.txt.shape[1], -1), b.extra)
         return (model.velocity(b).float() - b.target).square().mean()
 
-    train(list(lora.parameters()), loss, minutes, lr=2e-3)
+    train(list(lora.parameters()), loss, minutes, lr=4e-3)
     lora.save(out, look, f"for the pocket model: {look} objects, whatever the prompt; pocket/adapters.py")
 
 
