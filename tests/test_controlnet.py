@@ -391,16 +391,15 @@ def test_the_order_of_tokens_does_not_matter():
 
 def test_the_picture_is_scaled_and_its_aspect_ratio_is_warned_of(tmp_path):
     Image.fromarray(np.array([[[255, 0, 127]]], np.uint8)).resize((64, 32)).save(tmp_path / "a.png")
-    control = Control(model="m", image=str(tmp_path / "a.png"))
-    picture, warnings = control_picture(control, 128, 64)
+    picture, warnings = control_picture(str(tmp_path / "a.png"), None, 128, 64)
     assert picture.shape == (1, 3, 64, 128) and not warnings
     assert torch.allclose(picture[0, :, 5, 7], torch.tensor([1.0, -1.0, 127 / 127.5 - 1]))
-    assert "64 x 32 pixels are stretched to 64 x 64" in control_picture(control, 64, 64)[1][0]
+    assert "64 x 32 pixels are stretched to 64 x 64" in control_picture(str(tmp_path / "a.png"), None, 64, 64)[1][0]
 
 
 def test_a_depth_map_of_16_bits_keeps_its_greys(tmp_path):
     Image.fromarray(np.full((16, 16), 128 * 257, np.uint16)).save(tmp_path / "depth.png")
-    picture, _ = control_picture(Control(model="m", image=str(tmp_path / "depth.png")), 16, 16)
+    picture, _ = control_picture(str(tmp_path / "depth.png"), None, 16, 16)
     assert torch.allclose(picture, torch.tensor(128 / 127.5 - 1), atol=1e-6)
 
 

@@ -1,5 +1,6 @@
 """The pocket checkpoint and its detector: what is measured with them must mean something."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,19 @@ from safetensors import safe_open
 
 import generate
 import weights
-from model.autoencoder import to_uint8
-from pocket.detect import detect
+from model.autoencoder import AutoEncoder, to_uint8
+from model.lora import read_lora
+from pocket.adapters import LOOKS, draw_edges, draw_looks
+from pocket.detect import borders_agree, detect, look_of
 from pocket.judge import KINDS, drawn, judge, random_case
-from pocket.scenes import BACKGROUNDS, Scene, Thing, caption, draw, random_scene, split
+from pocket.scenes import BACKGROUNDS, COLORS, PATTERNS, Scene, Thing, caption, draw, place, random_scene, split
 from regional.layout import read_layout
+from regional.lora import can_be_regional
 from regional.mask import region_tokens
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "pocket" / "checkpoint"
+ADAPTERS = ROOT / "pocket" / "adapters"
 
 
 def around(thing: Thing, picture: np.ndarray) -> np.ndarray:
@@ -48,16 +53,69 @@ def test_the_detector_reads_what_was_drawn():
     assert color == pattern == 1 and shape > 0.97
 
 
+def there_and_back(model: AutoEncoder, picture: np.ndarray) -> np.ndarray:
+    x = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return to_uint8(model.decode(model.encode(x)))[0].numpy()
+
+
 @torch.inference_mode()
 def test_the_autoencoder_keeps_what_is_measured():
     model = weights.load_autoencoder(weights.find("pocket").ae, "cpu", torch.float32)
 
-    def there_and_back(picture: np.ndarray) -> np.ndarray:
-        x = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
-        return to_uint8(model.decode(model.encode(x)))[0].numpy()
-
-    color, pattern, shape = read_objects(there_and_back, seed=1)
+    color, pattern, shape = read_objects(lambda picture: there_and_back(model, picture), seed=1)
     assert color > 0.95 and pattern > 0.97 and shape > 0.9
+
+
+def seen_looks(look: str | None, change, boxes: list[tuple[int, ...]], scenes: int) -> list[str | None]:
+    """What the detector says of objects drawn with a look, in every color and pattern by turns, after `change`."""
+    rng, combinations, seen = np.random.default_rng(0), list(itertools.product(COLORS, PATTERNS)), []
+    shapes = ["circle", "square", "triangle", "diamond", "star", "heart"]
+    for i in range(scenes):
+        looks = [(*combinations[(i * len(boxes) + j) % 40], str(rng.choice(shapes))) for j in range(len(boxes))]
+        things = tuple(place(rng, *each) for each in zip(looks, boxes))
+        width, height = boxes[-1][2:]
+        scene = Scene(width, height, list(BACKGROUNDS)[i % 4], things)
+        picture = change(draw_looks(scene, [look] * len(boxes)))
+        for x0, y0, x1, y1 in boxes:
+            area = np.zeros((height, width), dtype=bool)
+            area[y0:y1, x0:x1] = True
+            seen.append(look_of(picture, area))
+    return seen
+
+
+FOUR_BOXES = [(0, 0, 112, 128), (112, 0, 256, 128), (0, 128, 128, 256), (128, 128, 256, 256)]
+
+
+@pytest.mark.parametrize("look", [*LOOKS, None])
+def test_the_detector_tells_the_looks_apart(look):
+    for boxes, scenes in ([(0, 0, 96, 96)], 80), (FOUR_BOXES, 30):
+        assert set(seen_looks(look, lambda picture: picture, boxes, scenes)) == {look}
+    assert np.mean([s == look for s in seen_looks(look, lambda picture: picture, [(0, 0, 64, 64)], 80)]) > 0.95
+
+
+@pytest.mark.parametrize("look", [*LOOKS, None])
+@torch.inference_mode()
+def test_the_autoencoder_keeps_the_looks(look):
+    model = weights.load_autoencoder(weights.find("pocket").ae, "cpu", torch.float32)
+    seen = seen_looks(look, lambda picture: there_and_back(model, picture), FOUR_BOXES, 10)
+    assert np.mean([s == look for s in seen]) > 0.94
+
+
+def test_borders_agree_where_the_same_objects_are():
+    scene, other = (random_scene(np.random.default_rng(seed), 256, 256, 4) for seed in (0, 1))
+    assert borders_agree(draw(scene), draw(scene)) == 1 > 0.6 > borders_agree(draw(scene), draw(other))
+    moved = np.roll(draw(scene), 2, axis=1)
+    assert borders_agree(moved, draw(scene)) > 0.95 > 0.3 > borders_agree(draw(scene), draw_edges(scene) * 0)
+
+
+def test_the_adapters_are_small_and_for_this_model():
+    base = weights.find("pocket")
+    parts = {part: weights.on_meta(getattr(base, part)) for part in ("flux", "t5", "clip")}
+    for look in LOOKS:
+        lora = read_lora(ADAPTERS / f"{look}.safetensors", parts)
+        assert lora.changes["flux"] and not lora.unknown and all(can_be_regional(c) for c in lora.changes["flux"])
+    weights.check_base(weights.find_controlnet(str(ADAPTERS / "edges")), base.flux)
+    assert all(file.stat().st_size < 2e6 for file in ADAPTERS.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
