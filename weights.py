@@ -389,15 +389,15 @@ class Source:
 # What else a file may be, by a key that gives it away. In this order: LoRAs and ControlNets can also have a
 # transformer's keys.
 STRANGERS = {
-    r"lora_(down|up|A|B|linear_layer)\b|_lora\d?\.(down|up)\.|\.lora\.|lokr_|hada_": "a LoRA",
-    r"ip_adapter": "an XLabs IP-Adapter",
-    r"controlnet_blocks\.\d+\.linear\.": "a Mistoline ControlNet",
-    r"controlnet_(blocks|x_embedder)|input_hint_block": "a ControlNet",
-    r"(double|single)_stream_modulation": "FLUX.2",
-    r"distilled_guidance_layer\.": "Chroma",
-    r"redux_(up|down)\.": "FLUX.1 Redux",
-    r"\.quant_state\.bitsandbytes|\.absmax$|\.quant_map$": "quantised by bitsandbytes",
-    r"\.qweight$|\.wscales$|\.smooth_factor$": "quantised by nunchaku",
+    r"lora_(down|up|A|B|linear_layer)\b|_lora\d?\.(down|up)\.|\.lora\.|lokr_|hada_": "a LoRA; those belong to --lora",
+    r"ip_adapter": "an XLabs IP-Adapter, which is not supported",
+    r"controlnet_blocks\.\d+\.linear\.": "a Mistoline ControlNet, which is not supported",
+    r"controlnet_(blocks|x_embedder)|input_hint_block": "a ControlNet; those belong to --controlnet",
+    r"(double|single)_stream_modulation": "FLUX.2, which is not supported",
+    r"distilled_guidance_layer\.": "Chroma, which is not supported",
+    r"redux_(up|down)\.": "FLUX.1 Redux, which is not supported",
+    r"\.quant_state\.bitsandbytes|\.absmax$|\.quant_map$": "quantised by bitsandbytes, which is not supported",
+    r"\.qweight$|\.wscales$|\.smooth_factor$": "quantised by nunchaku, which is not supported",
 }
 VARIANTS = {128: "FLUX.1 Canny or Depth", 384: "FLUX.1 Fill"}  # by the transformer's input channels
 
@@ -405,9 +405,9 @@ VARIANTS = {128: "FLUX.1 Canny or Depth", 384: "FLUX.1 Fill"}  # by the transfor
 def stranger(pile: Pile, part: str) -> str | None:
     """What a pile is, in words that follow "is", if it can't be taken for this part."""
     for pattern, name in STRANGERS.items():
-        own = part == "controlnet" and name == "a ControlNet"
+        own = part == "controlnet" and name.startswith("a ControlNet")
         if not own and any(re.search(pattern, key) for key in pile.tensors):
-            return f"{name}, which is not supported here"
+            return name
     for key, tensor in pile.tensors.items():
         width = tensor.shape[1] if len(tensor.shape) > 1 else 0
         if re.search(r"(^|\.)(img_in|x_embedder)\.weight$", key) and width in VARIANTS:

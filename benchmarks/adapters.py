@@ -3,7 +3,7 @@
     python benchmarks/adapters.py             # everything; Ctrl-C keeps what is measured, a new run goes on
     python benchmarks/adapters.py --quick     # 4 regions and 12 layouts; exit code 1 if the looks miss their regions
 
-Two LoRAs act at once in random layouts (pocket/judge.py), `hollow` in some regions and `outlined` in others; in half of
+Two LoRAs act at once in random layouts (pocket/judge.py), `barred` in some regions and `studded` in others; in half of
 the layouts some regions have none. No prompt mentions a look. The ControlNet is shown the edges of objects that sit in
 the regions, or, without regions, of the objects that the prompt names.
 
@@ -48,8 +48,8 @@ RUN, DOCS, ADAPTERS = ROOT / "benchmarks" / "run", ROOT / "docs" / "control", RO
 STEPS, DTYPE = 10, torch.bfloat16  # as control.py
 SEEDS = range(200, 250)
 LOOKS = {  # for each number of regions, which look each has, by turns for even and odd layouts; they are shuffled
-    2: (("hollow", "outlined"), ("hollow", None), ("hollow", "outlined"), ("outlined", None)),
-    4: (("hollow", "hollow", "outlined", "outlined"), ("hollow", "outlined", None, None)),
+    2: (("barred", "studded"), ("barred", None), ("barred", "studded"), ("studded", None)),
+    4: (("barred", "barred", "studded", "studded"), ("barred", "studded", None, None)),
 }
 
 

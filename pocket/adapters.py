@@ -1,13 +1,13 @@
 """Small adapters for the pocket model, trained with its weights frozen: two LoRAs, each a look, and a ControlNet.
 
-    python -m pocket.adapters lora --look hollow --minutes 10
-    python -m pocket.adapters lora --look outlined --minutes 10
+    python -m pocket.adapters lora --look barred --minutes 10
+    python -m pocket.adapters lora --look studded --minutes 10
     python -m pocket.adapters controlnet --minutes 20
 
-A look is something that the pocket model has never seen and no caption mentions: the LoRA alone makes it. `hollow`
-objects have the background in their middle, `outlined` ones a thick black line around them, white on black. In half of
-the training only some objects have the look, and the LoRA acts only on the tokens around those: that keeps it where it
-is put. A LoRA that is there already is trained further.
+A look is something that the pocket model has never seen and no caption mentions: the LoRA alone makes it. `barred`
+objects have white bars across them, `studded` ones white studs. In half of the training only some objects have the
+look, and the LoRA acts only on the tokens around those: that keeps it where it is put. A LoRA that is there already is
+trained further.
 The ControlNet is shown white edges on black, and the model learns to put its objects there.
 """
 
@@ -33,13 +33,25 @@ from model.controlnet import ControlNet, ControlNetParams
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
 from model.transformer import Flux
 from pocket.latents import CANVASES, chunks
-from pocket.scenes import BACKGROUNDS, FINE, SHAPES, Scene, Thing, outline_mask, paint, place, random_looks, split
+from pocket.scenes import (
+    BACKGROUNDS,
+    FINE,
+    LOOKS,
+    SHAPES,
+    Scene,
+    Thing,
+    outline_mask,
+    paint,
+    place,
+    random_looks,
+    split,
+    tiled,
+)  # fmt: skip
 from pocket.train import CLIP_LENGTH, sample_times, small_attention, text_prompt, trim, wider_caption
 from pocket.train_autoencoder import to_tensor
 from sampler.flow import image_ids, pack, text_ids
 
-LOOKS = ("hollow", "outlined")
-HOLE, LINE, EDGE = 0.6, 7, 3  # a hole's share of its object's width; pixels of an outline, and of a control edge
+EDGE = 3  # pixels of a control edge
 RANK, ALPHA = 16, 8
 ADAPTED = re.compile(r"(double_blocks\.\d+\.img_(attn\.qkv|attn\.proj|mlp\.[02])|single_blocks\.\d+\.linear[12])")
 TOKENS, TEXT = 1536, 32  # tokens in a step, text tokens of each prompt
@@ -57,24 +69,16 @@ def stroke(thing: Thing, width: int, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(fine.reduce(FINE), dtype=np.float32)[..., None] / 255
 
 
-def hole(thing: Thing, size: tuple[int, int]) -> np.ndarray:
-    """The object's middle: its shape made smaller around its centre of mass."""
-    center = np.array(thing.center) + (1 - HOLE) * SHAPES[thing.shape].mean(0) * thing.radius
-    return outline_mask(thing.shape, tuple(center), tuple(HOLE * np.array(thing.radius)), size)
-
-
 def draw_looks(scene: Scene, looks: Iterable[str | None]) -> np.ndarray:
     """As scenes.draw, (height, width, 3) uint8, every object with its look or with None."""
     size, background = (scene.width, scene.height), np.array(BACKGROUNDS[scene.background], dtype=np.float32)
     picture = np.broadcast_to(background, (scene.height, scene.width, 3)).copy()
     for thing, look in zip(scene.things, looks):
         alpha = outline_mask(thing.shape, thing.center, thing.radius, size)
-        if look == "hollow":
-            alpha = alpha * (1 - hole(thing, size))
-        picture += alpha[..., None] * (paint(thing.color, thing.pattern, size) - picture)
-        if look == "outlined":
-            line = BACKGROUNDS["white" if scene.background == "black" else "black"]
-            picture += stroke(thing, LINE, size) * (np.array(line, dtype=np.float32) - picture)
+        colors = paint(thing.color, thing.pattern, size)
+        if look:
+            colors += tiled(LOOKS[look], size) * (np.array(BACKGROUNDS["white"]) - colors)
+        picture += alpha[..., None] * (colors - picture)
     return picture.round().astype(np.uint8)
 
 
@@ -186,10 +190,14 @@ class Model:
         noisy = torch.lerp(img, eps, t[:, None, None])
         return Batch(noisy, eps - img, t, image_ids(pool.width, pool.height), txt, y, pool.extra[rows])
 
-    def velocity(self, b: Batch, **hooks) -> Tensor:
-        one = torch.ones(len(b.t))
+    def velocity(self, b: Batch, guidance: Tensor, **hooks) -> Tensor:
         ids = text_ids(b.txt.shape[1])
-        return self.flux(b.noisy, b.img_ids, b.txt, ids, b.t, b.y, one, attention=small_attention, **hooks)
+        return self.flux(b.noisy, b.img_ids, b.txt, ids, b.t, b.y, guidance, attention=small_attention, **hooks)
+
+
+def any_guidance(b: Batch) -> Tensor:
+    """An adapter is to do the same at every guidance, (B,)."""
+    return 1 + 4 * torch.rand(len(b.t))
 
 
 def train(parameters: list[nn.Parameter], loss_of: Callable[[], Tensor], minutes: float, lr: float) -> None:
@@ -254,7 +262,7 @@ class LoRA(nn.Module):
 
 def train_lora(look: str, minutes: float, out: Path) -> None:
     """Goes on from the file where there is one, with other scenes."""
-    seed = 10 * out.exists() + LOOKS.index(look)
+    seed = 10 * out.exists() + list(LOOKS).index(look)
     model, rng = Model(), np.random.default_rng(seed)
     pools = make_pools(model, seed, with_look(look))
     lora = LoRA(model.flux)
@@ -266,7 +274,7 @@ def train_lora(look: str, minutes: float, out: Path) -> None:
         # as in the regional steps, where the region's text is adapted too, or as in the plain ones, where it is not
         text = b.extra.all(dim=1, keepdim=True) * (torch.rand(len(b.t), 1, 1) < 0.5)
         lora.act_on(text.float().expand(-1, b.txt.shape[1], -1), b.extra)
-        return (model.velocity(b).float() - b.target).square().mean()
+        return (model.velocity(b, any_guidance(b)).float() - b.target).square().mean()
 
     train(list(lora.parameters()), loss, minutes, lr=4e-3)
     lora.save(out, look, f"for the pocket model: {look} objects, whatever the prompt; pocket/adapters.py")
@@ -298,14 +306,14 @@ def train_controlnet(minutes: float, out: Path) -> None:
 
     def loss() -> Tensor:
         b = model.batch(rng, pools)
-        guidance = 1 + 4 * torch.rand(len(b.t))  # it is to do the same at every guidance
+        guidance = any_guidance(b)
         ids = text_ids(b.txt.shape[1])
         residuals = net(b.noisy, b.img_ids, b.txt, ids, b.t, b.y, guidance, b.extra)
 
         def add(x: Tensor, block: Block) -> Tensor:
             return x + residuals.after(block, depth, in_turn=False) if block.kind == "double" else x
 
-        return (model.velocity(b, after_block=add).float() - b.target).square().mean()
+        return (model.velocity(b, guidance, after_block=add).float() - b.target).square().mean()
 
     train(list(net.parameters()), loss, minutes, lr=1e-3)
     save_controlnet(net, out)

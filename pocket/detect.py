@@ -4,15 +4,16 @@ It compares pixels with the palette and areas with drawn templates. It knows not
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from pocket.scenes import BACKGROUNDS, COLORS, DARK, PATTERNS, PERIOD, SHAPES, outline_mask
+from pocket.scenes import BACKGROUNDS, COLORS, DARK, LOOKS, PATTERNS, PERIOD, SHAPES, outline_mask
 
 SIDE = 48  # shapes are compared at this size
 LEAST = 0.06  # share of an area that an object must take to be seen
+GAP = 5  # pixels that close the gaps of a look
 MARGIN = 8  # pixels around an area, more than `clean` reaches
 
 
@@ -48,12 +49,11 @@ def detect(picture: np.ndarray, area: np.ndarray | None = None) -> Looks | None:
 
 class Found(NamedTuple):
     """An object's color, as an index into COLORS; and of the picture near the area, (h, w) each: the object's pixels
-    without specks and with them, what `nearest_tones` says of all, the area, and the picture itself."""
+    without specks and with them, what is dark, the area, and the picture itself."""
 
     color: int
     body: np.ndarray
     raw: np.ndarray
-    color_of: np.ndarray
     dark: np.ndarray
     area: np.ndarray
     picture: np.ndarray
@@ -73,49 +73,25 @@ def find_object(picture: np.ndarray, area: np.ndarray | None = None) -> Found | 
     if counts.sum() < LEAST * area.sum():
         return None
     raw = color == counts.argmax()
-    return Found(int(counts.argmax()), clean(raw), raw, color, dark, area, picture)
+    return Found(int(counts.argmax()), clean(raw), raw, dark, area, picture)
 
 
 def look_of(picture: np.ndarray, area: np.ndarray | None = None) -> str | None:
-    """Which look of pocket/adapters.py the object in the area has: hollow, outlined, or None of them.
-
-    hollow: a good part of what lies between pixels of it, in all four directions, is background. outlined: it ends in a
-    band that is dark nearly everywhere, or on a black background lies in one that is bright.
-    """
+    """Which look of pocket/adapters.py the object in the area has: the one that explains best where it is pale, that
+    is nearer to white, gray or beige than to its own two tones."""
     found = find_object(picture, area)
     if not found:
         return None
-    light = found.picture @ np.array([0.299, 0.587, 0.114])
-    if is_outlined(found, light):
-        return "outlined"
-    hole = (found.area & (found.color_of < 0) & between(found.raw, 0) & between(found.raw, 1)).sum()
-    return "hollow" if hole > 0.15 * (hole + found.raw.sum()) else None
-
-
-def is_outlined(found: Found, light: np.ndarray) -> bool:
-    dark = light < 65
-    for distance in range(9, 0, -1):  # in a small area the object leaves little of the background
-        beyond = found.area & ~grown(found.body, distance)
-        if beyond.sum() > 20:
-            break
-    if beyond.any() and dark[beyond].mean() > 0.5:  # on black
-        around = found.area & grown(found.body, 5) & ~grown(found.body, 1)
-        return around.any() and (light[around] > 80).mean() > 0.6
-    whole = clean(found.area & ((found.color_of >= 0) | dark))
-    whole |= between(whole, 0) & between(whole, 1)
-    rim = ~grown(~whole, 1) & grown(~whole, 5)
-    return rim.any() and dark[rim].mean() > 0.75
+    body = found.area & ~grown(~grown(found.raw, GAP), GAP + 1)  # with the gaps that a look makes, without its border
+    color = np.array(list(COLORS.values())[found.color])
+    pale = [BACKGROUNDS[name] for name in ("white", "gray", "beige")]
+    is_pale = nearest_of(found.picture, np.stack([color, DARK * color, *pale])) >= 2
+    return best_tile(body, is_pale, {None: np.zeros((PERIOD, PERIOD)), **LOOKS})
 
 
 def grown(mask: np.ndarray, pixels: int) -> np.ndarray:
     image = Image.fromarray(mask.astype(np.uint8) * 255)
     return np.asarray(image.filter(ImageFilter.MaxFilter(2 * pixels + 1))) > 0
-
-
-def between(mask: np.ndarray, axis: int) -> np.ndarray:
-    """Pixels outside the mask that have it on both sides."""
-    before, after = (np.logical_or.accumulate(m, axis) for m in (mask, np.flip(mask, axis)))
-    return before & np.flip(after, axis) & ~mask
 
 
 def clean(mask: np.ndarray) -> np.ndarray:
@@ -127,7 +103,11 @@ def clean(mask: np.ndarray) -> np.ndarray:
 
 
 def pattern_of(body: np.ndarray, dark: np.ndarray) -> str:
-    """The pattern that explains best where the body is dark, at any shift."""
+    return best_tile(body, dark, PATTERNS)
+
+
+def best_tile(body: np.ndarray, marked: np.ndarray, tiles: dict) -> Any:
+    """The name of the tile that explains best, at any shift, which pixels of the body are marked."""
     height, width = (-(-side // PERIOD) * PERIOD for side in body.shape)
     pad = [(0, height - body.shape[0]), (0, width - body.shape[1])]
 
@@ -135,11 +115,11 @@ def pattern_of(body: np.ndarray, dark: np.ndarray) -> str:
         cells = np.pad(values.astype(np.float32), pad)
         return cells.reshape(height // PERIOD, PERIOD, width // PERIOD, PERIOD).sum((0, 2))
 
-    count, darks = fold(body), fold(body & dark)
+    count, marks = fold(body), fold(body & marked)
     errors = {}
-    for name, tile in PATTERNS.items():
-        shifts = [np.roll(tile, (y, x), (0, 1)) for y in range(PERIOD) for x in range(PERIOD)]
-        errors[name] = min((count * t + darks - 2 * t * darks).sum() for t in shifts)
+    for name, tile in tiles.items():
+        shifted = [np.roll(tile, (y, x), (0, 1)) for y in range(PERIOD) for x in range(PERIOD)]
+        errors[name] = min((count * t + marks - 2 * t * marks).sum() for t in shifted)
     return min(errors, key=errors.get)
 
 

@@ -36,7 +36,19 @@ def _pattern_tiles() -> dict[str, np.ndarray]:
         "checked": (x >= 8) ^ (y >= 8),
         "zigzag": (y + np.abs(x - 8)) % PERIOD < 8,
     }
-    return {k: v.reshape(PERIOD, FINE, PERIOD, FINE).mean((1, 3)).astype(np.float32) for k, v in dark.items()}
+    return {name: shrunk(tile) for name, tile in dark.items()}
+
+
+def _look_tiles() -> dict[str, np.ndarray]:
+    """The same for what only the LoRAs of pocket/adapters.py make, which is white."""
+    y, x = (np.mgrid[: PERIOD * FINE, : PERIOD * FINE] + 0.5) / FINE
+    to_corner = np.hypot(np.minimum(x, PERIOD - x), np.minimum(y, PERIOD - y))
+    return {"barred": shrunk(x < 6), "studded": shrunk(to_corner < 5)}
+
+
+def shrunk(tile: np.ndarray) -> np.ndarray:
+    """From FINE samples a pixel, in each direction, to their mean."""
+    return tile.reshape(PERIOD, FINE, PERIOD, FINE).mean((1, 3)).astype(np.float32)
 
 
 def _outlines() -> dict[str, np.ndarray]:
@@ -63,6 +75,7 @@ def _outlines() -> dict[str, np.ndarray]:
 
 
 PATTERNS = _pattern_tiles()
+LOOKS = _look_tiles()
 SHAPES = _outlines()
 
 
@@ -99,9 +112,12 @@ def outline_mask(shape: str, center: tuple[float, float], radius: tuple[float, f
 
 def paint(color: str, pattern: str, size: tuple[int, int]) -> np.ndarray:
     """A picture (height, width, 3) full of one colour and pattern; size is (width, height)."""
-    repeats = (-(-size[1] // PERIOD), -(-size[0] // PERIOD))
-    dark = np.tile(PATTERNS[pattern], repeats)[: size[1], : size[0], None]
-    return np.array(COLORS[color], dtype=np.float32) * (1 - (1 - DARK) * dark)
+    return np.array(COLORS[color], dtype=np.float32) * (1 - (1 - DARK) * tiled(PATTERNS[pattern], size))
+
+
+def tiled(tile: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(height, width, 1) full of a tile; size is (width, height)."""
+    return np.tile(tile, (-(-size[1] // PERIOD), -(-size[0] // PERIOD)))[: size[1], : size[0], None]
 
 
 def draw(scene: Scene) -> np.ndarray:

@@ -227,7 +227,7 @@ WRONG = {
     r"is a Mistoline ControlNet, which is not supported": lambda s: s.update(
         {"controlnet_blocks.0.linear.weight": torch.zeros(4, 4)}
     ),
-    r"is a LoRA, which is not": lambda s: s.update(
+    r"is a LoRA; those belong to --lora": lambda s: s.update(
         {"transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(4, 64)}
     ),
 }

