@@ -650,16 +650,13 @@ def sample(
     """
     device, dtype = conditioning.txt.device, conditioning.txt.dtype
     img = pack(noise(layout.width, layout.height, seed)).to(device, dtype).float()
-    img_ids = image_ids(layout.width, layout.height)
+    img_ids, beside = image_ids(layout.width, layout.height), conditioning.control
     guidance = torch.tensor([layout.guidance], dtype=torch.float32, device=device)
-    regional_steps = layout.regional_steps(layout.steps)
-    if regional_steps:  # tokens of the same regions side by side, for this run
+    stages = regional_stages(layout, tokens)
+    if stages:  # tokens of the same regions side by side, for this run
         tokens, order = tokens.sorted()
-        img, img_ids = img[:, order], img_ids[:, order]
+        img, img_ids, beside = (x if x is None else x[:, order] for x in (img, img_ids, beside))
         controls = [control.sorted(order) for control in controls]
-    beside = conditioning.control
-    if regional_steps and beside is not None:
-        beside = beside[:, order]
     length = conditioning.txt.shape[1]
     levels = sigmas(layout.steps, img.shape[1], shift=flux.params.guidance_embed)
     base = {"img_ids": img_ids, "txt": conditioning.txt, "txt_ids": text_ids(length), "y": conditioning.y[:1]}
@@ -680,37 +677,58 @@ def sample(
     changes = additions(
         layout.regions, loras, lambda bit: plain_step(tokens.image_bits & bit != 0, length), in_plain_steps=True
     )
-    plain = first = velocity(conditioning.txt, conditioning.y[:1], changes)
-    if regional_steps and layout.method == "rpg":
+    plain = velocity(conditioning.txt, conditioning.y[:1], changes)
+
+    def composed(base_ratio: Tensor) -> Velocity:
         everywhere = plain_step(torch.ones(img.shape[1], dtype=torch.bool), conditioning.regions.shape[1])
         own = [
             velocity(txt[None], y[None], additions(layout.regions[i : i + 1], loras, lambda bit: everywhere))
             for i, (txt, y) in enumerate(zip(conditioning.regions, conditioning.y[1:]))
         ]
-        first = composed_velocity(own, plain, tokens, layout.base_ratio)
-    elif regional_steps:
+        return composed_velocity(own, plain, tokens, base_ratio)
+
+    def regional(base_ratio: Tensor) -> Velocity:
         bits = tokens.bits(conditioning.regions.shape[1]).to(device)
-        interval = {"double": layout.double_inject_interval, "single": layout.single_inject_interval}
-        regional = RegionalAttention(
-            masked_attention, bits, conditioning.txt.shape[1], img.shape[1], layout.base_ratio,
-            is_masked or (lambda block: block.index % interval[block.kind] == 0),
+        attention = RegionalAttention(
+            masked_attention, bits, length, img.shape[1], base_ratio,
+            is_masked or (lambda block: layout.is_masked(block.kind, block.index)),
+            tokens.log_weights(), shared=layout.base_stream == "shared",
         )  # fmt: skip
-        attention = maps.watch(regional, bits, len(tokens.prompts), order) if maps else regional
-        has_base = layout.base_ratio > 0
+        streams, has_base = attention.streams, attention.has_base
         changes = additions(
-            layout.regions, loras, lambda bit: regional_step(bits & bit != 0, length, img.shape[1], has_base)
+            layout.regions, loras, lambda bit: regional_step(bits & bit != 0, length, img.shape[1], has_base, streams)
         )
         txt = [conditioning.regions.flatten(0, 1)[None]] + ([conditioning.txt] if has_base else [])
-        first = velocity(
-            torch.cat(txt, dim=1), conditioning.y[:1], changes, 1 + has_base, attention=attention, join=regional.join
+        watched = maps.watch(attention, bits, len(tokens.prompts), order) if maps else attention
+        return velocity(
+            torch.cat(txt, dim=1), conditioning.y[:1], changes, streams, attention=watched, join=attention.join
         )
 
+    done = 0
     with tqdm(total=layout.steps, desc=f"seed {seed}", disable=None) as bar:
-        img = denoise(first, img, levels[: regional_steps + 1], lambda img: bar.update())
-        img = denoise(plain, img, levels[regional_steps:], lambda img: bar.update())
-    if regional_steps:
+        for end, base_ratio in stages:
+            first = (composed if layout.method == "rpg" else regional)(base_ratio)
+            img = denoise(first, img, levels[done : end + 1], lambda img: bar.update())
+            done = end
+        img = denoise(plain, img, levels[done:], lambda img: bar.update())
+    if stages:
         img = img[:, order.argsort()]
     return unpack(img, layout.width, layout.height)
+
+
+def regional_stages(layout: Layout, tokens: RegionTokens | None) -> list[tuple[int, Tensor]]:
+    """The regional steps in stages of equal settings: where each ends, and the base branch's share in each of the
+    sorted image tokens, (L_img,) float64. A region whose own steps are over has all of it: it follows the base prompt.
+    """
+    if not layout.regional_steps(layout.steps):
+        return []
+    steps_and_ratios = layout.steps_and_ratios(layout.steps)[: len(tokens.prompts)]
+    tokens, start, stages = tokens.sorted()[0], 0, []
+    for end in sorted({count for count, _ in steps_and_ratios} - {0}):
+        ratios = [ratio if start < count else 1.0 for count, ratio in steps_and_ratios]
+        stages.append((end, tokens.mean(ratios)))
+        start = end
+    return stages
 
 
 if __name__ == "__main__":

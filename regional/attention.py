@@ -14,7 +14,8 @@ Both branches lie in one sequence, the base branch in one piece of it:
     double blocks     [txt_1 .. txt_R, txt, img]
     single blocks     [txt_1 .. txt_R, txt, base img, img]
 
-Tokens of the base branch alone have no region bits: nobody sees them in the regional branch.
+Tokens of the base branch alone have no region bits: nobody sees them in the regional branch. A cheaper method that the
+published one is not, `base_stream: shared`, has one image stream and the first form of the sequence throughout.
 """
 
 from collections.abc import Callable
@@ -35,11 +36,16 @@ class Tokens(NamedTuple):
     bits: (L,) int64, the regions of each; 0 for the tokens of the base branch alone.
     base_row: (L,) int64, its row in the base branch's output, where it has one.
     base_weight: (L,) float32 or float64, the base branch's share in its result.
+    region: (L,) int64, for a text token its region's column in log_weight, else 0; log_weight: (L, 1 + R) float32, what
+    is added to the scores of a query, by row, with keys of each region's text; column 0 is zero. None and None where
+    nothing is: the published method.
     """
 
     bits: Tensor
     base_row: Tensor
     base_weight: Tensor
+    region: Tensor | None = None
+    log_weight: Tensor | None = None
 
     def blend(self, regional: Tensor, base: Tensor | None) -> Tensor:
         """(1 - base_weight) * regional + base_weight * base, for each token; just `regional` without a base branch."""
@@ -60,6 +66,8 @@ def dense_attention(tokens: Tokens) -> MaskedAttention:
 
     def masked(q: Tensor, k: Tensor, v: Tensor, base: Tensor | None = None) -> Tensor:
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        if tokens.log_weight is not None:
+            scores = scores + tokens.log_weight[:, tokens.region].to(scores)
         mask = allowed(tokens.bits[:, None], tokens.bits[None, :])
         weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
         # a row with nothing allowed is 0 / 0; it gives zeros
@@ -72,32 +80,56 @@ def portable_attention(tokens: Tokens) -> MaskedAttention:
     """The same without any L x L tensor, on any device: one unmasked attention for each distinct value of the bits,
     over just the keys that it may see."""
     groups = []
-    for value in tokens.bits.unique():
-        rows, keys = (tokens.bits == value).nonzero().flatten(), allowed(tokens.bits, value).nonzero().flatten()
+    kinds = tokens.bits
+    if tokens.log_weight is not None:  # rows that weigh their keys apart from those that don't
+        kinds = tokens.bits << 1 | tokens.log_weight.any(dim=1)
+    for kind in kinds.unique():
+        rows = (kinds == kind).nonzero().flatten()
+        keys = allowed(tokens.bits, tokens.bits[rows[0]]).nonzero().flatten()
         if len(keys):  # rows with nothing allowed stay zero
-            groups.append((rows, keys))
+            groups.append((rows, keys, added_scores(tokens, rows, keys)))
 
     def masked(q: Tensor, k: Tensor, v: Tensor, base: Tensor | None = None) -> Tensor:
         out = torch.zeros_like(q)
-        for rows, keys in groups:
-            out[:, :, rows] = F.scaled_dot_product_attention(q[:, :, rows], k[:, :, keys], v[:, :, keys])
+        for rows, keys, added in groups:
+            added = added if added is None else added.to(q.dtype).expand(len(rows), -1)
+            out[:, :, rows] = F.scaled_dot_product_attention(q[:, :, rows], k[:, :, keys], v[:, :, keys], added)
         return tokens.blend(out, base)
 
     return masked
 
 
-def in_one_sequence(bits: Tensor, base_only: int, text_length: int, image_length: int, base_ratio: float) -> Tokens:
-    """The tokens of [txt_1 .. txt_R, the first `base_only` tokens of the base branch, img]; bits: (L,) int64, those of
-    [txt_1 .. txt_R, img]."""
+def added_scores(tokens: Tokens, rows: Tensor, keys: Tensor) -> Tensor | None:
+    """The log-weights of these rows and keys, (rows, keys), or (1, keys) where all rows have the same, as they have
+    without feathers; None where all are 0."""
+    if tokens.log_weight is None or not tokens.log_weight[rows].any():
+        return None
+    added = tokens.log_weight[rows][:, tokens.region[keys]]
+    return added[:1] if (added == added[:1]).all() else added
+
+
+def in_one_sequence(
+    bits: Tensor, base_only: int, text_length: int, base_ratio: Tensor, log_weights: Tensor | None = None
+) -> Tokens:
+    """The tokens of [txt_1 .. txt_R, the first `base_only` tokens of the base branch, img].
+
+    bits: (L,) int64, those of [txt_1 .. txt_R, img]; base_ratio: (L_img,); log_weights: (L_img, R), or None.
+    """
+    image_length = len(base_ratio)
     texts, image = bits.split([len(bits) - image_length, image_length])
     base_row = torch.arange(text_length + image_length, device=bits.device)
-    precise = torch.float32 if bits.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    weight = bits.new_tensor([0.0, 1.0, base_ratio], dtype=precise)
-    counts = bits.new_tensor([len(texts), base_only, image_length])
-    return Tokens(
+    tokens = Tokens(
         torch.cat([texts, bits.new_zeros(base_only), image]),
         torch.cat([torch.zeros_like(texts), base_row[:base_only], base_row[text_length:]]),
-        weight.repeat_interleave(counts),
+        torch.cat([base_ratio.new_zeros(len(texts)), base_ratio.new_ones(base_only), base_ratio]),
+    )
+    if log_weights is None:
+        return tokens
+    regions = log_weights.shape[1]
+    region = torch.arange(1, regions + 1, device=bits.device).repeat_interleave(len(texts) // regions)
+    return tokens._replace(
+        region=F.pad(region, (0, base_only + image_length)),
+        log_weight=F.pad(log_weights, (1, 0, len(tokens.bits) - image_length, 0)),
     )
 
 
@@ -107,10 +139,13 @@ class RegionalAttention:
     masked_attention: what makes the masked attention of given tokens: one of the above, or the kernel.
     bits: (L,) int64, those of [txt_1 .. txt_R, img].
     text_length, image_length: how many tokens the base prompt and the picture have.
+    base_ratio: the base branch's share in the image tokens, or in each of them, (L_img,).
     is_masked: in which blocks the regional branch is masked. In the others it is open: region texts see each other.
+    log_weights: (L_img, R) float32, added to the scores between image tokens and the regions' texts in masked blocks.
+    shared: one image stream throughout; see the top of this file.
 
-    The text given to Flux is [txt_1 .. txt_R, txt] along dimension 1; at base_ratio 0 there is no base branch, and it
-    is [txt_1 .. txt_R].
+    The text given to Flux is [txt_1 .. txt_R, txt] along dimension 1; where base_ratio is 0 everywhere there is no
+    base branch, and it is [txt_1 .. txt_R].
     """
 
     def __init__(
@@ -119,18 +154,29 @@ class RegionalAttention:
         bits: Tensor,
         text_length: int,
         image_length: int,
-        base_ratio: float,
+        base_ratio: float | Tensor,
         is_masked: Callable[[Block], bool] = lambda block: True,
+        log_weights: Tensor | None = None,
+        shared: bool = False,
     ):
-        self.has_base = base_ratio > 0
+        precise = torch.float32 if bits.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        base_ratio = torch.as_tensor(base_ratio, dtype=precise, device=bits.device).expand(image_length)
+        log_weights = log_weights if log_weights is None else log_weights.to(bits.device)
+        self.has_base, self.shared = bool(base_ratio.any()), shared
         self.start = len(bits) - image_length  # of the base branch in the sequence
         self.end = self.start + text_length + image_length
         self.is_masked = is_masked
         self.masked, self.open = {}, {}
-        for kind, base_only in ("double", text_length), ("single", text_length + image_length):
-            tokens = in_one_sequence(bits, base_only if self.has_base else 0, text_length, image_length, base_ratio)
-            self.masked[kind] = masked_attention(tokens)
-            self.open[kind] = masked_attention(tokens._replace(bits=(tokens.bits != 0).long()))
+        for kind, base_only in ("double", text_length), ("single", text_length + image_length * (not shared)):
+            base_only = base_only if self.has_base else 0
+            self.masked[kind] = masked_attention(in_one_sequence(bits, base_only, text_length, base_ratio, log_weights))
+            is_region = (bits != 0).long()
+            self.open[kind] = masked_attention(in_one_sequence(is_region, base_only, text_length, base_ratio))
+
+    @property
+    def streams(self) -> int:
+        """How many image streams the single blocks have."""
+        return 1 + (self.has_base and not self.shared)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
         """q, k, v and the result: (B, heads, L, head_dim), L as at the top of this file."""
@@ -142,4 +188,4 @@ class RegionalAttention:
 
     def join(self, txt: Tensor, img: Tensor) -> Tensor:
         """The sequence of the single blocks; the image stream is duplicated here."""
-        return torch.cat([txt, img, img], dim=1) if self.has_base else text_then_image(txt, img)
+        return torch.cat([txt, img, img], dim=1) if self.streams == 2 else text_then_image(txt, img)

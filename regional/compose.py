@@ -14,16 +14,17 @@ from regional.mask import RegionTokens
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (img (B, L_img, 64), t (B,)) -> (B, L_img, 64)
 
 
-def composed_velocity(regions: list[Velocity], base: Velocity, tokens: RegionTokens, base_ratio: float) -> Velocity:
+def composed_velocity(regions: list[Velocity], base: Velocity, tokens: RegionTokens, base_ratio: Tensor) -> Velocity:
     """(1 - base_ratio) * what each token's regions say + base_ratio * what the base prompt says.
 
-    `regions` are the velocities of tokens.prompts, in that order; where regions overlap, their mean counts.
+    `regions` are the velocities of tokens.prompts, in that order; where regions overlap, their mean counts, by cover.
+    base_ratio: (L_img,).
     """
-    inside = torch.stack([tokens.image_bits >> bit & 1 for bit in tokens.prompt_bits]).float()
-    shares = (inside / inside.sum(0))[:, :, None]
+    shares = (tokens.cover / tokens.cover.sum(0))[:, :, None]
+    ratio = base_ratio[:, None].float()
 
     def velocity(img: Tensor, t: Tensor) -> Tensor:
         regional = sum(share.to(img) * region(img, t) for share, region in zip(shares, regions))
-        return regional if base_ratio == 0 else (1 - base_ratio) * regional + base_ratio * base(img, t)
+        return torch.lerp(regional, base(img, t), ratio.to(regional)) if ratio.any() else regional
 
     return velocity

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -12,17 +13,25 @@ import msgspec
 import numpy as np
 import yaml
 from msgspec import Meta, Struct
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 
 from model.errors import InputError
 
 MAX_REGIONS = 61
+MAX_PICTURE = 8192**2  # pixels of a mask or map; larger ones would take a gigabyte to decode
 Where = Callable[[str], str]  # the path of a key -> how messages name it
-Pixels = Annotated[int, Meta(ge=16, le=65536)]
-
+Pixels = Annotated[int, Meta(ge=16, le=8192)]
+Ratio = Annotated[float, Meta(ge=0, le=1)]
+Position = float | str  # pixels, or a share of the width or height such as 25%
+Polygons = Annotated[  # msgspec can't tell a list of points from a list of lists of points; `polygons_of` can
+    tuple[Any, ...],
+    Meta(description="a list of at least three points [x, y], or several such lists", min_length=1),
+]
+Blocks = tuple[Annotated[int, Meta(ge=0)], ...] | str  # indices, or text for `blocks_of`
 
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*(:.+)?"  # org/name, or one of its files
 SHARE = r"\d+(\.\d+)?%"  # what shares in a layout look like
+SHAPES = ("box", "polygon", "mask", "color")
 
 
 class Lora(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -75,19 +84,38 @@ MODES = {"canny": 0, "tile": 1, "depth": 2, "blur": 3, "pose": 4, "gray": 5, "lq
 class Region(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One region: its prompt, and exactly one shape.
 
-    box: x0, y0, x1, y1 in pixels, half-open. mask: a picture, white inside, of the aspect ratio of the layout.
+    box: x0, y0, x1, y1 in pixels, half-open, or in shares such as 25%. polygon: points [x, y] in the same units, or
+    several lists of them (even-odd). mask: a picture, white inside, of the aspect ratio of the layout. color: one of
+    the layout's map, [r, g, b] or "#rrggbb", or an index.
+
+    strength: the weight of the region's text for its image tokens, 1 as published. feather: over how many pixels its
+    edge is soft. mask_inject_steps, base_ratio: its own, in place of the layout's.
     """
 
     prompt: str
-    box: tuple[float, float, float, float] | None = None
+    box: tuple[Position, Position, Position, Position] | None = None
+    polygon: Polygons | None = None
     mask: str | None = None
+    color: int | str | tuple[int, int, int] | None = None  # msgspec crashes on limits here; check_color has them
+    strength: Annotated[float, Meta(ge=0, le=100)] = 1.0
+    feather: Annotated[float, Meta(ge=0, le=8192)] = 0.0
+    mask_inject_steps: int | str | None = None
+    base_ratio: Ratio | None = None
     loras: tuple[RegionLora, ...] = ()
+
+    @property
+    def shape(self) -> str:
+        return next(key for key in SHAPES if getattr(self, key) is not None)
 
 
 class Layout(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One picture. What is None takes the model's default, or for the seed a random one.
 
     preset: what the settings are that are not written; `published`, the defaults below, or `control`, see PRESETS.
+    double_blocks, single_blocks: which blocks' attention is masked, in place of the intervals: "every 2", "0-18",
+    "0-4, 8" or a list. map: a picture of the regions that are given by color. image_attention: `open` lets all image
+    tokens see each other. base_stream: `shared` has one image stream in the single blocks too; cheaper, not the
+    published method.
     """
 
     prompt: str
@@ -97,35 +125,71 @@ class Layout(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     steps: Annotated[int, Meta(ge=1, le=10000)] | None = None
     guidance: Annotated[float, Meta(ge=0, le=1000)] = 3.5
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
-    base_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.3
+    base_ratio: Ratio = 0.3
     mask_inject_steps: int | str = "40%"
     double_inject_interval: Annotated[int, Meta(ge=1)] = 1
     single_inject_interval: Annotated[int, Meta(ge=1)] = 1
+    double_blocks: Blocks | None = None
+    single_blocks: Blocks | None = None
+    image_attention: Literal["isolated", "open"] = "isolated"
+    base_stream: Literal["separate", "shared"] = "separate"
     max_sequence_length: Annotated[int, Meta(ge=2, le=4096)] | None = None
     region_max_sequence_length: Annotated[int, Meta(ge=2, le=4096)] | str | None = None
     preset: Literal["published", "control"] = "published"
-    overlap: Literal["share", "last"] = "share"
+    map: str | None = None
+    overlap: Literal["share", "last", "first", "smallest"] = "share"
     method: Literal["regional", "rpg", "plain"] = "regional"
     loras: tuple[Lora, ...] = ()
     controlnets: tuple[Control, ...] = ()
     regions: tuple[Region, ...] = ()
 
-    def regional_steps(self, steps: int) -> int:
-        """How many of `steps` are regional: a count, or with % a share of them, rounded half up.
+    def steps_and_ratios(self, steps: int) -> list[tuple[int, float]]:
+        """For each region, and last for the background: how many of `steps` are regional, and its base_ratio in them.
 
-        None are without regions, at base_ratio 1, or by the plain method: all three are plain FLUX.
+        None are at base_ratio 1 or by the plain method: both are plain FLUX.
         """
-        if not self.regions or self.base_ratio == 1 or self.method == "plain":
-            return 0
-        if isinstance(self.mask_inject_steps, str):
-            return share_of(self.mask_inject_steps, steps)
-        return min(self.mask_inject_steps, steps)
+        own = [(region.mask_inject_steps, region.base_ratio) for region in self.regions] + [(None, None)]
+        found = []
+        for count, ratio in own:
+            ratio = self.base_ratio if ratio is None else ratio
+            count = count_of(self.mask_inject_steps if count is None else count, steps)
+            found.append((0 if ratio == 1 or self.method == "plain" else count, ratio))
+        return found
+
+    def regional_steps(self, steps: int) -> int:
+        """How many of `steps` may be regional; none are without regions."""
+        return max(count for count, _ in self.steps_and_ratios(steps)) if self.regions else 0
+
+    def is_masked(self, kind: str, index: int) -> bool:
+        """Whether the attention of this block, double or single, is masked in the regional steps."""
+        blocks = getattr(self, f"{kind}_blocks")
+        return index % getattr(self, f"{kind}_inject_interval") == 0 if blocks is None else blocks_of(blocks, index)
 
     def region_length(self, length: int) -> int:
         """How many text tokens each region has where the base prompt has `length`: as many, a count or a share."""
         if isinstance(self.region_max_sequence_length, str):
             return max(2, share_of(self.region_max_sequence_length, length))
         return self.region_max_sequence_length or length
+
+
+def count_of(count: int | str, whole: int) -> int:
+    """A count, or with % a share, of a whole: at most all of it."""
+    return share_of(count, whole) if isinstance(count, str) else min(count, whole)
+
+
+BLOCK_RANGE = r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?"
+
+
+def blocks_of(blocks: tuple[int, ...] | str, index: int) -> bool:
+    """Is the block of this index among them? ValueError if the text is none of "every 2", "0-18" and "0-4, 8"."""
+    if not isinstance(blocks, str):
+        return index in blocks
+    if every := re.fullmatch(r"\s*every\s+([1-9]\d*)\s*", blocks):
+        return index % int(every[1]) == 0
+    ranges = [re.fullmatch(BLOCK_RANGE, part) for part in blocks.split(",")]
+    if not all(ranges):
+        raise ValueError(blocks)
+    return any(int(low) <= index <= int(high or low) for low, high in (r.groups() for r in ranges))
 
 
 def share_of(share: str, whole: int) -> int:
@@ -179,15 +243,57 @@ def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024) 
     def placed(loras: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(replace(lora, file=beside(folder, lora.file)) for lora in loras)
 
-    regions = [replace(r, mask=picture(r.mask), loras=placed(r.loras)) for r in layout.regions]
+    regions = [
+        in_pixels(replace(r, mask=picture(r.mask), loras=placed(r.loras)), layout, where(f"regions[{i}]"))
+        for i, r in enumerate(layout.regions)
+    ]
     loras, controls = layout.loras, layout.controlnets
     if "loras" not in overrides:
         loras = [replace(lora, image=picture(lora.image)) for lora in placed(loras)]
     if "controlnets" not in overrides:
         controls = [replace(c, model=beside(folder, c.model), image=picture(c.image)) for c in controls]
-    layout = replace(layout, loras=tuple(loras), controlnets=tuple(controls), regions=tuple(regions))
+    layout = replace(
+        layout, map=picture(layout.map), loras=tuple(loras), controlnets=tuple(controls), regions=tuple(regions)
+    )
     check(layout, where)
     return layout
+
+
+def in_pixels(region: Region, layout: Layout, where: str) -> Region:
+    """The region with its box and polygons in pixels, and its polygons a list of lists of points."""
+
+    def pixels(value: Any, side: int, key: str) -> float:
+        if isinstance(value, str) and re.fullmatch(SHARE, value):
+            return float(Fraction(value[:-1]) * side / 100)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise InputError(f"{where}.{key} = {describe(value)}: expected pixels, or a share such as 25%.")
+        return float(value)
+
+    sides = (layout.width, layout.height)
+    box, polygon = region.box, region.polygon
+    if box is not None:
+        box = tuple(pixels(value, side, f"box[{i}]") for i, (value, side) in enumerate(zip(box, sides * 2)))
+    if polygon is not None:
+        polygon = tuple(
+            tuple(tuple(pixels(value, side, "polygon") for value, side in zip(point, sides)) for point in points)
+            for points in polygons_of(polygon, f"{where}.polygon")
+        )
+    return msgspec.structs.replace(region, box=box, polygon=polygon)
+
+
+def polygons_of(polygon: Any, where: str) -> list[Any]:
+    def is_point(value: Any) -> bool:
+        return (
+            isinstance(value, (list, tuple))
+            and len(value) == 2
+            and not any(isinstance(v, (list, tuple)) for v in value)
+        )
+
+    polygons = [polygon] if all(map(is_point, polygon)) else polygon
+    for points in polygons:
+        if not isinstance(points, (list, tuple)) or len(points) < 3 or not all(map(is_point, points)):
+            raise InputError(f"{where} = {describe(polygon)}: expected at least three points [x, y], or lists of them.")
+    return polygons
 
 
 def beside(folder: Path, name: str) -> str:
@@ -286,12 +392,13 @@ def check(layout: Layout, where: Where) -> None:
         if (value := getattr(layout, key)) % 16:
             low = value // 16 * 16
             raise InputError(f"{where(key)} = {value}: not a multiple of 16, the nearest are {low} and {low + 16}.")
-    share = layout.mask_inject_steps
-    if isinstance(share, str):
-        if not re.fullmatch(SHARE, share) or float(share[:-1]) > 100:
-            raise InputError(f"{where('mask_inject_steps')} = {share!r}: expected a count, or a share such as 40%.")
-    elif share < 0:
-        raise InputError(f"{where('mask_inject_steps')} = {share}: expected a count of steps from 0 on.")
+    check_steps(layout.mask_inject_steps, where("mask_inject_steps"))
+    for key in ("double_blocks", "single_blocks"):
+        try:
+            blocks_of(getattr(layout, key) or (), 0)
+        except ValueError as error:
+            expected = 'expected "every 2", "0-18", "0-4, 8" or a list of indices'
+            raise InputError(f"{where(key)} = {describe(str(error))}: {expected}.") from None
     length = layout.region_max_sequence_length
     if isinstance(length, str) and not (re.fullmatch(SHARE, length) and 0 < float(length[:-1]) <= 100):
         raise InputError(
@@ -302,6 +409,8 @@ def check(layout: Layout, where: Where) -> None:
         check_text(getattr(layout, key), where(key))
     if len(layout.regions) > MAX_REGIONS:
         raise InputError(f"{where('regions')} has {len(layout.regions)} entries: at most {MAX_REGIONS} are possible.")
+    if layout.map:
+        readable(read_picture, layout.map, where("map"))
     for i, region in enumerate(layout.regions):
         check_region(region, layout, where(f"regions[{i}]"))
     for i, lora in enumerate(layout.loras):
@@ -309,6 +418,14 @@ def check(layout: Layout, where: Where) -> None:
             readable(read_picture, lora.image, where(f"loras[{i}].image"))
     for i, control in enumerate(layout.controlnets):
         check_control(control, layout, lambda key, i=i: where(f"controlnets[{i}].{key}"))
+
+
+def check_steps(value: int | str, where: str) -> None:
+    if isinstance(value, str):
+        if not re.fullmatch(SHARE, value) or float(value[:-1]) > 100:
+            raise InputError(f"{where} = {describe(value)}: expected a count, or a share such as 40%.")
+    elif value < 0:
+        raise InputError(f"{where} = {value}: expected a count of steps from 0 on.")
 
 
 def check_text(text: str, where: str) -> None:
@@ -320,14 +437,38 @@ def check_region(region: Region, layout: Layout, where: str) -> None:
     if not region.prompt.strip():
         raise InputError(f"{where}.prompt = {region.prompt!r}: a region needs a prompt.")
     check_text(region.prompt, f"{where}.prompt")
-    shapes = [key for key in ("box", "mask") if getattr(region, key) is not None]
+    shapes = [key for key in SHAPES if getattr(region, key) is not None]
     if len(shapes) != 1:
         has = " and ".join(shapes) or "no shape"
-        raise InputError(f"{where} has {has}: a region needs exactly one of box and mask.")
+        raise InputError(f"{where} has {has}: a region needs exactly one of {', '.join(SHAPES)}.")
+    if region.mask_inject_steps is not None:
+        check_steps(region.mask_inject_steps, f"{where}.mask_inject_steps")
     if region.box:
         check_box(region.box, layout, f"{where}.box")
+    elif region.polygon:
+        check_polygon(region.polygon, layout, f"{where}.polygon")
+    elif region.mask:
+        check_mask(region.mask, layout, f"{where}.mask", read_mask, "white, no pixel reaches 128")
     else:
-        check_mask(region.mask, layout, f"{where}.mask")
+        check_color(region.color, layout, f"{where}.color")
+
+
+def check_polygon(polygons: Any, layout: Layout, where: str) -> None:
+    for x, y in (point for points in polygons for point in points):
+        if not (0 <= x <= layout.width and 0 <= y <= layout.height):
+            raise InputError(f"{where} has the point [{x:g}, {y:g}], outside {layout.width} x {layout.height}.")
+
+
+def check_color(color: Any, layout: Layout, where: str) -> None:
+    if layout.map is None:
+        raise InputError(f"{where} = {describe(color)}: a color needs the layout's map, a picture, and there is none.")
+    shown = describe(list(color) if isinstance(color, tuple) else color)
+    is_text = isinstance(color, str) and re.fullmatch("#[0-9a-fA-F]{6}", color)
+    is_index = isinstance(color, int) and 0 <= color < 2**24
+    if not (is_text or is_index or isinstance(color, tuple) and all(0 <= value <= 255 for value in color)):
+        raise InputError(f'{where} = {shown}: expected "#rrggbb", [r, g, b] from 0 to 255, or an index.')
+    read = partial(read_color, color=color)
+    check_mask(layout.map, layout, f"{where} = {shown}: map", read, "of this color")
 
 
 def check_box(box: tuple[float, ...], layout: Layout, where: str) -> None:
@@ -369,8 +510,8 @@ def readable(read: Callable[[str], Any], file: str, where: str) -> Any:
         raise InputError(f"{where} = {describe(file)}: not a picture that can be read ({error}).") from None
 
 
-def check_mask(mask: str, layout: Layout, where: str) -> None:
-    inside = readable(read_mask, mask, where)
+def check_mask(mask: str, layout: Layout, where: str, read: Callable[[str], np.ndarray], what: str) -> None:
+    inside = readable(read, mask, where)
     height, width = inside.shape
     if abs(width * layout.height - height * layout.width) > max(layout.width, layout.height):
         raise InputError(
@@ -378,25 +519,45 @@ def check_mask(mask: str, layout: Layout, where: str) -> None:
             f"{layout.width} x {layout.height}."
         )
     if not inside.any():
-        raise InputError(f"{where} = {mask}: nothing in it is white, no pixel reaches 128.")
+        raise InputError(f"{where} = {mask}: nothing in it is {what}.")
+
+
+def opened(file: str) -> Image.Image:
+    picture = Image.open(file)
+    if picture.width * picture.height > MAX_PICTURE:
+        raise ValueError(f"its {picture.width} x {picture.height} pixels are more than {MAX_PICTURE}")
+    return picture
 
 
 def read_mask(file: str) -> np.ndarray:
     """A mask picture as (rows, columns) bool: inside is what is white, from 128 of 255 on; transparent is outside."""
-    with Image.open(file) as picture:
+    with opened(file) as picture:
         if picture.mode.startswith("I"):  # 16 bits: Pillow's own conversion would take all above 255 for white
             return np.asarray(picture) >= 128 * 257
         if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            return (
-                np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture).convert("L")) >= 128
-            )
+            gray, alpha = picture.convert("LA").split()
+            return np.asarray(ImageChops.multiply(gray, alpha)) >= 128
         return np.asarray(picture.convert("L")) >= 128
+
+
+def read_color(file: str, color: Any) -> np.ndarray:
+    """Which pixels of a map have this color, (rows, columns) bool. An index is a palette's or a gray value; in a map of
+    colors R + 256 G + 65536 B, as in COCO's panoptic pictures."""
+    with opened(file) as picture:
+        if isinstance(color, int) and picture.mode in ("1", "L", "P") or picture.mode.startswith("I"):
+            return np.asarray(picture) == color
+        if isinstance(color, int):
+            color = (color & 255, color >> 8 & 255, color >> 16)
+        elif isinstance(color, str):
+            color = bytes.fromhex(color[1:])
+        return np.logical_and.reduce(
+            [np.asarray(band) == value for band, value in zip(picture.convert("RGB").split(), color)]
+        )
 
 
 def read_picture(file: str) -> Image.Image:
     """A control picture as RGB, upright; of 16 bits the upper 8."""
-    with Image.open(file) as picture:
+    with opened(file) as picture:
         if picture.mode.startswith("I"):
             picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
         return ImageOps.exif_transpose(picture).convert("RGB")

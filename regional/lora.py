@@ -45,16 +45,14 @@ def additions(
     return found
 
 
-def regional_step(mine: Tensor, text_length: int, image_length: int, has_base: bool) -> dict[str, Tensor]:
+def regional_step(mine: Tensor, text_length: int, image_length: int, has_base: bool, streams: int) -> dict[str, Tensor]:
     """A region's tokens in a regional step, in each stream of regional/attention.py's sequences, (L,) bool each.
 
-    mine: (L,) bool, which tokens of [txt_1 .. txt_R, img] are the region's.
+    mine: (L,) bool, which tokens of [txt_1 .. txt_R, img] are the region's. streams: image streams in single blocks.
     """
     texts, img = mine.split([len(mine) - image_length, image_length])
-    if not has_base:
-        return {"txt": texts, "img": img, "both": mine}
-    txt = torch.cat([texts, img.all().expand(text_length)])
-    return {"txt": txt, "img": img, "both": torch.cat([txt, img, img])}
+    txt = torch.cat([texts, img.all().expand(text_length * has_base)])
+    return {"txt": txt, "img": img, "both": torch.cat([txt] + [img] * streams)}
 
 
 def plain_step(img: Tensor, text_length: int) -> dict[str, Tensor]:

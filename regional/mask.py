@@ -3,6 +3,7 @@
 To try another mask rule, change `allowed` here, and its line of Triton in kernel.py; every attention here uses it.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from regional.layout import Layout, Region, read_mask
+from regional.layout import Layout, Region, read_color, read_mask
 
 BACKGROUND_BIT = 61  # the written regions have bits 0-60
+OPEN_BIT = 62  # of all image tokens, where they all see each other
 
 
 def allowed(bits_q: Tensor, bits_k: Tensor) -> Tensor:
@@ -24,18 +26,42 @@ def allowed(bits_q: Tensor, bits_k: Tensor) -> Tensor:
 
 
 class RegionTokens(NamedTuple):
-    """The regions on the token grid: a prompt and a bit for each region (the background last, where it is needed),
-    and the bits of the image tokens, (h w,) int64, row by row."""
+    """The regions on the token grid.
+
+    prompts, prompt_bits: a prompt and a bit for each of P regions, the background last, where it is needed.
+    image_bits: (h w,) int64, the bits of the image tokens, row by row.
+    cover: (P, h w) float32, how far each region covers each image token; 0 or 1 without feathers.
+    strength: for each region, the weight of its text for its image tokens.
+    open_images: all image tokens see each other.
+    """
 
     prompts: list[str]
     prompt_bits: list[int]
     image_bits: Tensor
+    cover: Tensor
+    strength: list[float]
+    open_images: bool
     warnings: list[str]
 
     def bits(self, text_length: int) -> Tensor:
         """Bits of the sequence [txt_1 .. txt_R, img] with texts of `text_length` tokens each, (L,) int64."""
         text = torch.tensor([1 << bit for bit in self.prompt_bits]).repeat_interleave(text_length)
-        return torch.cat([text, self.image_bits])
+        return torch.cat([text, self.image_bits | (self.open_images << OPEN_BIT)])
+
+    def log_weights(self) -> Tensor | None:
+        """What is added to the scores between each image token and each region's text, (h w, P) float32: the logarithms
+        of strength and cover, -inf for strength 0. None where all are 0."""
+        weights = self.cover * torch.tensor(self.strength)[:, None]
+        weights = weights.where(self.cover > 0, 1).log()
+        return weights.T.contiguous() if weights.any() else None
+
+    def mean(self, values: list[float]) -> Tensor:
+        """For each image token the mean of its regions' values, by cover, (h w,) float64."""
+        values = torch.tensor(values, dtype=torch.float64)
+        if (values == values[0]).all():  # exactly that value, also after a division
+            return values[0].expand(self.cover.shape[1])
+        cover = self.cover.double()
+        return values @ cover / cover.sum(0)
 
     def sorted(self) -> tuple["RegionTokens", Tensor]:
         """The same with the image tokens of equal bits side by side, and their old positions, (h w,) int64.
@@ -47,7 +73,7 @@ class RegionTokens(NamedTuple):
         for shift in (1, 2, 4, 8, 16, 32):
             rank = rank ^ (rank >> shift)
         order = rank.argsort(stable=True)
-        return self._replace(image_bits=self.image_bits[order]), order
+        return self._replace(image_bits=self.image_bits[order], cover=self.cover[:, order]), order
 
 
 def region_tokens(layout: Layout) -> RegionTokens:
@@ -58,32 +84,80 @@ def region_tokens(layout: Layout) -> RegionTokens:
         if not tokens.any():
             tokens = most_covered(region, layout)
             warnings.append(f"regions[{i}] covers no token's centre; it gets the one token it covers most.")
-        inside.append(tokens)
-    owned = np.stack(inside)
-    if layout.overlap == "last":
-        for i in range(len(owned) - 1):
-            owned[i] &= ~owned[i + 1 :].any(axis=0)
-            if not owned[i].any():
-                warnings.append(f"regions[{i}] lies wholly under later regions and will not show.")
-    prompts, bits = [r.prompt for r in layout.regions], list(range(len(owned)))
-    image_bits = sum(o.astype(np.int64) << bit for o, bit in zip(owned, bits))
-    if (uncovered := image_bits == 0).any():
-        prompts, bits = prompts + [layout.background_prompt], bits + [BACKGROUND_BIT]
-        image_bits[uncovered] = 1 << BACKGROUND_BIT
-    return RegionTokens(prompts, bits, torch.from_numpy(image_bits.flatten()), warnings)
+        inside.append(feathered(tokens, region.feather) if region.feather > 16 else tokens.astype(np.float32))
+    cover = np.stack(inside)
+    if layout.overlap != "share":
+        order = stacking(cover, layout.overlap)
+        for place, i in enumerate(order):  # the topmost first: what it leaves is for the others
+            cover[i] = np.minimum(cover[i], 1 - cover[order[:place]].sum(axis=0).clip(max=1))
+            cover[i][cover[i] < 1e-6] = 0
+            if not cover[i].any():
+                warnings.append(f"regions[{i}] lies wholly under {HIDES[layout.overlap]} regions and will not show.")
+    prompts, bits = [r.prompt for r in layout.regions], list(range(len(cover)))
+    strength = [r.strength for r in layout.regions]
+    rest = 1 - cover.sum(axis=0)
+    if (rest > 1e-6).any():
+        prompts, bits, strength = prompts + [layout.background_prompt], bits + [BACKGROUND_BIT], strength + [1.0]
+        cover = np.concatenate([cover, np.where(rest > 1e-6, rest, 0)[None]])
+    image_bits = sum((c > 0).astype(np.int64) << bit for c, bit in zip(cover, bits))
+    open_images = layout.image_attention == "open"
+    flat = torch.from_numpy(image_bits.flatten()), torch.from_numpy(cover.reshape(len(cover), -1))
+    return RegionTokens(prompts, bits, *flat, strength, open_images, warnings)
+
+
+HIDES = {"last": "later", "first": "earlier", "smallest": "smaller"}  # which regions lie above
+
+
+def stacking(cover: np.ndarray, overlap: str) -> list[int]:
+    """The regions' indices, the topmost first."""
+    indices = list(range(len(cover)))
+    if overlap == "smallest":
+        return sorted(indices, key=lambda i: cover[i].sum())
+    return indices[::-1] if overlap == "last" else indices
+
+
+def feathered(tokens: np.ndarray, feather: float) -> np.ndarray:
+    """The share of each token's surroundings, `feather` pixels wide and high, that is in the region: float32 in [0, 1].
+    Beyond the picture it goes on as at its edge."""
+    cover, width = tokens.astype(np.float32), feather / 16
+    reach = math.ceil(width / 2 - 0.5)
+    window = np.clip(width / 2 + 0.5 - np.abs(np.arange(-reach, reach + 1)), 0, 1) / width
+    for axis in (0, 1):
+        padded = np.pad(cover, [(reach, reach) if i == axis else (0, 0) for i in (0, 1)], mode="edge")
+        cover = sum(w * padded.take(range(i, i + cover.shape[axis]), axis) for i, w in enumerate(window))
+    return np.where(cover > 1e-6, cover.clip(max=1), 0).astype(np.float32)
 
 
 def token_grid(region: Region, layout: Layout) -> np.ndarray:
     """Which tokens' centre pixels, (16 j + 8, 16 i + 8), lie in the region: (height / 16, width / 16) bool."""
     h, w = layout.height // 16, layout.width // 16
+    x, y = 16 * np.arange(w) + 8, 16 * np.arange(h) + 8
     if region.box:
         x0, y0, x1, y1 = region.box
-        x, y = 16 * np.arange(w) + 8, 16 * np.arange(h) + 8
         return ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
-    mask = read_mask(region.mask)
+    if region.polygon:
+        return in_polygons(region.polygon, x, y)
+    mask = region_mask(region, layout)
     row = ((np.arange(h) + 0.5) * mask.shape[0] / h).astype(int)
     column = ((np.arange(w) + 0.5) * mask.shape[1] / w).astype(int)
     return mask[row][:, column]
+
+
+def region_mask(region: Region, layout: Layout) -> np.ndarray:
+    """The region's own picture, or its color in the layout's map: (rows, columns) bool."""
+    return read_mask(region.mask) if region.mask else read_color(layout.map, region.color)
+
+
+def in_polygons(polygons: tuple, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Even-odd, (len(y), len(x)) bool: a point is inside if a ray from it to the left crosses an odd number of edges.
+    An edge holds its upper end and not its lower one; a point on an edge lies to its right: as boxes are half-open."""
+    inside = np.zeros((len(y), len(x)), dtype=bool)
+    for points in polygons:
+        for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1]):
+            rows = (min(y0, y1) <= y) & (y < max(y0, y1))
+            crossing = x0 + (y[rows] - y0) * (x1 - x0) / (y1 - y0) if rows.any() else y[rows]
+            inside[rows] ^= crossing[:, None] <= x
+    return inside
 
 
 def most_covered(region: Region, layout: Layout) -> np.ndarray:
@@ -96,10 +170,15 @@ def most_covered(region: Region, layout: Layout) -> np.ndarray:
             for low, high, n in ((y0, y1, h), (x0, x1, w))
         ]
         area = np.outer(*overlap)
+    elif region.polygon:
+        fine = in_polygons(region.polygon, 4 * np.arange(4 * w) + 2, 4 * np.arange(4 * h) + 2)
+        area = fine.reshape(h, 4, w, 4).sum(axis=(1, 3))
+        if not area.any():  # smaller than that: the token of its first point
+            x, y = region.polygon[0][0]
+            area[min(int(y) // 16, h - 1), min(int(x) // 16, w - 1)] = 1
     else:
-        area = np.asarray(
-            Image.fromarray(read_mask(region.mask).astype(np.float32)).resize((w, h), Image.Resampling.BOX)
-        )
+        mask = Image.fromarray(region_mask(region, layout).astype(np.float32))
+        area = np.asarray(mask.resize((w, h), Image.Resampling.BOX))
     one = np.zeros(h * w, dtype=bool)
     one[area.argmax()] = True
     return one.reshape(h, w)

@@ -482,15 +482,15 @@ def test_streams_of_all_of_flux():
 
 def test_tokens_of_a_region():
     mine = torch.tensor([1, 1, 0, 0, 1, 0, 0]).bool()  # two texts of two tokens, three image tokens
-    step = regional_step(mine, 2, 3, has_base=True)
+    step = regional_step(mine, 2, 3, has_base=True, streams=2)
     assert step["txt"].tolist() == [True, True, False, False, False, False] and step["img"].tolist() == [
         True,
         False,
         False,
     ]
     assert step["both"].tolist() == step["txt"].tolist() + 2 * step["img"].tolist()
-    assert regional_step(mine, 2, 3, has_base=False)["both"].tolist() == mine.tolist()
-    everywhere = regional_step(torch.tensor([1, 1, 0, 0, 1, 1, 1]).bool(), 2, 3, has_base=True)
+    assert regional_step(mine, 2, 3, has_base=False, streams=1)["both"].tolist() == mine.tolist()
+    everywhere = regional_step(torch.tensor([1, 1, 0, 0, 1, 1, 1]).bool(), 2, 3, has_base=True, streams=2)
     assert everywhere["txt"].tolist() == [True, True, False, False, True, True]  # the base prompt's tokens too
     assert plain_step(mine[4:], 2)["both"].tolist() == [False, False, True, False, False]
 

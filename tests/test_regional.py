@@ -408,7 +408,7 @@ def test_composition_takes_each_token_from_its_regions(ratio):
     def constant(value: float):
         return lambda img, t: (asked.append(value), torch.full_like(img, value))[1]
 
-    velocity = composed_velocity([constant(v) for v in (1.0, 2.0, 3.0, 4.0)], constant(100.0), tokens, ratio)
+    velocity = composed_velocity([constant(v) for v in (1.0, 2.0, 3.0, 4.0)], constant(100.0), tokens, torch.full((24,), ratio))
     out = velocity(torch.zeros(1, IMAGE, 64), torch.ones(1))
     of_bits = {0b1: 1, 0b10: 2, 0b11: 1.5, 0b111: 2, 0b101: 2, 0b110: 2.5, 0b100: 3, 1 << BACKGROUND_BIT: 4}
     expected = torch.tensor([of_bits[bits] for bits in tokens.image_bits.tolist()])

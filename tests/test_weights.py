@@ -360,7 +360,7 @@ STRANGERS = {
     "a LoRA;": {"double_blocks.0.processor.qkv_lora1.down.weight": (4, 8)},
     "XLabs IP-Adapter": {"double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight": (8, 8)},
     "a ControlNet": {"double_blocks.0.img_attn.qkv.weight": (24, 8), "controlnet_blocks.0.weight": (8, 8)},
-    "a ControlNet; those belong": {
+    "a ControlNet; those": {
         "transformer_blocks.0.attn.to_q.weight": (8, 8),
         "controlnet_x_embedder.weight": (8, 64),
     },
