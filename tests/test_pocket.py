@@ -202,3 +202,15 @@ def test_every_region_of_the_starter_layout_shows_what_its_prompt_says(tmp_path)
         area[y0:y1, x0:x1] = True
         seen = detect(picture, area)
         assert seen and seen.color in region.prompt and seen.pattern in region.prompt, (region.prompt, seen)
+
+
+EXAMPLES = [ROOT / "layout.yaml", *sorted(ROOT.glob("examples/*.yaml"))]
+
+
+@pytest.mark.parametrize("layout", EXAMPLES, ids=[file.stem for file in EXAMPLES])
+def test_every_example_runs(layout, tmp_path):
+    """With the pocket model, and for flux_dev.yaml at its own size, in two steps."""
+    output = tmp_path / "picture.png"
+    assert generate.main(["--layout", str(layout), "--steps", "2", "--device", "cpu", "--output", str(output)]) == 0
+    written = read_layout(layout, {}, size=256)
+    assert Image.open(output).size == (written.width, written.height)
