@@ -3,7 +3,8 @@
 FlashAttention's online softmax (arXiv 2205.14135, 2307.08691) over lists of tiles. Which tiles of keys a tile of
 queries may see altogether, in part or not at all depends on the layout alone: `tile_lists` says it once for all heads,
 blocks and steps. The kernel goes through a query tile's full tiles without any mask code, then through its mixed tiles
-testing `bits_allowed`, never meets the forbidden ones, and blends with the base branch as it writes.
+testing `bits_allowed`, never meets the forbidden ones, and blends with the base branch as it writes. Where tokens weigh
+the texts of their regions (strength, feather), those pairs of tiles are mixed ones too, and only they read the weights.
 
 On Hopper and newer, tiles come through TMA descriptors; elsewhere, and in Triton's interpreter (TRITON_INTERPRET=1: the
 CPU, no bfloat16), through pointers. q, k and v may have any strides with the head dimension contiguous.
@@ -68,10 +69,11 @@ def online_softmax(qk, v_tile, m_i, l_i, acc, scale):
 
 @triton.jit
 def regional_kernel(
-    q, k, v, o, base, base_row, base_weight, queries, query_bits, keys, key_bits,
+    q, k, v, o, base, base_row, base_weight, queries, query_bits, keys, key_bits, key_region, log_weight,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b, o_h, o_l, base_b, base_h, base_l,
-    L, scale,
+    L, COLUMNS, scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BASE: tl.constexpr, TMA: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head; the grid is (tiles, heads, pictures). The lists are those of `Tiles`. scale is
     log2(e) / sqrt(D), because the hardware's exponential is of base 2. Strides are in elements, named tensor_axis."""
@@ -91,6 +93,7 @@ def regional_kernel(
         v_tile = load_tile(v, v_b, v_h, v_l, start_n, L, BLOCK_N, D, TMA, RAGGED=False)
         m_i, l_i, acc = online_softmax(qk, v_tile, m_i, l_i, acc, scale)
 
+    rows = start + tl.arange(0, BLOCK_M)
     bits_q = tl.load(query_bits + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))
     for i in range(mixed_begin, keys_end):
         start_n = tl.load(keys + 2 * i)
@@ -98,12 +101,15 @@ def regional_kernel(
         qk = tl.dot(q_tile, k_tile.T, input_precision="ieee")
         # loaded after the product, so that the bits and the operands don't need registers at the same time
         bits_k = tl.load(key_bits + tl.load(keys + 2 * i + 1) * BLOCK_N + tl.arange(0, BLOCK_N))
+        if WEIGHTED:
+            region = tl.load(key_region + tl.load(keys + 2 * i + 1) * BLOCK_N + tl.arange(0, BLOCK_N))
+            weights = log_weight + (rows * COLUMNS)[:, None] + region[None, :]
+            qk += D**0.5 * tl.load(weights, mask=rows[:, None] < L, other=0.0)  # `scale` divides by it again
         qk = tl.where(bits_allowed(bits_q[:, None], bits_k[None, :]), qk, float("-inf"))
         v_tile = load_tile(v, v_b, v_h, v_l, start_n, L, BLOCK_N, D, TMA, RAGGED=True)
         m_i, l_i, acc = online_softmax(qk, v_tile, m_i, l_i, acc, scale)
 
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]  # a row with nothing allowed gives zeros
-    rows = start + tl.arange(0, BLOCK_M)
     inside = rows < end
     h, b, d = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64), tl.arange(0, D)[None]
     if BASE:
@@ -125,6 +131,7 @@ class Tiles(NamedTuple):
     query_bits (n, block_m): the bits of those rows, zeros after the end.
     keys (m, 2): a tile's first row, and its row in key_bits.
     key_bits (tiles, block_n): the bits of a key tile, zeros after its end.
+    key_region (tiles, block_n): the column of Tokens.log_weight of those keys, or None without any.
     pairs: how many (query, key) are allowed.
     """
 
@@ -132,6 +139,7 @@ class Tiles(NamedTuple):
     query_bits: Tensor
     keys: Tensor
     key_bits: Tensor
+    key_region: Tensor | None
     pairs: int
 
 
@@ -154,8 +162,11 @@ def cut(bits: Tensor, block: int) -> list[tuple[int, int]]:
     return tiles
 
 
-def tile_lists(bits: Tensor, block_m: int, block_n: int) -> Tiles:
-    """bits: (L,) int64 on the CPU, best sorted. Exact: made from the rule itself, for each pair of distinct bits."""
+def tile_lists(
+    bits: Tensor, block_m: int, block_n: int, region: Tensor | None = None, log_weight: Tensor | None = None
+) -> Tiles:
+    """bits: (L,) int64 on the CPU, best sorted; region and log_weight as in Tokens, there too. Exact: made from the
+    rule itself, for each pair of distinct bits."""
     values, kind = bits.unique(return_inverse=True)
     rule = allowed(values[:, None], values[None, :]).float()
 
@@ -166,6 +177,11 @@ def tile_lists(bits: Tensor, block_m: int, block_n: int) -> Tiles:
     pairs = tokens_of_each_kind(query_tiles) @ rule @ tokens_of_each_kind(key_tiles).T
     rows = torch.tensor([end - start for start, end in query_tiles])
     full = pairs == rows[:, None] * block_n
+    if log_weight is not None:  # which tiles of queries weigh which regions, and which tiles of keys have those
+        weighs = torch.stack([log_weight[start:end].ne(0).any(0) for start, end in query_tiles]).float()
+        columns = range(log_weight.shape[1])
+        has = torch.stack([torch.isin(torch.tensor(columns), region[start:end]) for start, end in key_tiles]).float()
+        full &= weighs @ has.T == 0
     mixed = (pairs > 0) & ~full
 
     queries, keys = [], []
@@ -178,16 +194,17 @@ def tile_lists(bits: Tensor, block_m: int, block_n: int) -> Tiles:
         queries.append((*query_tiles[i], full_begin, mixed_begin, len(keys)))
     return Tiles(
         torch.tensor(queries, dtype=torch.int32),
-        padded_bits(bits, [query_tiles[i] for i in order], block_m),
+        padded(bits, [query_tiles[i] for i in order], block_m),
         torch.tensor(keys, dtype=torch.int32).reshape(-1, 2),
-        padded_bits(bits, key_tiles, block_n),
+        padded(bits, key_tiles, block_n),
+        None if region is None else padded(region.int(), key_tiles, block_n),
         int(pairs.sum(dtype=torch.float64)),
     )
 
 
-def padded_bits(bits: Tensor, tiles: list[tuple[int, int]], block: int) -> Tensor:
-    """The bits of each tile's tokens, (len(tiles), block); no bits after a tile's end."""
-    return torch.stack([F.pad(bits[start:end], (0, block - (end - start))) for start, end in tiles])
+def padded(values: Tensor, tiles: list[tuple[int, int]], block: int) -> Tensor:
+    """The values of each tile's tokens, (len(tiles), block); zeros after a tile's end."""
+    return torch.stack([F.pad(values[start:end], (0, block - (end - start))) for start, end in tiles])
 
 
 # ------------------------------------------------------------------------------------------------ launching it
@@ -222,6 +239,8 @@ def attend(
     query_bits: Tensor,
     keys: Tensor,
     key_bits: Tensor,
+    key_region: Tensor | None,
+    log_weight: Tensor | None,
     pairs: int,
     block_m: int,
     block_n: int,
@@ -232,7 +251,9 @@ def attend(
     """Launch the kernel. q, k, v (B, H, L, D) and base (B, H, L_base, D) -> (B, H, L, D), laid out as (B, L, H, D)."""
     batch, heads, length, head_dim = q.shape
     out, has_base = empty_output(q), base is not None
-    base = base if has_base else out  # the launcher wants a pointer; it is not read
+    weighted = log_weight is not None
+    base = base if has_base else out  # the launcher wants pointers; those are not read
+    key_region, log_weight = (key_region, log_weight) if weighted else (key_bits, base_weight)
     if head_dim not in (32, 64, 128) or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"the kernel is not made for heads of {head_dim} in {q.dtype}")
     if any(x.stride(-1) != 1 for x in (q, k, v, base)):
@@ -244,9 +265,10 @@ def attend(
         boxes = ([1, 1, rows, head_dim] for rows in (block_m, block_n, block_n))
         tensors = map(TensorDescriptor.from_tensor, tensors, boxes)
     regional_kernel[len(queries), heads, batch](
-        *tensors, out, base, base_row, base_weight, queries, query_bits, keys, key_bits,
-        *(stride for x in (q, k, v, out, base) for stride in x.stride()[:3]), length, math.log2(math.e) / head_dim**0.5,
-        D=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, BASE=has_base, TMA=tma,
+        *tensors, out, base, base_row, base_weight, queries, query_bits, keys, key_bits, key_region, log_weight,
+        *(stride for x in (q, k, v, out, base) for stride in x.stride()[:3]),
+        length, log_weight.shape[-1], math.log2(math.e) / head_dim**0.5,
+        D=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, BASE=has_base, TMA=tma, WEIGHTED=weighted,
         num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out
@@ -263,8 +285,8 @@ attend_op.register_fake(lambda q, *rest: empty_output(q))
 
 
 @register_flop_formula(torch.ops.regional.attend)
-def flops(q_shape, k_shape, v_shape, base_shape, base_row, base_weight, queries, query_bits, keys, key_bits, pairs, *_,
-          out_shape=None, **kwargs) -> int:  # fmt: skip
+def flops(q_shape, k_shape, v_shape, base_shape, base_row, base_weight, queries, query_bits, keys, key_bits, key_region,
+          log_weight, pairs, *_, out_shape=None, **kwargs) -> int:  # fmt: skip
     """Two products of 2 D operations for each allowed pair of each head."""
     batch, heads, _, head_dim = q_shape
     return 4 * batch * heads * head_dim * pairs
@@ -273,8 +295,10 @@ def flops(q_shape, k_shape, v_shape, base_shape, base_row, base_weight, queries,
 def kernel_attention(tokens: Tokens, dtype: torch.dtype, device: torch.device) -> MaskedAttention:
     """The kernel for tokens with these bits and q, k, v of this dtype on this device."""
     launch = launch_for(dtype, torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0))
-    *lists, pairs = tile_lists(tokens.bits.cpu(), launch.block_m, launch.block_n)
-    blend_and_lists = [x.to(device) for x in (tokens.base_row.int(), tokens.base_weight.float(), *lists)]
+    weights = [x if x is None else x.cpu() for x in (tokens.region, tokens.log_weight)]
+    *lists, pairs = tile_lists(tokens.bits.cpu(), launch.block_m, launch.block_n, *weights)
+    given = (tokens.base_row.int(), tokens.base_weight.float(), *lists, tokens.log_weight)
+    blend_and_lists = [x if x is None else x.to(device) for x in given]
 
     def masked(q: Tensor, k: Tensor, v: Tensor, base: Tensor | None = None) -> Tensor:
         return attend_op(q, k, v, base, *blend_and_lists, pairs, *launch)

@@ -26,15 +26,17 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 POINTERS = {
     "o": None, "base": None, "query_bits": "i64", "key_bits": "i64",
     "base_row": "i32", "base_weight": "fp32", "queries": "i32", "keys": "i32",
+    "key_region": "i32", "log_weight": "fp32",
 }  # fmt: skip
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDL", "STL")
 
 
-def compile_kernel(capability: int, dtype: torch.dtype, head_dim: int, base: bool) -> dict:
+def compile_kernel(capability: int, dtype: torch.dtype, head_dim: int, base: bool, weighted: bool = False) -> dict:
     """Registers, spilled bytes, shared memory, how often each of INSTRUCTIONS occurs, and the length of the loops."""
     launch = launch_for(dtype, divmod(capability, 10))
     constants = {
         "D": head_dim, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BASE": base, "TMA": launch.tma,
+        "WEIGHTED": weighted,
     }  # fmt: skip
     signature, attributes = {}, {}
     for i, name in enumerate(regional_kernel.arg_names):
@@ -61,7 +63,8 @@ def compile_kernel(capability: int, dtype: torch.dtype, head_dim: int, base: boo
         usage = run("cuobjdump", "--dump-resource-usage", cubin.name)
         sass = run("nvdisasm", cubin.name)
     return {
-        "capability": capability, "dtype": TYPES[dtype], "head_dim": head_dim, "base": base, **launch._asdict(),
+        "capability": capability, "dtype": TYPES[dtype], "head_dim": head_dim, "base": base, "weighted": weighted,
+        **launch._asdict(),
         "registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared": compiled.metadata.shared, **{x: len(re.findall(rf"\b{x}\b", sass)) for x in INSTRUCTIONS},
         "loops": loops(sass),
@@ -91,5 +94,6 @@ if __name__ == "__main__":
         *itertools.product([90], [torch.bfloat16, torch.float16, torch.float32], [32, 64, 128], [True]),
         *itertools.product([90], [torch.bfloat16], [128], [False]),
         *itertools.product([80, 89, 100, 120], [torch.bfloat16], [128], [True]),
+        *itertools.product([89, 90], [torch.bfloat16], [128], [True], [True]),
     ]
     json.dump([compile_kernel(*each) for each in launched], sys.stdout, indent=1)

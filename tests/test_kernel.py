@@ -10,6 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.attention import Block
 from model.transformer import Flux, FluxParams
 from regional import kernel
-from regional.attention import RegionalAttention, Tokens, dense_attention, portable_attention
+from regional.attention import RegionalAttention, Tokens, dense_attention, in_one_sequence, portable_attention
 from regional.kernel import Launch, kernel_attention, tile_lists
 from regional.layout import Layout, Region
 from regional.mask import BACKGROUND_BIT, allowed, region_tokens
@@ -122,7 +123,7 @@ def run(tokens: Tokens, q, k, v, base=None) -> torch.Tensor:
 
 
 def on_device(tokens: Tokens) -> Tokens:
-    return Tokens(*(x.to(DEVICE) for x in tokens))
+    return Tokens(*(x if x is None else x.to(DEVICE) for x in tokens))
 
 
 def in_float64(tokens: Tokens, *qkv_base: torch.Tensor) -> torch.Tensor:
@@ -196,6 +197,41 @@ def test_large_logits_in_float16(launch, dtype, launched):
     assert (out - expected).abs().max() <= 2 * (theirs - expected).abs().max()
 
 
+def weighing_tokens(length: int) -> Tokens:
+    """Texts of 13 tokens, then image tokens that weigh them: some by the row, some not, some not at all to look at."""
+    layout = msgspec.structs.replace(overlapping(3, **small), image_attention="open")
+    strong = [
+        msgspec.structs.replace(r, strength=s, feather=f) for r, s, f in zip(layout.regions, (0, 1, 3), (0, 80, 0))
+    ]
+    region = region_tokens(msgspec.structs.replace(layout, regions=tuple(strong))).sorted()[0]
+    bits = region.bits(length)
+    return in_one_sequence(bits, 9, 9, torch.full((144,), 0.25).double(), region.log_weights())
+
+
+@LAUNCH
+def test_weights_of_texts_are_those_of_the_dense_reference(launch, launched):
+    launched(launch)
+    given = weighing_tokens(13)
+    q, k, v = fused_qkv(len(given.bits))
+    base = fused_qkv(9 + 144, seed=1)[0]
+    out, expected = run(given, q, k, v, base), in_float64(given, q, k, v, base)
+    assert (out - expected).abs().max() < 2e-6
+    assert (out - run(given._replace(region=None, log_weight=None), q, k, v, base)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("block_m, block_n", [(32, 32), (16, 64)])
+def test_tiles_whose_pairs_have_weights_are_mixed(block_m, block_n):
+    tokens = weighing_tokens(80)
+    bits, region, log_weight = tokens.bits, tokens.region, tokens.log_weight
+    queries, _, keys, *_ = tile_lists(bits, block_m, block_n, region, log_weight)
+    plain = tile_lists(bits, block_m, block_n).queries
+    weights = log_weight[:, region]
+    for start, end, first, mixed, _ in queries.tolist():
+        for key, _ in keys[first:mixed].tolist():
+            assert not weights[start:end, key : key + block_n].any()
+    assert (plain[:, 3] - plain[:, 2]).sum() > (queries[:, 3] - queries[:, 2]).sum() > 0
+
+
 KERNEL = partial(kernel_attention, dtype=torch.float32, device=torch.device(DEVICE))
 
 
@@ -225,7 +261,8 @@ def test_the_operator_says_of_itself_what_it_does():
     """torch's own check: the schema, what the meta device is told, and that no argument is changed."""
     *lists, pairs = tile_lists(CASES["33 tokens"], 32, 32)
     q, k, v = fused_qkv(33, heads=2)
-    arguments = q, k, v, None, *(x.to(DEVICE) for x in (torch.zeros(33).int(), torch.zeros(33), *lists)), pairs
+    given = torch.zeros(33).int(), torch.zeros(33), *lists, None
+    arguments = q, k, v, None, *(x if x is None else x.to(DEVICE) for x in given), pairs
     tests = "test_schema", "test_faketensor"
     torch.library.opcheck(kernel.attend_op, (*arguments, 32, 32, 4, 1, False), test_utils=tests)
     told = kernel.attend_op(
@@ -289,7 +326,7 @@ def test_what_it_is_not_made_for_is_refused():
 def test_the_lists_are_the_mask(bits, block_m, block_n):
     """Put together again, tile by tile, they give the L x L mask: every pair in one tile or none."""
     length = len(bits)
-    queries, query_bits, keys, key_bits, pairs = tile_lists(bits, block_m, block_n)
+    queries, query_bits, keys, key_bits, _, pairs = tile_lists(bits, block_m, block_n)
     mask, covered = torch.zeros(2, length, length + block_n, dtype=torch.int64)
     for (start, end, first, mixed, last), bits_q in zip(queries.tolist(), query_bits):
         assert 0 < end - start <= block_m
@@ -439,7 +476,7 @@ def compiled() -> list[dict]:
 
 
 def test_what_hopper_gets_does_not_spill_and_uses_its_units(compiled):
-    hopper = [x for x in compiled if x["capability"] == 90]
+    hopper = [x for x in compiled if x["capability"] == 90 and not x["weighted"]]
     assert {(x["dtype"], x["head_dim"]) for x in hopper} == {
         (dtype, head_dim) for dtype in ("bf16", "fp16", "fp32") for head_dim in (32, 64, 128)
     }
@@ -453,9 +490,18 @@ def test_what_hopper_gets_does_not_spill_and_uses_its_units(compiled):
 
 
 def test_what_other_gpus_get_fits_into_their_shared_memory(compiled):
-    others = [x for x in compiled if x["capability"] != 90]
+    others = [x for x in compiled if x["capability"] != 90 and not x["weighted"]]
     assert {x["capability"] for x in others} == {80, 89, 100, 120}
     for x in others:
         limit = {80: 163, 89: 99, 100: 227, 120: 99}[x["capability"]]
         assert x["registers"] <= 255 and x["shared"] <= limit * 1024, x
         assert x["LDL"] <= 16 and x["tma"] == (x["capability"] == 100), x  # Triton 3.6 spills a few outside the loops
+
+
+def test_weights_of_texts_cost_the_other_tiles_nothing(compiled):
+    """The full tiles' loop is as long as without them; the mixed tiles' spills, but fits into the shared memory."""
+    for weighted in (x for x in compiled if x["weighted"]):
+        same = ("capability", "dtype", "head_dim", "base")
+        plain = next(x for x in compiled if not x["weighted"] and all(x[key] == weighted[key] for key in same))
+        assert weighted["loops"][0] <= 1.15 * plain["loops"][0]
+        assert weighted["LDL"] <= 128 and weighted["shared"] <= {89: 99, 90: 227}[weighted["capability"]] * 1024

@@ -3,6 +3,7 @@
 import base64
 import gzip
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.attention import Block, apply_rope, plain_attention, rope, rope_axes
 from model.layers import modulate, timestep_embedding
 from model.transformer import Flux, FluxParams
-from regional.attention import RegionalAttention, Tokens, dense_attention, portable_attention
+from regional.attention import RegionalAttention, Tokens, dense_attention, in_one_sequence, portable_attention
 from regional.compose import composed_velocity
 from regional.layout import Layout, Region
 from regional.mask import BACKGROUND_BIT, allowed, region_tokens
@@ -34,9 +35,13 @@ TEXT, WIDTH, HEIGHT = 5, 96, 64  # text tokens a prompt; 6 x 4 image tokens
 IMAGE = WIDTH * HEIGHT // 256
 
 
-def boxes(*corners, overlap="share", width=WIDTH, height=HEIGHT) -> Layout:
-    regions = tuple(Region(prompt=f"region {i}", box=box) for i, box in enumerate(corners))
-    return Layout(prompt="base", regions=regions, width=width, height=height, overlap=overlap)
+def boxes(*corners, width=WIDTH, height=HEIGHT, strength=(), feather=(), **settings) -> Layout:
+    given = itertools.zip_longest(corners, strength, feather)
+    regions = tuple(
+        Region(prompt=f"region {i}", box=box, strength=1 if s is None else s, feather=f or 0)
+        for i, (box, s, f) in enumerate(given)
+    )
+    return Layout(prompt="base", regions=regions, width=width, height=height, **settings)
 
 
 LAYOUTS = {
@@ -150,6 +155,39 @@ def test_masked_attention_is_softmax_over_the_allowed_keys(layout, implementatio
         weights = torch.softmax(torch.einsum("bhd,bhkd->bhk", q[:, :, i], k[:, :, keys]) / 4, dim=-1)
         expected = torch.einsum("bhk,bhkd->bhd", weights, v[:, :, keys])
         assert (out[:, :, i] - expected).abs().max() < 1e-12
+
+
+WEIGHED = {
+    "strength": boxes((0, 0, 48, 64), (48, 0, 96, 64), strength=(0.5, 2)),
+    "no strength": boxes((0, 0, 64, 48), (32, 16, 96, 64), strength=(0, 1)),
+    "feather": boxes((0, 0, 64, 48), feather=(48,)),
+    "both": boxes((0, 0, 64, 48), (32, 16, 96, 64), strength=(1.5, 0.2), feather=(0, 64)),
+}
+
+
+@pytest.mark.parametrize("implementation", [dense_attention, portable_attention])
+@pytest.mark.parametrize("layout", WEIGHED.values(), ids=WEIGHED)
+def test_image_tokens_weigh_their_regions_texts(layout, implementation):
+    """Against loops over tokens, in float64: in an image token's softmax each key of a region's text counts as strength
+    times cover; the texts themselves weigh nothing."""
+    region = region_tokens(layout)
+    bits, texts = region.bits(TEXT), TEXT * len(region.prompts)
+    tokens = in_one_sequence(bits, 0, TEXT, torch.zeros(IMAGE).double(), region.log_weights())
+    q, k, v = random_qkv(len(bits))
+    out = implementation(tokens)(q, k, v)
+    for i in range(len(bits)):
+        keys = [j for j in range(len(bits)) if int(bits[i]) & int(bits[j])]
+        times = torch.ones(len(keys), dtype=torch.float64)
+        for n, j in enumerate(keys):
+            if i >= texts > j:
+                times[n] = region.strength[j // TEXT] * region.cover[j // TEXT, i - texts]
+        weights = times * torch.einsum("bhd,bhkd->bhk", q[:, :, i], k[:, :, keys]).div(4).exp()
+        expected = torch.einsum("bhk,bhkd->bhd", weights / weights.sum(-1, keepdim=True), v[:, :, keys])
+        assert (out[:, :, i] - expected).abs().max() < 1e-6  # the logarithms are float32
+
+
+def test_without_strength_and_feather_nothing_is_weighed():
+    assert all(region_tokens(layout).log_weights() is None for layout in LAYOUTS.values())
 
 
 @pytest.mark.parametrize("implementation", [dense_attention, portable_attention])
@@ -408,7 +446,9 @@ def test_composition_takes_each_token_from_its_regions(ratio):
     def constant(value: float):
         return lambda img, t: (asked.append(value), torch.full_like(img, value))[1]
 
-    velocity = composed_velocity([constant(v) for v in (1.0, 2.0, 3.0, 4.0)], constant(100.0), tokens, torch.full((24,), ratio))
+    velocity = composed_velocity(
+        [constant(v) for v in (1.0, 2.0, 3.0, 4.0)], constant(100.0), tokens, torch.full((24,), ratio)
+    )
     out = velocity(torch.zeros(1, IMAGE, 64), torch.ones(1))
     of_bits = {0b1: 1, 0b10: 2, 0b11: 1.5, 0b111: 2, 0b101: 2, 0b110: 2.5, 0b100: 3, 1 << BACKGROUND_BIT: 4}
     expected = torch.tensor([of_bits[bits] for bits in tokens.image_bits.tolist()])
