@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import generate  # noqa: E402
 import weights  # noqa: E402
 from model.autoencoder import to_uint8  # noqa: E402
 from pocket.adapters import draw_edges, draw_looks  # noqa: E402
@@ -37,6 +36,7 @@ from pocket.detect import borders_agree, look_of  # noqa: E402
 from pocket.judge import Case, judge, random_case, wanted_scene  # noqa: E402
 from pocket.scenes import draw  # noqa: E402
 from pocket.train_autoencoder import to_tensor  # noqa: E402
+from regional import pipeline  # noqa: E402
 from regional.attention import portable_attention  # noqa: E402
 from regional.control import ActiveControl, image_share  # noqa: E402
 from regional.layout import PRESETS, Control, Layout, RegionLora  # noqa: E402
@@ -91,6 +91,7 @@ class Model:
     def __init__(self):
         cpu = torch.device("cpu")
         self.checkpoint = weights.find("pocket")
+        self.encoders = pipeline.Pipeline("pocket", device="cpu", dtype="float32")
         self.flux = weights.load_flux(self.checkpoint.flux, cpu, DTYPE)
         self.autoencoder = weights.load_autoencoder(self.checkpoint.ae, cpu, torch.float32)
         self.net = weights.load_controlnet(weights.find_controlnet(str(ADAPTERS / "edges")), cpu, DTYPE)
@@ -100,23 +101,21 @@ class Model:
     def draw(self, case: Case, setting: Setting) -> np.ndarray:
         settings = PRESETS["control"](len(case.wanted))
         layout = msgspec.structs.replace(case.layout, steps=STEPS, method="regional", **settings)
-        layout = generate.with_model_defaults(layout, self.checkpoint.flux)
+        layout = pipeline.with_model_defaults(layout, self.checkpoint.flux)
         conditioning = self.encode(layout)
         layout = msgspec.structs.replace(layout, method=setting.method)
         if setting.loras != "none":
             layout = with_loras(layout, looks_of(case), setting)
-        loras = generate.read_loras(layout, self.checkpoint)
-        latents = generate.sample(
+        loras = pipeline.read_loras(layout, self.checkpoint)
+        latents = pipeline.sample(
             self.flux, layout, region_tokens(layout), conditioning, layout.seed, portable_attention,
             loras=loras, controls=self.controls(case, layout, setting),
         )  # fmt: skip
         return to_uint8(self.autoencoder.decode(latents.float()))[0].numpy()
 
-    def encode(self, layout: Layout) -> generate.Conditioning:
-        encoded = generate.encode(
-            self.checkpoint, layout, region_tokens(layout), False, torch.device("cpu"), torch.float32
-        )
-        return generate.Conditioning(*(x if x is None else x.to(DTYPE) for x in encoded))
+    def encode(self, layout: Layout) -> pipeline.Conditioning:
+        encoded = self.encoders.encode(layout, region_tokens(layout), vectors=False)
+        return pipeline.Conditioning(*(x if x is None else x.to(DTYPE) for x in encoded))
 
     def controls(self, case: Case, layout: Layout, setting: Setting) -> list[ActiveControl]:
         if not setting.control:

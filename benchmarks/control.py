@@ -32,11 +32,11 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import generate  # noqa: E402
 import weights  # noqa: E402
 from model.attention import Block  # noqa: E402
 from model.autoencoder import to_uint8  # noqa: E402
 from pocket.judge import KINDS, Case, drawn, judge, random_case  # noqa: E402
+from regional import pipeline  # noqa: E402
 from regional.attention import portable_attention  # noqa: E402
 from regional.layout import PRESETS, Layout  # noqa: E402
 from regional.mask import region_tokens  # noqa: E402
@@ -90,6 +90,7 @@ class Model:
     def __init__(self, dtype: torch.dtype):
         cpu = torch.device("cpu")
         self.checkpoint = weights.find("pocket")
+        self.encoders = pipeline.Pipeline("pocket", device="cpu", dtype="float32")
         self.flux = weights.load_flux(self.checkpoint.flux, cpu, dtype)
         self.autoencoder = weights.load_autoencoder(self.checkpoint.ae, cpu, torch.float32)
         self.encode = functools.lru_cache(maxsize=4)(self.encode)  # a case has the same prompts in all its settings
@@ -98,24 +99,23 @@ class Model:
     def draw(self, case: Case, setting: Setting, steps: int) -> tuple[np.ndarray, float]:
         """The picture (H, W, 3) uint8, and the seconds its sampling took."""
         layout = msgspec.structs.replace(case.layout, steps=steps, region_max_sequence_length=setting.region_length)
-        layout = generate.with_model_defaults(layout, self.checkpoint.flux)
+        layout = pipeline.with_model_defaults(layout, self.checkpoint.flux)
         conditioning = self.encode(layout)
         layout = msgspec.structs.replace(
             layout, method=setting.method, base_ratio=setting.base_ratio, mask_inject_steps=setting.mask_inject_steps
         )
         tokens = region_tokens(layout) if layout.regional_steps(steps) else None
         start = time.perf_counter()
-        latents = generate.sample(
+        latents = pipeline.sample(
             self.flux, layout, tokens, conditioning, layout.seed, portable_attention,
             is_masked=MASKED_BLOCKS[setting.masked_blocks],
         )  # fmt: skip
         seconds = time.perf_counter() - start
         return to_uint8(self.autoencoder.decode(latents.float()))[0].numpy(), seconds
 
-    def encode(self, layout: Layout) -> generate.Conditioning:
-        tokens, cpu = region_tokens(layout), torch.device("cpu")
-        encoded = generate.encode(self.checkpoint, layout, tokens, True, cpu, torch.float32)
-        return generate.Conditioning(*(x.to(self.flux.img_in.weight.dtype) for x in encoded[:3]))
+    def encode(self, layout: Layout) -> pipeline.Conditioning:
+        encoded = self.encoders.encode(layout, region_tokens(layout), vectors=True)
+        return pipeline.Conditioning(*(x.to(self.flux.img_in.weight.dtype) for x in encoded[:3]))
 
 
 # ------------------------------------------------------------------------------------------------ what is measured

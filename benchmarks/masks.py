@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import generate  # noqa: E402
 import weights  # noqa: E402
 from model.lora import Change, Lora, LowRank  # noqa: E402
 from model.transformer import Flux, FluxParams  # noqa: E402
+from regional import pipeline  # noqa: E402
 from regional.layout import Layout, Region, RegionLora  # noqa: E402
 from regional.mask import region_tokens  # noqa: E402
 
@@ -81,7 +81,7 @@ def measure(masks: int, method: str, full: bool, region_length: int, repeats: in
     )  # fmt: skip
     tokens = region_tokens(layout) if method != "plain" else None
     dtype, params = flux.img_in.weight.dtype, flux.params
-    conditioning = generate.Conditioning(
+    conditioning = pipeline.Conditioning(
         *(
             torch.randn(shape, device=device, dtype=dtype)
             for shape in (
@@ -91,16 +91,16 @@ def measure(masks: int, method: str, full: bool, region_length: int, repeats: in
             )
         )
     )
-    attention = generate.choose_attention("auto", device, dtype, False)
+    attention = pipeline.choose_attention("auto", device, dtype, False)
 
     def draw() -> float:
         start = time.perf_counter()
-        latents = generate.sample(flux, layout, tokens, conditioning, 0, attention, loras=loras)
+        latents = pipeline.sample(flux, layout, tokens, conditioning, 0, attention, loras=loras)
         latents.sum().item()  # waits for the GPU
         return time.perf_counter() - start
 
     before = memory(full)
-    with generate.library_attention(flux, layout, conditioning.txt, False):
+    with pipeline.library_attention(flux, layout, conditioning.txt, False):
         draw()
         seconds = [draw() for _ in range(repeats)]
     return {"seconds": statistics.median(seconds), "bytes": memory(full) - before}

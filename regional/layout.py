@@ -214,16 +214,8 @@ CONTROL_FLAGS = {key: f"control_{key}" for key in ("image", "mode", "scale", "st
 CONTROL_FLAGS |= {"model": "controlnet", "preprocess": "preprocess"}
 
 
-def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024) -> Layout:
-    """Read a layout, with `overrides` (from the command line) in place of what it says and `size` x `size` pixels
-    where neither says anything. Mask paths come out absolute or relative to the working directory.
-
-    Raises InputError, one sentence that names the file, the key and the value.
-    """
-    written = read_yaml(file) if file else {}
-    if not isinstance(written, dict):
-        raise InputError(f"{file}: expected a mapping of keys to values, found {describe(written)}.")
-    data = {"width": size, "height": size, **written, **overrides}
+def naming(file: Path | None, overrides: dict[str, Any]) -> Where:
+    """How messages name a key of a layout: by its file, or by the flag that it comes from."""
     name = str(file or "the command line")
 
     def where(path: str) -> str:
@@ -231,6 +223,25 @@ def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024) 
             return f"the command line: --{CONTROL_FLAGS[path.rpartition('.')[2]].replace('_', '-')}"
         return f"the command line: --{path.replace('_', '-')}" if path in overrides else f"{name}: {path}"
 
+    return where
+
+
+def read_layout(
+    file: Path | None, overrides: dict[str, Any], size: int = 1024, carried: dict[str, Any] | None = None
+) -> Layout:
+    """Read a layout, with `overrides` (from the command line) in place of what it says and `size` x `size` pixels
+    where neither says anything. Mask paths come out absolute or relative to the working directory. carried: in place of
+    the file, what a picture carries of how it was made.
+
+    Raises InputError, one sentence that names the file, the key and the value.
+    """
+    written = read_yaml(file) if file else {}
+    if carried is not None:
+        written = {key: value for key, value in carried.items() if key in Layout.__struct_fields__}
+    if not isinstance(written, dict):
+        raise InputError(f"{file}: expected a mapping of keys to values, found {describe(written)}.")
+    data = {"width": size, "height": size, **written, **overrides}
+    name, where = str(file or "the command line"), naming(file, overrides)
     layout = convert(data, where, name)
     settings = PRESETS[layout.preset](len(layout.regions))
     layout = msgspec.structs.replace(layout, **{key: value for key, value in settings.items() if key not in data})
@@ -561,3 +572,62 @@ def read_picture(file: str) -> Image.Image:
         if picture.mode.startswith("I"):
             picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
         return ImageOps.exif_transpose(picture).convert("RGB")
+
+
+PERCENT = r"^0*(100(\.0+)?|\d{1,2}(\.\d+)?)%$"  # a SHARE of at most all
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a layout file, for editors: the dataclasses, what their docstrings say of each key, and as
+    much of `check` as a schema can say. Sizes that depend on each other and files that it names are left to the reader.
+    """
+    _, parts = msgspec.json.schema_components([Layout], ref_template="#/$defs/{name}")
+    count_or_share = {"integer": {"minimum": 0}, "string": {"pattern": PERCENT}}
+    blocks = {"string": {"pattern": rf"^(\s*every\s+[1-9]\d*\s*|{BLOCK_RANGE}(,{BLOCK_RANGE})*)$"}}
+    position = {"anyOf": [{"type": "number", "minimum": 0, "maximum": 8192}, {"type": "string", "pattern": PERCENT}]}
+    points = {"type": "array", "minItems": 3, "items": {"type": "array", "prefixItems": [position] * 2, "minItems": 2}}
+    points["items"]["items"] = False  # as all beyond prefixItems
+    narrower = {
+        "Layout": {
+            "width": {"integer": {"multipleOf": 16}},
+            "height": {"integer": {"multipleOf": 16}},
+            "mask_inject_steps": count_or_share,
+            "double_blocks": blocks,
+            "single_blocks": blocks,
+            "region_max_sequence_length": {"string": {"pattern": f"(?!^[0.]*%){PERCENT}"}},
+            "map": {"string": {"minLength": 1}},
+            "regions": {"array": {"maxItems": MAX_REGIONS}},
+        },
+        "Region": {
+            "prompt": {"string": {"pattern": r"\S"}},
+            "box": {"array": {"prefixItems": [position] * 4}},
+            "polygon": {"array": {"anyOf": [points, {"items": points}]}},
+            "mask": {"string": {"minLength": 1}},
+            "color": {
+                "integer": {"minimum": 0, "maximum": 2**24 - 1},
+                "string": {"pattern": "^#[0-9a-fA-F]{6}$"},
+                "array": {"prefixItems": [{"type": "integer", "minimum": 0, "maximum": 255}] * 3},
+            },
+            "mask_inject_steps": count_or_share,
+        },
+        "Control": {"mode": {"string": {"enum": list(MODES)}}},
+    }
+    for name, part in parts.items():
+        keys = part["properties"]
+        names = f"(?:{'|'.join(keys)})"
+        part["description"], *about = re.split(rf" ?\b({names}(?:, {names})*): ", " ".join(part["description"].split()))
+        for said, meaning in zip(about[::2], about[1::2]):
+            for key in said.split(", "):
+                keys[key]["description"] = meaning
+        for key, limits in narrower.get(name, {}).items():
+            for option in keys[key].get("anyOf", [keys[key]]):
+                option.update(limits.get(option.get("type"), {}))
+    given = {key: {"required": [key], "properties": {key: {"not": {"type": "null"}}}} for key in SHAPES + ("map",)}
+    parts["Region"]["oneOf"] = [given[key] for key in SHAPES]
+    colored = {"required": ["regions"], "properties": {"regions": {"contains": given["color"]}}}
+    layout = {**parts.pop("Layout"), "title": "Regional FLUX layout", "if": colored, "then": given["map"]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **layout, "$defs": parts}
+
+
+if __name__ == "__main__":  # python -m regional.layout > docs/layout.schema.json
+    print(msgspec.json.format(msgspec.json.encode(json_schema()), indent=2).decode())

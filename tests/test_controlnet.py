@@ -27,7 +27,9 @@ from regional.attention import RegionalAttention, dense_attention, portable_atte
 from regional.control import ActiveControl, canny, control_hook, control_picture, image_share
 from regional.layout import Control, Layout, Region, read_layout
 from regional.mask import region_tokens
+from regional.pipeline import Conditioning, sample
 from sampler.flow import image_ids, noise, pack, text_ids, unpack
+from sampler.schedule import sigmas
 
 diffusers = test_parity.diffusers  # the fixture
 F64 = torch.float64
@@ -293,7 +295,7 @@ def test_start_and_end_say_in_which_steps_it_acts(start, end, steps, acting):
     control = at_full(net(1), random(1, 15, 64, seed=4), start=start, end=end)
     assert [i for i in range(steps) if control.setting.acts(i, steps)] == acting
     x = inputs()
-    levels = generate.sigmas(steps, 15, shift=True)
+    levels = sigmas(steps, 15, shift=True)
     hook = hook_for([control], x, levels)
     for step, level in enumerate(levels[:-1]):
         after_block = hook(x["img"], torch.tensor([level], dtype=torch.float32), 1)
@@ -316,14 +318,12 @@ def test_a_regional_step_and_a_plain_one_are_what_they_are_said_to_be(residuals,
     rows, last = 16, tokens.prompts
     picture = random(1, rows, 64, seed=4)
     share = image_share(setting, layout).double()
-    conditioning = generate.Conditioning(
-        random(1, 7, 32, seed=2), random(len(last), 5, 32, seed=8), random(1, 48, seed=3)
-    )
+    conditioning = Conditioning(random(1, 7, 32, seed=2), random(len(last), 5, 32, seed=8), random(1, 48, seed=3))
     controls = [ActiveControl(control, picture, share, setting)]
-    got = generate.sample(flux, layout, tokens, conditioning, 1, portable_attention, controls=controls)
+    got = sample(flux, layout, tokens, conditioning, 1, portable_attention, controls=controls)
 
     inside = torch.tensor([x >= 2 for _ in range(4) for x in range(4)]) if region == 1 else torch.ones(16) > 0
-    img, levels = pack(noise(64, 64, 1)).double(), generate.sigmas(2, rows, shift=True)
+    img, levels = pack(noise(64, 64, 1)).double(), sigmas(2, rows, shift=True)
     regional = RegionalAttention(dense_attention, tokens.bits(5), 7, rows, base_ratio)
     base = {"img_ids": image_ids(64, 64), "y": conditioning.y, "guidance": torch.tensor([3.5])}
     for step, text in enumerate([conditioning.regions.flatten(0, 1)[None], conditioning.txt]):
@@ -350,7 +350,7 @@ def test_a_regional_step_and_a_plain_one_are_what_they_are_said_to_be(residuals,
         flow = flux(img, txt=text, txt_ids=ids, timesteps=t, after_block=after_block, **base, **more)
         img = img + (levels[step + 1] - levels[step]) * flow
     assert (got - unpack(img, 64, 64)).abs().max() < 1e-4
-    without = generate.sample(flux, layout, tokens, conditioning, 1, portable_attention)
+    without = sample(flux, layout, tokens, conditioning, 1, portable_attention)
     assert (got - without).abs().max() > 1e-2
 
 
@@ -541,8 +541,8 @@ FLAG_MISTAKES = {
     "the command line: --control-scale = nan: expected a finite": ["--control-scale", "nan"],
     "the command line: --control-mode = 'edges': expected a number": ["--control-mode", "edges"],
     "--control-mode = 10: models/controlnet-union/": ["--control-mode", "10"],
-    "--controlnet none: there is no such file": ["--controlnet", "none"],
-    "--controlnet models/lora: no FLUX.1 ControlNet in it": ["--controlnet", "models/lora"],
+    "--controlnet = none: there is no such file": ["--controlnet", "none"],
+    "--controlnet = models/lora: no FLUX.1 ControlNet in it": ["--controlnet", "models/lora"],
 }
 
 

@@ -17,10 +17,14 @@ from torch.nn.attention import SDPBackend
 import generate
 import weights
 from model.clip import CLIPTextEncoder
+from model.errors import InputError
 from model.t5 import T5Encoder
 from model.transformer import Flux, FluxParams
+from regional import pipeline
 from regional.attention import dense_attention, portable_attention
+from regional.layout import Layout
 from regional.mask import RegionTokens
+from regional.outputs import EXIF_DESCRIPTION, write
 
 ROOT = Path(__file__).parent.parent
 A = {
@@ -101,7 +105,7 @@ def test_auto_is_the_portable_attention_without_a_gpu(make, capsys):
 
 def test_which_attention_is_chosen(monkeypatch, kernel):
     def choose(name: str, device: str):
-        return generate.choose_attention(name, torch.device(device), torch.bfloat16, False)
+        return pipeline.choose_attention(name, torch.device(device), torch.bfloat16, False)
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert choose("auto", "cuda").func is choose("kernel", "cuda").func is kernel.kernel_attention
@@ -109,7 +113,7 @@ def test_which_attention_is_chosen(monkeypatch, kernel):
     assert choose("dense", "cuda") is dense_attention
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert choose("auto", "cuda") is portable_attention
-    with pytest.raises(generate.InputError, match="Ampere"):
+    with pytest.raises(InputError, match="Ampere"):
         choose("kernel", "cuda")
 
 
@@ -117,8 +121,8 @@ def test_the_librarys_fastest_attention_is_preferred(monkeypatch):
     """On a GPU; here a tensor that says it is on one. The shape that is timed is that of the base branch."""
     asked = []
     fastest = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION]
-    monkeypatch.setattr(generate, "fastest_backends", lambda q: (asked.append(q.shape), fastest)[1])
-    monkeypatch.setattr(generate, "sdpa_kernel", lambda backends, set_priority: (backends, set_priority))
+    monkeypatch.setattr(pipeline, "fastest_backends", lambda q: (asked.append(q.shape), fastest)[1])
+    monkeypatch.setattr(pipeline, "sdpa_kernel", lambda backends, set_priority: (backends, set_priority))
 
     class OnGPU:
         device, shape = torch.device("cuda"), (1, 32, 8)
@@ -126,8 +130,8 @@ def test_the_librarys_fastest_attention_is_preferred(monkeypatch):
 
     with torch.device("meta"):
         flux = Flux(FluxParams(hidden_size=64, num_heads=2, depth=1, depth_single_blocks=1))
-    layout = generate.Layout(prompt="", width=96, height=64)
-    chosen = generate.library_attention(flux, layout, OnGPU(), False)
+    layout = Layout(prompt="", width=96, height=64)
+    chosen = pipeline.library_attention(flux, layout, OnGPU(), False)
     assert chosen == ([*fastest, SDPBackend.MATH], True) and asked == [(1, 2, 32 + 24, 32)]
 
 
@@ -290,7 +294,7 @@ def test_a_flag_wins_over_the_layout(make):
 def test_defaults_of_steps_and_text_length_come_from_the_model(make, golden, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        generate, "sample", lambda flux, layout, *_, **__: (seen.append(layout), torch.zeros(1, 16, 8, 12))[1]
+        pipeline, "sample", lambda flux, layout, *_, **__: (seen.append(layout), torch.zeros(1, 16, 8, 12))[1]
     )
     short = {key: A[key] for key in ("prompt", "width", "height", "seed")}
     for name in ("dev", "schnell"):
@@ -336,7 +340,7 @@ def test_the_suffix_decides_the_format(make, suffix, kind):
     image = Image.open(f"a{suffix}")
     assert image.format == kind and image.size == (96, 64)
     if suffix != ".png":
-        assert json.loads(image.getexif()[generate.EXIF_DESCRIPTION])["seed"] == 3
+        assert json.loads(image.getexif()[EXIF_DESCRIPTION])["seed"] == 3
 
 
 def test_several_seeds_make_several_pictures(make, capsys):
@@ -370,7 +374,7 @@ def test_an_unfinished_file_never_has_the_final_name(tmp_path):
         raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError):
-        generate.write(tmp_path / "a.png", broken)
+        write(tmp_path / "a.png", broken)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -385,25 +389,25 @@ def test_dots_in_a_layouts_name_stay(make):
     assert make(A) == 0
     Path("layout.yaml").rename("scene.v2.yaml")
     args = generate.parse_args(["--layout", "scene.v2.yaml"])
-    pictures, _ = generate.plan_outputs(args, generate.read(args, 64))
-    assert [str(picture.output) for picture in pictures] == ["scene.v2.png"]
+    jobs = generate.plan_jobs(args, 64, generate.Failures(args))
+    assert [str(job.output) for job in jobs] == ["scene.v2.png"]
 
 
 def test_a_layout_too_long_for_a_jpeg_is_left_out_with_a_warning(make, capsys):
     assert make({**A, "background_prompt": "sea " * 20000}, "--output", "a.jpg") == 0
     assert "does not carry it" in capsys.readouterr().err
-    assert generate.EXIF_DESCRIPTION not in Image.open("a.jpg").getexif()
+    assert EXIF_DESCRIPTION not in Image.open("a.jpg").getexif()
 
 
 def test_ctrl_c_keeps_the_pictures_that_are_finished(make, monkeypatch, capsys):
-    sample = generate.sample
+    sample = pipeline.sample
 
     def interrupted(flux, layout, tokens, conditioning, seed, *rest, **more):
         if seed == 3:
             raise KeyboardInterrupt
         return sample(flux, layout, tokens, conditioning, seed, *rest, **more)
 
-    monkeypatch.setattr(generate, "sample", interrupted)
+    monkeypatch.setattr(pipeline, "sample", interrupted)
     assert make(A, "--seed", "1", "2", "3", "4", "--output", "a.png") == 130
     assert capsys.readouterr().out.split() == ["a_1.png", "a_2.png"] and Path("a_2.png").exists()
 
@@ -486,7 +490,7 @@ def test_mistakes_end_with_code_two_and_one_sentence(make, golden, tmp_path, cap
     assert [str(path) for path in Path().glob("*.png")] == ["folder.png"]
 
 
-@pytest.mark.parametrize("flags", [["--stepz", "3"], ["--steps", "three"], [], ["--overlap", "first"]])
+@pytest.mark.parametrize("flags", [["--stepz", "3"], ["--steps", "three"], [], ["--overlap", "topmost"]])
 def test_a_wrong_flag_ends_with_code_two(flags, capsys):
     with pytest.raises(SystemExit) as caught:
         generate.main(flags)

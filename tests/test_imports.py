@@ -11,6 +11,7 @@ MAY_IMPORT = {
     "model/lora.py": {"model", "weights"},  # it reads files by the same headers and namings
     "sampler": {"sampler"},
     "regional": {"regional", "model"},
+    "regional/pipeline.py": {"regional", "sampler", "weights", "model"},
     "weights.py": {"model"},
     "generate.py": {"regional", "sampler", "weights", "model"},
 }

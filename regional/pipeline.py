@@ -1,0 +1,532 @@
+"""FLUX.1 with regions, loaded once: a layout and a seed in, a picture out.
+
+    from generate import Pipeline
+    from regional.layout import Layout, Region
+
+    pipeline = Pipeline("black-forest-labs/FLUX.1-dev")
+    boat = Region(prompt="a red boat", box=(0, 0, 512, 1024))
+    picture = pipeline(Layout(prompt="a harbour", regions=(boat,)), seed=1)
+
+A call is `prepare` (prompts and control pictures are encoded), `latents` (denoising) and `decode`. Parts of the model
+are loaded when they are needed and stay until `drop`, so that one can make room for the next. One thread at a time.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+import weights
+from model.attention import Block, fastest_backends
+from model.autoencoder import to_uint8
+from model.errors import InputError
+from model.lora import Addition, Lora, added, hooks_for, merge, read_lora
+from model.tokenizers import CLIPTokenizer, T5Tokenizer
+from model.transformer import Flux
+from regional.attention import MaskedAttention, RegionalAttention, Tokens, dense_attention, portable_attention
+from regional.compose import Velocity, composed_velocity
+from regional.control import ActiveControl, control_hook, control_picture, image_share
+from regional.layout import Control, Layout, RegionLora, Where
+from regional.lora import additions, can_be_regional, plain_step, regional_step
+from regional.maps import AttentionMaps
+from regional.mask import RegionTokens, region_tokens
+from regional.outputs import say, write
+from sampler.flow import denoise, image_ids, noise, pack, text_ids, unpack
+from sampler.schedule import sigmas
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # in float16 FLUX.1 overflows
+
+
+class ControlPlan(NamedTuple):
+    """A ControlNet before it is loaded; its picture is (1, 3, height, width), or its packed latents (1, L_img, 64)."""
+
+    source: weights.Source
+    setting: Control
+    picture: Tensor
+
+
+Loras = Mapping[str, Lora]  # by their names in the layout
+NO_LORAS: Loras = {}
+
+
+class Conditioning(NamedTuple):
+    """The encoded prompts: txt (1, L_txt, context), regions (R, L_region, context) or None, and CLIP's vectors, of the
+    base prompt alone, y (1, vec), or by the method rpg of the regions' too, (1 + R, vec). control: a control LoRA's
+    picture, its packed latents (1, L_img, 64)."""
+
+    txt: Tensor
+    regions: Tensor | None
+    y: Tensor
+    control: Tensor | None = None
+
+
+class Prepared(NamedTuple):
+    """A layout with the model's defaults in it, and all that is encoded and read for it, once for all seeds."""
+
+    layout: Layout
+    tokens: RegionTokens | None
+    conditioning: Conditioning
+    loras: Loras
+    controls: list[ControlPlan]
+
+
+class Pipeline:
+    """A model and how it runs; see the top of this file.
+
+    model, flux, t5, clip, ae: as --model, --flux ... of generate.py. device: auto, cuda, cpu, mps, or cuda:1 and so on.
+    cache: a folder where encoded prompts are kept, by a hash of all that they depend on. InputError for what can't be.
+    """
+
+    def __init__(
+        self,
+        model: weights.Name = None,
+        flux: weights.Name = None,
+        t5: weights.Name = None,
+        clip: weights.Name = None,
+        ae: weights.Name = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        attention: str = "auto",
+        cache: Path | None = None,
+        verbose: bool = False,
+    ):
+        self.device = choose_device(device)
+        if dtype == "auto":
+            dtype = "float32" if self.device.type == "cpu" else "bfloat16"
+        self.dtype, self.attention, self.cache, self.verbose = DTYPES[dtype], attention, cache, verbose
+        self.checkpoint = weights.find(model, flux, t5, clip, ae)
+        self.size = int(weights.metadata_number(self.checkpoint.flux, "sample_size", 1024))  # where a layout has none
+        self.parts: dict[str, tuple[Any, nn.Module]] = {}  # by name: which LoRAs are merged into it, and the part
+        self.encoded: dict[str, Tensor] = {}  # prompts, until the encoders are dropped
+
+    def __call__(self, layout: Layout, seed: int) -> Image.Image:
+        prepared = self.prepare(layout)
+        return self.decode(self.latents(prepared, seed))
+
+    @torch.inference_mode()
+    def prepare(self, layout: Layout, where: Where = lambda path: path) -> Prepared:
+        """Read and encode what a layout names. `where` names its keys in messages."""
+        layout = with_model_defaults(layout, self.checkpoint.flux)
+        controls = plan_controls(layout, self.checkpoint.flux, where)
+        loras = read_loras(layout, self.checkpoint)
+        lora_picture = control_of(layout)
+        regional = layout.regional_steps(layout.steps) > 0
+        in_plain_steps = any(lora.plain_steps for region in layout.regions for lora in region.loras)
+        tokens = region_tokens(layout) if regional or in_plain_steps else None
+        for warning in tokens.warnings if tokens else ():
+            say(f"warning: {warning}")
+        if regional and layout.method == "regional":  # complain before the encoders are loaded
+            choose_attention(self.attention, self.device, self.dtype)
+        conditioning = self.encode(layout, tokens, layout.method == "rpg", loras)
+        if lora_picture is not None:
+            conditioning = conditioning._replace(control=self.latents_of(lora_picture))
+        as_latents = [not weights.controlnet_params(plan.source).hint_width for plan in controls]
+        controls = [
+            plan._replace(picture=self.latents_of(plan.picture)) if encode else plan
+            for plan, encode in zip(controls, as_latents)
+        ]
+        return Prepared(layout, tokens, conditioning, loras, controls)
+
+    @torch.inference_mode()
+    def latents(
+        self,
+        prepared: Prepared,
+        seed: int,
+        maps: AttentionMaps | None = None,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """Latents (1, 16, height / 8, width / 8), float32."""
+        layout, tokens, conditioning, loras, plans = prepared
+        flux = self.part("flux", layout, loras)
+        controls = load_controls(plans, layout, self.device, self.dtype)
+        conditioning = Conditioning(*(x if x is None else x.to(self.device) for x in conditioning))
+        masked_attention = portable_attention
+        if layout.regional_steps(layout.steps) and layout.method == "regional":
+            masked_attention = choose_attention(self.attention, self.device, self.dtype, self.verbose)
+        with library_attention(flux, layout, conditioning.txt, self.verbose):
+            return sample(
+                flux, layout, tokens, conditioning, seed, masked_attention, maps,
+                loras=loras, controls=controls, on_step=on_step,
+            )  # fmt: skip
+
+    @torch.inference_mode()
+    def decode(self, z: Tensor) -> Image.Image:
+        autoencoder = self.part("ae")
+        return Image.fromarray(to_uint8(autoencoder.decode(z.to(self.device, self.dtype)))[0].cpu().numpy())
+
+    def maps(self) -> AttentionMaps:
+        """For `latents`: what watches the attention."""
+        params = weights.flux_params(self.checkpoint.flux)
+        return AttentionMaps(params.depth, params.depth_single_blocks)
+
+    def drop(self, *names: str) -> None:
+        """Let go of parts: t5, clip, flux, ae."""
+        for name in names:
+            self.parts.pop(name, None)
+        if "t5" in names:
+            self.encoded.clear()
+
+    def part(self, name: str, layout: Layout | None = None, loras: Loras = NO_LORAS) -> nn.Module:
+        """A part of the model with the layout's whole-picture LoRAs merged into it; loaded again for other LoRAs."""
+        entries = [(e.file, e.scale) for e in layout.loras if loras[e.file].changes.get(name)] if layout else []
+        if self.parts.get(name, (None, None))[0] != entries:
+            self.drop(name)
+            load = getattr(weights, {"ae": "load_autoencoder"}.get(name, f"load_{name}"))
+            merges = (merges_of(layout, loras, name),) if entries else ()
+            self.parts[name] = entries, load(getattr(self.checkpoint, name), self.device, self.dtype, *merges)
+        return self.parts[name][1]
+
+    def latents_of(self, picture: Tensor) -> Tensor:
+        """A control picture's packed latents, (1, L_img, 64)."""
+        return pack(self.part("ae").encode(picture.to(self.device, self.dtype))).cpu()
+
+    def encode(
+        self, layout: Layout, tokens: RegionTokens | None, vectors: bool, loras: Loras = NO_LORAS
+    ) -> Conditioning:
+        """Encode the prompts, with CLIP the base prompt's alone or all `vectors`.
+
+        Each prompt is encoded by itself: in a batch its numbers would depend, in their last bits, on the batch.
+        """
+        checkpoint, regions = self.checkpoint, tokens.prompts if tokens else []
+        tokenizer = T5Tokenizer(checkpoint.t5_tokenizer)
+        base_ids = tokenize(tokenizer, [layout.prompt], layout.max_sequence_length)
+        region_ids = tokenize(tokenizer, regions, layout.region_max_sequence_length) if regions else []
+        clip_ids, cut = CLIPTokenizer(checkpoint.clip_tokenizer)([layout.prompt] + regions * vectors)
+        if cut[0]:
+            say(f"warning: CLIP reads 77 tokens of the base prompt; it does not see: {cut[0]!r}")
+        t5_size, clip_size = (weights.t5_params(checkpoint.t5), weights.clip_params(checkpoint.clip))
+        for ids in [base_ids, *region_ids]:
+            check_vocabulary(ids.max(), t5_size.vocab_size, checkpoint.t5_tokenizer, checkpoint.t5)
+        check_vocabulary(clip_ids.max(), clip_size.vocab_size, checkpoint.clip_tokenizer, checkpoint.clip)
+        own = [region.loras for region in layout.regions] + [()] * (len(regions) - len(layout.regions))
+        states = [self.cached("t5", ids[None], layout, loras, region) for ids, region in zip(region_ids, own)]
+        pooled = [self.cached("clip", ids[None], layout, loras) for ids in clip_ids]
+        txt = self.cached("t5", base_ids, layout, loras)
+        return Conditioning(txt, torch.cat(states) if states else None, torch.cat(pooled))
+
+    def cached(self, part: str, ids: Tensor, layout: Layout, loras: Loras, own: Sequence[RegionLora] = ()) -> Tensor:
+        """What an encoder makes of one prompt's ids (1, L), changed by its region's `own` LoRAs; on the CPU. It comes
+        from this process's memory, or from the cache's folder, if it was made before: by the same weights, in the same
+        dtype, on such a device, with as many threads."""
+        merged, own = ([lora for lora in given if loras[lora.file].changes[part]] for given in (layout.loras, own))
+        source, entries = getattr(self.checkpoint, part), [*merged, *own]
+        files = {tensor.file for tensor in source.tensors.values()} | {loras[lora.file].path for lora in entries}
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        depends_on = [
+            ids.tolist(), sorted(map(identity, files)), [(loras[e.file].path.name, e.scale) for e in entries], len(own),
+            str(self.dtype), device, torch.__version__, torch.get_num_threads(),
+        ]  # fmt: skip
+        name = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
+        file = self.cache / f"{part}-{name}.safetensors" if self.cache else None
+        if name not in self.encoded and file and file.exists():
+            self.encoded[name] = load_file(file)["states"]
+        if name not in self.encoded:
+            encoder = self.part(part, layout, loras)
+            everywhere = torch.ones(ids.shape[1], dtype=torch.bool)
+            changes = [Addition(c, lora.scale, everywhere) for lora in own for c in loras[lora.file].changes[part]]
+            with added(encoder, hooks_for(encoder, changes)):
+                self.encoded[name] = encoder(ids.to(self.device)).to(self.dtype).cpu()
+            if file:
+                self.cache.mkdir(parents=True, exist_ok=True)
+                write(file, partial(save_file, {"states": self.encoded[name].contiguous()}))
+        return self.encoded[name]
+
+
+def identity(file: Path) -> tuple[str, int, int]:
+    """Which file this is, and in which state."""
+    return str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns
+
+
+# ------------------------------------------------------------------------------------------------ how it runs
+
+
+def choose_device(name: str) -> torch.device:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name.partition(":")[0]]:
+        raise InputError(f"--device {name}: this machine, or this build of torch, has no such device.")
+    return torch.device(name)
+
+
+def choose_attention(
+    name: str, device: torch.device, dtype: torch.dtype, verbose: bool = False
+) -> Callable[[Tokens], MaskedAttention]:
+    """What makes the masked attention of the regional steps. What was asked for and can't be had is an error."""
+    if name == "kernel" or name == "auto" and device.type == "cuda":
+        try:
+            from regional import kernel
+        except ImportError as error:
+            problem = f"Triton is missing here ({error}); try --attention portable."
+            raise InputError(f"--attention {name}: {problem}") from error
+    if name == "auto":
+        name = "kernel" if device.type == "cuda" and kernel.runs_on(device) else "portable"
+    if verbose:
+        say(f"masked attention: {name}")
+    if name != "kernel":
+        return {"portable": portable_attention, "dense": dense_attention}[name]
+    if not kernel.runs_on(device) and not (kernel.INTERPRETED and device.type == "cpu" and dtype == torch.float32):
+        raise InputError(
+            "--attention kernel: the kernel needs an NVIDIA GPU from Ampere on; try --attention portable. (In Triton's "
+            "interpreter, TRITON_INTERPRET=1, it runs on the CPU in float32, slowly.)"
+        )
+    return partial(kernel.kernel_attention, dtype=dtype, device=device)
+
+
+def library_attention(flux: Flux, layout: Layout, txt: Tensor, verbose: bool) -> AbstractContextManager:
+    """Makes torch prefer, on a GPU, that of its unmasked attentions which is fastest there for this picture."""
+    backends = []
+    if txt.device.type == "cuda":
+        heads, length = flux.params.num_heads, txt.shape[1] + layout.width * layout.height // 256
+        backends = fastest_backends(txt.new_empty(1, heads, length, flux.params.hidden_size // heads).normal_())
+    if verbose:
+        say(f"unmasked attention: {', then '.join(backend.name for backend in backends) or 'as torch chooses'}")
+    return sdpa_kernel([*backends, SDPBackend.MATH], set_priority=True) if backends else nullcontext()
+
+
+def with_model_defaults(layout: Layout, flux: weights.Source) -> Layout:
+    """Fill in what the layout leaves to the model: dev takes 24 steps and 512 text tokens, schnell 4 and 256."""
+    steps, length = (24, 512) if weights.flux_params(flux).guidance_embed else (4, 256)
+    length = int(weights.metadata_number(flux, "max_sequence_length", length))
+    length = layout.max_sequence_length or length
+    return msgspec.structs.replace(
+        layout,
+        steps=layout.steps or steps,
+        max_sequence_length=length,
+        region_max_sequence_length=layout.region_length(length),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ LoRAs
+
+
+def read_loras(layout: Layout, checkpoint: weights.Checkpoint) -> Loras:
+    """All LoRAs that a layout names, by the names they have there. Says what in them is left out."""
+    named = {f"loras[{i}].file": lora for i, lora in enumerate(layout.loras)}
+    for i, region in enumerate(layout.regions):
+        named |= {f"regions[{i}].loras[{j}].file": lora for j, lora in enumerate(region.loras)}
+    if not named:
+        return {}
+    modules, loras = {part: weights.on_meta(getattr(checkpoint, part)) for part in ("flux", "t5", "clip")}, {}
+    for key, entry in named.items():
+        lora = loras.get(entry.file) or read_lora(weights.lora_file(entry.file, f"{key} = {entry.file}"), modules)
+        if lora.unknown and entry.file not in loras:
+            count, first = len(lora.unknown), lora.unknown[0]
+            say(f"warning: {lora.path}: {count} of its keys mean nothing for this model and are left out, as {first}")
+        loras[entry.file] = lora
+        left = {c.name for c in lora.changes["flux"] if not can_be_regional(c)} | {c.name for c in lora.changes["clip"]}
+        if lora.is_control != bool(getattr(entry, "image", None)):
+            needs = (
+                "is a control LoRA, for the whole picture, and needs an image" if lora.is_control else "takes no image"
+            )
+            raise InputError(f"{key} = {entry.file}: this LoRA {needs}.")
+        if left and key.startswith("regions"):
+            say(f"warning: {key} = {entry.file}: what changes the whole picture is left out: {', '.join(sorted(left))}")
+    return loras
+
+
+def control_of(layout: Layout) -> Tensor | None:
+    """The control picture of the layout's control LoRA, (1, 3, height, width) in [-1, 1]."""
+    images = [lora.image for lora in layout.loras if lora.image]
+    if len(images) > 1:
+        raise InputError(f"loras: {' and '.join(images)}: there can be only one control LoRA, with one image.")
+    for image in images:
+        picture, warnings = control_picture(image, None, layout.width, layout.height)
+        for warning in warnings:
+            say(f"warning: {warning}")
+        return picture
+    return None
+
+
+def merges_of(layout: Layout, loras: Loras, part: str) -> weights.Merges:
+    """What the layout's whole-picture LoRAs make of a part's weights."""
+    changes = {}
+    for entry in layout.loras:
+        for change in loras[entry.file].changes[part]:
+            changes.setdefault(change.name, []).append((change, entry.scale))
+    return {name: partial(merge, changes=own) for name, own in changes.items()}
+
+
+# ------------------------------------------------------------------------------------------------ what is encoded
+
+
+def tokenize(tokenizer: T5Tokenizer, prompts: list[str], length: int) -> Tensor:
+    ids, cut = tokenizer(prompts, length)
+    for prompt, rest in zip(prompts, cut):
+        if rest:
+            say(f"warning: {length} text tokens do not hold {prompt[:40]!r}...; cut off: {rest!r}")
+    return ids
+
+
+def text_lengths(layout: Layout, checkpoint: weights.Checkpoint) -> list[int]:
+    """How many tokens the base prompt and each region's prompt have, the background's included where it is needed."""
+    prompts = [layout.prompt] + (region_tokens(layout).prompts if layout.regions else [])
+    tokenizer = T5Tokenizer(checkpoint.t5_tokenizer)
+    return [len(tokenizer.encode(prompt)[0]) + 1 for prompt in prompts]  # and the end token
+
+
+def check_vocabulary(highest: Tensor, size: int, tokenizer: Path, encoder: weights.Source) -> None:
+    if highest >= size:
+        raise InputError(
+            f"{tokenizer}: its ids go beyond the {size} tokens that {encoder.path} knows; they don't match."
+        )
+
+
+def plan_controls(layout: Layout, flux: weights.Source, where: Where) -> list[ControlPlan]:
+    """The layout's ControlNets, each checked against the transformer and its mode, and their pictures."""
+    plans = []
+    for i, control in enumerate(layout.controlnets):
+        source = weights.find_controlnet(control.model, f"{where(f'controlnets[{i}].model')} =")
+        weights.check_base(source, flux)
+        check_mode(control, weights.controlnet_params(source).modes, source, where(f"controlnets[{i}].mode"))
+        picture, warnings = control_picture(control.image, control.preprocess, layout.width, layout.height)
+        if not any(control.acts(step, layout.steps) for step in range(layout.steps)):
+            warnings.append(f"{control.model}: no step of {layout.steps} lies within its start and end; it never acts")
+        for warning in warnings:
+            say(f"warning: {warning}")
+        plans.append(ControlPlan(source, control, picture))
+    return plans
+
+
+def check_mode(control: Control, modes: int, source: weights.Source, where: str) -> None:
+    if modes and control.mode is None:
+        raise InputError(f"{where} is missing: {source.path} is a union of {modes} modes, and needs one of them.")
+    if not modes and control.mode is not None:
+        raise InputError(f"{where} = {control.mode}: {source.path} has no modes.")
+    if modes and control.mode_index >= modes:
+        raise InputError(f"{where} = {control.mode}: {source.path} has {modes} modes, counted from 0.")
+
+
+def load_controls(
+    plans: list[ControlPlan], layout: Layout, device: torch.device, dtype: torch.dtype
+) -> list[ActiveControl]:
+    """The ControlNets, each file loaded once, ready for this layout."""
+    nets = {}
+    for plan in plans:
+        if plan.source.path not in nets:
+            nets[plan.source.path] = weights.load_controlnet(plan.source, device, dtype)
+    controls = []
+    for source, setting, picture in plans:
+        net, picture = nets[source.path], picture.to(device, dtype)
+        tokens = net.read(picture) if net.params.hint_width else picture
+        controls.append(ActiveControl(net, tokens, image_share(setting, layout).to(device, dtype), setting))
+    return controls
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+def sample(
+    flux: Flux,
+    layout: Layout,
+    tokens: RegionTokens | None,
+    conditioning: Conditioning,
+    seed: int,
+    masked_attention: Callable[[Tokens], MaskedAttention],
+    maps: AttentionMaps | None = None,
+    is_masked: Callable[[Block], bool] | None = None,
+    loras: Loras = NO_LORAS,
+    controls: Sequence[ActiveControl] = (),
+    on_step: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Noise to latents (1, 16, height / 8, width / 8), float32: the first steps regional, the others plain FLUX.
+
+    is_masked: in which blocks the regional branch is masked; without it the layout says so. on_step: called after
+    every step.
+    """
+    device, dtype = conditioning.txt.device, conditioning.txt.dtype
+    img = pack(noise(layout.width, layout.height, seed)).to(device, dtype).float()
+    img_ids, beside = image_ids(layout.width, layout.height), conditioning.control
+    guidance = torch.tensor([layout.guidance], dtype=torch.float32, device=device)
+    stages = regional_stages(layout, tokens)
+    if stages:  # tokens of the same regions side by side, for this run
+        tokens, order = tokens.sorted()
+        img, img_ids, beside = (x if x is None else x[:, order] for x in (img, img_ids, beside))
+        controls = [control.sorted(order) for control in controls]
+    length = conditioning.txt.shape[1]
+    levels = sigmas(layout.steps, img.shape[1], shift=flux.params.guidance_embed)
+    base = {"img_ids": img_ids, "txt": conditioning.txt, "txt_ids": text_ids(length), "y": conditioning.y[:1]}
+    control = control_hook(controls, flux.params, levels, base | {"guidance": guidance})
+
+    def velocity(txt: Tensor, y: Tensor, changes: list[Addition], streams: int = 1, **hooks: Any) -> Velocity:
+        ids, lora_hooks = text_ids(txt.shape[1]), hooks_for(flux, changes)
+
+        def flow(img: Tensor, t: Tensor) -> Tensor:
+            img = img.to(dtype)
+            residuals = {"after_block": control(img, t, streams)} if controls else {}
+            x = img if beside is None else torch.cat([img, beside], dim=-1)
+            with added(flux, lora_hooks):
+                return flux(x, img_ids, txt, ids, t, y, guidance, **residuals, **hooks)
+
+        return flow
+
+    changes = additions(
+        layout.regions, loras, lambda bit: plain_step(tokens.image_bits & bit != 0, length), in_plain_steps=True
+    )
+    plain = velocity(conditioning.txt, conditioning.y[:1], changes)
+
+    def composed(base_ratio: Tensor) -> Velocity:
+        everywhere = plain_step(torch.ones(img.shape[1], dtype=torch.bool), conditioning.regions.shape[1])
+        own = [
+            velocity(txt[None], y[None], additions(layout.regions[i : i + 1], loras, lambda bit: everywhere))
+            for i, (txt, y) in enumerate(zip(conditioning.regions, conditioning.y[1:]))
+        ]
+        return composed_velocity(own, plain, tokens, base_ratio)
+
+    def regional(base_ratio: Tensor) -> Velocity:
+        bits = tokens.bits(conditioning.regions.shape[1]).to(device)
+        attention = RegionalAttention(
+            masked_attention, bits, length, img.shape[1], base_ratio,
+            is_masked or (lambda block: layout.is_masked(block.kind, block.index)),
+            tokens.log_weights(), shared=layout.base_stream == "shared",
+        )  # fmt: skip
+        streams, has_base = attention.streams, attention.has_base
+        changes = additions(
+            layout.regions, loras, lambda bit: regional_step(bits & bit != 0, length, img.shape[1], has_base, streams)
+        )
+        txt = [conditioning.regions.flatten(0, 1)[None]] + ([conditioning.txt] if has_base else [])
+        watched = maps.watch(attention, bits, len(tokens.prompts), order) if maps else attention
+        return velocity(
+            torch.cat(txt, dim=1), conditioning.y[:1], changes, streams, attention=watched, join=attention.join
+        )
+
+    def after_step(img: Tensor) -> None:
+        bar.update()
+        on_step()
+
+    done = 0
+    with tqdm(total=layout.steps, desc=f"seed {seed}", disable=None) as bar:
+        for end, base_ratio in stages:
+            first = (composed if layout.method == "rpg" else regional)(base_ratio)
+            img = denoise(first, img, levels[done : end + 1], after_step)
+            done = end
+        img = denoise(plain, img, levels[done:], after_step)
+    if stages:
+        img = img[:, order.argsort()]
+    return unpack(img, layout.width, layout.height)
+
+
+def regional_stages(layout: Layout, tokens: RegionTokens | None) -> list[tuple[int, Tensor]]:
+    """The regional steps in stages of equal settings: where each ends, and the base branch's share in each of the
+    sorted image tokens, (L_img,) float64. A region whose own steps are over has all of it: it follows the base prompt.
+    """
+    if not layout.regional_steps(layout.steps):
+        return []
+    steps_and_ratios = layout.steps_and_ratios(layout.steps)[: len(tokens.prompts)]
+    tokens, start, stages = tokens.sorted()[0], 0, []
+    for end in sorted({count for count, _ in steps_and_ratios} - {0}):
+        ratios = [ratio if start < count else 1.0 for count, ratio in steps_and_ratios]
+        stages.append((end, tokens.mean(ratios)))
+        start = end
+    return stages
