@@ -52,13 +52,17 @@ MEASURES = (
 
 
 class Setting(NamedTuple):
-    """How a layout is drawn: a method and its settings; masked_blocks, where it is not all of them, by name."""
+    """How a layout is drawn: a method and its settings; masked_blocks, where it is not all of them, by name. strength
+    and feather are those of every region."""
 
     method: str
     base_ratio: float = 0.3
     mask_inject_steps: str = "40%"
     masked_blocks: str = "all"
     region_length: int | str = 64
+    strength: float = 1
+    feather: float = 0
+    variant: str = ""
 
     def __str__(self) -> str:
         if self.method == "plain":
@@ -66,7 +70,9 @@ class Setting(NamedTuple):
         parts = [self.method, f"T {self.mask_inject_steps}", f"beta {self.base_ratio:g}"]
         parts += [f"{self.masked_blocks} blocks"] if self.masked_blocks != "all" else []
         parts += [f"{self.region_length} text tokens"] if self.region_length != 64 else []
-        return ", ".join(parts)
+        parts += [f"strength {self.strength:g}"] if self.strength != 1 else []
+        parts += [f"feather {self.feather:g}"] if self.feather else []
+        return ", ".join(parts + [self.variant] * bool(self.variant))
 
 
 # Which blocks are masked; the others are open. The pocket model has 2 double and 5 single blocks.
@@ -80,6 +86,11 @@ MASKED_BLOCKS: dict[str, Callable[[Block], bool]] = {
     "late single": lambda block: block.kind == "single" and block.index >= 4,
     "double and early single": lambda block: block.kind == "double" or block.index < 2,
     "no": lambda block: False,
+}
+VARIANTS = {  # which are not the published method
+    "": {},
+    "shared stream": {"base_stream": "shared"},
+    "open image attention": {"image_attention": "open"},
 }
 PLAIN = Setting("plain")
 
@@ -101,9 +112,12 @@ class Model:
         layout = msgspec.structs.replace(case.layout, steps=steps, region_max_sequence_length=setting.region_length)
         layout = pipeline.with_model_defaults(layout, self.checkpoint.flux)
         conditioning = self.encode(layout)
+        own = {"strength": setting.strength, "feather": setting.feather}
         layout = msgspec.structs.replace(
-            layout, method=setting.method, base_ratio=setting.base_ratio, mask_inject_steps=setting.mask_inject_steps
-        )
+            layout, method=setting.method, base_ratio=setting.base_ratio, mask_inject_steps=setting.mask_inject_steps,
+            regions=tuple(msgspec.structs.replace(region, **own) for region in layout.regions),
+            **VARIANTS[setting.variant],
+        )  # fmt: skip
         tokens = region_tokens(layout) if layout.regional_steps(steps) else None
         start = time.perf_counter()
         latents = pipeline.sample(
@@ -196,6 +210,9 @@ SWEEPS = {
     ],
     "The same by composition (RPG)": [Setting("rpg", beta, T) for T in ("40%", "60%") for beta in (0.0, 0.1, 0.3)],
     "Which blocks are masked": [PUBLISHED._replace(masked_blocks=blocks) for blocks in MASKED_BLOCKS],
+    "Strength of the regions' texts": [EQUAL._replace(strength=strength) for strength in (0, 0.25, 0.5, 1, 2, 4)],
+    "Feather": [EQUAL._replace(feather=feather) for feather in (0, 32, 64, 96)],
+    "Variants": [EQUAL._replace(variant=variant) for variant in VARIANTS],
     "Text tokens of each region": [PUBLISHED._replace(region_length=length) for length in (64, 32, 16)],
 }
 

@@ -303,7 +303,9 @@ def polygons_of(polygon: Any, where: str) -> list[Any]:
     polygons = [polygon] if all(map(is_point, polygon)) else polygon
     for points in polygons:
         if not isinstance(points, (list, tuple)) or len(points) < 3 or not all(map(is_point, points)):
-            raise InputError(f"{where} = {describe(polygon)}: expected at least three points [x, y], or lists of them.")
+            raise InputError(
+                f"{where} = {describe(list(polygon))}: expected at least three points [x, y], or lists of them."
+            )
     return polygons
 
 

@@ -27,9 +27,11 @@ class AttentionMaps:
                 self.groups.append(f"{kind} {blocks[0]}" + (f"-{blocks[-1]}" if len(blocks) > 1 else ""))
         self.steps = []
 
-    def watch(self, attention: RegionalAttention, bits: Tensor, texts: int, order: Tensor) -> Attention:
+    def watch(
+        self, attention: RegionalAttention, bits: Tensor, texts: int, order: Tensor, log_weights: Tensor | None = None
+    ) -> Attention:
         """The same attention, watched. bits: (L,) int64, those of [txt_1 .. txt_R, img]; texts: R; order: (L_img,), the
-        places of the image tokens in the picture."""
+        places of the image tokens in the picture; log_weights: (L_img, R), as RegionalAttention has them."""
         text_tokens, image_bits = bits.split([len(bits) - len(order), len(order)])
         text_length = len(text_tokens) // texts
 
@@ -41,6 +43,10 @@ class AttentionMaps:
             for value in image_bits.unique():
                 rows = (image_bits == value).nonzero().flatten()
                 scores = q[:, :, -len(order) :][:, :, rows] @ k_seen.mT / q.shape[-1] ** 0.5
+                if attention.is_masked(block) and log_weights is not None:
+                    scores[..., : len(text_tokens)] += (
+                        log_weights[rows].repeat_interleave(text_length, dim=1).to(scores)
+                    )
                 if attention.is_masked(block):
                     scores = scores.masked_fill(~allowed(bits, value), float("-inf"))
                 weights = scores.float().softmax(-1)[..., : len(text_tokens)]

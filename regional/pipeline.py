@@ -496,7 +496,7 @@ def sample(
             layout.regions, loras, lambda bit: regional_step(bits & bit != 0, length, img.shape[1], has_base, streams)
         )
         txt = [conditioning.regions.flatten(0, 1)[None]] + ([conditioning.txt] if has_base else [])
-        watched = maps.watch(attention, bits, len(tokens.prompts), order) if maps else attention
+        watched = maps.watch(attention, bits, len(tokens.prompts), order, tokens.log_weights()) if maps else attention
         return velocity(
             torch.cat(txt, dim=1), conditioning.y[:1], changes, streams, attention=watched, join=attention.join
         )

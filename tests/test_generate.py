@@ -268,6 +268,53 @@ def test_attention_maps_are_shares_inside_the_regions(make):
     assert not Path("maps/z_step3.png").exists()
 
 
+def test_a_region_without_strength_is_not_looked_at(make):
+    first, second = A["regions"]
+    assert make({**A, "regions": [{**first, "strength": 0}, second]}, "--attention-maps", "m", "--output", "z.png") == 0
+    maps = load_file("m/z.safetensors")["maps"]
+    assert not maps[:, :, 0].any() and maps[:, :, 1].any()
+
+
+def test_defaults_written_out_change_nothing(make):
+    """Strength 1, no feather, the layout's own steps and ratio: the published method to the bit."""
+    own = {"strength": 1, "feather": 0, "mask_inject_steps": 2, "base_ratio": 0.3}
+    more = {
+        "image_attention": "isolated",
+        "base_stream": "separate",
+        "double_blocks": "every 1",
+        "single_blocks": "0-99",
+    }
+    written = {**A, **more, "regions": [{**region, **own} for region in A["regions"]]}
+    assert torch.equal(latents(make, A), latents(make, written))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"strength": 2}, {"feather": 48}, {"mask_inject_steps": 1}, {"base_ratio": 0.1}],
+    ids=lambda change: next(iter(change)),
+)
+def test_each_setting_of_a_region_does_something(make, change):
+    first, second = A["regions"]
+    ours = latents(make, {**A, "regions": [{**first, **change}, second]})
+    assert ours.isfinite().all() and (ours - latents(make, A)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "flags", [["--image-attention", "open"], ["--base-stream", "shared"], ["--single-blocks", "0"]]
+)
+def test_each_variant_does_something(make, flags):
+    ours = latents(make, A, *flags)
+    assert ours.isfinite().all() and (ours - latents(make, A)).abs().max() > 1e-3
+
+
+def test_the_library_example_of_the_readme_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(code.replace("seed in (1, 2, 3)", "seed in (1,)"), names)
+    assert names["picture"].size == (256, 256) and len(names["pictures"]) == 1
+
+
 def test_a_second_layout_in_the_same_process_is_as_in_a_fresh_one(make, golden, tmp_path):
     latents(make, A)
     second = latents(make, B)

@@ -1,0 +1,218 @@
+"""What a layout can say beyond the published method: other shapes, who lies on top, how strongly, how long, where."""
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from model.attention import Block
+from model.errors import InputError
+from regional.attention import RegionalAttention, dense_attention, portable_attention
+from regional.layout import Layout, Region, blocks_of, read_layout
+from regional.mask import BACKGROUND_BIT, feathered, in_polygons, region_tokens
+from regional.pipeline import regional_stages
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "layout.yaml"
+    file.write_text(text)
+    return file
+
+
+def tokens_of(folder: Path, regions: str, more: str = "", size: int = 64) -> list[np.ndarray]:
+    """Each region's tokens, (rows, columns) bool."""
+    layout = read_layout(write(folder, f"prompt: x\nwidth: {size}\nheight: {size}\n{more}\nregions:\n{regions}"), {})
+    return list(region_tokens(layout).cover.unflatten(1, (size // 16, size // 16)).numpy() > 0)
+
+
+# ------------------------------------------------------------------------------------------------ where
+
+
+def test_shares_are_pixels(tmp_path):
+    regions = "- {prompt: a, box: [0, 25%, 50%, 64]}\n- {prompt: b, box: [0, 16, 32, 100%]}"
+    first, second, *_ = tokens_of(tmp_path, regions)
+    assert np.array_equal(first, second) and first.sum() == 6
+    layout = read_layout(write(tmp_path, "prompt: x\nregions:\n- {prompt: a, box: [12.5%, 0, 33.3%, 1]}"), {})
+    assert layout.regions[0].box == (128, 0, 340.992, 1)
+
+
+def test_a_rectangle_as_polygon_is_the_box(tmp_path):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        (x0, x1), (y0, y1) = np.sort(rng.choice(65, (2, 2)) + np.array([[0, 1], [0, 1]]), axis=1).clip(0, 64).tolist()
+        if x0 == x1 or y0 == y1:
+            continue
+        polygon = f"[[{x0}, {y0}], [{x1}, {y0}], [{x1}, {y1}], [{x0}, {y1}]]"
+        box, drawn, *_ = tokens_of(
+            tmp_path, f"- {{prompt: a, box: [{x0}, {y0}, {x1}, {y1}]}}\n- {{prompt: b, polygon: {polygon}}}"
+        )
+        assert np.array_equal(box, drawn) or box.sum() == drawn.sum() == 1
+
+
+def test_polygons_are_even_odd():
+    """Against Pillow's own at 16 times the resolution: a ring, and a triangle."""
+    square = lambda a, b: ((a, a), (b, a), (b, b), (a, b))  # noqa: E731
+    centres = np.arange(8, 128, 16)
+    ring = in_polygons((square(0, 128), square(32, 96)), centres, centres)
+    expected = np.ones((8, 8), bool)
+    expected[2:6, 2:6] = False
+    assert np.array_equal(ring, expected)
+    triangle = ((3.1, 5.3), (119.7, 41.9), (29.3, 125.2))
+    picture = Image.new("1", (1280, 1280))
+    ImageDraw.Draw(picture).polygon([(10 * x, 10 * y) for x, y in triangle], fill=1)
+    drawn = np.asarray(picture)[10 * centres][:, 10 * centres]
+    assert np.array_equal(in_polygons((triangle,), centres, centres), drawn) and drawn.any() and not drawn.all()
+
+
+def test_a_tiny_polygon_gets_its_token(tmp_path):
+    cell, *_ = tokens_of(tmp_path, "- {prompt: a, polygon: [[33, 17], [36, 17], [36, 20]]}")
+    assert cell.sum() == 1 and cell[1, 2]
+
+
+@pytest.mark.parametrize("color", ["[255, 0, 0]", '"#ff0000"', "255"])
+@pytest.mark.parametrize("kind", ["RGB", "P"])
+def test_colors_of_a_map(tmp_path, color, kind):
+    """Left red, right blue; as an index, red is 255 by COCO's rule, and in a palette whatever the palette says."""
+    picture = Image.new("RGB", (32, 32), (0, 0, 255))
+    picture.paste((255, 0, 0), (0, 0, 16, 32))
+    if kind == "P":
+        picture = picture.quantize(2)
+        color = str(picture.getpixel((0, 0))) if color == "255" else color
+    picture.save(tmp_path / "map.png")
+    red, *_ = tokens_of(tmp_path, f"- {{prompt: a, color: {color}}}", "map: map.png")
+    assert red[:, :2].all() and not red[:, 2:].any()
+
+
+MISTAKES = {
+    "a color without a map": ("- {prompt: a, color: 1}", "", "regions[0].color = 1: a color needs the layout's map"),
+    "a color that is none": ("- {prompt: a, color: red}", "map: m.png", "regions[0].color = 'red': expected"),
+    "a color out of range": ("- {prompt: a, color: [0, 0, 256]}", "map: m.png", "color = [0, 0, 256]: expected"),
+    "a color that is not there": ("- {prompt: a, color: [9, 9, 9]}", "map: m.png", "nothing in it is of this color"),
+    "a map that is not there": ("- {prompt: a, box: [0, 0, 9, 9]}", "map: n.png", "map = "),
+    "two points": ("- {prompt: a, polygon: [[0, 0], [9, 9]]}", "", "polygon = [[0, 0], [9, 9]]: expected at least"),
+    "a point outside": ("- {prompt: a, polygon: [[0, 0], [9, 9], [65, 0]]}", "", "the point [65, 0], outside 64 x 64"),
+    "a share that is none": ("- {prompt: a, box: [0, 0, 9px, 9]}", "", "regions[0].box[2] = '9px': expected pixels"),
+    "too much of a share": ("- {prompt: a, box: [0, 0, 101%, 9]}", "", "x1 = 64.64 lies outside width 64"),
+    "a negative strength": ("- {prompt: a, box: [0, 0, 9, 9], strength: -1}", "", "strength = -1"),
+    "an infinite feather": ("- {prompt: a, box: [0, 0, 9, 9], feather: .inf}", "", "feather = inf"),
+    "steps that are none": ("- {prompt: a, box: [0, 0, 9, 9], mask_inject_steps: few}", "", "steps = 'few': expected"),
+    "a ratio of 2": ("- {prompt: a, box: [0, 0, 9, 9], base_ratio: 2}", "", "base_ratio = 2"),
+    "blocks that are none": (
+        "- {prompt: a, box: [0, 0, 9, 9]}",
+        "single_blocks: all",
+        "single_blocks = 'all': expected",
+    ),
+}
+
+
+@pytest.mark.parametrize("regions, more, says", MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_get_one_sentence(tmp_path, regions, more, says):
+    Image.new("RGB", (64, 64)).save(tmp_path / "m.png")
+    with pytest.raises(InputError) as caught:
+        tokens_of(tmp_path, regions, more)
+    sentence = str(caught.value)
+    assert says in sentence and "layout.yaml" in sentence and "\n" not in sentence and sentence.endswith(".")
+
+
+# ------------------------------------------------------------------------------------------------ who lies on top
+
+NESTED = "- {prompt: a, box: [0, 0, 64, 32]}\n- {prompt: b, box: [0, 0, 32, 64]}\n- {prompt: c, box: [0, 0, 16, 16]}"
+
+
+@pytest.mark.parametrize(
+    "overlap, counts",
+    [("share", [8, 8, 1]), ("last", [4, 7, 1]), ("first", [8, 4, 0]), ("smallest", [7, 4, 1])],
+)
+def test_overlaps(tmp_path, overlap, counts):
+    """Of 4 x 4 tokens; equal areas lie as `first` has them."""
+    assert [int(t.sum()) for t in tokens_of(tmp_path, NESTED, f"overlap: {overlap}")[:3]] == counts
+
+
+def test_feathered_neighbours_leave_no_gap_for_the_background():
+    left, right = (
+        Region(prompt="l", box=(0, 0, 128, 64), feather=64),
+        Region(prompt="r", box=(128, 0, 256, 64), feather=64),
+    )
+    for overlap in ("share", "last", "first", "smallest"):
+        tokens = region_tokens(Layout(prompt="", width=256, height=64, regions=(left, right), overlap=overlap))
+        assert tokens.prompts == ["l", "r"]
+        assert torch.allclose(tokens.cover.sum(0), torch.ones(64))
+        assert tokens.cover[0, :16].tolist() == pytest.approx([1] * 6 + [0.875, 0.625, 0.375, 0.125] + [0] * 6)
+
+
+def test_a_feather_is_the_mean_over_its_window():
+    inside = np.zeros((9, 9), bool)
+    inside[3:6, 3:6] = True
+    cover = feathered(inside, 48)  # 3 x 3 tokens
+    expected = [[inside[max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2].sum() / 9 for j in range(9)] for i in range(9)]
+    assert np.abs(cover - np.array(expected)).max() < 1e-6
+    assert np.array_equal(feathered(np.ones((4, 4), bool), 100), np.ones((4, 4)))  # beyond the picture it goes on
+
+
+# ------------------------------------------------------------------------------------------------ how long, how much
+
+REGIONS = (Region(prompt="a", box=(0, 0, 32, 64)), Region(prompt="b", box=(16, 0, 48, 64)))
+LAYOUT = Layout(prompt="", width=64, height=64, steps=10, base_ratio=0.2, mask_inject_steps=4, regions=REGIONS)
+change = msgspec.structs.replace
+
+
+def stages(layout: Layout) -> list[tuple[int, dict[int, float]]]:
+    """Where each stage ends, and the base branch's share by the bits of the tokens."""
+    tokens = region_tokens(layout)
+    bits = tokens.sorted()[0].image_bits.tolist()
+    return [(end, dict(zip(bits, ratio.tolist()))) for end, ratio in regional_stages(layout, tokens)]
+
+
+def test_regions_have_steps_and_ratios_of_their_own():
+    background = 1 << BACKGROUND_BIT
+    assert stages(LAYOUT) == [(4, {1: 0.2, 3: 0.2, 2: 0.2, background: 0.2})]
+    first = change(REGIONS[0], mask_inject_steps="80%", base_ratio=0.1)
+    assert stages(change(LAYOUT, regions=(first, REGIONS[1]))) == [
+        (4, {1: 0.1, 3: pytest.approx(0.15), 2: 0.2, background: 0.2}),
+        (8, {1: 0.1, 3: pytest.approx(0.55), 2: 1.0, background: 1.0}),
+    ]
+    never = change(REGIONS[0], base_ratio=1)
+    assert stages(change(LAYOUT, regions=(never, REGIONS[1])))[0][1][1] == 1.0
+    assert stages(change(LAYOUT, base_ratio=1)) == stages(change(LAYOUT, method="plain")) == []
+    only = change(REGIONS[0], mask_inject_steps=2)
+    alone = change(LAYOUT, base_ratio=1, regions=(change(only, base_ratio=0.5),))
+    assert stages(alone) == [(2, {1: 0.5, background: 1.0})]
+
+
+@pytest.mark.parametrize(
+    "blocks, chosen",
+    [("every 2", [0, 2, 4, 6]), ("1-3", [1, 2, 3]), ("0-1, 5", [0, 1, 5]), ((2, 4), [2, 4]), ("6", [6]), ((), [])],
+)
+def test_which_blocks_are_masked(blocks, chosen):
+    assert [i for i in range(7) if blocks_of(blocks, i)] == chosen
+    layout = change(LAYOUT, double_blocks=blocks, single_inject_interval=3)
+    assert [i for i in range(7) if layout.is_masked("double", i)] == chosen
+    assert [i for i in range(7) if layout.is_masked("single", i)] == [0, 3, 6]
+
+
+# ------------------------------------------------------------------------------------------------ variants
+
+
+def test_open_images_see_each_other_and_not_others_texts():
+    tokens = region_tokens(change(LAYOUT, image_attention="open"))
+    bits, texts = tokens.bits(2), 2 * len(tokens.prompts)
+    seen = (bits[:, None] & bits) != 0
+    isolated = region_tokens(LAYOUT).bits(2)
+    assert seen[texts:, texts:].all()
+    assert torch.equal(seen[:texts], ((isolated[:, None] & isolated) != 0)[:texts])
+
+
+@pytest.mark.parametrize("masked", [dense_attention, portable_attention])
+def test_a_shared_stream_has_the_double_blocks_sequence_throughout(masked):
+    """In a single block it is what a double block's attention gives, on the same q, k and v."""
+    bits, generator = region_tokens(LAYOUT).bits(3), torch.Generator().manual_seed(0)
+    shared = RegionalAttention(masked, bits, 5, 16, 0.3, shared=True)
+    q, k, v = torch.randn(3, 1, 2, len(bits) + 5, 8, generator=generator, dtype=torch.float64)
+    in_double, in_single = (shared(q, k, v, Block(kind, 0)) for kind in ("double", "single"))
+    assert torch.equal(in_double, in_single) and shared.streams == 1
+    txt, img = torch.zeros(1, len(bits) - 16 + 5, 4), torch.ones(1, 16, 4)
+    assert shared.join(txt, img).shape[1] == len(bits) + 5
+    assert RegionalAttention(masked, bits, 5, 16, 0.3).join(txt, img).shape[1] == len(bits) + 5 + 16
