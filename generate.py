@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import save_file
 
 import weights
 from model.errors import InputError
@@ -36,6 +35,7 @@ from regional.outputs import (
     made_of,
     save_json,
     save_picture,
+    save_tensor,
     say,
     settings,
     write,
@@ -276,12 +276,13 @@ def missing_of(group: list[Job], pipeline: Pipeline, args: argparse.Namespace) -
     missing = []
     for job in group:
         made_by = settings(layout, job.seed, used)
-        if is_made_by(job.output, made_by) and not args.overwrite and (not job.latents or job.latents.exists()):
+        others = [file for file in files_of(job, args) if not is_made_by(file, made_by)]
+        if others or args.overwrite:
+            check_files(others, args)
+            missing.append((job, made_by))
+        else:
             say(f"{job.output}: exists already, made by the same settings; it is kept")
             print(job.output)
-            continue
-        check_files(job, args)
-        missing.append((job, made_by))
     if not missing:
         return []
     prepared = pipeline.prepare(group[0].layout, group[0].where)
@@ -297,7 +298,7 @@ def make(
     if alone:
         pipeline.drop("flux")
     if job.latents:
-        write(job.latents, partial(save_file, {"latents": z.cpu().contiguous()}))
+        save_tensor("latents", z, made_by, job.latents)
     image = pipeline.decode(z)
     for unfinished in job.output.parent.glob(f".{glob.escape(job.output.stem)}.[0-9]*{job.output.suffix}"):
         unfinished.unlink()  # what a killed run left
@@ -306,7 +307,7 @@ def make(
         save_json(made_by, job.output.with_suffix(".json"))
     print(job.output, flush=True)
     if maps and maps.steps:
-        save_maps(maps, args.attention_maps / job.output.stem, image, prepared.tokens.prompts)
+        save_maps(maps, args.attention_maps / job.output.stem, image, prepared.tokens.prompts, made_by)
     elif maps:
         say(f"{job.output}: no step of it is regional, so it has no attention maps")
 
@@ -412,7 +413,7 @@ def plan_jobs(args: argparse.Namespace, size: int, failures: Failures) -> list[J
     if not several:
         for job in jobs:
             if not carried_by(job.output):  # if a picture that is there is to be kept is seen later
-                check_files(job, args)
+                check_files(files_of(job, args), args)
     for sheet in {job.sheet for job in jobs if job.sheet}:
         check_writable(sheet, args.overwrite)
     return jobs[index::count]
@@ -465,15 +466,20 @@ def free_name(names: list[Names]) -> str:
     return next(t for t in templates if not any(filled(t, each, 0).exists() for each in names))
 
 
-def check_files(job: Job, args: argparse.Namespace) -> None:
-    files = [path for path in (job.output, job.latents) if path]
+def files_of(job: Job, args: argparse.Namespace) -> list[Path]:
+    """All that is written of a picture, each of which carries what made it; of attention maps the numbers."""
+    files = [job.output] + ([job.latents] if job.latents else [])
     files += [job.output.with_suffix(".json")] if args.metadata else []
-    if args.attention_maps:
-        args.attention_maps.mkdir(parents=True, exist_ok=True)
-        files.append(args.attention_maps / f"{job.output.stem}.safetensors")
-        files += args.attention_maps.glob(f"{glob.escape(job.output.stem)}_step*.png")
-    for path in files:
-        check_writable(path, args.overwrite)
+    return files + ([args.attention_maps / f"{job.output.stem}.safetensors"] if args.attention_maps else [])
+
+
+def check_files(files: list[Path], args: argparse.Namespace) -> None:
+    for file in files:
+        if args.attention_maps and file.parent == args.attention_maps:
+            args.attention_maps.mkdir(parents=True, exist_ok=True)
+            for sheet in file.parent.glob(f"{glob.escape(file.stem)}_step*.png"):
+                check_writable(sheet, args.overwrite)
+        check_writable(file, args.overwrite)
 
 
 def shard_of(args: argparse.Namespace) -> tuple[int, int]:
@@ -523,11 +529,11 @@ def write_sheets(jobs: list[Job], args: argparse.Namespace) -> None:
         print(path)
 
 
-def save_maps(maps: AttentionMaps, path: Path, image: Image.Image, prompts: list[str]) -> None:
+def save_maps(maps: AttentionMaps, path: Path, image: Image.Image, prompts: list[str], made_by: dict) -> None:
     """A sheet for each regional step, path_step1.png and so on, and the numbers behind them, path.safetensors."""
     for i, sheet in enumerate(maps.sheets(image, prompts)):
         write(path.with_name(f"{path.name}_step{i + 1}.png"), sheet.save)
-    write(path.with_name(f"{path.name}.safetensors"), partial(save_file, {"maps": maps.maps}))
+    save_tensor("maps", maps.maps, made_by, path.with_name(f"{path.name}.safetensors"))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from typing import Any
 
 import msgspec
 from PIL import Image, PngImagePlugin
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from model.errors import InputError
 from regional.layout import Layout
@@ -82,11 +85,19 @@ def save_json(made_by: dict[str, Any], path: Path) -> None:
     write(path, partial(Path.write_text, data=text, encoding="utf-8"))
 
 
+def save_tensor(name: str, tensor: Tensor, made_by: dict[str, Any], path: Path) -> None:
+    made = {"layout": json.dumps(made_by)}
+    write(path, partial(save_file, {name: tensor.cpu().contiguous()}, metadata=made))
+
+
 def made_of(path: Path) -> dict[str, Any]:
     """What a picture carries of how it was made, or what its side-car .json says. InputError where there is nothing."""
     try:
         if path.suffix.lower() == ".json":
             text = path.read_text(encoding="utf-8")
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                text = (file.metadata() or {}).get("layout")
         else:
             with Image.open(path) as image:
                 text = image.info.get("layout") or image.getexif().get(EXIF_DESCRIPTION)
@@ -95,7 +106,7 @@ def made_of(path: Path) -> dict[str, Any]:
         made_by = json.loads(text or "null")
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file.") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, SafetensorError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a picture of this program that can be read ({error}).") from None
     if not isinstance(made_by, dict) or not {"prompt", "seed", "model"} <= made_by.keys():
         raise InputError(f"{path}: carries nothing of how it was made; its settings are not known.")
