@@ -1,0 +1,496 @@
+"""What a layout looks like and costs before anything is drawn, and the schema of its file."""
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import yaml
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.errors import InputError
+from model.transformer import Flux, FluxParams
+from regional.attention import portable_attention
+from regional.layout import Layout, json_schema, read_layout
+from regional.mask import region_tokens
+from regional.pipeline import Conditioning, sample
+from regional.preview import (
+    COLORS,
+    GAP,
+    LINE,
+    color,
+    details,
+    grid_tokens,
+    innermost,
+    plain_flops,
+    preview,
+    report,
+    stages,
+)
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = [ROOT / "layout.yaml", *sorted((ROOT / "examples").glob("*.yaml"))]
+GRAY = (228, 228, 228)
+
+
+def layout(*regions: dict, **keys) -> Layout:
+    """A layout of 256 x 256 pixels, 16 x 16 tokens of 64 drawn pixels, unless it says otherwise."""
+    written = [{"prompt": f"thing {i}", **region} for i, region in enumerate(regions)]
+    return read_layout(None, {"prompt": "a scene", "regions": written, **keys}, 256)
+
+
+def canvas(of: Layout) -> np.ndarray:
+    """The drawn tokens without heading and legend: (tokens down, tokens across, cell, cell, 3)."""
+    sheet, h, w = np.asarray(preview(of)), of.height // 16, of.width // 16
+    cell, top = round(1024 / max(h, w)), 2 * LINE + 2 * GAP
+    cells = sheet[top : top + h * cell, GAP : GAP + w * cell].reshape(h, cell, w, cell, 3)
+    return cells.swapaxes(1, 2)
+
+
+def most(cell: np.ndarray) -> tuple[int, ...]:
+    """The color that most of a token's pixels have."""
+    colors, count = np.unique(cell.reshape(-1, 3), axis=0, return_counts=True)
+    return tuple(colors[count.argmax()].tolist())
+
+
+# ------------------------------------------------------------------------------------------------ the picture
+
+
+def test_each_token_has_the_color_of_its_region_and_the_rest_is_gray():
+    of = layout({"box": [0, 0, 128, 96]}, {"box": [128, 128, 250, 256]})  # 250: the last token's centre is at 248
+    drawn = canvas(of)
+    for row in range(16):
+        for column in range(16):
+            inside = [row < 6 and column < 8, row >= 8 and column >= 8]
+            expected = color(inside.index(True)) if any(inside) else GRAY
+            assert most(drawn[row, column]) == expected, (row, column)
+
+
+def test_a_token_whose_centre_lies_outside_stays_gray_and_the_shape_is_drawn_over_it():
+    drawn = canvas(layout({"box": [0, 0, 23, 256]}))  # its second column of tokens has its centres at x = 24
+    assert most(drawn[5, 0]) == color(0) and most(drawn[5, 1]) == GRAY
+    dark = tuple(int(0.45 * value) for value in color(0))
+    at = {int(x) for x in np.flatnonzero((drawn[5, 1, 20] == dark).all(axis=1))}
+    assert at == {26, 27}  # 23 / 16 tokens of 64 pixels: the edge ends after pixel 92 = 64 + 28
+
+
+def test_overlaps_are_striped_in_the_colors_of_all_their_regions():
+    drawn = canvas(layout({"box": [0, 0, 160, 256]}, {"box": [96, 0, 256, 256]}))
+    shared, alone = drawn[2:5, 7:9].reshape(-1, 3), drawn[2:5, 2:4].reshape(-1, 3)
+    for i in (0, 1):
+        assert 0.4 < (shared == color(i)).all(axis=1).mean() < 0.5  # grid lines are darker
+    assert (alone == color(0)).all(axis=1).mean() > 0.9
+    assert not (drawn[:, 6:10] == GRAY).all(axis=-1).any()
+
+
+def test_the_last_region_hides_the_others_where_the_layout_says_so():
+    drawn = canvas(layout({"box": [0, 0, 160, 256]}, {"box": [96, 0, 256, 256]}, overlap="last"))
+    assert most(drawn[3, 7]) == color(1) and not (drawn[3, 7] == color(0)).all(axis=-1).any()
+
+
+def test_a_soft_edge_is_graded():
+    drawn = canvas(layout({"box": [0, 0, 128, 256], "feather": 128}))
+    strength = [np.abs(np.subtract(most(drawn[2, column]), GRAY)).sum() for column in range(16)]
+    assert strength[0] == np.abs(np.subtract(color(0), GRAY)).sum() and strength[15] == 0
+    assert all(a > b for a, b in zip(strength[4:12], strength[5:12])) and strength[:4] == [strength[0]] * 4
+
+
+RING = [[[16, 16], [240, 16], [240, 240], [16, 240]], [[64, 64], [192, 64], [192, 192], [64, 192]]]
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        layout({"box": [0, 0, 256, 256]}, {"box": [32, 32, 224, 224]}, overlap="last"),
+        layout({"polygon": RING}),
+        layout({"polygon": [[0, 0], [256, 0], [256, 48], [48, 48], [48, 256], [0, 256]]}, {"box": [64, 64, 80, 80]}),
+        layout({"box": [0, 0, 160, 256], "feather": 64}, {"box": [96, 0, 256, 256]}),
+        layout(*({"box": [160 * i, 0, 160 * i + 160, "50%"]} for i in range(8)), width=1280, height=768),
+    ],
+    ids=["inside another", "ring", "corner and dot", "overlap", "eight"],
+)  # fmt: skip
+def test_each_regions_name_lies_in_its_own_part(of):
+    tokens, drawn = region_tokens(of), canvas(of)
+    white = (drawn == 255).all(axis=-1).mean(axis=(2, 3))
+    cover = tokens.cover.reshape(-1, *white.shape).numpy() > 0
+    alone = cover & (cover.sum(axis=0) == 1)
+    for own in alone:
+        assert (white * own).sum() > 0.02
+    assert white[~alone.any(axis=0)].sum() == 0
+
+
+def test_a_name_is_no_larger_than_its_region():
+    drawn = canvas(layout({"box": [320, 320, 352, 352]}, width=1280, height=768))
+    white = (drawn == 255).all(axis=-1).sum(axis=(2, 3))
+    assert white[20:22, 20:22].sum() > 50 and white[18:24, 18:24].sum() == white[20:22, 20:22].sum()
+
+
+def test_two_regions_of_one_place_have_both_names():
+    one, two = (canvas(layout(*[{"box": [0, 0, 128, 128]}] * n)) for n in (1, 2))
+    white = [(drawn == 255).all(axis=-1).sum() for drawn in (one[:8, :8], two[:8, :8])]
+    assert white[1] > 1.8 * white[0]
+
+
+def test_the_innermost_point_of_a_ring_is_not_its_middle():
+    inside = np.ones((9, 9), dtype=bool)
+    inside[3:, 3:6] = False
+    y, x, depth = innermost(inside)
+    assert (y, depth) == (1.5, 1.5) and inside[int(y), int(x)]
+
+
+@pytest.mark.parametrize(
+    "width, height, size",
+    [(1280, 768, (1040, 624)), (32, 32, (1024, 1024)), (8192, 16, (1024, 2)), (16, 8192, (2, 1024))],
+)
+def test_pictures_of_all_forms(width, height, size):
+    sheet = preview(layout({"box": [0, 0, 16, 16]}, width=width, height=height))
+    top = 2 * LINE + 2 * GAP
+    assert sheet.width >= size[0] + 2 * GAP and sheet.height >= size[1] + top + GAP
+    assert max(sheet.size) < 1500
+    x, y = GAP + size[0] - 1, top + size[1] - 1  # the last pixel of the last token
+    drawn = [sheet.getpixel(at) for at in ((x, y), (x + 1, y), (x, y + 1))]
+    assert drawn[0] != drawn[1] and drawn[1:] == [(255,) * 3] * 2
+
+
+def test_a_legend_covers_no_token():
+    for width, height in (1280, 768), (768, 1280):
+        of = layout({"box": [0, 0, 16, 16]}, width=width, height=height)
+        drawn = {most(cell) for row in canvas(of)[1:, 1:] for cell in row}
+        assert drawn == {GRAY, (255,) * 3}  # the background and its name
+        swatches = (np.asarray(preview(of)) == color(0)).all(axis=-1)
+        rows, columns = (np.flatnonzero(swatches.any(axis=axis)).max() for axis in (1, 0))
+        assert (rows > 650, columns > 650) == (width > height, width < height)  # below, or beside
+
+
+def test_61_regions_have_61_colors_and_all_are_in_the_legend():
+    boxes = [f"{12.5 * (i % 8)}% {12.5 * (i // 8)}%" for i in range(61)]
+    boxes = [[*b.split(), *(f"{float(v[:-1]) + 12.5}%" for v in b.split())] for b in boxes]
+    of = layout(*({"box": box} for box in boxes), width=1024, height=1024)
+    legend = np.asarray(preview(of))[:, 1024 + 2 * GAP :]
+    shown = {tuple(value) for value in np.unique(legend.reshape(-1, 3), axis=0).tolist()}
+    assert {color(i) for i in range(61)} | {GRAY} <= shown and len(set(COLORS)) == 61
+
+
+def test_a_legend_says_what_is_not_as_usual():
+    of = layout(
+        {"box": [0, 0, 128, 256]},
+        {"box": [128, 0, 256, 128], "strength": 2.5, "feather": 32, "base_ratio": 0, "mask_inject_steps": "60%"},
+    )
+    tokens = region_tokens(of)
+    assert details(of, tokens, 0) == "128 tokens, 50.0%"
+    said = details(of, tokens, 1)
+    assert said.endswith("%, strength 2.5, feather 32, base_ratio 0, mask_inject_steps 60%")
+    assert details(of, tokens, 2).count(",") == 1  # the background
+
+
+def test_without_regions_all_is_background():
+    drawn = canvas(layout())
+    assert {most(cell) for row in drawn for cell in row} == {GRAY}
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_all_examples_have_a_preview_and_a_report(file):
+    of = read_layout(file, {}, 256)
+    assert min(preview(of).size) > 400
+    text, _ = report(of, FluxParams(), None)
+    assert all(region.prompt[:30] in text for region in of.regions)
+
+
+# ------------------------------------------------------------------------------------------------ the report
+
+
+LENGTHS = {"steps": 5, "max_sequence_length": 12, "region_max_sequence_length": 8}
+TWO = ({"box": [0, 0, 64, 128]}, {"box": [48, 32, 112, 96]})
+RUNS = {
+    "plain": layout(*TWO, width=128, height=128, method="plain", **LENGTHS),
+    "no regions": layout(width=128, height=128, **LENGTHS),
+    "published": layout(*TWO, width=128, height=128, **LENGTHS),
+    "no base branch": layout(*TWO, width=128, height=128, base_ratio=0, **LENGTHS),
+    "all steps": layout(*TWO, width=128, height=128, mask_inject_steps=5, overlap="last", **LENGTHS),
+    "one stream": layout(*TWO, width=128, height=128, base_stream="shared", **LENGTHS),
+    "intervals": layout(*TWO, width=128, height=128, double_inject_interval=2, single_inject_interval=3, **LENGTHS),
+    "blocks": layout(*TWO, width=128, height=128, double_blocks=[1], single_blocks="0-1", **LENGTHS),
+    "open images": layout(*TWO, width=128, height=128, image_attention="open", **LENGTHS),
+    "composition": layout(*TWO, width=128, height=128, method="rpg", **LENGTHS),
+    "composition alone": layout(*TWO, width=128, height=128, method="rpg", base_ratio=0, **LENGTHS),
+    "soft and weighed": layout({**TWO[0], "feather": 48, "strength": 0}, TWO[1], width=128, height=128, **LENGTHS),
+    "own steps": layout(
+        {**TWO[0], "mask_inject_steps": 1}, {**TWO[1], "mask_inject_steps": "80%"}, width=128, height=128,
+        base_ratio=0, **LENGTHS,
+    ),
+    "own ratios": layout({**TWO[0], "base_ratio": 0}, {**TWO[1], "base_ratio": 1}, width=128, height=128, **LENGTHS),
+    "covering": layout({"box": [0, 0, 64, 128]}, {"box": [64, 0, 128, 128]}, width=128, height=128, **LENGTHS),
+}  # fmt: skip
+
+
+def counted_flops(of: Layout, params: FluxParams = tiny.FLUX) -> int:
+    """Matrix products of a whole run. The counter sees into attention only where that is made of them, in MATH."""
+    tokens = region_tokens(of) if of.regional_steps(of.steps) else None
+    count = len(tokens.prompts) if tokens else 0
+    texts = torch.randn(count, of.region_max_sequence_length, params.context_in_dim) if tokens else None
+    txt = torch.randn(1, of.max_sequence_length, params.context_in_dim)
+    conditioning = Conditioning(txt, texts, torch.randn(1 + count, params.vec_in_dim))
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        sample(Flux(params), of, tokens, conditioning, 1, portable_attention)
+    return counter.get_total_flops()
+
+
+def total_flops(of: Layout, params: FluxParams) -> int:
+    found = stages(of, params, grid_tokens(of))
+    starts = [0] + [end for end, _, _ in found]
+    return sum((end - start) * flops for start, (end, flops, _) in zip(starts, found))
+
+
+@pytest.mark.parametrize("of", RUNS.values(), ids=RUNS)
+def test_the_expected_work_is_that_of_a_run(of):
+    counted = counted_flops(of)
+    assert total_flops(of, tiny.FLUX) == pytest.approx(counted, rel=1e-5)  # ratios of tokens are a matrix product too
+    ratio = counted / counted_flops(RUNS["plain"])
+    assert f"{ratio:.2f} times plain FLUX.1" in report(of, tiny.FLUX, None)[0]
+
+
+def test_schnell_has_no_guidance_to_embed():
+    schnell = dataclasses.replace(tiny.FLUX, guidance_embed=False)
+    assert total_flops(RUNS["published"], schnell) == counted_flops(RUNS["published"], schnell)
+
+
+def grid(columns: int, rows: int) -> Layout:
+    boxes = [(x, y) for x in np.linspace(0, 100, columns + 1)[:-1] for y in np.linspace(0, 100, rows + 1)[:-1]]
+    boxes = [[f"{x}%", f"{y}%", f"{x + 100 / columns}%", f"{y + 100 / rows}%"] for x, y in boxes]
+    return layout(*({"box": box} for box in boxes), width=1024, height=1024)
+
+
+@pytest.mark.parametrize(
+    "columns, rows, expected", [(1, 1, 131.1), (2, 1, 132.0), (2, 2, 142.7), (4, 2, 168.4), (4, 4, 222.0)]
+)
+def test_operations_of_a_full_size_step(columns, rows, expected):
+    """FLUX.1-dev at 1024 x 1024, in 10^12: what a counter finds on the meta device (test_kernel.py)."""
+    of = grid(columns, rows)
+    (end, regional, _), (steps, plain, _) = stages(of, FluxParams(), region_tokens(of))
+    assert (end, steps) == (10, 24)
+    assert regional / 1e12 == pytest.approx(expected, rel=0.001) and plain / 1e12 == pytest.approx(74.38, rel=0.001)
+    assert plain == plain_flops(FluxParams(), 512, 4096)
+
+
+def test_a_report_says_what_each_region_holds():
+    of = layout(
+        {"box": [0, 0, 128, 256]}, {"box": [128, 0, 256, 64]}, max_sequence_length=64, region_max_sequence_length=32
+    )
+    text, warnings = report(of, FluxParams(), [20, 5, 6, 7])
+    rows = [line.split() for line in text.splitlines()[1:5]]
+    assert [row[:6] for row in rows] == [
+        ["base", "256", "100.0%", "20", "of", "64"],
+        ["0", "128", "50.0%", "5", "of", "32"],
+        ["1", "32", "12.5%", "6", "of", "32"],
+        ["background", "96", "37.5%", "7", "of", "32"],
+    ]
+    assert [" ".join(row[6:]) for row in rows] == ["a scene", "thing 0", "thing 1", "a photo"]
+    assert warnings == []
+    assert "up to 32" in report(of, FluxParams(), None)[0]
+
+
+def test_a_report_names_the_steps_of_each_stage():
+    text, _ = report(RUNS["own steps"], tiny.FLUX, None)
+    stages = [line.split(",")[0] for line in text.splitlines() if line.startswith("steps")]
+    assert stages == [
+        "steps 1 to 1: regional",
+        "steps 2 to 2: regional",
+        "steps 3 to 4: regional",
+        "steps 5 to 5: plain",
+    ]
+    text, _ = report(RUNS["no base branch"], tiny.FLUX, None)
+    assert "steps 1 to 2: regional, no base branch" in text
+    text, _ = report(RUNS["all steps"], tiny.FLUX, None)
+    assert "steps 1 to 5: regional" in text and "plain," not in text
+
+
+def test_without_numbers_a_layout_has_flux_devs():
+    text, _ = report(layout({"box": [0, 0, 128, 256]}), FluxParams(), None)
+    assert "up to 512" in text and "steps 11 to 24: plain" in text
+
+
+HALF = {"box": [0, 0, 128, 256]}
+WARNINGS = {
+    "small": (layout(HALF, {"box": [160, 0, 192, 32]}), ["regions[1] covers only 4 tokens, 1.6% of the picture,"]),
+    "2 percent": (layout(HALF, {"box": [160, 0, 208, 32]}), []),
+    "covered": (layout(HALF, {"box": [0, 0, 64, 128]}), ["regions[1] lies wholly in regions[0];"]),
+    "covered by a later one": (layout({"box": [0, 0, 64, 128]}, HALF), ["regions[0] lies wholly in regions[1];"]),
+    "under later ones": (layout({"box": [0, 0, 64, 64]}, HALF, overlap="last"), ["regions[0] lies wholly under later"]),
+    "shared by two": (
+        layout(HALF, {"box": [128, 0, 256, 256]}, {"box": [64, 0, 192, 256]}),
+        ["regions[2] has no token of its own"],
+    ),
+    "no centre": (
+        layout(HALF, {"box": [161, 1, 163, 3]}),
+        ["regions[1] covers no token's", "regions[1] covers only 1"],
+    ),
+    "weightless": (layout({**HALF, "strength": 0}), ["regions[0] has strength 0:"]),
+    "fine": (layout(HALF, {"box": [96, 0, 256, 256]}), []),
+}
+
+
+@pytest.mark.parametrize("of, expected", WARNINGS.values(), ids=WARNINGS)
+def test_each_doubt_gets_one_sentence(of, expected):
+    _, warnings = report(of, FluxParams(), None)
+    assert [start for start, warning in zip(expected, warnings) if warning.startswith(start)] == expected
+    assert len(warnings) == len(expected)
+    assert all(warning.endswith(".") and warning.count(". ") == 0 for warning in warnings)
+
+
+def test_texts_that_are_too_long_are_named():
+    of = layout(HALF, max_sequence_length=64, region_max_sequence_length="50%")
+    assert report(of, FluxParams(), [64, 32, 32])[1] == []
+    _, warnings = report(of, FluxParams(), [65, 33, 40])
+    assert [warning.split(",")[0] for warning in warnings] == [
+        "prompt has 65 tokens", "regions[0].prompt has 33 tokens", "background_prompt has 40 tokens",
+    ]  # fmt: skip
+    assert [int(warning.split("first ")[1].split()[0]) for warning in warnings] == [64, 32, 32]
+
+
+# ------------------------------------------------------------------------------------------------ the schema
+
+
+def test_the_schema_in_docs_is_current():
+    found = subprocess.run(
+        [sys.executable, "-m", "regional.layout"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert (ROOT / "docs" / "layout.schema.json").read_text() == found.stdout
+    assert json.loads(found.stdout) == json.loads(json.dumps(json_schema()))
+
+
+def test_the_schema_describes_the_keys():
+    schema = json_schema()
+    region = schema["$defs"]["Region"]["properties"]
+    assert region["feather"]["description"].startswith("over how many pixels")
+    assert region["mask"]["description"].startswith("a picture") and region["base_ratio"]["description"]
+    controls = schema["$defs"]["Control"]["properties"]
+    assert controls["start"]["description"] == controls["end"]["description"] != controls["mode"]["description"]
+    assert not any("\n" in part["description"] or "prompt:" in part["description"] for part in schema["$defs"].values())
+
+
+@pytest.fixture(scope="module")
+def is_valid():
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.Draft202012Validator.check_schema(json_schema())
+    return jsonschema.Draft202012Validator(json_schema()).is_valid
+
+
+@pytest.fixture(scope="module")
+def can_be_read(tmp_path_factory):
+    """Does the reader take it? In its folder lies map.png, with white pixels."""
+    folder = tmp_path_factory.mktemp("layouts")
+    Image.new("L", (64, 64), 255).save(folder / "map.png")
+
+    def read(written: dict) -> bool:
+        (folder / "layout.yaml").write_text(json.dumps(written))
+        try:
+            return bool(read_layout(folder / "layout.yaml", {}))
+        except InputError:
+            return False
+
+    return read
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_all_examples_are_valid(file, is_valid):
+    assert is_valid(yaml.safe_load(file.read_text()))
+
+
+GOOD = {"prompt": "a scene", "regions": [{"prompt": "a thing", "box": [0, 0, 128, 128]}]}
+
+
+def changed(region: dict | None = None, without: str | None = None, **keys) -> dict:
+    """GOOD with other keys, of its region too."""
+    data = copy.deepcopy(GOOD) | keys
+    data["regions"][0] |= region or {}
+    data["regions"][0].pop(without, None)
+    return data
+
+
+shaped = partial(changed, without="box", map="map.png")
+TAKEN = {
+    "as it is": GOOD,
+    "a prompt alone": {"prompt": "a scene"},
+    "shares": changed({"box": ["0%", "12.5%", "100%", 999.5]}),
+    "a share and more zeros": changed({"box": [0, 0, "025%", "100.0%"]}),
+    "null shapes": changed({"mask": None, "color": None, "polygon": None}),
+    "a polygon": shaped({"polygon": [[0, 0], ["50%", 0], [64, 64]]}),
+    "two polygons": shaped({"polygon": RING}),
+    "a mask": shaped({"mask": "map.png"}),
+    "an index": shaped({"color": 255}),
+    "a color": shaped({"color": [255, 255, 255]}),
+    "a written color": shaped({"color": "#ffFFff"}),
+    "steps": changed({"mask_inject_steps": 3}, mask_inject_steps="100.0%"),
+    "blocks": changed(double_blocks=[0, 3], single_blocks="every 2"),
+    "ranges": changed(double_blocks="0-4, 8", single_blocks="3"),
+    "lengths": changed(max_sequence_length=64, region_max_sequence_length="0.5%"),
+    "LoRAs": changed({"loras": [{"file": "a/b", "plain_steps": True}]}, loras=[{"file": "a/b", "scale": -1}]),
+    "a ControlNet": changed(controlnets=[{"model": "a/b", "image": "map.png", "mode": "canny", "region": 0}]),
+}
+REFUSED = {
+    "no prompt": {"width": 64},
+    "an unknown key": changed(strenght=1),
+    "an unknown key of a region": changed({"weight": 1}),
+    "an unknown key of a LoRA": changed(loras=[{"file": "a/b", "weight": 1}]),
+    "no shape": changed(without="box"),
+    "only null shapes": changed({"box": None}),
+    "two shapes": changed({"mask": "map.png"}),
+    "three shapes": changed({"mask": "map.png", "polygon": RING}),
+    "a region without prompt": changed(without="prompt"),
+    "an empty prompt": changed({"prompt": " "}),
+    "a number as prompt": changed(prompt=3),
+    "half a token": changed(width=1032),
+    "no pixels": changed(height=0),
+    "too many pixels": changed(width=16384),
+    "half a box": changed({"box": [0, 0, 9]}),
+    "a box and more": changed({"box": [0, 0, 9, 9, 9]}),
+    "a negative box": changed({"box": [-1, 0, 9, 9]}),
+    "a box beyond all": changed({"box": [0, 0, 9, "101%"]}),
+    "a box in inches": changed({"box": [0, 0, 9, "9in"]}),
+    "two points": shaped({"polygon": [[0, 0], [9, 9]]}),
+    "a point in space": shaped({"polygon": [[0, 0, 0], [9, 9, 0], [9, 0, 0]]}),
+    "points and lists of them": shaped({"polygon": [[0, 0], [9, 9], [9, 0], RING[0]]}),
+    "no polygon": shaped({"polygon": []}),
+    "no file": shaped({"mask": ""}),
+    "a color without a map": changed({"color": 255}, without="box"),
+    "a color's name": shaped({"color": "white"}),
+    "a color of two": shaped({"color": [255, 255]}),
+    "a color too bright": shaped({"color": [255, 255, 256]}),
+    "an index too high": shaped({"color": 2**24}),
+    "a negative strength": changed({"strength": -1}),
+    "a feather too wide": changed({"feather": 9000}),
+    "a ratio above 1": changed(base_ratio=1.5),
+    "a region's ratio above 1": changed({"base_ratio": 1.5}),
+    "negative steps": changed(mask_inject_steps=-1),
+    "more than all steps": changed({"mask_inject_steps": "100.5%"}),
+    "steps in words": changed(mask_inject_steps="half"),
+    "no length": changed(region_max_sequence_length="0.0%"),
+    "a length of one": changed(max_sequence_length=1),
+    "every 0": changed(double_blocks="every 0"),
+    "blocks in words": changed(single_blocks="all"),
+    "negative blocks": changed(single_blocks=[-1]),
+    "an interval of 0": changed(double_inject_interval=0),
+    "an overlap of its own": changed(overlap="mix"),
+    "62 regions": changed(regions=GOOD["regions"] * 62),
+    "a mode of its own": changed(controlnets=[{"model": "a/b", "image": "map.png", "mode": "edges"}]),
+    "a ControlNet without image": changed(controlnets=[{"model": "a/b"}]),
+}
+
+
+@pytest.mark.parametrize("written", TAKEN.values(), ids=TAKEN)
+def test_reader_and_schema_take(written, is_valid, can_be_read):
+    assert can_be_read(written) and is_valid(written)
+
+
+@pytest.mark.parametrize("written", REFUSED.values(), ids=REFUSED)
+def test_reader_and_schema_refuse(written, is_valid, can_be_read):
+    assert not can_be_read(written) and not is_valid(written)
