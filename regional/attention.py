@@ -27,7 +27,7 @@ from torch import Tensor
 
 from model.attention import Block, plain_attention
 from model.transformer import text_then_image
-from regional.mask import allowed
+from regional.mask import OPEN_BIT, allowed
 
 
 class Tokens(NamedTuple):
@@ -36,16 +36,18 @@ class Tokens(NamedTuple):
     bits: (L,) int64, the regions of each; 0 for the tokens of the base branch alone.
     base_row: (L,) int64, its row in the base branch's output, where it has one.
     base_weight: (L,) float32 or float64, the base branch's share in its result.
-    region: (L,) int64, for a text token its region's column in log_weight, else 0; log_weight: (L, 1 + R) float32, what
-    is added to the scores of a query, by row, with keys of each region's text; column 0 is zero. None and None where
-    nothing is: the published method.
+    log_weight: (L, 1 + 2 R) float32, how image tokens weigh each region's text (1 .. R), and its tokens (R + 1 .. 2 R);
+    column 0 is zero. as_key, as_query: (L,) int64, which column counts for a token as another's key, and as its query:
+    log_weight[q, as_key[k]] + log_weight[k, as_query[q]] is added to a score. All None where nothing is: the published
+    method.
     """
 
     bits: Tensor
     base_row: Tensor
     base_weight: Tensor
-    region: Tensor | None = None
     log_weight: Tensor | None = None
+    as_key: Tensor | None = None
+    as_query: Tensor | None = None
 
     def blend(self, regional: Tensor, base: Tensor | None) -> Tensor:
         """(1 - base_weight) * regional + base_weight * base, for each token; just `regional` without a base branch."""
@@ -67,7 +69,8 @@ def dense_attention(tokens: Tokens) -> MaskedAttention:
     def masked(q: Tensor, k: Tensor, v: Tensor, base: Tensor | None = None) -> Tensor:
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         if tokens.log_weight is not None:
-            scores = scores + tokens.log_weight[:, tokens.region].to(scores)
+            weights = tokens.log_weight
+            scores = scores + (weights[:, tokens.as_key] + weights[:, tokens.as_query].T).to(scores)
         mask = allowed(tokens.bits[:, None], tokens.bits[None, :])
         weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
         # a row with nothing allowed is 0 / 0; it gives zeros
@@ -101,11 +104,14 @@ def portable_attention(tokens: Tokens) -> MaskedAttention:
 
 def added_scores(tokens: Tokens, rows: Tensor, keys: Tensor) -> Tensor | None:
     """The log-weights of these rows and keys, (rows, keys), or (1, keys) where all rows have the same, as they have
-    without feathers; None where all are 0."""
-    if tokens.log_weight is None or not tokens.log_weight[rows].any():
+    but for those on soft edges; None where all are 0."""
+    if tokens.log_weight is None:
         return None
-    added = tokens.log_weight[rows][:, tokens.region[keys]]
-    return added[:1] if (added == added[:1]).all() else added
+    own, columns = tokens.log_weight[rows], tokens.as_query[rows]
+    if (own == own[0]).all() and (columns == columns[0]).all():
+        own, columns = own[:1], columns[:1]
+    added = own[:, tokens.as_key[keys]] + tokens.log_weight[keys][:, columns].T
+    return added if added.any() else None
 
 
 def in_one_sequence(
@@ -113,7 +119,7 @@ def in_one_sequence(
 ) -> Tokens:
     """The tokens of [txt_1 .. txt_R, the first `base_only` tokens of the base branch, img].
 
-    bits: (L,) int64, those of [txt_1 .. txt_R, img]; base_ratio: (L_img,); log_weights: (L_img, R), or None.
+    bits: (L,) int64, those of [txt_1 .. txt_R, img]; base_ratio: (L_img,); log_weights: (L_img, 2 R), or None.
     """
     image_length = len(base_ratio)
     texts, image = bits.split([len(bits) - image_length, image_length])
@@ -125,11 +131,15 @@ def in_one_sequence(
     )
     if log_weights is None:
         return tokens
-    regions = log_weights.shape[1]
-    region = torch.arange(1, regions + 1, device=bits.device).repeat_interleave(len(texts) // regions)
+    regions = log_weights.shape[1] // 2
+    length, columns = len(texts) // regions, torch.arange(1, regions + 1, device=bits.device)
+    alone = (image & ~(1 << OPEN_BIT))[:, None] == texts[::length]  # image tokens of one region, (L_img, R)
+    alone = (alone * (regions + columns)).sum(dim=1)
+    own, nothing = columns.repeat_interleave(length), bits.new_zeros(base_only)
     return tokens._replace(
-        region=F.pad(region, (0, base_only + image_length)),
         log_weight=F.pad(log_weights, (1, 0, len(tokens.bits) - image_length, 0)),
+        as_key=torch.cat([own, nothing, alone]),
+        as_query=torch.cat([regions + own, nothing, alone]),
     )
 
 
@@ -141,7 +151,7 @@ class RegionalAttention:
     text_length, image_length: how many tokens the base prompt and the picture have.
     base_ratio: the base branch's share in the image tokens, or in each of them, (L_img,).
     is_masked: in which blocks the regional branch is masked. In the others it is open: region texts see each other.
-    log_weights: (L_img, R) float32, added to the scores between image tokens and the regions' texts in masked blocks.
+    log_weights: (L_img, 2 R) float32, those of RegionTokens, added to the scores in masked blocks.
     shared: one image stream throughout; see the top of this file.
 
     The text given to Flux is [txt_1 .. txt_R, txt] along dimension 1; where base_ratio is 0 everywhere there is no

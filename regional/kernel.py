@@ -69,7 +69,7 @@ def online_softmax(qk, v_tile, m_i, l_i, acc, scale):
 
 @triton.jit
 def regional_kernel(
-    q, k, v, o, base, base_row, base_weight, queries, query_bits, keys, key_bits, key_region, log_weight,
+    q, k, v, o, base, base_row, base_weight, queries, query_bits, keys, key_bits, as_key, as_query, log_weight,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b, o_h, o_l, base_b, base_h, base_l,
     L, COLUMNS, scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BASE: tl.constexpr, TMA: tl.constexpr,
@@ -102,9 +102,14 @@ def regional_kernel(
         # loaded after the product, so that the bits and the operands don't need registers at the same time
         bits_k = tl.load(key_bits + tl.load(keys + 2 * i + 1) * BLOCK_N + tl.arange(0, BLOCK_N))
         if WEIGHTED:
-            region = tl.load(key_region + tl.load(keys + 2 * i + 1) * BLOCK_N + tl.arange(0, BLOCK_N))
-            weights = log_weight + (rows * COLUMNS)[:, None] + region[None, :]
-            qk += D**0.5 * tl.load(weights, mask=rows[:, None] < L, other=0.0)  # `scale` divides by it again
+            # `scale` divides by the root again
+            rows_n = start_n + tl.arange(0, BLOCK_N)
+            column = tl.load(as_key + rows_n, mask=rows_n < L, other=0)
+            weights = log_weight + (rows * COLUMNS)[:, None] + column[None, :]
+            qk += D**0.5 * tl.load(weights, mask=rows[:, None] < L, other=0.0)
+            column = tl.load(as_query + rows, mask=rows < L, other=0)
+            weights = log_weight + column[:, None] + (rows_n * COLUMNS)[None, :]
+            qk += D**0.5 * tl.load(weights, mask=rows_n[None, :] < L, other=0.0)
         qk = tl.where(bits_allowed(bits_q[:, None], bits_k[None, :]), qk, float("-inf"))
         v_tile = load_tile(v, v_b, v_h, v_l, start_n, L, BLOCK_N, D, TMA, RAGGED=True)
         m_i, l_i, acc = online_softmax(qk, v_tile, m_i, l_i, acc, scale)
@@ -131,7 +136,6 @@ class Tiles(NamedTuple):
     query_bits (n, block_m): the bits of those rows, zeros after the end.
     keys (m, 2): a tile's first row, and its row in key_bits.
     key_bits (tiles, block_n): the bits of a key tile, zeros after its end.
-    key_region (tiles, block_n): the column of Tokens.log_weight of those keys, or None without any.
     pairs: how many (query, key) are allowed.
     """
 
@@ -139,7 +143,6 @@ class Tiles(NamedTuple):
     query_bits: Tensor
     keys: Tensor
     key_bits: Tensor
-    key_region: Tensor | None
     pairs: int
 
 
@@ -162,11 +165,9 @@ def cut(bits: Tensor, block: int) -> list[tuple[int, int]]:
     return tiles
 
 
-def tile_lists(
-    bits: Tensor, block_m: int, block_n: int, region: Tensor | None = None, log_weight: Tensor | None = None
-) -> Tiles:
-    """bits: (L,) int64 on the CPU, best sorted; region and log_weight as in Tokens, there too. Exact: made from the
-    rule itself, for each pair of distinct bits."""
+def tile_lists(bits: Tensor, block_m: int, block_n: int, weights: tuple[Tensor, Tensor, Tensor] | None = None) -> Tiles:
+    """bits: (L,) int64 on the CPU, best sorted; weights: log_weight, as_key and as_query of Tokens, there too. Exact:
+    made from the rule itself, for each pair of distinct bits."""
     values, kind = bits.unique(return_inverse=True)
     rule = allowed(values[:, None], values[None, :]).float()
 
@@ -177,11 +178,18 @@ def tile_lists(
     pairs = tokens_of_each_kind(query_tiles) @ rule @ tokens_of_each_kind(key_tiles).T
     rows = torch.tensor([end - start for start, end in query_tiles])
     full = pairs == rows[:, None] * block_n
-    if log_weight is not None:  # which tiles of queries weigh which regions, and which tiles of keys have those
-        weighs = torch.stack([log_weight[start:end].ne(0).any(0) for start, end in query_tiles]).float()
-        columns = range(log_weight.shape[1])
-        has = torch.stack([torch.isin(torch.tensor(columns), region[start:end]) for start, end in key_tiles]).float()
-        full &= weighs @ has.T == 0
+    if weights is not None:
+        log_weight, as_key, as_query = weights
+        columns = torch.arange(log_weight.shape[1])
+
+        def weighs(tiles: list[tuple[int, int]]) -> Tensor:
+            return torch.stack([log_weight[start:end].ne(0).any(0) for start, end in tiles]).float()
+
+        def has(tiles: list[tuple[int, int]], column: Tensor) -> Tensor:
+            return torch.stack([torch.isin(columns, column[start:end]) for start, end in tiles]).float()
+
+        full &= weighs(query_tiles) @ has(key_tiles, as_key).T == 0
+        full &= has(query_tiles, as_query) @ weighs(key_tiles).T == 0
     mixed = (pairs > 0) & ~full
 
     queries, keys = [], []
@@ -197,7 +205,6 @@ def tile_lists(
         padded(bits, [query_tiles[i] for i in order], block_m),
         torch.tensor(keys, dtype=torch.int32).reshape(-1, 2),
         padded(bits, key_tiles, block_n),
-        None if region is None else padded(region.int(), key_tiles, block_n),
         int(pairs.sum(dtype=torch.float64)),
     )
 
@@ -219,6 +226,10 @@ class Launch(NamedTuple):
     num_stages: int
     tma: bool
 
+    def weighted(self) -> "Launch":
+        """With weights: loaded a stage ahead, as q and k are, they would not fit into the shared memory."""
+        return self._replace(num_stages=1)
+
 
 def launch_for(dtype: torch.dtype, capability: tuple[int, int]) -> Launch:
     if dtype == torch.float32:  # IEEE products, which the tensor cores do not have
@@ -239,7 +250,8 @@ def attend(
     query_bits: Tensor,
     keys: Tensor,
     key_bits: Tensor,
-    key_region: Tensor | None,
+    as_key: Tensor | None,
+    as_query: Tensor | None,
     log_weight: Tensor | None,
     pairs: int,
     block_m: int,
@@ -253,7 +265,7 @@ def attend(
     out, has_base = empty_output(q), base is not None
     weighted = log_weight is not None
     base = base if has_base else out  # the launcher wants pointers; those are not read
-    key_region, log_weight = (key_region, log_weight) if weighted else (key_bits, base_weight)
+    weights = (as_key, as_query, log_weight) if weighted else (base_row, base_row, base_weight)
     if head_dim not in (32, 64, 128) or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"the kernel is not made for heads of {head_dim} in {q.dtype}")
     if any(x.stride(-1) != 1 for x in (q, k, v, base)):
@@ -265,9 +277,9 @@ def attend(
         boxes = ([1, 1, rows, head_dim] for rows in (block_m, block_n, block_n))
         tensors = map(TensorDescriptor.from_tensor, tensors, boxes)
     regional_kernel[len(queries), heads, batch](
-        *tensors, out, base, base_row, base_weight, queries, query_bits, keys, key_bits, key_region, log_weight,
+        *tensors, out, base, base_row, base_weight, queries, query_bits, keys, key_bits, *weights,
         *(stride for x in (q, k, v, out, base) for stride in x.stride()[:3]),
-        length, log_weight.shape[-1], math.log2(math.e) / head_dim**0.5,
+        length, weights[-1].shape[-1], math.log2(math.e) / head_dim**0.5,
         D=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, BASE=has_base, TMA=tma, WEIGHTED=weighted,
         num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
     )  # fmt: skip
@@ -285,8 +297,8 @@ attend_op.register_fake(lambda q, *rest: empty_output(q))
 
 
 @register_flop_formula(torch.ops.regional.attend)
-def flops(q_shape, k_shape, v_shape, base_shape, base_row, base_weight, queries, query_bits, keys, key_bits, key_region,
-          log_weight, pairs, *_, out_shape=None, **kwargs) -> int:  # fmt: skip
+def flops(q_shape, k_shape, v_shape, base_shape, base_row, base_weight, queries, query_bits, keys, key_bits, as_key,
+          as_query, log_weight, pairs, *_, out_shape=None, **kwargs) -> int:  # fmt: skip
     """Two products of 2 D operations for each allowed pair of each head."""
     batch, heads, _, head_dim = q_shape
     return 4 * batch * heads * head_dim * pairs
@@ -295,10 +307,13 @@ def flops(q_shape, k_shape, v_shape, base_shape, base_row, base_weight, queries,
 def kernel_attention(tokens: Tokens, dtype: torch.dtype, device: torch.device) -> MaskedAttention:
     """The kernel for tokens with these bits and q, k, v of this dtype on this device."""
     launch = launch_for(dtype, torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0))
-    weights = [x if x is None else x.cpu() for x in (tokens.region, tokens.log_weight)]
-    *lists, pairs = tile_lists(tokens.bits.cpu(), launch.block_m, launch.block_n, *weights)
-    given = (tokens.base_row.int(), tokens.base_weight.float(), *lists, tokens.log_weight)
-    blend_and_lists = [x if x is None else x.to(device) for x in given]
+    weights = None
+    if tokens.log_weight is not None:
+        launch = launch.weighted()
+        weights = tokens.log_weight.cpu(), tokens.as_key.int().cpu(), tokens.as_query.int().cpu()
+    *lists, pairs = tile_lists(tokens.bits.cpu(), launch.block_m, launch.block_n, weights)
+    blend_and_lists = [x.to(device) for x in (tokens.base_row.int(), tokens.base_weight.float(), *lists)]
+    blend_and_lists += [x.to(device) for x in (*weights[1:], weights[0])] if weights else [None] * 3
 
     def masked(q: Tensor, k: Tensor, v: Tensor, base: Tensor | None = None) -> Tensor:
         return attend_op(q, k, v, base, *blend_and_lists, pairs, *launch)

@@ -1,13 +1,15 @@
 """The layout file: YAML in, checked and frozen dataclasses out. Below this nobody checks again."""
 
 import difflib
-import math
+import os
 import re
+import stat
+import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_type_hints
 
 import msgspec
 import numpy as np
@@ -18,7 +20,11 @@ from PIL import Image, ImageChops, ImageOps
 from model.errors import InputError
 
 MAX_REGIONS = 61
-MAX_PICTURE = 8192**2  # pixels of a mask or map; larger ones would take a gigabyte to decode
+MAX_BYTES = 1_000_000  # of a layout file; YAML takes up to 12 s and 280 MB for so many
+MAX_NUMBER = 100  # characters of a number in it; a file full of 1:1:1:1... would take hours
+MAX_PICTURE = 25_000_000  # pixels of a mask or map; reading so many takes up to 500 MB (WebP)
+MAX_PICTURE_BYTES = 8 * MAX_PICTURE  # of its file
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # of all that Pillow reads; for EPS it would run Ghostscript
 Where = Callable[[str], str]  # the path of a key -> how messages name it
 Pixels = Annotated[int, Meta(ge=16, le=8192)]
 Ratio = Annotated[float, Meta(ge=0, le=1)]
@@ -30,7 +36,7 @@ Polygons = Annotated[  # msgspec can't tell a list of points from a list of list
 Blocks = tuple[Annotated[int, Meta(ge=0)], ...] | str  # indices, or text for `blocks_of`
 
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*(:.+)?"  # org/name, or one of its files
-SHARE = r"\d+(\.\d+)?%"  # what shares in a layout look like
+SHARE = r"[0-9]{1,9}(\.[0-9]{1,20})?%"  # what shares in a layout look like
 SHAPES = ("box", "polygon", "mask", "color")
 
 
@@ -63,7 +69,7 @@ class Control(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     model: str
     image: str
     mode: Annotated[int, Meta(ge=0)] | str | None = None
-    scale: float = 0.7
+    scale: Annotated[float, Meta(ge=-100, le=100)] = 0.7
     start: Annotated[float, Meta(ge=0, le=1)] = 0.0
     end: Annotated[float, Meta(ge=0, le=1)] = 1.0
     region: Annotated[int, Meta(ge=0)] | None = None
@@ -177,14 +183,14 @@ def count_of(count: int | str, whole: int) -> int:
     return share_of(count, whole) if isinstance(count, str) else min(count, whole)
 
 
-BLOCK_RANGE = r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?"
+BLOCK_RANGE = r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?"
 
 
 def blocks_of(blocks: tuple[int, ...] | str, index: int) -> bool:
     """Is the block of this index among them? ValueError if the text is none of "every 2", "0-18" and "0-4, 8"."""
     if not isinstance(blocks, str):
         return index in blocks
-    if every := re.fullmatch(r"\s*every\s+([1-9]\d*)\s*", blocks):
+    if every := re.fullmatch(r"\s*every\s+([1-9][0-9]{0,8})\s*", blocks):
         return index % int(every[1]) == 0
     ranges = [re.fullmatch(BLOCK_RANGE, part) for part in blocks.split(",")]
     if not all(ranges):
@@ -216,7 +222,7 @@ CONTROL_FLAGS |= {"model": "controlnet", "preprocess": "preprocess"}
 
 def naming(file: Path | None, overrides: dict[str, Any]) -> Where:
     """How messages name a key of a layout: by its file, or by the flag that it comes from."""
-    name = str(file or "the command line")
+    name = shown(file or "the command line")
 
     def where(path: str) -> str:
         if path.startswith("controlnets[") and "controlnets" in overrides:
@@ -239,9 +245,9 @@ def read_layout(
     if carried is not None:
         written = {key: value for key, value in carried.items() if key in Layout.__struct_fields__}
     if not isinstance(written, dict):
-        raise InputError(f"{file}: expected a mapping of keys to values, found {describe(written)}.")
+        raise InputError(f"{shown(file)}: expected a mapping of keys to values, found {describe(written)}.")
     data = {"width": size, "height": size, **written, **overrides}
-    name, where = str(file or "the command line"), naming(file, overrides)
+    name, where = shown(file or "the command line"), naming(file, overrides)
     layout = convert(data, where, name)
     settings = PRESETS[layout.preset](len(layout.regions))
     layout = msgspec.structs.replace(layout, **{key: value for key, value in settings.items() if key not in data})
@@ -249,7 +255,7 @@ def read_layout(
     replace = msgspec.structs.replace
 
     def picture(file: str | None) -> str | None:
-        return file and str(folder / file)
+        return None if file is None else str(folder / file)
 
     def placed(loras: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(replace(lora, file=beside(folder, lora.file)) for lora in loras)
@@ -276,7 +282,7 @@ def in_pixels(region: Region, layout: Layout, where: str) -> Region:
     def pixels(value: Any, side: int, key: str) -> float:
         if isinstance(value, str) and re.fullmatch(SHARE, value):
             return float(Fraction(value[:-1]) * side / 100)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e9:
             raise InputError(f"{where}.{key} = {describe(value)}: expected pixels, or a share such as 25%.")
         return float(value)
 
@@ -312,39 +318,89 @@ def polygons_of(polygon: Any, where: str) -> list[Any]:
 def beside(folder: Path, name: str) -> str:
     """A file or folder by its path from the layout's folder; as it is if it can only be a repository of the hub."""
     path = folder / name
-    if path.exists():
+    exists = os.path.exists(path)  # False also for names that no file can have
+    if is_broken(name) or exists and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{shown(path)}: it is neither a file nor a folder.")
+    if exists:
         return str(path)
     if re.fullmatch(REPOSITORY, name):
         return name
     return f"./{path}" if re.fullmatch(REPOSITORY, str(path)) else str(path)  # no repository: its error would mislead
 
 
-class UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML in which writing a key twice is an error; plain YAML lets the last one win silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key, line = key_node.value, key_node.start_mark.line + 1
-            if not key_node.tag.endswith((":str", ":merge")):
-                raise yaml.YAMLError(f"line {line}: the key {describe(key)} is no word; write it in quotes")
-            if key in seen:
-                raise yaml.YAMLError(f"line {line}: the key {key} is written twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+TAG = "tag:yaml.org,2002:"
+TAGS = {TAG + name for name in ("map", "seq", "str", "int", "float", "bool", "null")}
 
 
 def read_yaml(file: Path) -> Any:
+    """A layout file's values: those that JSON has, of a bounded number, with no key written twice."""
     try:
-        return yaml.load(file.read_text(encoding="utf-8"), UniqueKeyLoader)
+        check_file(file, MAX_BYTES)
+        loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        check_node(node, {})
+        return loader.construct_document(node)
     except FileNotFoundError:
-        raise InputError(f"{file}: there is no such layout file.") from None
+        raise InputError(f"{shown(file)}: there is no such layout file.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read as a text file ({error}).") from None
+        raise InputError(f"{shown(file)}: cannot be read as a text file ({shown(error)}).") from None
     except yaml.YAMLError as error:
-        raise InputError(f"{file}: {yaml_problem(error)}.") from None
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:  # values such as 2024-13-45
-        raise InputError(f"{file}: a value that YAML can't read ({' '.join(str(error).split())}).") from None
+        raise InputError(f"{shown(file)}: {yaml_problem(error)}.") from None
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:  # values such as !!int ""
+        raise InputError(f"{shown(file)}: a value that YAML can't read ({shown(error)}).") from None
+
+
+def check_file(file: str | Path, most: int) -> None:
+    """OSError for what is not to be read: pipes and devices, which may never end, and more bytes than `most`."""
+    about = os.stat(file)
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError("it is no file")
+    if about.st_size > most:
+        raise OSError(f"its {about.st_size:,} bytes are more than {most:,}")
+
+
+def check_node(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """How much text a node stands for, each alias counted as what it stands for. YAMLError for what no layout holds.
+    sizes: those of the nodes seen, by their ids; 0 while we are in one."""
+    if id(node) in sizes:
+        return sizes[id(node)] or refuse(node, "a value that holds itself")
+    sizes[id(node)] = 0
+    if node.tag not in TAGS:
+        refuse(node, f"{describe(node.tag.removeprefix(TAG))} is no kind of value of a layout; write text in quotes")
+    size = 1
+    if isinstance(node, yaml.ScalarNode):
+        size += len(node.value)
+        if size > MAX_NUMBER and node.tag != TAG + "str":
+            refuse(node, f"a number of more than {MAX_NUMBER} characters")
+        if is_broken(node.value):  # whole pairs, as JSON writes an emoji, are put together
+            node.value = node.value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+    elif isinstance(node, yaml.MappingNode):
+        check_keys([key for key, _ in node.value])
+        size += sum(len(key.value) + check_node(value, sizes) for key, value in node.value)
+    else:
+        size += sum(check_node(value, sizes) for value in node.value)
+    if size > 2 * MAX_BYTES:
+        refuse(node, "too much text, with each alias counted as what it stands for")
+    sizes[id(node)] = size
+    return size
+
+
+def check_keys(keys: list[yaml.Node]) -> None:
+    """YAMLError for keys that are no words, and for one written twice: plain YAML lets the last one win silently."""
+    seen = set()
+    for key in keys:
+        if key.tag not in (TAG + "str", TAG + "merge") or not re.fullmatch(r"[\w .-]{1,60}|<<", key.value):
+            name = describe(key.value) if isinstance(key, yaml.ScalarNode) else "that is a list"
+            refuse(key, f"the key {name} is no word")
+        if key.value in seen:
+            refuse(key, f"the key {key.value} is written twice")
+        seen.add(key.value)
+
+
+def refuse(node: yaml.Node, problem: str) -> NoReturn:
+    raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {problem}")
 
 
 def yaml_problem(error: yaml.YAMLError) -> str:
@@ -352,7 +408,7 @@ def yaml_problem(error: yaml.YAMLError) -> str:
     problem = " ".join((getattr(error, "problem", None) or str(error)).split())
     if "'\\t'" in problem:
         problem = "a tab is used for indentation, YAML wants spaces"
-    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem
+    return f"line {mark.line + 1}, column {mark.column + 1}: {shown(problem)}" if mark else shown(problem)
 
 
 def convert(data: dict, where: Where, name: str) -> Layout:
@@ -360,13 +416,16 @@ def convert(data: dict, where: Where, name: str) -> Layout:
     try:
         return msgspec.convert(data, Layout)
     except msgspec.ValidationError as error:
-        message, _, path = str(error).partition(" - at `$")
+        message, _, path = str(error).rpartition(" - at `$")
+        message, path = (message, path) if message else (path, "")  # nothing is said of the root
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name}: {describe(error.object)}: half of a surrogate pair is no text.") from None
     path = path.rstrip("`").lstrip(".")
-    if field := re.search(r"unknown field `(.*)`", message):
+    if field := re.search(r"(?s)unknown field `(.*)`", message):
         known = struct_at(path)
         value = describe(value_at(data, path)[field[1]])
         key = f"{path}.{field[1]}" if path else field[1]
-        raise InputError(f"{where(key)} = {value}: no such key{hint(field[1], known)}.")
+        raise InputError(f"{where(shown(key))} = {value}: no such key{hint(field[1], known)}.")
     if field := re.search(r"missing required field `(.*)`", message):
         raise InputError(f"{name}: {path + '.' if path else ''}{field[1]} is missing.")
     value = value_at(data, path)
@@ -389,9 +448,18 @@ def value_at(data: Any, path: str) -> Any:
     return data
 
 
-def describe(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def describe(value: Any, most: int = 80) -> str:
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply; an integer of more than 4300 digits
+        return f"{type(value).__name__} of a size that can't be shown"
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def shown(name: Any) -> str:
+    """A name or message as it is, or quoted, cut and in one line where it would break lines or fill the screen."""
+    text = str(name)
+    return text if text.isprintable() and len(text) <= 1000 else describe(text, 1000)
 
 
 def hint(key: str, known: type[Struct]) -> str:
@@ -408,7 +476,7 @@ def check(layout: Layout, where: Where) -> None:
     check_steps(layout.mask_inject_steps, where("mask_inject_steps"))
     for key in ("double_blocks", "single_blocks"):
         try:
-            blocks_of(getattr(layout, key) or (), 0)
+            layout.is_masked(key.removesuffix("_blocks"), 0)
         except ValueError as error:
             expected = 'expected "every 2", "0-18", "0-4, 8" or a list of indices'
             raise InputError(f"{where(key)} = {describe(str(error))}: {expected}.") from None
@@ -442,8 +510,12 @@ def check_steps(value: int | str, where: str) -> None:
 
 
 def check_text(text: str, where: str) -> None:
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
+    if is_broken(text):
         raise InputError(f"{where} = {describe(text)}: half of a surrogate pair is no text.")
+
+
+def is_broken(text: str) -> bool:
+    return re.search("[\ud800-\udfff]", text) is not None
 
 
 def check_region(region: Region, layout: Layout, where: str) -> None:
@@ -499,8 +571,6 @@ def check_box(box: tuple[float, ...], layout: Layout, where: str) -> None:
 
 
 def check_control(control: Control, layout: Layout, where: Where) -> None:
-    if not math.isfinite(control.scale):
-        raise InputError(f"{where('scale')} = {control.scale}: expected a finite number.")
     if control.start >= control.end:
         raise InputError(f"{where('start')} = {control.start:g}: not before its end, {control.end:g}.")
     if isinstance(control.mode, str) and control.mode not in MODES:
@@ -518,9 +588,9 @@ def readable(read: Callable[[str], Any], file: str, where: str) -> Any:
     try:
         return read(file)
     except FileNotFoundError:
-        raise InputError(f"{where} = {file}: there is no such file.") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of these Pillow raises
-        raise InputError(f"{where} = {describe(file)}: not a picture that can be read ({error}).") from None
+        raise InputError(f"{where} = {shown(file)}: there is no such file.") from None
+    except Exception as error:  # of broken files Pillow raises almost any: TypeError, SyntaxError, struct.error ...
+        raise InputError(f"{where} = {shown(file)}: not a picture that can be read ({shown(error)}).") from None
 
 
 def check_mask(mask: str, layout: Layout, where: str, read: Callable[[str], np.ndarray], what: str) -> None:
@@ -528,23 +598,28 @@ def check_mask(mask: str, layout: Layout, where: str, read: Callable[[str], np.n
     height, width = inside.shape
     if abs(width * layout.height - height * layout.width) > max(layout.width, layout.height):
         raise InputError(
-            f"{where} = {mask}: its {width} x {height} pixels have not the aspect ratio of "
+            f"{where} = {shown(mask)}: its {width} x {height} pixels have not the aspect ratio of "
             f"{layout.width} x {layout.height}."
         )
     if not inside.any():
-        raise InputError(f"{where} = {mask}: nothing in it is {what}.")
+        raise InputError(f"{where} = {shown(mask)}: nothing in it is {what}.")
+
+
+quiet = partial(warnings.catch_warnings, action="ignore")  # what matters of Pillow's warnings is an error here
 
 
 def opened(file: str) -> Image.Image:
-    picture = Image.open(file)
+    check_file(file, MAX_PICTURE_BYTES)
+    with quiet():
+        picture = Image.open(file, formats=FORMATS)
     if picture.width * picture.height > MAX_PICTURE:
-        raise ValueError(f"its {picture.width} x {picture.height} pixels are more than {MAX_PICTURE}")
+        raise ValueError(f"its {picture.width} x {picture.height} pixels are more than {MAX_PICTURE:,}")
     return picture
 
 
 def read_mask(file: str) -> np.ndarray:
     """A mask picture as (rows, columns) bool: inside is what is white, from 128 of 255 on; transparent is outside."""
-    with opened(file) as picture:
+    with quiet(), opened(file) as picture:
         if picture.mode.startswith("I"):  # 16 bits: Pillow's own conversion would take all above 255 for white
             return np.asarray(picture) >= 128 * 257
         if picture.has_transparency_data:
@@ -556,7 +631,7 @@ def read_mask(file: str) -> np.ndarray:
 def read_color(file: str, color: Any) -> np.ndarray:
     """Which pixels of a map have this color, (rows, columns) bool. An index is a palette's or a gray value; in a map of
     colors R + 256 G + 65536 B, as in COCO's panoptic pictures."""
-    with opened(file) as picture:
+    with quiet(), opened(file) as picture:
         if isinstance(color, int) and picture.mode in ("1", "L", "P") or picture.mode.startswith("I"):
             return np.asarray(picture) == color
         if isinstance(color, int):
@@ -570,13 +645,14 @@ def read_color(file: str, color: Any) -> np.ndarray:
 
 def read_picture(file: str) -> Image.Image:
     """A control picture as RGB, upright; of 16 bits the upper 8."""
-    with opened(file) as picture:
+    with quiet(), opened(file) as picture:
         if picture.mode.startswith("I"):
             picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
-        return ImageOps.exif_transpose(picture).convert("RGB")
+        ImageOps.exif_transpose(picture, in_place=True)
+        return picture.convert("RGB")
 
 
-PERCENT = r"^0*(100(\.0+)?|\d{1,2}(\.\d+)?)%$"  # a SHARE of at most all
+PERCENT = r"^0{0,6}(100(\.0{1,20})?|[0-9]{1,2}(\.[0-9]{1,20})?)%$"  # a SHARE of at most all
 
 
 def json_schema() -> dict[str, Any]:
@@ -585,7 +661,7 @@ def json_schema() -> dict[str, Any]:
     """
     _, parts = msgspec.json.schema_components([Layout], ref_template="#/$defs/{name}")
     count_or_share = {"integer": {"minimum": 0}, "string": {"pattern": PERCENT}}
-    blocks = {"string": {"pattern": rf"^(\s*every\s+[1-9]\d*\s*|{BLOCK_RANGE}(,{BLOCK_RANGE})*)$"}}
+    blocks = {"string": {"pattern": rf"^(\s*every\s+[1-9][0-9]{{0,8}}\s*|{BLOCK_RANGE}(,{BLOCK_RANGE})*)$"}}
     position = {"anyOf": [{"type": "number", "minimum": 0, "maximum": 8192}, {"type": "string", "pattern": PERCENT}]}
     points = {"type": "array", "minItems": 3, "items": {"type": "array", "prefixItems": [position] * 2, "minItems": 2}}
     points["items"]["items"] = False  # as all beyond prefixItems

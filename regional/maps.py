@@ -6,7 +6,7 @@ from PIL import Image
 from torch import Tensor
 
 from model.attention import Attention, Block
-from regional.attention import RegionalAttention
+from regional.attention import RegionalAttention, added_scores, in_one_sequence
 from regional.mask import allowed
 from regional.sheets import contact_sheet
 
@@ -31,9 +31,10 @@ class AttentionMaps:
         self, attention: RegionalAttention, bits: Tensor, texts: int, order: Tensor, log_weights: Tensor | None = None
     ) -> Attention:
         """The same attention, watched. bits: (L,) int64, those of [txt_1 .. txt_R, img]; texts: R; order: (L_img,), the
-        places of the image tokens in the picture; log_weights: (L_img, R), as RegionalAttention has them."""
+        places of the image tokens in the picture; log_weights: (L_img, 2 R), as RegionalAttention has them."""
         text_tokens, image_bits = bits.split([len(bits) - len(order), len(order)])
-        text_length = len(text_tokens) // texts
+        text_length, every = len(text_tokens) // texts, torch.arange(len(bits), device=bits.device)
+        weighed = in_one_sequence(bits, 0, text_length, torch.zeros(len(order), device=bits.device), log_weights)
 
         def watched(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
             if block == Block("double", 0):
@@ -43,11 +44,9 @@ class AttentionMaps:
             for value in image_bits.unique():
                 rows = (image_bits == value).nonzero().flatten()
                 scores = q[:, :, -len(order) :][:, :, rows] @ k_seen.mT / q.shape[-1] ** 0.5
-                if attention.is_masked(block) and log_weights is not None:
-                    scores[..., : len(text_tokens)] += (
-                        log_weights[rows].repeat_interleave(text_length, dim=1).to(scores)
-                    )
                 if attention.is_masked(block):
+                    added = added_scores(weighed, len(text_tokens) + rows, every)
+                    scores = scores if added is None else scores + added.to(scores)
                     scores = scores.masked_fill(~allowed(bits, value), float("-inf"))
                 weights = scores.float().softmax(-1)[..., : len(text_tokens)]
                 share = weights.unflatten(-1, (texts, text_length)).sum(-1).mean((0, 1))

@@ -49,10 +49,10 @@ class RegionTokens(NamedTuple):
         return torch.cat([text, self.image_bits | (self.open_images << OPEN_BIT)])
 
     def log_weights(self) -> Tensor | None:
-        """What is added to the scores between each image token and each region's text, (h w, P) float32: the logarithms
-        of strength and cover, -inf for strength 0. None where all are 0."""
-        weights = self.cover * torch.tensor(self.strength)[:, None]
-        weights = weights.where(self.cover > 0, 1).log()
+        """How each image token weighs each region's text and, then, the tokens of each region alone, as logarithms,
+        (h w, 2 P) float32: by its cover, and texts by their strength too, -inf for 0. None where all are 0."""
+        texts = self.cover * torch.tensor(self.strength)[:, None]
+        weights = torch.cat([x.where(self.cover > 0, 1).log() for x in (texts, self.cover)])
         return weights.T.contiguous() if weights.any() else None
 
     def mean(self, values: list[float]) -> Tensor:
@@ -151,13 +151,13 @@ def region_mask(region: Region, layout: Layout) -> np.ndarray:
 def in_polygons(polygons: tuple, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Even-odd, (len(y), len(x)) bool: a point is inside if a ray from it to the left crosses an odd number of edges.
     An edge holds its upper end and not its lower one; a point on an edge lies to its right: as boxes are half-open."""
-    inside = np.zeros((len(y), len(x)), dtype=bool)
+    flips = np.zeros((len(y), len(x) + 1), dtype=bool)  # where a row goes in or out
     for points in polygons:
         for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1]):
-            rows = (min(y0, y1) <= y) & (y < max(y0, y1))
-            crossing = x0 + (y[rows] - y0) * (x1 - x0) / (y1 - y0) if rows.any() else y[rows]
-            inside[rows] ^= crossing[:, None] <= x
-    return inside
+            low, high = np.searchsorted(y, sorted((y0, y1)))
+            crossing = x0 + (y[low:high] - y0) * (x1 - x0) / (y1 - y0)
+            flips[np.arange(low, high), np.searchsorted(x, crossing)] ^= True
+    return np.logical_xor.accumulate(flips, axis=1)[:, :-1]
 
 
 def most_covered(region: Region, layout: Layout) -> np.ndarray:

@@ -1,5 +1,6 @@
 """What a run writes: pictures that carry what made them, each file under a temporary name until it is whole."""
 
+import glob
 import hashlib
 import json
 import os
@@ -37,6 +38,13 @@ def write(path: Path, save: Callable[[Path], None]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def remove_unfinished(path: Path) -> None:
+    """What killed runs left of this file."""
+    for file in path.parent.glob(f".{glob.escape(path.stem)}.*{path.suffix}"):
+        if file.stem.removeprefix(f".{path.stem}.").isdecimal():  # and not .x.1.77.png for x.png
+            file.unlink(missing_ok=True)
+
+
 def check_writable(path: Path, overwrite: bool) -> None:
     folder = path.absolute().parent
     if not folder.is_dir():
@@ -49,7 +57,7 @@ def check_writable(path: Path, overwrite: bool) -> None:
 
 def settings(layout: Layout, seed: int, run: dict[str, Any]) -> dict[str, Any]:
     """All that made a picture, as JSON: the layout with every default filled in, hashes of the pictures it names, the
-    seed, and of the run the model, its files, dtype and torch."""
+    seed, and of the run the model, its files and how they were given, dtype and torch."""
     files = [layout.map, *(r.mask for r in layout.regions), *(x.image for x in (*layout.loras, *layout.controlnets))]
     hashes = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files if file}
     return json.loads(json.dumps({**msgspec.to_builtins(layout), "seed": seed, **run, "pictures": hashes}))
@@ -122,6 +130,7 @@ def carried_by(path: Path) -> dict[str, Any] | None:
 
 
 def is_made_by(path: Path, made_by: dict[str, Any]) -> bool:
-    """Is this a picture that is there, and made with these settings (by whatever version of torch)?"""
-    found = carried_by(path) if path.exists() else None
-    return found is not None and {**found, "torch": None} == {**made_by, "torch": None}
+    """Is this a picture that is there, and made with these settings (by whatever version of torch, and however the
+    model's files were given)?"""
+    found, apart = carried_by(path) if path.exists() else None, {"torch": None, "given": None}
+    return found is not None and {**found, **apart} == {**made_by, **apart}

@@ -14,7 +14,7 @@ are loaded when they are needed and stay until `drop`, so that one can make room
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -221,16 +222,17 @@ class Pipeline:
         dtype, on such a device, with as many threads."""
         merged, own = ([lora for lora in given if loras[lora.file].changes[part]] for given in (layout.loras, own))
         source, entries = getattr(self.checkpoint, part), [*merged, *own]
-        files = {tensor.file for tensor in source.tensors.values()} | {loras[lora.file].path for lora in entries}
+        files = {tensor.file for tensor in source.tensors.values()}
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         depends_on = [
-            ids.tolist(), sorted(map(identity, files)), [(loras[e.file].path.name, e.scale) for e in entries], len(own),
-            str(self.dtype), device, torch.__version__, torch.get_num_threads(),
+            ids.tolist(), sorted(map(identity, files)), [(identity(loras[e.file].path), e.scale) for e in entries],
+            len(own), str(self.dtype), device, torch.__version__, torch.get_num_threads(),
         ]  # fmt: skip
         name = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
         file = self.cache / f"{part}-{name}.safetensors" if self.cache else None
         if name not in self.encoded and file and file.exists():
-            self.encoded[name] = load_file(file)["states"]
+            with suppress(SafetensorError):  # a broken file is written anew
+                self.encoded[name] = load_file(file)["states"]
         if name not in self.encoded:
             encoder = self.part(part, layout, loras)
             everywhere = torch.ones(ids.shape[1], dtype=torch.bool)

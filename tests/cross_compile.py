@@ -26,7 +26,7 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 POINTERS = {
     "o": None, "base": None, "query_bits": "i64", "key_bits": "i64",
     "base_row": "i32", "base_weight": "fp32", "queries": "i32", "keys": "i32",
-    "key_region": "i32", "log_weight": "fp32",
+    "as_key": "i32", "as_query": "i32", "log_weight": "fp32",
 }  # fmt: skip
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDL", "STL")
 
@@ -34,6 +34,7 @@ INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDL", "STL")
 def compile_kernel(capability: int, dtype: torch.dtype, head_dim: int, base: bool, weighted: bool = False) -> dict:
     """Registers, spilled bytes, shared memory, how often each of INSTRUCTIONS occurs, and the length of the loops."""
     launch = launch_for(dtype, divmod(capability, 10))
+    launch = launch.weighted() if weighted else launch
     constants = {
         "D": head_dim, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BASE": base, "TMA": launch.tma,
         "WEIGHTED": weighted,

@@ -216,16 +216,16 @@ def test_weights_of_texts_are_those_of_the_dense_reference(launch, launched):
     base = fused_qkv(9 + 144, seed=1)[0]
     out, expected = run(given, q, k, v, base), in_float64(given, q, k, v, base)
     assert (out - expected).abs().max() < 2e-6
-    assert (out - run(given._replace(region=None, log_weight=None), q, k, v, base)).abs().max() > 0.01
+    assert (out - run(given._replace(log_weight=None), q, k, v, base)).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("block_m, block_n", [(32, 32), (16, 64)])
 def test_tiles_whose_pairs_have_weights_are_mixed(block_m, block_n):
     tokens = weighing_tokens(80)
-    bits, region, log_weight = tokens.bits, tokens.region, tokens.log_weight
-    queries, _, keys, *_ = tile_lists(bits, block_m, block_n, region, log_weight)
+    bits, log_weight = tokens.bits, tokens.log_weight
+    queries, _, keys, *_ = tile_lists(bits, block_m, block_n, (log_weight, tokens.as_key, tokens.as_query))
     plain = tile_lists(bits, block_m, block_n).queries
-    weights = log_weight[:, region]
+    weights = log_weight[:, tokens.as_key] + log_weight[:, tokens.as_query].T
     for start, end, first, mixed, _ in queries.tolist():
         for key, _ in keys[first:mixed].tolist():
             assert not weights[start:end, key : key + block_n].any()
@@ -261,7 +261,7 @@ def test_the_operator_says_of_itself_what_it_does():
     """torch's own check: the schema, what the meta device is told, and that no argument is changed."""
     *lists, pairs = tile_lists(CASES["33 tokens"], 32, 32)
     q, k, v = fused_qkv(33, heads=2)
-    given = torch.zeros(33).int(), torch.zeros(33), *lists, None
+    given = torch.zeros(33).int(), torch.zeros(33), *lists, None, None, None
     arguments = q, k, v, None, *(x if x is None else x.to(DEVICE) for x in given), pairs
     tests = "test_schema", "test_faketensor"
     torch.library.opcheck(kernel.attend_op, (*arguments, 32, 32, 4, 1, False), test_utils=tests)
@@ -326,7 +326,7 @@ def test_what_it_is_not_made_for_is_refused():
 def test_the_lists_are_the_mask(bits, block_m, block_n):
     """Put together again, tile by tile, they give the L x L mask: every pair in one tile or none."""
     length = len(bits)
-    queries, query_bits, keys, key_bits, _, pairs = tile_lists(bits, block_m, block_n)
+    queries, query_bits, keys, key_bits, pairs = tile_lists(bits, block_m, block_n)
     mask, covered = torch.zeros(2, length, length + block_n, dtype=torch.int64)
     for (start, end, first, mixed, last), bits_q in zip(queries.tolist(), query_bits):
         assert 0 < end - start <= block_m
@@ -499,9 +499,9 @@ def test_what_other_gpus_get_fits_into_their_shared_memory(compiled):
 
 
 def test_weights_of_texts_cost_the_other_tiles_nothing(compiled):
-    """The full tiles' loop is as long as without them; the mixed tiles' spills, but fits into the shared memory."""
+    """The full tiles' loop is about as long as without them; the mixed tiles' spills, but fits into the shared memory."""
     for weighted in (x for x in compiled if x["weighted"]):
         same = ("capability", "dtype", "head_dim", "base")
         plain = next(x for x in compiled if not x["weighted"] and all(x[key] == weighted[key] for key in same))
         assert weighted["loops"][0] <= 1.15 * plain["loops"][0]
-        assert weighted["LDL"] <= 128 and weighted["shared"] <= {89: 99, 90: 227}[weighted["capability"]] * 1024
+        assert weighted["LDL"] <= 256 and weighted["shared"] <= {89: 99, 90: 227}[weighted["capability"]] * 1024

@@ -169,18 +169,29 @@ WEIGHED = {
 @pytest.mark.parametrize("layout", WEIGHED.values(), ids=WEIGHED)
 def test_image_tokens_weigh_their_regions_texts(layout, implementation):
     """Against loops over tokens, in float64: in an image token's softmax each key of a region's text counts as strength
-    times cover; the texts themselves weigh nothing."""
+    times cover; with a token that is in one region alone, text or image, an image token counts by its cover there."""
     region = region_tokens(layout)
     bits, texts = region.bits(TEXT), TEXT * len(region.prompts)
     tokens = in_one_sequence(bits, 0, TEXT, torch.zeros(IMAGE).double(), region.log_weights())
     q, k, v = random_qkv(len(bits))
     out = implementation(tokens)(q, k, v)
+
+    def home_of(token: int) -> int | None:
+        """The region of a text, or of an image token that is in no other."""
+        if token < texts:
+            return token // TEXT
+        covers = region.cover[:, token - texts].nonzero().flatten().tolist()
+        return covers[0] if len(covers) == 1 else None
+
     for i in range(len(bits)):
         keys = [j for j in range(len(bits)) if int(bits[i]) & int(bits[j])]
         times = torch.ones(len(keys), dtype=torch.float64)
         for n, j in enumerate(keys):
             if i >= texts > j:
-                times[n] = region.strength[j // TEXT] * region.cover[j // TEXT, i - texts]
+                times[n] = region.strength[j // TEXT]
+            for a, b in (i, j), (j, i):
+                if a >= texts and (home := home_of(b)) is not None:
+                    times[n] *= region.cover[home, a - texts]
         weights = times * torch.einsum("bhd,bhkd->bhk", q[:, :, i], k[:, :, keys]).div(4).exp()
         expected = torch.einsum("bhk,bhkd->bhd", weights / weights.sum(-1, keepdim=True), v[:, :, keys])
         assert (out[:, :, i] - expected).abs().max() < 1e-6  # the logarithms are float32
