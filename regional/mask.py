@@ -105,6 +105,16 @@ def region_tokens(layout: Layout) -> RegionTokens:
     return RegionTokens(prompts, bits, *flat, strength, open_images, warnings)
 
 
+def regional_stages(layout: Layout, steps: int, tokens: RegionTokens) -> list[tuple[int, Tensor]]:
+    """The regional steps in stages of equal settings: where each ends, and the base branch's share in each of the image
+    tokens, (h w,) float64. A region whose own steps are over has all of it: it follows the base prompt."""
+    own, start, stages = layout.steps_and_ratios(steps)[: len(tokens.prompts)], 0, []
+    for end in sorted({count for count, _ in own} - {0}):
+        stages.append((end, tokens.mean([ratio if start < count else 1.0 for count, ratio in own])))
+        start = end
+    return stages
+
+
 HIDES = {"last": "later", "first": "earlier", "smallest": "smaller"}  # which regions lie above
 
 

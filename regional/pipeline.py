@@ -41,7 +41,7 @@ from regional.control import ActiveControl, control_hook, control_picture, image
 from regional.layout import Control, Layout, RegionLora, Where
 from regional.lora import additions, can_be_regional, plain_step, regional_step
 from regional.maps import AttentionMaps
-from regional.mask import RegionTokens, region_tokens
+from regional.mask import RegionTokens, region_tokens, regional_stages
 from regional.outputs import say, write
 from sampler.flow import denoise, image_ids, noise, pack, text_ids, unpack
 from sampler.schedule import sigmas
@@ -451,9 +451,10 @@ def sample(
     img = pack(noise(layout.width, layout.height, seed)).to(device, dtype).float()
     img_ids, beside = image_ids(layout.width, layout.height), conditioning.control
     guidance = torch.tensor([layout.guidance], dtype=torch.float32, device=device)
-    stages = regional_stages(layout, tokens)
+    stages = regional_stages(layout, layout.steps, tokens) if layout.regional_steps(layout.steps) else []
     if stages:  # tokens of the same regions side by side, for this run
         tokens, order = tokens.sorted()
+        stages = [(end, base_ratio[order]) for end, base_ratio in stages]
         img, img_ids, beside = (x if x is None else x[:, order] for x in (img, img_ids, beside))
         controls = [control.sorted(order) for control in controls]
     length = conditioning.txt.shape[1]
@@ -517,18 +518,3 @@ def sample(
     if stages:
         img = img[:, order.argsort()]
     return unpack(img, layout.width, layout.height)
-
-
-def regional_stages(layout: Layout, tokens: RegionTokens | None) -> list[tuple[int, Tensor]]:
-    """The regional steps in stages of equal settings: where each ends, and the base branch's share in each of the
-    sorted image tokens, (L_img,) float64. A region whose own steps are over has all of it: it follows the base prompt.
-    """
-    if not layout.regional_steps(layout.steps):
-        return []
-    steps_and_ratios = layout.steps_and_ratios(layout.steps)[: len(tokens.prompts)]
-    tokens, start, stages = tokens.sorted()[0], 0, []
-    for end in sorted({count for count, _ in steps_and_ratios} - {0}):
-        ratios = [ratio if start < count else 1.0 for count, ratio in steps_and_ratios]
-        stages.append((end, tokens.mean(ratios)))
-        start = end
-    return stages

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from model.transformer import FluxParams
 from regional.layout import Layout, Region
-from regional.mask import BACKGROUND_BIT, RegionTokens, allowed, region_tokens, token_grid
+from regional.mask import BACKGROUND_BIT, RegionTokens, allowed, region_tokens, regional_stages, token_grid
 from regional.sheets import fitting
 
 # For 61 regions. The first seven are Okabe and Ito's, a little lighter, which color-blind people tell apart; each
@@ -242,13 +242,11 @@ def amount(flops: int) -> str:
 
 def stages(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[tuple[int, int, str]]:
     """Where each stage of equal steps ends, the FLOPs of one of its steps, and its name; the plain steps are last."""
-    steps, found, start = layout.steps or STEPS, [], 0
-    own = layout.steps_and_ratios(steps)[: len(tokens.prompts)] if layout.regions else []
-    for end in sorted({count for count, _ in own} - {0}):
-        base = bool(tokens.mean([ratio if start < count else 1.0 for count, ratio in own]).any())
+    steps, found = layout.steps or STEPS, []
+    for end, ratio in regional_stages(layout, steps, tokens) if layout.regions else ():
+        base = bool(ratio.any())
         what = "composed of the regions' pictures" if layout.method == "rpg" else "regional"
         found.append((end, regional_flops(layout, params, tokens, base), what + ("" if base else ", no base branch")))
-        start = end
     return [*found, (steps, plain_flops(params, layout.max_sequence_length or LENGTH, tokens.cover.shape[1]), "plain")]
 
 

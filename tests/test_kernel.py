@@ -499,7 +499,7 @@ def test_what_other_gpus_get_fits_into_their_shared_memory(compiled):
 
 
 def test_weights_of_texts_cost_the_other_tiles_nothing(compiled):
-    """The full tiles' loop is about as long as without them; the mixed tiles' spills, but fits into the shared memory."""
+    """The full tiles' loop is about as long as without them; the mixed tiles' spills, but fits into shared memory."""
     for weighted in (x for x in compiled if x["weighted"]):
         same = ("capability", "dtype", "head_dim", "base")
         plain = next(x for x in compiled if not x["weighted"] and all(x[key] == weighted[key] for key in same))

@@ -12,8 +12,7 @@ from model.attention import Block
 from model.errors import InputError
 from regional.attention import RegionalAttention, dense_attention, portable_attention
 from regional.layout import Layout, Region, blocks_of, read_layout
-from regional.mask import BACKGROUND_BIT, feathered, in_polygons, region_tokens
-from regional.pipeline import regional_stages
+from regional.mask import BACKGROUND_BIT, feathered, in_polygons, region_tokens, regional_stages
 
 
 def write(folder: Path, text: str) -> Path:
@@ -162,8 +161,8 @@ change = msgspec.structs.replace
 def stages(layout: Layout) -> list[tuple[int, dict[int, float]]]:
     """Where each stage ends, and the base branch's share by the bits of the tokens."""
     tokens = region_tokens(layout)
-    bits = tokens.sorted()[0].image_bits.tolist()
-    return [(end, dict(zip(bits, ratio.tolist()))) for end, ratio in regional_stages(layout, tokens)]
+    bits = tokens.image_bits.tolist()
+    return [(end, dict(zip(bits, ratio.tolist()))) for end, ratio in regional_stages(layout, layout.steps, tokens)]
 
 
 def test_regions_have_steps_and_ratios_of_their_own():
