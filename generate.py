@@ -33,6 +33,7 @@ from regional.outputs import (
     check_writable,
     is_made_by,
     made_of,
+    remove_unfinished,
     save_json,
     save_picture,
     save_tensor,
@@ -47,6 +48,7 @@ SWEPT = (
     "base_ratio", "mask_inject_steps", "double_inject_interval", "single_inject_interval", "guidance", "steps",
     "method", "preset", "region_max_sequence_length",
 )  # fmt: skip
+MODEL_FLAGS = ("model", "flux", "t5", "clip", "ae")
 CHUNK = 100  # layouts whose prompts are encoded together: at full size some 2 GB of memory
 
 
@@ -273,6 +275,7 @@ def missing_of(group: list[Job], pipeline: Pipeline, args: argparse.Namespace) -
     checkpoint, layout = pipeline.checkpoint, with_model_defaults(group[0].layout, pipeline.checkpoint.flux)
     files = {part: str(getattr(checkpoint, part).path) for part in ("flux", "t5", "clip", "ae")}
     used = {"model": checkpoint.name, "files": files, "dtype": str(pipeline.dtype), "torch": torch.__version__}
+    used["given"] = {key: value for key in MODEL_FLAGS if (value := getattr(args, key))}
     missing = []
     for job in group:
         made_by = settings(layout, job.seed, used)
@@ -293,6 +296,8 @@ def make(
     job: Job, prepared: Prepared, made_by: dict, pipeline: Pipeline, args: argparse.Namespace, stop: Stop, alone: bool
 ) -> None:
     stop.check()
+    for file in files_of(job, args):
+        remove_unfinished(file)
     maps = pipeline.maps() if args.attention_maps else None
     z = pipeline.latents(prepared, job.seed, maps, stop.check)
     if alone:
@@ -300,8 +305,6 @@ def make(
     if job.latents:
         save_tensor("latents", z, made_by, job.latents)
     image = pipeline.decode(z)
-    for unfinished in job.output.parent.glob(f".{glob.escape(job.output.stem)}.[0-9]*{job.output.suffix}"):
-        unfinished.unlink()  # what a killed run left
     write(job.output, partial(save_picture, image, None if args.no_metadata else made_by))
     if args.metadata:
         save_json(made_by, job.output.with_suffix(".json"))
@@ -383,10 +386,16 @@ def flags_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def take_run_from(made_by: dict[str, Any], args: argparse.Namespace) -> None:
     """What a picture says of its run, where the command line says nothing: the model and the dtype."""
-    if not any((args.model, args.flux, args.t5, args.clip, args.ae)):
-        args.model = made_by["model"]
+    if not any(getattr(args, key) for key in MODEL_FLAGS):
+        given = made_by.get("given")
+        for key, value in (given if isinstance(given, dict) else {"model": made_by["model"]}).items():
+            if key in MODEL_FLAGS:
+                setattr(args, key, str(value))
     if args.dtype == "auto":
         args.dtype = str(made_by.get("dtype", "auto")).removeprefix("torch.")
+        if args.dtype not in ("auto", *DTYPES):
+            expected = f"expected one of {', '.join(DTYPES)}"
+            raise InputError(f"{args.config_from_metadata}: dtype = {args.dtype!r}: {expected}.")
 
 
 def plan_jobs(args: argparse.Namespace, size: int, failures: Failures) -> list[Job]:
@@ -412,8 +421,8 @@ def plan_jobs(args: argparse.Namespace, size: int, failures: Failures) -> list[J
         raise InputError(f"--output {twice}: several pictures would have this name; put {{name}} or {{seed}} into it.")
     if not several:
         for job in jobs:
-            if not carried_by(job.output):  # if a picture that is there is to be kept is seen later
-                check_files(files_of(job, args), args)
+            # if what is there and says how it was made is to be kept is seen later
+            check_files([file for file in files_of(job, args) if not carried_by(file)], args)
     for sheet in {job.sheet for job in jobs if job.sheet}:
         check_writable(sheet, args.overwrite)
     return jobs[index::count]
@@ -490,7 +499,7 @@ def shard_of(args: argparse.Namespace) -> tuple[int, int]:
         pairs = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
         text = next((f"{env[rank]}/{env[size]}" for rank, size in pairs if rank in env and size in env), "0/1")
     index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise InputError(f"--shard {text}: expected I/N, a number from 0 on and how many there are, such as 0/4.")
     return int(index), int(count)
 

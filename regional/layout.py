@@ -428,9 +428,9 @@ def convert(data: dict, where: Where, name: str) -> Layout:
         raise InputError(f"{where(shown(key))} = {value}: no such key{hint(field[1], known)}.")
     if field := re.search(r"missing required field `(.*)`", message):
         raise InputError(f"{name}: {path + '.' if path else ''}{field[1]} is missing.")
-    value = value_at(data, path)
-    quote = "; write it in quotes" if "Expected `str`" in message and isinstance(value, (bool, int, float)) else ""
-    raise InputError(f"{where(path)} = {describe(value)}: {message[0].lower()}{message[1:].replace('`', '')}{quote}.")
+    value, message = value_at(data, path), shown(message[0].lower() + message[1:].replace("`", ""))
+    quote = "; write it in quotes" if "expected str" in message and isinstance(value, (bool, int, float)) else ""
+    raise InputError(f"{where(path)} = {describe(value)}: {message}{quote}.")
 
 
 def struct_at(path: str) -> type[Struct]:

@@ -151,7 +151,7 @@ MISTAKES = {
     "a key with a dot": ("prompt: x\nfoo.bar: 1", "foo.bar = 1", "no such key"),
     "a key that is a number": ("prompt: x\n3: y", "line 2", "'3'"),
     "a key that is a list": ("prompt: x\n? [a, b]\n: y", "line 2", "no word"),
-    "a date that is none": ("prompt: 2024-13-45", "value", "month"),
+    "a date": ("prompt: 2024-01-31", "line 1: 'timestamp'", "quotes"),
     "deep nesting": ("prompt: " + "[" * 3000, "value", "recursion"),
     "a control character": ("prompt: a\x00b", "#x0000", "not allowed"),
     "a mask with a strange name": (region('{prompt: y, mask: "a\\0b.png"}'), "regions[0].mask", "not a picture"),

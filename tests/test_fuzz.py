@@ -1,0 +1,453 @@
+"""Whatever a layout file holds, it becomes a Layout whose regions can be drawn, or gets one sentence, in bounded time
+and memory. 22,000 random layouts, the same ones in each run, and files made to do harm."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import warnings
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image, PngImagePlugin
+
+import generate
+from model.errors import InputError
+from regional.layout import MAX_BYTES, MAX_PICTURE, Control, Layout, Lora, Region, RegionLora, read_layout
+from regional.mask import region_tokens
+
+ROOT = Path(__file__).parent.parent
+LAYOUTS = [ROOT / "layout.yaml", *sorted((ROOT / "examples").glob("*.yaml"))]
+CASES = 7500, 12500  # near validity, and files with changed bytes
+MEMORY, SECONDS = 1000, 60  # MB, and for one layout on a slow machine
+
+
+def read(file: Path) -> str | None:
+    """None for a layout that is good for all that a run asks of it, or the sentence that it gets."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            layout = read_layout(file, {})
+        except InputError as error:
+            sentence = str(error)
+            assert sentence.endswith(".") and sentence.isprintable() and len(sentence) < 4000, sentence
+            return sentence
+        layout.steps_and_ratios(24), layout.region_length(512)
+        assert all(isinstance(layout.is_masked(kind, i), bool) for kind in ("double", "single") for i in range(3))
+        if layout.regions:
+            tokens = region_tokens(layout)
+            tokens.bits(2), tokens.sorted()
+            weights = tokens.log_weights()
+            assert (tokens.image_bits != 0).all() and not (tokens.cover.isnan() | (tokens.cover < 0)).any()
+            assert weights is None or not weights.isnan().any()
+    return None
+
+
+PARTS = {"regions": Region, "loras": Lora, "controlnets": Control}
+
+
+def unknown_keys(values: Any, struct: type = Layout) -> list[str]:
+    """The keys of a layout, as YAML has it, that the reader does not know."""
+    found = [key for key in values if key not in struct.__struct_fields__]
+    for key, part in PARTS.items():
+        part = RegionLora if struct is Region else part
+        entries = values.get(key) if key in struct.__struct_fields__ else None
+        found += [name for entry in entries or () for name in unknown_keys(entry, part)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Pictures that layouts name, and what is in no way a picture."""
+    folder = tmp_path_factory.mktemp("layouts")
+    for name in ("disc.png", "edges.png"):
+        shutil.copy(ROOT / "examples" / name, folder)
+    Image.new("L", (32, 32), 255).save(folder / "white.png")
+    halves = Image.new("RGB", (32, 32), "red")
+    halves.paste("blue", (16, 0, 32, 32))
+    halves.save(folder / "halves.png")
+    (folder / "text.png").write_text("not a picture")
+    os.mkfifo(folder / "pipe")
+    (folder / "loop").symlink_to("loop")
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------ near validity
+
+SHAPES = [
+    {"box": [0, 0, 16, 16]}, {"box": ["0%", 3, "50.5%", 15.9]}, {"box": [-0.0, 0.0, 1e-300, 1]},
+    {"polygon": [[0, 0], [16, 0], ["50%", 16]]}, {"polygon": [[0, 0], [16, 16], [16, 0], [0, 16]]},
+    {"polygon": [[7, 7], [7, 7], [7, 7]]}, {"polygon": [[[0, 0], [16, 0], [0, 16]], [[1, 1], [9, 1], [1, 9]]]},
+    {"polygon": [[8 + 7 * np.cos(i).item(), 8 + 7 * np.sin(2.4 * i).item()] for i in range(25)]},
+    {"mask": "white.png"}, {"mask": "disc.png"}, {"color": [255, 0, 0]}, {"color": "#0000ff"}, {"color": 255},
+]  # fmt: skip
+WORDS = ["a fox", "a\x00b", "\U0001f98a", "a: [b", "- c\n\td", "% 'q' \"r\"", "\u2028 \x85 \ufeff", "z" * 1000]
+GOOD_REGION = {
+    "strength": [0, 1, 5e-324, 100, -0.0], "feather": [0, 16, 40.5, 8192, 1e-300], "base_ratio": [0, 1, 0.5, None],
+    "mask_inject_steps": [0, "0%", "33.333333333333336%", 10**18, None], "loras": [[], [{"file": "gone", "scale": -1}]],
+}  # fmt: skip
+GOOD = {
+    "width": [16, 64, 272], "background_prompt": ["", "grey"], "seed": [0, 2**63 - 1, None], "steps": [1, 10000],
+    "guidance": [0, 1e-300, 1000.0], "base_ratio": [0, 1, 0.5], "mask_inject_steps": [0, 10**18, "100%", "0.1%"],
+    "double_inject_interval": [1, 10**18], "single_inject_interval": [2], "double_blocks": ["every 2", [], [3]],
+    "single_blocks": ["0", "9-1", None, [10**18]], "image_attention": ["open"], "base_stream": ["shared"],
+    "max_sequence_length": [2, None], "region_max_sequence_length": [4096, "1%", None], "preset": ["control"],
+    "overlap": ["last", "first", "smallest"], "method": ["rpg", "plain"],
+    "loras": [[{"file": "a/b:c"}, {"file": ".", "image": "edges.png"}]],
+    "controlnets": [[{"model": "\x00", "image": "edges.png", "mode": "canny", "end": 0.5, "scale": -0.0}]],
+}  # fmt: skip
+
+
+class Raw(str):
+    """A value as YAML, not quoted."""
+
+
+NASTY = [
+    None, True, False, 0, -1, 7, 2**63, 10**30, 0.5, 5e-324, 1e308, -1e308, float("nan"), float("inf"), -float("inf"),
+    "", " ", "3", "\ud800", "\udfff\ud800", "%", "1e5%", "-5%", "\u0663%", "\xb2%", "9" * 400 + "%", "100.001%", "inf%",
+    "every 0", "every \u0663", "0-9999999999, 0", ",", "#ff00g0", "#\u0663" + "0" * 5, "white.png\x00", "a" * 5000,
+    ".", "pipe", "loop", "gone.png", "text.png", "edges.png", "/dev/zero", "\ud800.png", "a\nb.png", "\x1b[2J",
+    [], {}, [[]], [[[]]], [None], {"": 0}, {"a\nb": 1}, {"a` - at `$.width": 1}, {"<<": {"x": 1}}, {"file": "\ud800"},
+    [0, 0, 16], [0, 0, 16, 16], [16, 16, 0, 0], [0, 0, 1e308, 1e308], [float("nan")] * 4, [10**99] * 4, [True] * 4,
+    [[0, 0], [1, 1]], [[0, 0], [1, 1], [2, float("nan")]], [[0, 0, 0]] * 3, [[0, 0], [9, 9], [0, 10**99]], [[], [], []],
+    [{"prompt": "a"}], [{"file": "pipe"}], [{"model": "pipe", "image": "pipe"}], [{"prompt": "a", "mask": "pipe"}] * 70,
+    *map(Raw, (
+        "2024-01-31", "2024-13-45", "!!set {a, b}", "!!omap [a: 1]", "!!pairs [a: 1]", "!!binary aGk=", "!!binary \xe9",
+        "!!int ''", "!!float ''", "!!bool x", "!!null x", "!!int []", "!!str {}", "!!str {=: 3}", "!!map []", "!x y",
+        "!!python/name:os.system", "!!python/object/apply:os.system [ls]", "&a [*a]", "&a {k: *a}", "&a {<<: *a}", "=",
+        "<<", "*b", "0x" + "f" * 9999, "9" * 9999, "1:59:59", "1:1:1.5", "1" + ":59" * 500, "1" + ":59" * 500 + ".5",
+        "0o9", "089", "1_000", "0b1", "1e5", "+.inf", "[" * 99, "\"\\ud83e\\udd8a\"", "\"\\U00110000\"",
+    )),
+]  # fmt: skip
+
+
+def to_yaml(value: Any) -> str:
+    match value:
+        case Raw():
+            return str(value)
+        case dict():
+            return "{" + ", ".join(f"{json.dumps(key)}: {to_yaml(entry)}" for key, entry in value.items()) + "}"
+        case list():
+            return "[" + ", ".join(map(to_yaml, value)) + "]"
+        case float():
+            text = repr(value).replace("nan", ".nan").replace("inf", ".inf")
+            return text.replace("e", ".0e") if "e" in text and "." not in text else text
+    return json.dumps(value).replace("\\ud83e\\udd8a", "\U0001f98a")
+
+
+def test_layouts_near_validity_are_layouts_or_get_one_sentence(folder):
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+
+    def some_of(good: dict[str, list]) -> Any:
+        return st.lists(st.sampled_from([(key, value) for key in good for value in good[key]]), max_size=4).map(dict)
+
+    texts = st.sampled_from(WORDS)
+    region = st.tuples(texts, st.sampled_from(SHAPES), some_of(GOOD_REGION))
+    keys = sorted({*GOOD, *GOOD_REGION, "prompt", "box", "polygon", "mask", "color", "image", "height", "map"})
+    keys += ["promt", "weight", "0", "a.b", "\xfc", "\ud800"]
+    nasty = st.sampled_from(NASTY) | st.floats() | st.integers() | st.text(max_size=5)
+    another = st.sampled_from([(key, value) for good in (GOOD, GOOD_REGION) for key in good for value in good[key]])
+    spoil = st.none() | st.tuples(st.integers(0, 3), st.tuples(st.sampled_from(keys), nasty) | another)
+    outcomes, told = Counter(), set()
+
+    @hypothesis.settings(
+        max_examples=CASES[0], database=None, deadline=None, derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )  # fmt: skip
+    @hypothesis.given(texts, some_of(GOOD), st.lists(region, max_size=3), st.tuples(spoil, spoil))
+    def check(prompt, settings, regions, spoils):
+        spoils = [spoil for spoil in spoils if spoil]
+        layout = {"prompt": prompt, "map": "halves.png", "width": 64, **settings}
+        layout |= {"height": layout["width"], "regions": [{"prompt": t, **shape, **rest} for t, shape, rest in regions]}
+        places = [layout, *layout["regions"]]
+        for place, (key, value) in spoils:
+            places[place % len(places)][key] = value
+        file = folder / "near.yaml"
+        file.write_text(to_yaml(layout), encoding="utf-8")
+        sentence = read(file)
+        outcomes[len(spoils), sentence is None] += 1
+        told.add(re.sub(r"'.*?'|\".*?\"|[\d.]+|= .*: ", "", (sentence or "").replace(str(file), "")))
+        assert spoils or sentence is None, sentence
+        assert sentence or not unknown_keys(layout)
+
+    check()
+    print(sum(outcomes.values()), outcomes, len(told))
+    accepted = sum(count for (_, good), count in outcomes.items() if good)
+    assert accepted > 2000 and sum(outcomes.values()) - accepted > 2000 and len(told) > 50
+
+
+# ------------------------------------------------------------------------------------------------ changed bytes
+
+PIECES = [
+    b"\n", b"  ", b"\t", b": ", b"- ", b"[", b"]", b"{", b"}", b"'", b'"', b"#", b"%", b"&a ", b"*a", b"<<: *a",
+    b"? ", b"|\n", b">-\n", b"---\n", b"...\n", b"%YAML 1", b"!!set ", b"\x00", b"\xff", b"\xed\xa0\x80", b"\xc2\x85",
+    b"\xef\xbb\xbf", b"\\ud800", b".nan", b"1e999", b"-", b"0x", b"true", b"null", b"9" * 99, b"mask: pipe\n", b"a: ",
+]  # fmt: skip
+
+
+def mutated(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
+    for _ in range(rng.choice((1, 1, 1, 2, 5))):
+        i, j = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+        j = min(j, i + rng.choice((1, 1, 4, 40)))
+        match rng.randrange(6):
+            case 0:  # flip a bit
+                flipped = bytes([data[i] ^ 1 << rng.randrange(8)]) if i < len(data) else b""
+                data = data[:i] + flipped + data[i + 1 :]
+            case 1:
+                data = data[:i] + data[j:]
+            case 2:
+                data = data[:i] + rng.choice(PIECES) + data[i:]
+            case 3:
+                data = data[:i] + rng.choice(PIECES) + data[j:]
+            case 4:  # the same twice
+                data = data[:j] + data[i:]
+            case 5:
+                other = rng.choice(others)
+                k = rng.randrange(len(other))
+                data = data[:i] + other[k : k + j - i] + data[j:]
+    return data
+
+
+def test_files_with_changed_bytes_are_layouts_or_get_one_sentence(folder):
+    rng, accepted = random.Random(0), 0
+    texts = [re.sub(rb"#.*| on a \w+ background", b"", file.read_bytes()) for file in LAYOUTS]  # shorter is faster
+    file = folder / "changed.yaml"
+    for _ in range(CASES[1]):
+        file.write_bytes(mutated(rng.choice(texts), texts, rng))
+        if read(file) is None:
+            accepted += 1
+            assert not unknown_keys(yaml.safe_load(file.read_text(encoding="utf-8")))
+    print(accepted, "accepted of", CASES[1])
+    assert CASES[1] / 5 < accepted < 4 * CASES[1] / 5
+
+
+# ------------------------------------------------------------------------------------------------ files that do harm
+
+
+def layout_of(*regions: str, side: int = 64, more: str = "") -> str:
+    entries = "".join(f"\n- {{prompt: r, {region}}}" for region in regions)
+    return f"prompt: x\nwidth: {side}\nheight: {side}\n{more}\nregions:{entries or ' []'}"
+
+
+def laughs(entry: str, wrap: str = "[{}]") -> str:
+    """A billion of `entry`, each line ten of the one before."""
+    lines = [f"a: &a {entry}"]
+    lines += [f"{new}: &{new} {wrap.format(', '.join(['*' + old] * 10))}" for old, new in zip("abcdefghi", "bcdefghij")]
+    return "\n".join(lines)
+
+
+def png(width: int, height: int, chunks: list[tuple[bytes, bytes]]) -> bytes:
+    """A PNG of 8-bit gray, but for its pixels."""
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
+    parts = [(b"IHDR", header), *chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big") for kind, data in parts
+    )
+
+
+TEXTS = {  # name: YAML, and what its sentence says, None where it is a layout
+    "billion laughs": (laughs("[lol]"), "too much text"),
+    "a billion of a long text": (laughs("k" * 1000) + "\nprompt: *j", "too much text"),
+    "a billion in a key": (laughs("[lol]") + "\n? *j\n: x", "no word|too much"),
+    "a billion merged keys": (laughs("{x: 1}", "{{<<: [{}]}}"), "too much text"),
+    "25 million LoRAs": (
+        f"prompt: x\nloras: &l [{'{file: a}, ' * 5000}]\nregions: [&r {{prompt: a, loras: *l}}, {'*r, ' * 5000}]",
+        "too much text",
+    ),
+    "a list that holds itself": ("prompt: &a [*a]", "holds itself"),
+    "a mapping merged into itself": ("prompt: x\nregions: [&a {<<: *a}]", "holds itself"),
+    "a long chain of aliases": (
+        "prompt: [&a0 [], " + ", ".join(f"&a{i + 1} [*a{i}]" for i in range(30000)) + "]",
+        "too much text|size",
+    ),
+    "a deep chain of aliases": ("prompt: [&a0 [], " + ", ".join(f"&a{i + 1} [*a{i}]" for i in range(900)) + "]", "str"),
+    "10 ** 5000": ("prompt: x\nseed: 1" + "0" * 5000, "number of more than"),
+    "a hexadecimal number of 900 kB": ("prompt: x\nseed: 0x" + "f" * 900_000, "number of more than"),
+    "a sexagesimal number of 900 kB": ("prompt: x\nseed: 1" + ":59" * 300_000, "number of more than"),
+    "1 MB of values": ("prompt: [" + "a," * (MAX_BYTES // 2 - 10) + "]", "expected str"),
+    "1 MB of brackets": ("[" * MAX_BYTES, "recursion"),
+    "more than 1 MB": ("#" * (MAX_BYTES + 1), "bytes are more than"),
+    "a key of 900 kB": ("k" * 900_000 + ": x", "mapping|no word|expected"),
+    "half a surrogate as a number": ('prompt: x\nwidth: "\\ud800"', "surrogate"),
+    "half a surrogate as a file": ('prompt: x\nloras: [{file: "\\ud800"}]', "file nor a folder"),
+    "an emoji as JSON has it": ('{"prompt": "\\ud83e\\udd8a"}', None),
+    "an empty list of blocks as text": ("prompt: x\ndouble_blocks: ''", "expected"),
+    "blocks of 5000 digits": ("prompt: x\ndouble_blocks: 0-4, " + "9" * 5000, "expected"),
+    "a path of 100 kB": (layout_of("mask: " + "m" * 100_000), "too long"),
+    "a LoRA of a path of 100 kB": ("prompt: x\nloras: [{file: " + "m/" * 50_000 + "}]", None),
+    "a LoRA that is a pipe": ("prompt: x\nloras: [{file: pipe}]", "neither a file"),
+    "a mask that is a pipe": (layout_of("mask: pipe"), "no file"),
+    "a mask that is a device": (layout_of("mask: /dev/zero"), "no file"),
+    "a mask that is a socket": (layout_of("mask: socket"), "no file"),
+    "a mask that is a symlink to itself": (layout_of("mask: loop"), "symbolic links"),
+    "a mask that is a symlink": (layout_of("mask: link.png"), None),
+    "an empty mask": (layout_of("mask: ''"), "no file"),
+    "an empty map": ("prompt: x\nmap: ''", "no file"),
+    "61 soft regions of the largest size": (
+        layout_of(*["polygon: [[0, 0], [8192, 0], [4000, 8192]], feather: 300"] * 61, side=8192, more="overlap: last"),
+        None,
+    ),
+    "the largest feather": (layout_of("box: [0, 0, 4096, 8192], feather: 8192", side=8192), None),
+    "a polygon of 20,000 points that holds no token": (
+        layout_of(f"polygon: [{', '.join(f'[{9 + i % 2}, {i % 3 * 4096}]' for i in range(20000))}]", side=8192),
+        None,
+    ),
+}
+PICTURES = {  # what the sentence about such a mask says
+    "largest.png": None,
+    "largest.webp": None,
+    "larger.png": "pixels are more than",
+    "100 megapixels.png": "pixels are more than",
+    "180 megapixels.png": "pixels",
+    "4 gigapixels.png": "pixels|exceeds",
+    "claims 24 megapixels.png": "can be read",
+    "cut.png": "truncated",
+    "empty.png": "cannot identify",
+    "3 GB.png": "bytes are more than",
+    "text bomb.png": "too large",
+    "profile bomb.png": "too large",
+    "script.png": "cannot identify",
+    "drawing.png": "cannot identify",
+    "document.png": "cannot identify",
+    "palette.png": None,
+    "moving.gif": None,
+    "cmyk.jpg": None,
+    "one bit.png": None,
+    "16 bits.png": None,
+    "floats.tiff": None,
+    "a\nb.png": "no such file",
+}
+PATHS = {  # of layouts, and what is said of them
+    "3 GB": ("3 GB.yaml", "bytes are more than"),
+    "a pipe": ("pipe", "no file"),
+    "a device": ("/dev/zero", "no file"),
+    "a folder": (".", "no file"),
+    "a symlink to itself": ("loop", "symbolic links"),
+    "a symlink": ("link.yaml", None),
+    "a name of two lines": ("a\nb.yaml", "no such layout"),
+    "a name that is too long": ("n" * 300, "too long"),
+}
+
+
+def write_pictures(folder: Path) -> None:
+    side, small = round(MAX_PICTURE**0.5), Image.new("L", (64, 64), 255)
+    for suffix in ("png", "webp"):
+        Image.new("RGBA", (side, side), "white").save(folder / f"largest.{suffix}", compress_level=1, method=0)
+    for name, length in (("larger", side + 1), ("100 megapixels", 10_000), ("180 megapixels", 13_500)):
+        Image.new("1", (length, length), 1).save(folder / f"{name}.png")
+    (folder / "4 gigapixels.png").write_bytes(png(65535, 65535, [(b"IDAT", zlib.compress(b"")), (b"IEND", b"")]))
+    (folder / "claims 24 megapixels.png").write_bytes(png(4900, 4900, [(b"IDAT", zlib.compress(b"")), (b"IEND", b"")]))
+    small.save(folder / "whole.png")
+    (folder / "link.png").symlink_to("whole.png")
+    (folder / "cut.png").write_bytes((folder / "disc.png").read_bytes()[:-30])
+    (folder / "empty.png").touch()
+    (folder / "3 GB.png").write_bytes(png(64, 64, []) + (2**31 - 1).to_bytes(4, "big") + b"junk")
+    os.truncate(folder / "3 GB.png", 3 * 2**30)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("a", "a" * 50_000_000, zip=True)
+    small.save(folder / "text bomb.png", pnginfo=info)
+    small.save(folder / "profile bomb.png", icc_profile=bytes(50_000_000))
+    for name, text in (
+        ("script", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n(ran) print\nshowpage\n"),
+        ("drawing", "<svg xmlns='http://www.w3.org/2000/svg' width='64' height='64'/>"),
+        ("document", "%PDF-1.4\n1 0 obj <</Type /Catalog>> endobj"),
+    ):
+        (folder / f"{name}.png").write_text(text)
+    palette = small.convert("P")
+    palette.save(folder / "palette.png", transparency=bytes(255) + b"\xff")
+    small.save(folder / "moving.gif", save_all=True, append_images=[Image.new("L", (64, 64), 9)])
+    Image.new("CMYK", (64, 64)).save(folder / "cmyk.jpg")
+    small.convert("1").save(folder / "one bit.png")
+    Image.new("I;16", (64, 64), 65535).save(folder / "16 bits.png")
+    Image.new("F", (64, 64), 255).save(folder / "floats.tiff")
+
+
+@pytest.fixture(scope="module")
+def harm(folder) -> dict[str, tuple[Path, str | None]]:
+    """The layouts that do harm: their files, and what is said of them."""
+    write_pictures(folder)
+    server = socket.socket(socket.AF_UNIX)
+    here = os.getcwd()
+    os.chdir(folder)  # a socket's path must be short
+    server.bind("socket")
+    os.chdir(here)
+    files = {}
+    for i, (name, (text, says)) in enumerate(TEXTS.items()):
+        files[name] = folder / f"harm{i}.yaml", says
+        files[name][0].write_text(text)
+    for i, (picture, says) in enumerate(PICTURES.items()):
+        files[picture] = folder / f"picture{i}.yaml", says
+        files[picture][0].write_text(layout_of(f"mask: {json.dumps(picture)}", f"mask: {json.dumps(picture)}"))
+    (folder / "3 GB.yaml").touch()
+    os.truncate(folder / "3 GB.yaml", 3 * 2**30)
+    (folder / "link.yaml").symlink_to(f"picture{list(PICTURES).index('palette.png')}.yaml")
+    return files | {name: (folder / path, says) for name, (path, says) in PATHS.items()}
+
+
+def judge(files: list[str]) -> None:
+    """For the process in which harm may be done: a line of JSON for each file, with the peak memory so far, in MB."""
+    import resource
+
+    for file in files:
+        signal.alarm(SECONDS)
+        sentence = read(Path(file))
+        signal.alarm(0)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        print(json.dumps([sentence, peak]), flush=True)
+
+
+@pytest.fixture(scope="module")
+def judged(harm) -> dict[str, tuple[str | None, float]]:
+    """What another process says of each file that does harm."""
+    command = [sys.executable, "-c", "import sys; from tests.test_fuzz import judge; judge(sys.argv[1:])"]
+    found = subprocess.run(
+        command + [str(file) for file, _ in harm.values()],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=10 * SECONDS,
+    )
+    outcomes = [json.loads(line) for line in found.stdout.splitlines()]
+    assert len(outcomes) == len(harm), f"after {list(harm)[len(outcomes) - 1]}: {found.returncode} {found.stderr}"
+    return dict(zip(harm, outcomes))
+
+
+@pytest.mark.parametrize("name", [*TEXTS, *PICTURES, *PATHS])
+def test_a_file_made_to_do_harm_does_none(name, harm, judged):
+    (_, says), (sentence, memory) = harm[name], judged[name]
+    assert (sentence is None) == (says is None) and re.search(says or "", sentence or ""), sentence
+    assert memory < MEMORY
+
+
+# of a folder all files are read; this much takes long; and the last is refused by the machine, with exit code 1
+SKIPPED = ("a folder", "1 MB of values", "a name that is too long")
+BAD = [name for name, (_, says) in (TEXTS | PATHS).items() if says and name not in SKIPPED]
+
+
+@pytest.mark.parametrize("flag", ["--check", "--output"])
+def test_the_command_line_says_one_sentence_and_ends_with_2(flag, harm, tmp_path, capsys):
+    for name in BAD:
+        flags = [flag, str(tmp_path / "y.png")] if flag == "--output" else [flag]
+        assert generate.main(["--layout", str(harm[name][0]), *flags]) == 2, name
+        out, err = capsys.readouterr()
+        assert err.startswith("generate.py: ") and err.count("\n") == 1 and not out, name
+
+
+@pytest.mark.parametrize("name", ["billion laughs", "half a surrogate as a number", "a mask that is a pipe"])
+def test_the_program_itself_says_one_sentence_and_ends_with_2(name, harm, tmp_path):
+    command = [sys.executable, "generate.py", "--layout", str(harm[name][0]), "--output", str(tmp_path / "y.png")]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+    assert found.returncode == 2 and found.stdout == ""
+    assert found.stderr.startswith("generate.py: ") and found.stderr.count("\n") == 1, found.stderr
