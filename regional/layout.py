@@ -483,7 +483,7 @@ def check(layout: Layout, where: Where) -> None:
     length = layout.region_max_sequence_length
     if isinstance(length, str) and not (re.fullmatch(SHARE, length) and 0 < float(length[:-1]) <= 100):
         raise InputError(
-            f"{where('region_max_sequence_length')} = {length!r}: expected a count, or a share of max_sequence_length "
+            f"{where('region_max_sequence_length')} = {describe(length)}: expected a count, or a share of max_sequence_length "
             "such as 25%."
         )
     for key in ("prompt", "background_prompt"):
@@ -520,7 +520,7 @@ def is_broken(text: str) -> bool:
 
 def check_region(region: Region, layout: Layout, where: str) -> None:
     if not region.prompt.strip():
-        raise InputError(f"{where}.prompt = {region.prompt!r}: a region needs a prompt.")
+        raise InputError(f"{where}.prompt = {describe(region.prompt)}: a region needs a prompt.")
     check_text(region.prompt, f"{where}.prompt")
     shapes = [key for key in SHAPES if getattr(region, key) is not None]
     if len(shapes) != 1:

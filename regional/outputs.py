@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from model.errors import InputError
@@ -94,8 +94,8 @@ def save_json(made_by: dict[str, Any], path: Path) -> None:
 
 
 def save_tensor(name: str, tensor: Tensor, made_by: dict[str, Any], path: Path) -> None:
-    made = {"layout": json.dumps(made_by)}
-    write(path, partial(save_file, {name: tensor.cpu().contiguous()}, metadata=made))
+    data = save({name: tensor.cpu().contiguous()}, {"layout": json.dumps(made_by)})
+    write(path, partial(Path.write_bytes, data=data))  # save_file would write to a temporary name of its own choice
 
 
 def made_of(path: Path) -> dict[str, Any]:

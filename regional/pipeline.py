@@ -23,7 +23,7 @@ import msgspec
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -241,7 +241,7 @@ class Pipeline:
                 self.encoded[name] = encoder(ids.to(self.device)).to(self.dtype).cpu()
             if file:
                 self.cache.mkdir(parents=True, exist_ok=True)
-                write(file, partial(save_file, {"states": self.encoded[name].contiguous()}))
+                write(file, partial(Path.write_bytes, data=save({"states": self.encoded[name].contiguous()})))
         return self.encoded[name]
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import warnings
@@ -249,11 +250,11 @@ def laughs(entry: str, wrap: str = "[{}]") -> str:
 
 def png(width: int, height: int, chunks: list[tuple[bytes, bytes]]) -> bytes:
     """A PNG of 8-bit gray, but for its pixels."""
-    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
-    parts = [(b"IHDR", header), *chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big") for kind, data in parts
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), *chunks]
+    packed = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
     )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
 TEXTS = {  # name: YAML, and what its sentence says, None where it is a layout
@@ -293,6 +294,10 @@ TEXTS = {  # name: YAML, and what its sentence says, None where it is a layout
     "a mask that is a symlink to itself": (layout_of("mask: loop"), "symbolic links"),
     "a mask that is a symlink": (layout_of("mask: link.png"), None),
     "an empty mask": (layout_of("mask: ''"), "no file"),
+    "a control picture of broken EXIF data": (
+        "prompt: x\ncontrolnets: [{model: a, image: exif.jpg}]",
+        "not a picture that can be read",
+    ),
     "an empty map": ("prompt: x\nmap: ''", "no file"),
     "61 soft regions of the largest size": (
         layout_of(*["polygon: [[0, 0], [8192, 0], [4000, 8192]], feather: 300"] * 61, side=8192, more="overlap: last"),
@@ -349,10 +354,12 @@ def write_pictures(folder: Path) -> None:
     (folder / "4 gigapixels.png").write_bytes(png(65535, 65535, [(b"IDAT", zlib.compress(b"")), (b"IEND", b"")]))
     (folder / "claims 24 megapixels.png").write_bytes(png(4900, 4900, [(b"IDAT", zlib.compress(b"")), (b"IEND", b"")]))
     small.save(folder / "whole.png")
+    width, turned = struct.pack("<HHI4s", 0x100, 2, 1, b"a"), struct.pack("<HHII", 0x112, 3, 1, 6)  # a width of text
+    small.save(folder / "exif.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x02\0" + width + turned + bytes(4))
     (folder / "link.png").symlink_to("whole.png")
     (folder / "cut.png").write_bytes((folder / "disc.png").read_bytes()[:-30])
     (folder / "empty.png").touch()
-    (folder / "3 GB.png").write_bytes(png(64, 64, []) + (2**31 - 1).to_bytes(4, "big") + b"junk")
+    (folder / "3 GB.png").write_bytes(png(64, 64, []) + struct.pack(">I4s", 2**31 - 1, b"junk"))
     os.truncate(folder / "3 GB.png", 3 * 2**30)
     info = PngImagePlugin.PngInfo()
     info.add_text("a", "a" * 50_000_000, zip=True)
