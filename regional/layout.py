@@ -482,10 +482,8 @@ def check(layout: Layout, where: Where) -> None:
             raise InputError(f"{where(key)} = {describe(str(error))}: {expected}.") from None
     length = layout.region_max_sequence_length
     if isinstance(length, str) and not (re.fullmatch(SHARE, length) and 0 < float(length[:-1]) <= 100):
-        raise InputError(
-            f"{where('region_max_sequence_length')} = {describe(length)}: expected a count, or a share of max_sequence_length "
-            "such as 25%."
-        )
+        name = f"{where('region_max_sequence_length')} = {describe(length)}"
+        raise InputError(f"{name}: expected a count, or a share of max_sequence_length such as 25%.")
     for key in ("prompt", "background_prompt"):
         check_text(getattr(layout, key), where(key))
     if len(layout.regions) > MAX_REGIONS:
