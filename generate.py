@@ -230,6 +230,9 @@ def run(args: argparse.Namespace, stop: Stop) -> int:
     )  # fmt: skip
     failures = Failures(args)
     jobs = plan_jobs(args, pipeline.size, failures)
+    index, count = shard_of(args)
+    if count > 1:
+        say(f"worker {index} of {count}: {len(jobs)} pictures")
     say(f"seed {', '.join(str(seed) for seed in dict.fromkeys(job.seed for job in jobs))}")
     if pipeline.checkpoint.name == "pocket":
         say("the built-in pocket model draws; for FLUX.1-dev add --model black-forest-labs/FLUX.1-dev, or its folder")
@@ -373,9 +376,9 @@ def layout_files(args: argparse.Namespace) -> list[Path | None]:
     """The files that --layout names, of a folder all in it; [None] where the command line alone says what to draw."""
     files = []
     for path in args.layout:
-        found = sorted(file for kind in ("yaml", "yml", "json") for file in path.glob(f"*.{kind}"))
+        found = sorted(file for kind in ("yaml", "yml") for file in path.glob(f"*.{kind}"))
         if path.is_dir() and not found:
-            raise InputError(f"--layout {path}: there is no layout in this folder, no .yaml, .yml or .json.")
+            raise InputError(f"--layout {path}: there is no layout in this folder, no .yaml and no .yml.")
         files += found if path.is_dir() else [path]
     return files or [None]
 
@@ -419,6 +422,9 @@ def plan_jobs(args: argparse.Namespace, size: int, failures: Failures) -> list[J
     if len(set(outputs)) < len(outputs):
         twice = next(path for path in outputs if outputs.count(path) > 1)
         raise InputError(f"--output {twice}: several pictures would have this name; put {{name}} or {{seed}} into it.")
+    read = {file.resolve() for file in layout_files(args) if file}
+    for path in (path for job in jobs for path in files_of(job, args) if path.resolve() in read):
+        raise InputError(f"--output {path}: that is a layout of this run.")
     if not several:
         for job in jobs:
             # if what is there and says how it was made is to be kept is seen later

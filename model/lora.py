@@ -404,7 +404,7 @@ def pair(kinds: dict[str, Stored], first: str, second: str) -> tuple[Stored, Sto
 
 def matrix(tensor: Stored) -> Tensor:
     """A matrix as it is stored; 1 x 1 convolutions are matrices too."""
-    return read(tensor).reshape(tensor.shape[:2])
+    return read(tensor).reshape(tensor.shape[:2]).clone()  # a view would keep its file open
 
 
 def check(tensor: Stored, shape: tuple[int, ...]) -> None:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 import weights
 from model.attention import Block, fastest_backends
 from model.autoencoder import to_uint8
+from model.controlnet import ControlNet
 from model.errors import InputError
 from model.lora import Addition, Lora, added, hooks_for, merge, read_lora
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
@@ -108,6 +109,8 @@ class Pipeline:
         self.dtype, self.attention, self.cache, self.verbose = DTYPES[dtype], attention, cache, verbose
         self.checkpoint = weights.find(model, flux, t5, clip, ae)
         self.size = int(weights.metadata_number(self.checkpoint.flux, "sample_size", 1024))  # where a layout has none
+        self.nets: dict[Path, ControlNet] = {}  # ControlNets, by their files
+        self.loras: dict[str, Lora] = {}  # all that were read, by their names in layouts
         self.parts: dict[str, tuple[Any, nn.Module]] = {}  # by name: which LoRAs are merged into it, and the part
         self.encoded: dict[str, Tensor] = {}  # prompts, until the encoders are dropped
 
@@ -120,7 +123,8 @@ class Pipeline:
         """Read and encode what a layout names. `where` names its keys in messages."""
         layout = with_model_defaults(layout, self.checkpoint.flux)
         controls = plan_controls(layout, self.checkpoint.flux, where)
-        loras = read_loras(layout, self.checkpoint)
+        loras = read_loras(layout, self.checkpoint, self.loras)
+        self.loras |= loras
         lora_picture = control_of(layout)
         regional = layout.regional_steps(layout.steps) > 0
         in_plain_steps = any(lora.plain_steps for region in layout.regions for lora in region.loras)
@@ -150,7 +154,7 @@ class Pipeline:
         """Latents (1, 16, height / 8, width / 8), float32."""
         layout, tokens, conditioning, loras, plans = prepared
         flux = self.part("flux", layout, loras)
-        controls = load_controls(plans, layout, self.device, self.dtype)
+        controls = load_controls(plans, layout, self.device, self.dtype, self.nets)
         conditioning = Conditioning(*(x if x is None else x.to(self.device) for x in conditioning))
         masked_attention = portable_attention
         if layout.regional_steps(layout.steps) and layout.method == "regional":
@@ -177,6 +181,8 @@ class Pipeline:
             self.parts.pop(name, None)
         if "t5" in names:
             self.encoded.clear()
+        if "flux" in names:
+            self.nets.clear()
 
     def part(self, name: str, layout: Layout | None = None, loras: Loras = NO_LORAS) -> nn.Module:
         """A part of the model with the layout's whole-picture LoRAs merged into it; loaded again for other LoRAs."""
@@ -313,8 +319,9 @@ def with_model_defaults(layout: Layout, flux: weights.Source) -> Layout:
 # ------------------------------------------------------------------------------------------------ LoRAs
 
 
-def read_loras(layout: Layout, checkpoint: weights.Checkpoint) -> Loras:
-    """All LoRAs that a layout names, by the names they have there. Says what in them is left out."""
+def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras = NO_LORAS) -> Loras:
+    """All LoRAs that a layout names, by the names they have there; `known` ones are not read again. Says what is left
+    out of them."""
     named = {f"loras[{i}].file": lora for i, lora in enumerate(layout.loras)}
     for i, region in enumerate(layout.regions):
         named |= {f"regions[{i}].loras[{j}].file": lora for j, lora in enumerate(region.loras)}
@@ -322,8 +329,9 @@ def read_loras(layout: Layout, checkpoint: weights.Checkpoint) -> Loras:
         return {}
     modules, loras = {part: weights.on_meta(getattr(checkpoint, part)) for part in ("flux", "t5", "clip")}, {}
     for key, entry in named.items():
-        lora = loras.get(entry.file) or read_lora(weights.lora_file(entry.file, f"{key} = {entry.file}"), modules)
-        if lora.unknown and entry.file not in loras:
+        known = {**known, **loras}
+        lora = known.get(entry.file) or read_lora(weights.lora_file(entry.file, f"{key} = {entry.file}"), modules)
+        if lora.unknown and entry.file not in known:
             count, first = len(lora.unknown), lora.unknown[0]
             say(f"warning: {lora.path}: {count} of its keys mean nothing for this model and are left out, as {first}")
         loras[entry.file] = lora
@@ -411,10 +419,9 @@ def check_mode(control: Control, modes: int, source: weights.Source, where: str)
 
 
 def load_controls(
-    plans: list[ControlPlan], layout: Layout, device: torch.device, dtype: torch.dtype
+    plans: list[ControlPlan], layout: Layout, device: torch.device, dtype: torch.dtype, nets: dict[Path, ControlNet]
 ) -> list[ActiveControl]:
-    """The ControlNets, each file loaded once, ready for this layout."""
-    nets = {}
+    """The ControlNets, ready for this layout; each file is loaded once, into `nets`."""
     for plan in plans:
         if plan.source.path not in nets:
             nets[plan.source.path] = weights.load_controlnet(plan.source, device, dtype)

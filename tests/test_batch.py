@@ -150,9 +150,15 @@ def test_one_layouts_pictures_go_where_output_says(run):
 def test_a_folder_stands_for_its_layouts(run):
     for name in ("in/b.yaml", "in/c.yml", "d.yaml"):
         write(name)
-    Path("in/a.json").write_text(json.dumps(A))
+    Path("in/a.json").write_text("what made a picture, not a layout")
     Path("in/notes.txt").write_text("no layout")
-    assert run("--layout", "in", "d.yaml").made == ["a.png", "b.png", "c.png", "d.png"]
+    assert run("--layout", "in", "d.yaml").made == ["b.png", "c.png", "d.png"]
+
+
+def test_a_layout_is_never_overwritten(run):
+    Path("c.json").write_text(json.dumps(A))
+    ran = run("--layout", "c.json", "--output", "c.png", "--metadata", "--overwrite")
+    assert ran.code == 2 and "c.json: that is a layout" in ran.errors[0] and json.loads(Path("c.json").read_text()) == A
 
 
 def test_a_folder_without_layouts_is_an_error(run):

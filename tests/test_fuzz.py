@@ -183,7 +183,6 @@ def test_layouts_near_validity_are_layouts_or_get_one_sentence(folder):
         assert sentence or not unknown_keys(layout)
 
     check()
-    print(sum(outcomes.values()), outcomes, len(told))
     accepted = sum(count for (_, good), count in outcomes.items() if good)
     assert accepted > 2000 and sum(outcomes.values()) - accepted > 2000 and len(told) > 50
 
@@ -229,7 +228,6 @@ def test_files_with_changed_bytes_are_layouts_or_get_one_sentence(folder):
         if read(file) is None:
             accepted += 1
             assert not unknown_keys(yaml.safe_load(file.read_text(encoding="utf-8")))
-    print(accepted, "accepted of", CASES[1])
     assert CASES[1] / 5 < accepted < 4 * CASES[1] / 5
 
 
