@@ -377,9 +377,9 @@ def layout_files(args: argparse.Namespace) -> list[Path | None]:
     files = []
     for path in args.layout:
         found = sorted(file for kind in ("yaml", "yml") for file in path.glob(f"*.{kind}"))
-        if path.is_dir() and not found:
+        if os.path.isdir(path) and not found:
             raise InputError(f"--layout {path}: there is no layout in this folder, no .yaml and no .yml.")
-        files += found if path.is_dir() else [path]
+        files += found if os.path.isdir(path) else [path]
     return files or [None]
 
 

@@ -611,6 +611,7 @@ def opened(file: str) -> Image.Image:
     with quiet():
         picture = Image.open(file, formats=FORMATS)
     if picture.width * picture.height > MAX_PICTURE:
+        picture.close()
         raise ValueError(f"its {picture.width} x {picture.height} pixels are more than {MAX_PICTURE:,}")
     return picture
 
