@@ -376,10 +376,12 @@ def layout_files(args: argparse.Namespace) -> list[Path | None]:
     """The files that --layout names, of a folder all in it; [None] where the command line alone says what to draw."""
     files = []
     for path in args.layout:
-        found = sorted(file for kind in ("yaml", "yml") for file in path.glob(f"*.{kind}"))
-        if os.path.isdir(path) and not found:
+        if not os.path.isdir(path):
+            files.append(path)
+        elif found := sorted(file for kind in ("yaml", "yml") for file in path.glob(f"*.{kind}")):
+            files += found
+        else:
             raise InputError(f"--layout {path}: there is no layout in this folder, no .yaml and no .yml.")
-        files += found if os.path.isdir(path) else [path]
     return files or [None]
 
 
@@ -422,8 +424,8 @@ def plan_jobs(args: argparse.Namespace, size: int, failures: Failures) -> list[J
     if len(set(outputs)) < len(outputs):
         twice = next(path for path in outputs if outputs.count(path) > 1)
         raise InputError(f"--output {twice}: several pictures would have this name; put {{name}} or {{seed}} into it.")
-    read = {file.resolve() for file in layout_files(args) if file}
-    for path in (path for job in jobs for path in files_of(job, args) if path.resolve() in read):
+    read = {os.path.abspath(file) for file in layout_files(args) if file}
+    for path in (path for job in jobs for path in files_of(job, args) if os.path.abspath(path) in read):
         raise InputError(f"--output {path}: that is a layout of this run.")
     if not several:
         for job in jobs:
