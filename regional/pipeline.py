@@ -116,6 +116,7 @@ class Pipeline:
 
     def __call__(self, layout: Layout, seed: int) -> Image.Image:
         prepared = self.prepare(layout)
+        self.encoded.clear()  # calls with ever new prompts must not fill the memory
         return self.decode(self.latents(prepared, seed))
 
     @torch.inference_mode()
@@ -212,10 +213,11 @@ class Pipeline:
         clip_ids, cut = CLIPTokenizer(checkpoint.clip_tokenizer)([layout.prompt] + regions * vectors)
         if cut[0]:
             say(f"warning: CLIP reads 77 tokens of the base prompt; it does not see: {cut[0]!r}")
-        t5_size, clip_size = (weights.t5_params(checkpoint.t5), weights.clip_params(checkpoint.clip))
+        t5_size = weights.t5_params(checkpoint.t5).vocab_size
+        clip_size = weights.clip_params(checkpoint.clip).vocab_size
         for ids in [base_ids, *region_ids]:
-            check_vocabulary(ids.max(), t5_size.vocab_size, checkpoint.t5_tokenizer, checkpoint.t5)
-        check_vocabulary(clip_ids.max(), clip_size.vocab_size, checkpoint.clip_tokenizer, checkpoint.clip)
+            check_vocabulary(ids.max(), t5_size, checkpoint.t5_tokenizer, checkpoint.t5)
+        check_vocabulary(clip_ids.max(), clip_size, checkpoint.clip_tokenizer, checkpoint.clip)
         own = [region.loras for region in layout.regions] + [()] * (len(regions) - len(layout.regions))
         states = [self.cached("t5", ids[None], layout, loras, region) for ids, region in zip(region_ids, own)]
         pooled = [self.cached("clip", ids[None], layout, loras) for ids in clip_ids]
