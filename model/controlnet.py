@@ -99,7 +99,6 @@ class ControlNet(Streams):
         what `read` gives; mode: exactly for union models. It is one more token before the text, at position 0.
         """
         length = img.shape[1]
-        vec = self.conditioning(timesteps, y, guidance)
         img = self.img_in(img) + self.controlnet_x_embedder(control)
         txt = self.txt_in(txt)
         if self.params.modes:
@@ -113,5 +112,5 @@ class ControlNet(Streams):
             getattr(residuals, block.kind).append(heads[block.kind][block.index](x[:, -length:]))
             return x
 
-        self.blocks(img, img_ids, txt, txt_ids, vec, after_block=collect)
+        self.blocks(img, img_ids, txt, txt_ids, self.modulation(timesteps, y, guidance), after_block=collect)
         return residuals

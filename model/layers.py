@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from model.attention import Attention, Block, apply_rope
 
+# What modulates the tokens, (B, 1, D) each, or (B, L, D) where tokens differ: shifts, scales and gates
+Vectors = tuple[Tensor, ...]
+
 
 def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """Sinusoids of 1000 t, cosine first: t (B,) in [0, 1] -> (B, dim).
@@ -79,7 +82,7 @@ class Modulation(nn.Module):
         self.multiplier = multiplier
         self.lin = nn.Linear(hidden, multiplier * hidden)
 
-    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, vec: Tensor) -> Vectors:
         return self.lin(F.silu(vec)[:, None, :]).chunk(self.multiplier, dim=-1)
 
 
@@ -90,6 +93,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def mlp(hidden: int, mlp_hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(hidden, mlp_hidden), nn.GELU(approximate="tanh"), nn.Linear(mlp_hidden, hidden))
+
+
+class FusedLinear(nn.Linear):
+    """Several layers that read the same input, as one matrix; `rows` gives the outputs of some of them alone."""
+
+    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        return F.linear(x, self.weight[rows], self.bias[rows])
 
 
 class DoubleStreamBlock(nn.Module):
@@ -105,26 +115,35 @@ class DoubleStreamBlock(nn.Module):
         self.txt_attn = SelfAttention(hidden, heads)
         self.txt_mlp = mlp(hidden, mlp_hidden)
 
+    def vectors(self, vec: Tensor) -> Vectors:
+        """vec (B, D) -> the 12 vectors that `forward` takes."""
+        return *self.img_mod(vec), *self.txt_mod(vec)
+
     def forward(
-        self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, attention: Attention, block: Block
+        self, img: Tensor, txt: Tensor, vectors: Vectors, pe: Tensor, attention: Attention, block: Block
     ) -> tuple[Tensor, Tensor]:
-        """img (B, L_img, D), txt (B, L_txt, D), vec (B, D), pe (B, L_txt + L_img, d / 2, 2) -> new img, txt."""
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
+        """img (B, L_img, D), txt (B, L_txt, D), pe (B, L_txt + L_img, d / 2, 2) -> new img, txt."""
+        q, k, v = self.project(img, txt, vectors, pe)
+        return self.finish(img, txt, vectors, attention(q, k, v, block))
 
-        img_q, img_k, img_v = self.img_attn.norm(self.img_attn.qkv(modulate(img, img_shift1, img_scale1)), self.heads)
-        txt_q, txt_k, txt_v = self.txt_attn.norm(self.txt_attn.qkv(modulate(txt, txt_shift1, txt_scale1)), self.heads)
-
+    def project(self, img: Tensor, txt: Tensor, vectors: Vectors, pe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention is asked with: q, k, v (B, H, L_txt + L_img, d), normalised and rotated."""
+        img_shift, img_scale, _, _, _, _, txt_shift, txt_scale, *_ = vectors
+        img_q, img_k, img_v = self.img_attn.norm(self.img_attn.qkv(modulate(img, img_shift, img_scale)), self.heads)
+        txt_q, txt_k, txt_v = self.txt_attn.norm(self.txt_attn.qkv(modulate(txt, txt_shift, txt_scale)), self.heads)
         q = apply_rope(torch.cat([txt_q, img_q], dim=2), pe)
         k = apply_rope(torch.cat([txt_k, img_k], dim=2), pe)
-        v = torch.cat([txt_v, img_v], dim=2)
-        attn = rearrange(attention(q, k, v, block), "B H L d -> B L (H d)")
-        txt_attn, img_attn = attn.split([txt.shape[1], img.shape[1]], dim=1)
+        return q, k, torch.cat([txt_v, img_v], dim=2)
 
+    def finish(self, img: Tensor, txt: Tensor, vectors: Vectors, attn: Tensor) -> tuple[Tensor, Tensor]:
+        """All that follows attention's answer (B, H, L_txt + L_img, d)."""
+        _, _, img_gate1, img_shift, img_scale, img_gate2, _, _, txt_gate1, txt_shift, txt_scale, txt_gate2 = vectors
+        attn = rearrange(attn, "B H L d -> B L (H d)")
+        txt_attn, img_attn = attn.split([txt.shape[1], img.shape[1]], dim=1)
         img = img + img_gate1 * self.img_attn.proj(img_attn)
-        img = img + img_gate2 * self.img_mlp(modulate(img, img_shift2, img_scale2))
+        img = img + img_gate2 * self.img_mlp(modulate(img, img_shift, img_scale))
         txt = txt + txt_gate1 * self.txt_attn.proj(txt_attn)
-        txt = txt + txt_gate2 * self.txt_mlp(modulate(txt, txt_shift2, txt_scale2))
+        txt = txt + txt_gate2 * self.txt_mlp(modulate(txt, txt_shift, txt_scale))
         return img, txt
 
 
@@ -134,19 +153,37 @@ class SingleStreamBlock(nn.Module):
     def __init__(self, hidden: int, heads: int, mlp_hidden: int):
         super().__init__()
         self.heads = heads
-        self.linear1 = nn.Linear(hidden, hidden * 3 + mlp_hidden)
+        self.linear1 = FusedLinear(hidden, hidden * 3 + mlp_hidden)
         self.linear2 = nn.Linear(hidden + mlp_hidden, hidden)
         self.norm = QKNorm(hidden // heads)
         self.modulation = Modulation(hidden, 3)
 
-    def forward(self, x: Tensor, vec: Tensor, pe: Tensor, attention: Attention, block: Block) -> Tensor:
-        """x (B, L, D), vec (B, D), pe (B, L, d / 2, 2) -> new x."""
-        shift, scale, gate = self.modulation(vec)
-        hidden = x.shape[-1]
-        qkv, mlp_in = self.linear1(modulate(x, shift, scale)).split([3 * hidden, self.linear2.in_features - hidden], -1)
-        q, k, v = self.norm(qkv, self.heads)
-        attn = rearrange(attention(apply_rope(q, pe), apply_rope(k, pe), v, block), "B H L d -> B L (H d)")
-        return x + gate * self.linear2(torch.cat([attn, F.gelu(mlp_in, approximate="tanh")], dim=-1))
+    def vectors(self, vec: Tensor) -> Vectors:
+        """vec (B, D) -> the 3 vectors that `forward` takes."""
+        return self.modulation(vec)
+
+    def forward(
+        self, x: Tensor, vectors: Vectors, pe: Tensor, attention: Attention, block: Block, last: int | None = None
+    ) -> Tensor:
+        """x (B, L, D), pe (B, L, d / 2, 2) -> new x; with `last` only its last so many rows."""
+        q, k, v, h = self.project(x, vectors, pe)
+        attn = attention(q, k, v, block)
+        if last is not None:
+            x, h, attn = x[:, -last:], h[:, -last:], attn[:, :, -last:]
+        return self.finish(x, h, vectors, attn)
+
+    def project(self, x: Tensor, vectors: Vectors, pe: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What attention is asked with, q, k, v (B, H, L, d), and h (B, L, D), which the MLP reads too."""
+        shift, scale, _ = vectors
+        h = modulate(x, shift, scale)
+        q, k, v = self.norm(self.linear1(h, rows=slice(0, 3 * x.shape[-1])), self.heads)
+        return apply_rope(q, pe), apply_rope(k, pe), v, h
+
+    def finish(self, x: Tensor, h: Tensor, vectors: Vectors, attn: Tensor) -> Tensor:
+        """All that follows attention's answer (B, H, L, d)."""
+        gate = vectors[2][:, -x.shape[1] :]  # all of it, but where tokens have vectors of their own
+        mlp = F.gelu(self.linear1(h, rows=slice(3 * x.shape[-1], None)), approximate="tanh")
+        return x + gate * self.linear2(torch.cat([rearrange(attn, "B H L d -> B L (H d)"), mlp], dim=-1))
 
 
 class LastLayer(nn.Module):
@@ -157,6 +194,9 @@ class LastLayer(nn.Module):
         self.linear = nn.Linear(hidden, out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
 
-    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(vec[:, None, :]).chunk(2, dim=-1)
-        return self.linear(modulate(x, shift, scale))
+    def vectors(self, vec: Tensor) -> Vectors:
+        """vec (B, D) -> the 2 vectors that `forward` takes."""
+        return self.adaLN_modulation(vec[:, None, :]).chunk(2, dim=-1)
+
+    def forward(self, x: Tensor, vectors: Vectors) -> Tensor:
+        return self.linear(modulate(x, *vectors))

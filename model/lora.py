@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +34,8 @@ class LowRank(NamedTuple):
     def delta(self) -> Tensor:
         return self.scale * (self.up @ self.down)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.scale * F.linear(F.linear(x, self.down), self.up)
+    def __call__(self, x: Tensor, rows: slice) -> Tensor:
+        return self.scale * F.linear(F.linear(x, self.down), self.up[rows])
 
 
 class Kronecker(NamedTuple):
@@ -48,9 +48,9 @@ class Kronecker(NamedTuple):
     def delta(self) -> Tensor:
         return self.scale * torch.kron(self.left, self.right)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, rows: slice) -> Tensor:
         x = F.linear(x.unflatten(-1, (self.left.shape[1], -1)), self.right)
-        return self.scale * torch.einsum("...bc,ab->...ac", x, self.left).flatten(-2)
+        return self.scale * torch.einsum("...bc,ab->...ac", x, self.left).flatten(-2)[..., rows]
 
 
 class Full(NamedTuple):
@@ -61,11 +61,11 @@ class Full(NamedTuple):
     def delta(self) -> Tensor:
         return self.matrix
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.matrix if self.matrix.ndim == 1 else F.linear(x, self.matrix)
+    def __call__(self, x: Tensor, rows: slice) -> Tensor:
+        return self.matrix[rows] if self.matrix.ndim == 1 else F.linear(x, self.matrix[rows])
 
 
-Term = LowRank | Kronecker | Full
+Term = LowRank | Kronecker | Full  # called as a layer is, it gives some of its rows: x (B, L, in) -> (B, L, rows)
 
 
 def converted(term: Term, device: torch.device | str, dtype: torch.dtype) -> Term:
@@ -120,14 +120,14 @@ class Addition(NamedTuple):
     tokens: Tensor
 
 
-Hook = Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]
+Hook = Callable[[nn.Module, tuple[Tensor], dict[str, Any], Tensor], Tensor]
 
 
 @contextmanager
 def added(module: nn.Module, hooks: dict[str, Hook]) -> Iterator[None]:
     """While it lasts, layers give more for the tokens of `hooks`' additions (see below). For all other tokens they
     compute just what they do without."""
-    handles = [module.get_submodule(layer).register_forward_hook(hook) for layer, hook in hooks.items()]
+    handles = [module.get_submodule(layer).register_forward_hook(hook, with_kwargs=True) for layer, hook in hooks.items()]
     try:
         yield
     finally:
@@ -135,37 +135,52 @@ def added(module: nn.Module, hooks: dict[str, Hook]) -> Iterator[None]:
             handle.remove()
 
 
-def hooks_for(module: nn.Module, additions: list[Addition]) -> dict[str, Hook]:
-    """The hooks of a module's linear layers, by name, that make their additions; all they need is on the layer's
-    device, in its dtype."""
+def hooks_for(module: nn.Module, additions: list[Addition], device: torch.device, dtype: torch.dtype) -> dict[str, Hook]:
+    """The hooks of a module's linear layers, by name, that make their additions; all they need is on `device`, where
+    the layers compute, in `dtype`."""
     terms = {}
     for change, scale, tokens in additions:
         layer = change.name.rpartition(".")[0]
-        weight = module.get_submodule(layer).weight
         term = change.term
         if change.magnitude is not None:  # a DoRA's term is the whole matrix that it comes to
-            precise = torch.promote_types(weight.dtype, torch.float32)
-            term = Full(change.delta(weight[change.start : change.stop].to(precise)))
-        term, tokens = converted(term, weight.device, weight.dtype), tokens.to(weight.device)
-        rows = slice(change.start, change.stop)
-        terms.setdefault(layer, []).append((term, scale, rows, tokens, tokens.nonzero().flatten()))
-    return {layer: partial(add_terms, own) for layer, own in terms.items()}
+            weight = module.get_submodule(layer).weight[change.start : change.stop]
+            term = Full(change.delta(weight.to(torch.promote_types(weight.dtype, torch.float32))))
+        term, index = converted(term, device, dtype), tokens.nonzero().flatten().to(device)
+        terms.setdefault(layer, []).append((term, scale, range(change.start, change.stop), tokens.cpu(), index))
+    return {layer: partial(add_terms, own, bool(MODULATION.search(layer))) for layer, own in terms.items()}
+
+
+MODULATION = re.compile(r"mod(ulation)?\.(lin|1)$")  # layers that see no tokens but one vector for all
 
 
 def add_terms(
-    terms: list[tuple[Term, float, slice, Tensor, Tensor]], linear: nn.Module, args: tuple[Tensor], out: Tensor
+    terms: list[tuple[Term, float, range, Tensor, Tensor]],
+    of_vector: bool,
+    linear: nn.Module,
+    args: tuple[Tensor],
+    kwargs: dict[str, Any],
+    out: Tensor,
 ) -> Tensor:
-    """A forward hook that adds scale * term(x) to `rows` of the output of some tokens, known as (L,) bool and by index.
+    """A forward hook that adds scale * term(x) to some rows of the output of some tokens, known as (L,) bool and by
+    index.
 
-    args[0]: (B, L, in); a modulation layer sees one vector for all, (B, 1, in), and then gives one for each token.
+    args[0]: (B, L, in), or the last tokens alone; or `of_vector`, one vector for all, (B, 1, in), and each token gets an
+    output of its own. kwargs: FusedLinear's `rows`, those that are in `out`.
     """
     (x,) = args
+    asked = range(linear.out_features)[kwargs.get("rows", slice(None))]
     for term, scale, rows, tokens, index in terms:
-        if x.shape[1] == 1 < len(tokens):
+        start, stop = max(rows.start, asked.start), min(rows.stop, asked.stop)
+        if start >= stop:
+            continue
+        own, there = slice(start - rows.start, stop - rows.start), slice(start - asked.start, stop - asked.start)
+        if of_vector:
             out = out.repeat(1, len(tokens), 1) if out.shape[1] == 1 else out
-            out[:, :, rows] += scale * term(x) * tokens[:, None]
+            out[:, index, there] += scale * term(x, own)
         else:
-            out[:, index, rows] += scale * term(x[:, index])
+            before = len(tokens) - x.shape[1]
+            index = index[int(tokens[:before].sum()) :] - before
+            out[:, index, there] += scale * term(x[:, index], own)
     return out
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import Attention, Block, plain_attention, rope, rope_axes
-from model.layers import DoubleStreamBlock, LastLayer, MLPEmbedder, SingleStreamBlock, timestep_embedding
+from model.layers import DoubleStreamBlock, LastLayer, MLPEmbedder, SingleStreamBlock, Vectors, timestep_embedding
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ def as_it_is(x: Tensor, block: Block) -> Tensor:
     return x
 
 
+# Gives a block, or the last layer, the vectors that modulate its tokens
+Modulate = Callable[[nn.Module], Vectors]
+
+
 class Streams(nn.Module):
     """What FLUX.1 and its ControlNets share: the embedders and the blocks."""
 
@@ -65,18 +69,24 @@ class Streams(nn.Module):
             vec = vec + self.guidance_in(timestep_embedding(guidance, 256, y.dtype))
         return vec
 
+    def modulation(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Modulate:
+        """What modulates every block at these timesteps; each block's vectors are computed when they are asked for."""
+        vec = self.conditioning(timesteps, y, guidance)
+        return lambda module: module.vectors(vec)
+
     def blocks(
         self,
         img: Tensor,
         img_ids: Tensor,
         txt: Tensor,
         txt_ids: Tensor,
-        vec: Tensor,
+        modulation: Modulate,
         attention: Attention = plain_attention,
         join: Callable[[Tensor, Tensor], Tensor] = text_then_image,
         after_block: Callable[[Tensor, Block], Tensor] = as_it_is,
     ) -> Tensor:
-        """All blocks: img (B, L_img, D), txt (B, L_txt, D), vec (B, D) -> what comes out of the last one, (B, L, D)."""
+        """All blocks: img (B, L_img, D), txt (B, L_txt, D) -> (B, L_img, D), the last rows of what the last one gives.
+        Nothing reads the others, so it doesn't compute them."""
         table = torch.promote_types(img.dtype, torch.float32)
         axes = rope_axes(self.params.hidden_size // self.params.num_heads)
         txt_pe = rope(txt_ids, axes, self.params.theta, table).to(img.device)
@@ -85,14 +95,15 @@ class Streams(nn.Module):
         pe = torch.cat([txt_pe, img_pe], dim=1)
         for index, double_block in enumerate(self.double_blocks):
             block = Block("double", index)
-            img, txt = double_block(img, txt, vec, pe, attention, block)
+            img, txt = double_block(img, txt, modulation(double_block), pe, attention, block)
             img = after_block(img, block)
 
         x, pe = join(txt, img), join(txt_pe, img_pe)
         for index, single_block in enumerate(self.single_blocks):
             block = Block("single", index)
-            x = after_block(single_block(x, vec, pe, attention, block), block)
-        return x
+            last = img.shape[1] if index + 1 == len(self.single_blocks) else None
+            x = after_block(single_block(x, modulation(single_block), pe, attention, block, last), block)
+        return x[:, -img.shape[1] :]
 
 
 class Flux(Streams):
@@ -112,6 +123,7 @@ class Flux(Streams):
         attention: Attention = plain_attention,
         join: Callable[[Tensor, Tensor], Tensor] = text_then_image,
         after_block: Callable[[Tensor, Block], Tensor] = as_it_is,
+        modulation: Modulate | None = None,
     ) -> Tensor:
         """The velocity at `timesteps`, (B, L_img, out_channels).
 
@@ -122,8 +134,9 @@ class Flux(Streams):
         `join(txt, img)` makes the sequence of the single blocks; whatever it makes must end with the image tokens to
         decode. It is also given the position tables, so it may only repeat, drop and reorder rows (dimension 1).
         `after_block(x, block)` gives what goes on from a block: x is img (B, L_img, D) in the double blocks, and the
-        sequence that `join` made in the single ones.
+        sequence that `join` made in the single ones; after the last of those only its last L_img rows are left.
+        `modulation`: what `self.modulation` gives for these timesteps, y and guidance, if it is known already.
         """
-        vec = self.conditioning(timesteps, y, guidance)
-        x = self.blocks(self.img_in(img), img_ids, self.txt_in(txt), txt_ids, vec, attention, join, after_block)
-        return self.final_layer(x[:, -img.shape[1] :], vec)
+        modulation = modulation or self.modulation(timesteps, y, guidance)
+        x = self.blocks(self.img_in(img), img_ids, self.txt_in(txt), txt_ids, modulation, attention, join, after_block)
+        return self.final_layer(x, modulation(self.final_layer))

@@ -99,6 +99,6 @@ def add_residuals(
     for residuals, in_turn, streams in added:
         residual = residuals.after(block, depths[block.kind], in_turn)
         if residual is not None:
-            streams = streams if block.kind == "single" else 1
+            streams = min(streams, x.shape[1] // length) if block.kind == "single" else 1  # the last block gives one
             x[:, -streams * length :].unflatten(1, (streams, length)).add_(residual[:, None])
     return x

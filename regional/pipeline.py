@@ -245,7 +245,7 @@ class Pipeline:
             encoder = self.part(part, layout, loras)
             everywhere = torch.ones(ids.shape[1], dtype=torch.bool)
             changes = [Addition(c, lora.scale, everywhere) for lora in own for c in loras[lora.file].changes[part]]
-            with added(encoder, hooks_for(encoder, changes)):
+            with added(encoder, hooks_for(encoder, changes, self.device, self.dtype)):
                 self.encoded[name] = encoder(ids.to(self.device)).to(self.dtype).cpu()
             if file:
                 self.cache.mkdir(parents=True, exist_ok=True)
@@ -472,7 +472,7 @@ def sample(
     control = control_hook(controls, flux.params, levels, base | {"guidance": guidance})
 
     def velocity(txt: Tensor, y: Tensor, changes: list[Addition], streams: int = 1, **hooks: Any) -> Velocity:
-        ids, lora_hooks = text_ids(txt.shape[1]), hooks_for(flux, changes)
+        ids, lora_hooks = text_ids(txt.shape[1]), hooks_for(flux, changes, device, dtype)
 
         def flow(img: Tensor, t: Tensor) -> Tensor:
             img = img.to(dtype)

@@ -275,7 +275,9 @@ def forward_flops(params: FluxParams, text: int, image: int, pairs: int, streams
     """
     d, single = params.hidden_size, params.depth_single_blocks
     rows = params.depth * (text + image) + single * (text + streams * image)
+    unused = text + (streams - 1) * image  # of the last single block's output
     blocks = rows * (4 * d * d + 2 * d * params.mlp_hidden) + 2 * d * pairs
+    blocks -= unused * (d * d + 2 * d * params.mlp_hidden) if single else 0
     ends = text * params.context_in_dim * d + image * (params.in_channels + params.out_channels) * d
     vectors = (12 * params.depth + 3 * single + 2) * d * d  # modulation
     embedders = (1 + params.guidance_embed) * (256 + d) * d + (params.vec_in_dim + d) * d

@@ -15,6 +15,7 @@ from torch import nn
 import generate
 from model.clip import CLIPTextEncoder
 from model.errors import InputError
+from model.layers import FusedLinear
 from model.lora import Addition, Change, Full, Kronecker, LowRank, added, hooks_for, merge, read_lora
 from model.t5 import T5Encoder
 from model.transformer import Flux
@@ -428,11 +429,14 @@ def test_unknown_keys_are_kept_for_the_report(tmp_path):
 # ------------------------------------------------------------------------------------------------ for some tokens
 
 
+ON_CPU = torch.device("cpu"), torch.float64
+
+
 @pytest.mark.parametrize("term", ["low rank", "kronecker", "full"])
 def test_additions_are_the_merged_layer_token_by_token(term):
     """Two terms on overlapping tokens: each token's result is that of a layer whose weight holds its terms."""
     torch.manual_seed(0)
-    layer = nn.Sequential(nn.Linear(12, 24)).double()
+    layer = nn.Sequential(FusedLinear(12, 24)).double()
     terms = {
         "low rank": [LowRank(rand(24, 3), rand(3, 12), 0.5), LowRank(rand(24, 5), rand(5, 12), 2.0)],
         "kronecker": [Kronecker(rand(4, 3), rand(6, 4), 0.5), Kronecker(rand(6, 2), rand(4, 6), 1.0)],
@@ -444,7 +448,7 @@ def test_additions_are_the_merged_layer_token_by_token(term):
     additions = [Addition(c, s, t) for c, s, t in zip(changes, scales, [*tokens, tokens[0]])]
     x = torch.randn(2, 6, 12, dtype=torch.float64)
     before = layer(x)
-    with added(layer, hooks_for(layer, additions)):
+    with added(layer, hooks_for(layer, additions, *ON_CPU)):
         found = layer(x)
     torch.testing.assert_close(layer(x), before, rtol=0, atol=0)  # nothing is left behind
     weight, bias = layer[0].weight.data, layer[0].bias.data
@@ -454,17 +458,28 @@ def test_additions_are_the_merged_layer_token_by_token(term):
         b = merge(bias, [(a.change, a.scale) for a in own if a.change.name == "0.bias"])
         torch.testing.assert_close(found[:, i], nn.functional.linear(x[:, i], w, b))
     assert torch.equal(found[:, 4:], before[:, 4:])
-    vector = torch.randn(2, 1, 12, dtype=torch.float64)  # as a modulation layer sees it
-    with added(layer, hooks_for(layer, additions)):
-        each, spread = layer(vector), layer(vector.expand(-1, 6, -1))
-    torch.testing.assert_close(each, spread)
+    with added(layer, hooks_for(layer, additions, *ON_CPU)):  # some rows alone, of the last tokens alone
+        torch.testing.assert_close(layer[0](x[:, 2:], rows=slice(5, 17)), found[:, 2:, 5:17])
+
+
+def test_a_vectors_addition_gives_each_token_its_own_output():
+    modulation = nn.ModuleDict({"modulation": nn.ModuleDict({"lin": nn.Linear(12, 24)})}).double()
+    tokens = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0]]).bool()
+    changes = [Change("modulation.lin.weight", 0, 24, LowRank(rand(24, 3), rand(3, 12), s)) for s in (0.5, 2.0)]
+    additions = [Addition(change, 0.7, own) for change, own in zip(changes, tokens)]
+    layer, vector = modulation["modulation"]["lin"], torch.randn(2, 1, 12, dtype=torch.float64)
+    with added(modulation, hooks_for(modulation, additions, *ON_CPU)):
+        found = layer(vector)
+    for i in range(4):
+        weight = merge(layer.weight.data, [(a.change, a.scale) for a in additions if a.tokens[i]])
+        torch.testing.assert_close(found[:, i], nn.functional.linear(vector[:, 0], weight, layer.bias))
 
 
 def test_a_dora_for_some_tokens_is_the_merged_one():
     layer = nn.Sequential(nn.Linear(12, 24)).double()
     change = Change("0.weight", 6, 18, LowRank(rand(12, 3), rand(3, 12), 0.5), magnitude=rand(12, 1).abs())
     x = torch.randn(1, 4, 12, dtype=torch.float64)
-    with added(layer, hooks_for(layer, [Addition(change, 0.8, torch.ones(4).bool())])):
+    with added(layer, hooks_for(layer, [Addition(change, 0.8, torch.ones(4).bool())], *ON_CPU)):
         found = layer(x)
     merged = merge(layer[0].weight.data, [(change, 0.8)])
     torch.testing.assert_close(found, nn.functional.linear(x, merged, layer[0].bias))

@@ -270,14 +270,14 @@ def grid(columns: int, rows: int) -> Layout:
 
 
 @pytest.mark.parametrize(
-    "columns, rows, expected", [(1, 1, 131.1), (2, 1, 132.0), (2, 2, 142.7), (4, 2, 168.4), (4, 4, 222.0)]
+    "columns, rows, expected", [(1, 1, 130.26), (2, 1, 131.1), (2, 2, 141.6), (4, 2, 167.0), (4, 4, 220.0)]
 )
 def test_operations_of_a_full_size_step(columns, rows, expected):
     """FLUX.1-dev at 1024 x 1024, in 10^12: what a counter finds on the meta device (test_kernel.py)."""
     of = grid(columns, rows)
     (end, regional, _), (steps, plain, _) = stages(of, FluxParams(), region_tokens(of))
     assert (end, steps) == (10, 24)
-    assert regional / 1e12 == pytest.approx(expected, rel=0.001) and plain / 1e12 == pytest.approx(74.38, rel=0.001)
+    assert regional / 1e12 == pytest.approx(expected, rel=0.001) and plain / 1e12 == pytest.approx(74.30, rel=0.001)
     assert plain == plain_flops(FluxParams(), 512, 4096)
 
 

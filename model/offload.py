@@ -1,0 +1,93 @@
+"""Modules that run on a device while their weights stay in host memory, copied over one module ahead of its turn.
+
+The device holds the weights of two modules at a time: the one that runs, and the next, which is being copied meanwhile.
+What is computed is the same to the bit.
+"""
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 256  # bytes, as torch's own allocations have it
+
+
+def tensors_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Where a module's weights are kept, (owner, name, weight), but for those of its modulation layers: they are used
+    at another time (see precompute in model/transformer.py)."""
+    return [
+        (owner, key, weight)
+        for path, owner in module.named_modules()
+        for key, weight in owner.named_parameters(recurse=False)
+        if "mod" not in path
+    ]
+
+
+class Streamed:
+    """Takes care of `modules`, whose weights are in host memory, and which are called in this order, again and again.
+
+    device: where they run. pin: copy the weights into pinned memory first, from where copying is fast and in the
+    background; it takes time and as much memory again for a while.
+    """
+
+    def __init__(self, modules: list[nn.Module], device: torch.device, pin: bool = False):
+        self.device = device
+        pin = pin and device.type == "cuda"
+        self.modules = [
+            [(owner, key, w.data.pin_memory() if pin else w.data) for owner, key, w in tensors_of(module)]
+            for module in modules
+        ]
+        self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.buffers, self.running, self.fetched = [], None, None  # which module runs, which comes after it
+        for index, module in enumerate(modules):
+            self.put(index, [weight for *_, weight in self.modules[index]])
+            module.register_forward_pre_hook(lambda module, args, index=index: self.turn_of(index))
+
+    def turn_of(self, index: int) -> None:
+        """Have the weights of this module on the device, and those of the one before out of it; fetch the next."""
+        if index == self.running:
+            return
+        if index != self.fetched:
+            self.fetch(index)
+        if self.copying:
+            torch.cuda.current_stream(self.device).wait_stream(self.copying)
+        self.put(index, self.views(self.buffers[-1], index))
+        if self.running is not None:
+            self.put(self.running, [weight for *_, weight in self.modules[self.running]])
+        self.running = index
+        self.buffers.reverse()  # the last is the one to fill next
+        self.fetch((index + 1) % len(self.modules))
+
+    def fetch(self, index: int) -> None:
+        """Begin to copy a module's weights into the last buffer, once the module that had it is done."""
+        if not self.buffers:
+            size = max(sum(padded_size(weight) for *_, weight in module) for module in self.modules)
+            self.buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
+        if self.copying:
+            self.copying.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.copying):  # does nothing without a stream
+            for view, (*_, weight) in zip(self.views(self.buffers[-1], index), self.modules[index]):
+                view.copy_(weight, non_blocking=True)
+        self.fetched = index
+
+    def views(self, buffer: Tensor, index: int) -> list[Tensor]:
+        """A module's weights as they lie in a buffer, one behind the other."""
+        views, start = [], 0
+        for *_, weight in self.modules[index]:
+            views.append(buffer[start : start + weight.nbytes].view(weight.dtype).view(weight.shape))
+            start += padded_size(weight)
+        return views
+
+    def put(self, index: int, weights: list[Tensor]) -> None:
+        for (owner, key, _), weight in zip(self.modules[index], weights):
+            owner._parameters[key] = nn.Parameter(weight, requires_grad=False)
+
+    def release(self) -> None:
+        """Give the device's memory back, until the next turn."""
+        if self.running is not None:
+            self.put(self.running, [weight for *_, weight in self.modules[self.running]])
+        if self.copying:
+            torch.cuda.current_stream(self.device).wait_stream(self.copying)
+        self.buffers, self.running, self.fetched = [], None, None
+
+
+def padded_size(weight: Tensor) -> int:
+    return -(-weight.nbytes // ALIGNMENT) * ALIGNMENT
