@@ -8,15 +8,19 @@ are encoded first, then every picture is written as soon as it is made; a run th
 """
 
 import argparse
+import contextlib
 import glob
 import itertools
 import os
 import random
 import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+STARTED = time.perf_counter()  # what is imported below takes a while
 
 import torch
 import yaml
@@ -48,6 +52,8 @@ SWEPT = (
     "base_ratio", "mask_inject_steps", "double_inject_interval", "single_inject_interval", "guidance", "steps",
     "method", "preset", "region_max_sequence_length",
 )  # fmt: skip
+ATTENTIONS = ("kernel", "portable", "dense")
+DEFAULTS = {"attention": "auto", "compile": False}  # flags that change a picture's last bits
 MODEL_FLAGS = ("model", "flux", "t5", "clip", "ae")
 CHUNK = 100  # layouts whose prompts are encoded together: at full size some 2 GB of memory
 
@@ -91,9 +97,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         add(f"--{part}", metavar="PATH", help=f"take the {part} part from this file or folder")
     add("--device", default="auto", choices=["auto", "cuda", "cpu", "mps"])
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: float32 on a CPU, else bfloat16")
-    add("--attention", default="auto", choices=["auto", "kernel", "portable", "dense"],
+    add("--attention", default="auto", choices=["auto", *ATTENTIONS],
         help="how masked attention is computed; auto: the kernel on CUDA, else portable")  # fmt: skip
     add("--verbose", action="store_true", help="say which attention functions are used")
+    add("--compile", action="store_true", help="let torch.compile make the blocks: a minute more at the start, faster "
+        "from then on")  # fmt: skip
+    add("--quantize", default="auto", choices=["auto", "none", "fp8"], help="fp8: the transformer's matrices in 8 "
+        "bits; auto: if its file has them so and the GPU multiplies them")  # fmt: skip
+    add("--offload", default="auto", choices=["auto", "none", "blocks"], help="blocks: keep the transformer's and T5's "
+        "blocks in host memory and copy each to the GPU ahead of its turn; auto: where they do not fit")  # fmt: skip
+    add("--parallel", choices=["ulysses"], help="share each picture's work out to the processes, one for each GPU, "
+        "that torchrun --nproc-per-node N generate.py ... starts")  # fmt: skip
 
     add("--lora", dest="loras", action="append", nargs="+", metavar=("FILE", "SCALE"), default=argparse.SUPPRESS,
         help="a LoRA for the whole picture: a file, or a repository, org/name or org/name:file, and its scale; "
@@ -133,6 +147,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if not {"model", "image"} <= control.keys():
             parser.error("a ControlNet needs both --controlnet and --control-image")
         args.controlnets = [control]
+    if args.parallel and (args.shard or args.attention_maps):
+        parser.error("--parallel goes with neither --shard nor --attention-maps")
     if args.layout and args.config_from_metadata:
         parser.error("give a --layout or --config-from-metadata, not both")
     if not (args.layout or args.config_from_metadata or args.plan or "prompt" in args):
@@ -176,7 +192,7 @@ class Stop:
     """Ctrl-C and SIGTERM: the first lets the running step end, the second ends at once."""
 
     def __init__(self):
-        self.asked = False
+        self.steps, self.asked, self.asked_anywhere = 0, False, lambda asked: asked
 
     def __enter__(self) -> "Stop":
         self.before = {kind: signal.signal(kind, self.ask) for kind in (signal.SIGINT, signal.SIGTERM)}
@@ -193,8 +209,14 @@ class Stop:
         say("generate.py: stopping after this step")
 
     def check(self) -> None:
-        if self.asked:
+        if self.asked_anywhere(self.asked):
             raise KeyboardInterrupt
+
+    def after_step(self) -> None:
+        self.steps += 1
+        if self.steps == 1:
+            say(f"the first step ended {time.perf_counter() - STARTED:.1f} s after the start")
+        self.check()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -209,6 +231,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except OSError as error:
         say(f"generate.py: {error}")
+        return 1
+    except torch.OutOfMemoryError as error:
+        say(f"generate.py: out of memory: {' '.join(str(error).split())} Try --offload blocks, or --quantize fp8.")
         return 1
     except KeyboardInterrupt:
         say("generate.py: interrupted")
@@ -226,8 +251,21 @@ def run(args: argparse.Namespace, stop: Stop) -> int:
         plan_jobs(args, 1024, Failures(args))
     pipeline = Pipeline(
         args.model, args.flux, args.t5, args.clip, args.ae, device_of(args.device), args.dtype, args.attention,
-        args.prompt_cache, args.verbose,
+        args.prompt_cache, args.verbose, args.compile, args.quantize, args.offload, bool(args.parallel),
     )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        if pipeline.parallel:
+            stack.callback(pipeline.parallel.close)
+            stop.asked_anywhere = pipeline.parallel.any
+            if pipeline.parallel.rank:  # the first process speaks for all, and writes
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+        return draw(pipeline, args, stop)
+
+
+def draw(pipeline: Pipeline, args: argparse.Namespace, stop: Stop) -> int:
+    """Make all pictures, or those of this worker; returns the exit code."""
     failures = Failures(args)
     jobs = plan_jobs(args, pipeline.size, failures)
     index, count = shard_of(args)
@@ -250,7 +288,7 @@ def run(args: argparse.Namespace, stop: Stop) -> int:
             with failures:
                 make(job, ready, made_by, pipeline, args, stop, alone=len(jobs) == 1)
         pipeline.drop("flux")
-    if args.sweep and not failures.count:
+    if args.sweep and not failures.count and is_writer(pipeline):
         write_sheets(jobs, args)
     return 1 if failures.count else 0
 
@@ -278,6 +316,8 @@ def missing_of(group: list[Job], pipeline: Pipeline, args: argparse.Namespace) -
     checkpoint, layout = pipeline.checkpoint, with_model_defaults(group[0].layout, pipeline.checkpoint.flux)
     files = {part: str(getattr(checkpoint, part).path) for part in ("flux", "t5", "clip", "ae")}
     used = {"model": checkpoint.name, "files": files, "dtype": str(pipeline.dtype), "torch": torch.__version__}
+    used |= {"fp8": True} if pipeline.fp8 else {}
+    used |= {key: getattr(args, key) for key in ("attention", "compile") if getattr(args, key) != DEFAULTS[key]}
     used["given"] = {key: value for key in MODEL_FLAGS if (value := getattr(args, key))}
     missing = []
     for job in group:
@@ -302,9 +342,11 @@ def make(
     for file in files_of(job, args):
         remove_unfinished(file)
     maps = pipeline.maps() if args.attention_maps else None
-    z = pipeline.latents(prepared, job.seed, maps, stop.check)
+    z = pipeline.latents(prepared, job.seed, maps, stop.after_step)
     if alone:
         pipeline.drop("flux")
+    if not is_writer(pipeline):
+        return
     if job.latents:
         save_tensor("latents", z, made_by, job.latents)
     image = pipeline.decode(z)
@@ -316,6 +358,10 @@ def make(
         save_maps(maps, args.attention_maps / job.output.stem, image, prepared.tokens.prompts, made_by)
     elif maps:
         say(f"{job.output}: no step of it is regional, so it has no attention maps")
+
+
+def is_writer(pipeline: Pipeline) -> bool:
+    return not pipeline.parallel or pipeline.parallel.rank == 0
 
 
 # ------------------------------------------------------------------------------------------------ before paying
@@ -390,17 +436,22 @@ def flags_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def take_run_from(made_by: dict[str, Any], args: argparse.Namespace) -> None:
-    """What a picture says of its run, where the command line says nothing: the model and the dtype."""
+    """What a picture says of its run, where the command line says nothing: the model and how it was computed."""
     if not any(getattr(args, key) for key in MODEL_FLAGS):
         given = made_by.get("given")
         for key, value in (given if isinstance(given, dict) else {"model": made_by["model"]}).items():
             if key in MODEL_FLAGS:
                 setattr(args, key, str(value))
-    if args.dtype == "auto":
-        args.dtype = str(made_by.get("dtype", "auto")).removeprefix("torch.")
-        if args.dtype not in ("auto", *DTYPES):
-            expected = f"expected one of {', '.join(DTYPES)}"
-            raise InputError(f"{args.config_from_metadata}: dtype = {args.dtype!r}: {expected}.")
+    args.compile |= made_by.get("compile") is True
+    if args.quantize == "auto" and made_by.get("fp8") is True:
+        args.quantize = "fp8"
+    for key, choices in ("dtype", DTYPES), ("attention", ATTENTIONS):
+        if getattr(args, key) == "auto":
+            value = str(made_by.get(key, "auto")).removeprefix("torch.")
+            if value not in ("auto", *choices):
+                expected = f"expected one of {', '.join(choices)}"
+                raise InputError(f"{args.config_from_metadata}: {key} = {value!r}: {expected}.")
+            setattr(args, key, value)
 
 
 def plan_jobs(args: argparse.Namespace, size: int, failures: Failures) -> list[Job]:
@@ -411,7 +462,7 @@ def plan_jobs(args: argparse.Namespace, size: int, failures: Failures) -> list[J
         raise InputError(f"the command line: --sweep {', '.join(args.sweep)}: a key is swept twice.")
     carried = made_of(args.config_from_metadata) if args.config_from_metadata else None
     index, count = shard_of(args)
-    jobs, several = [], len(layout_files(args)) > 1
+    together, jobs, several = count > 1 or bool(args.parallel), [], len(layout_files(args)) > 1
     for file in layout_files(args):
         with failures:
             layouts = {}
@@ -419,7 +470,7 @@ def plan_jobs(args: argparse.Namespace, size: int, failures: Failures) -> list[J
                 swept = {key: value for (key, _), value in zip(sweeps, values)}
                 label = tuple(f"{key}={value}" for key, value in swept.items())
                 layouts[label] = read_layout(file, flags_of(args) | swept, size, carried)
-            jobs += jobs_of(file or args.config_from_metadata, layouts, args, several, count > 1)
+            jobs += jobs_of(file or args.config_from_metadata, layouts, args, several, together)
     outputs = [path for job in jobs for path in (job.output, job.latents) if path]
     if len(set(outputs)) < len(outputs):
         twice = next(path for path in outputs if outputs.count(path) > 1)
@@ -501,6 +552,8 @@ def check_files(files: list[Path], args: argparse.Namespace) -> None:
 
 def shard_of(args: argparse.Namespace) -> tuple[int, int]:
     """Which worker this is, of how many: --shard, or torchrun's or SLURM's variables."""
+    if args.parallel:
+        return 0, 1
     env = os.environ
     text = args.shard
     if text is None:

@@ -1,4 +1,4 @@
-"""Which file feeds which module: parts are recognised from safetensors headers, and loaded strictly onto meta modules.
+"""Which file feeds which module: parts are recognised from files' headers, and loaded strictly onto meta modules.
 
 Top to bottom: a header says what a file stores (`Stored`, `Pile`); a naming says which rows of it make each tensor of a
 module (`Naming`, `Rows`); a recognised part is a `Source`, and its shapes give the module's sizes; `load_flux` and its
@@ -10,21 +10,24 @@ import json
 import math
 import mmap
 import re
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import huggingface_hub
 import torch
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from huggingface_hub.errors import HTTPError as HttpxError  # of whichever httpx the hub library uses
 from torch import Tensor, nn
 
 from model.autoencoder import AutoEncoder, AutoEncoderParams
 from model.clip import CLIPParams, CLIPTextEncoder
 from model.controlnet import ControlNet, ControlNetParams
 from model.errors import InputError
+from model.fp8 import Fp8Linear, can_multiply, to_fp8
+from model.gguf import MAGIC, QUANTISED, dequantized, read_gguf
+from model.hub import fetch
 from model.t5 import T5Encoder, T5Params
 from model.transformer import Flux, FluxParams
 
@@ -46,8 +49,8 @@ SUBFOLDER = {  # diffusers'
 POCKET = Path(__file__).parent / "pocket" / "checkpoint"
 
 TOKENIZERS = ["tokenizer/*", "tokenizer_2/*"]
-SINGLE_FILES = ["flux1-*.safetensors", "ae.safetensors", "text_encoder/*", "text_encoder_2/*", *TOKENIZERS]
-DIFFUSERS_FOLDERS = ["transformer/*", "vae/*", "text_encoder/*", "text_encoder_2/*", *TOKENIZERS]
+DIFFUSERS_FOLDERS = {part: [f"{folder}/*.safetensors", f"{folder}/*.json"] for part, folder in SUBFOLDER.items()}
+SINGLE_FILES = DIFFUSERS_FOLDERS | {"flux": ["flux1-*.safetensors"], "ae": ["ae.safetensors"]}
 TOKENIZER_REPOSITORY = "black-forest-labs/FLUX.1-schnell"  # Apache-2.0; every FLUX.1 has the same tokenizers
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -99,11 +102,14 @@ def parse(path: Path, text: bytes) -> dict:
 
 
 def read_header(path: Path) -> Pile:
-    """What a safetensors file stores. It has the header's length in 8 bytes, the header in JSON, then the data."""
+    """What a file stores, GGUF or safetensors: the header's length in 8 bytes, the header in JSON, then the data."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
             start = file.read(8)
+            if start.startswith(MAGIC):
+                tensors, metadata = read_gguf(path)
+                return Pile(path, {key: Stored(path, key, *entry) for key, entry in tensors.items()}, metadata)
             length = int.from_bytes(start, "little")
             text = file.read(min(length, MAX_HEADER))
     except OSError as error:
@@ -128,20 +134,19 @@ def refuse_other_formats(path: Path, start: bytes) -> None:
     """InputError unless a file begins like safetensors: a length that is possible, and a brace."""
     if start.startswith(b"version https://git-lfs"):
         raise InputError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` in its folder.")
-    if start.startswith(b"GGUF") or path.suffix == ".gguf":
-        raise InputError(f"{path}: GGUF files are not supported; use a safetensors file in bf16 or fp8.")
     if start.startswith(PICKLE_STARTS) or path.suffix in PICKLES:
         raise InputError(f"{path}: pickled checkpoints can run code and are never read; use a safetensors file.")
     if len(start) < 8 or int.from_bytes(start[:8], "little") > MAX_HEADER or start[8:9] not in (b"{", b""):
-        raise InputError(f"{path}: not a safetensors file; it begins with {start[:16]!r}.")
+        raise InputError(f"{path}: not a safetensors file, nor GGUF; it begins with {start[:16]!r}.")
 
 
 def stored(path: Path, key: str, entry: dict, data: int) -> Stored:
     """A header's entry, whose offsets count from byte `data`. ValueError if they contradict its shape."""
     begin, end = entry["data_offsets"]
-    tensor = Stored(path, key, entry["dtype"], tuple(entry["shape"]), data + begin, data + end)
+    tensor = Stored(path, key, str(entry["dtype"]), tuple(entry["shape"]), data + begin, data + end)
     itemsize = DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else None
-    if begin < 0 or (itemsize and math.prod(tensor.shape) * itemsize != end - begin):
+    foreign = tensor.dtype.startswith(QUANTISED)  # whose size nobody has checked
+    if begin < 0 or foreign or (itemsize and math.prod(tensor.shape) * itemsize != end - begin):
         raise ValueError(key)
     return tensor
 
@@ -164,7 +169,7 @@ def read_shards(index: Path) -> Pile:
 
 
 def piles_in(place: Path) -> list[Pile]:
-    """A file's pile, or those at a folder's top: an index with its shards is one, any other safetensors file too."""
+    """A file's pile, or those at a folder's top: an index with its shards is one, any other file with tensors too."""
     if place.is_file():
         return [read_shards(place) if place.name.endswith(".safetensors.index.json") else read_header(place)]
     indexes = sorted(place.glob("*.safetensors.index.json"))
@@ -173,6 +178,7 @@ def piles_in(place: Path) -> list[Pile]:
     for file in sorted(files):
         if re.search(r"-\d{5}-of-\d{5}\.", file.name):
             raise InputError(f"{file}: a shard without its *.safetensors.index.json; download the folder again.")
+    files |= {*place.glob("*.gguf")}
     return [read_shards(index) for index in indexes] + [read_header(file) for file in sorted(files)]
 
 
@@ -185,6 +191,10 @@ def read(tensor: Stored) -> Tensor:
     with open(tensor.file, "rb") as file:
         view = mmap.mmap(file.fileno(), tensor.stop - page, access=mmap.ACCESS_COPY, offset=page)
     return torch.frombuffer(view, dtype=DTYPES[tensor.dtype], offset=tensor.start - page).reshape(tensor.shape)
+
+
+def read_bytes(tensor: Stored) -> Tensor:
+    return read(tensor._replace(dtype="U8", shape=(-1,)))
 
 
 # ---------------------------------------------------------------------------------------------------------- namings
@@ -284,6 +294,26 @@ def t5_from_hf(name: str, tensors: Tensors) -> list[Rows]:
     return [Rows(twin if name == "shared.weight" and name not in tensors and twin in tensors else name)]
 
 
+LLAMA_CPP_T5 = {
+    "shared.": "token_embd.",
+    "encoder.final_layer_norm.": "enc.output_norm.",
+    "encoder.block.": "enc.blk.",
+    "layer.0.layer_norm.": "attn_norm.",
+    "layer.0.SelfAttention.relative_attention_bias.": "attn_rel_b.",
+    "layer.0.SelfAttention.": "attn_",
+    "layer.1.layer_norm.": "ffn_norm.",
+    "layer.1.DenseReluDense.wi_0.": "ffn_gate.",
+    "layer.1.DenseReluDense.wi_1.": "ffn_up.",
+    "layer.1.DenseReluDense.wo.": "ffn_down.",
+}
+
+
+def t5_from_llama_cpp(name: str, tensors: Tensors) -> list[Rows]:
+    for our, their in LLAMA_CPP_T5.items():
+        name = name.replace(our, their)
+    return [Rows(name)]
+
+
 def clip_from_hf(name: str, tensors: Tensors) -> list[Rows]:
     return [Rows(name.removeprefix("text_model."))]  # in a file, text_model. counts as the prefix
 
@@ -342,14 +372,19 @@ def ae_from_diffusers(name: str, tensors: Tensors) -> list[Rows]:
 
 
 def count(tensors: Tensors, pattern: str) -> int:
-    """How many blocks there are if they are numbered from 0 and `pattern` finds a key's number."""
-    return 1 + max((int(found[1]) for key in tensors if (found := re.match(pattern, key))), default=-1)
+    """How many blocks there are if they are numbered from 0 and `pattern` finds a key's number.
+
+    At most one for each tensor: a key may claim any number, and modules of that many blocks are made.
+    """
+    last = max((int(found[1][:9]) for key in tensors if (found := re.match(pattern, key))), default=-1)
+    return min(1 + last, len(tensors))
 
 
 NAMINGS = (
     Naming("flux", "BFL", r"double_blocks\.\d+\.img_attn\.", same_name),
     Naming("flux", "diffusers", r"transformer_blocks\.\d+\.attn\.", flux_from_diffusers),
     Naming("t5", "Hugging Face", r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.", t5_from_hf),
+    Naming("t5", "llama.cpp", r"enc\.blk\.\d+\.attn_q\.", t5_from_llama_cpp),
     Naming("clip", "Hugging Face", r"encoder\.layers\.\d+\.self_attn\.", clip_from_hf),
     Naming("clip", "OpenAI", r"transformer\.resblocks\.\d+\.attn\.", clip_from_openai),
     Naming("ae", "BFL", r"decoder\.up\.\d+\.block\.", same_name),
@@ -361,7 +396,7 @@ NAMINGS = (
 # Keys that a part's files may hold although its module has no use for them.
 IGNORED = {
     "flux": r"(?!)",
-    "t5": r"encoder\.embed_tokens\.|decoder\.|lm_head\.",
+    "t5": r"encoder\.embed_tokens\.|decoder\.|lm_head\.|dec\.|output\.weight$",
     "clip": r"(embeddings\.)?position_ids$|text_projection|logit_scale$|vision_model\.|visual",
     "ae": r"(?!)",
     "controlnet": r"(?!)",
@@ -396,6 +431,7 @@ STRANGERS = {
     r"(double|single)_stream_modulation": "FLUX.2, which is not supported",
     r"distilled_guidance_layer\.": "Chroma, which is not supported",
     r"redux_(up|down)\.": "FLUX.1 Redux, which is not supported",
+    r"^blk\.\d+\.": "a language model in llama.cpp's names, which is no part of FLUX.1",
     r"\.quant_state\.bitsandbytes|\.absmax$|\.quant_map$": "quantised by bitsandbytes, which is not supported",
     r"\.qweight$|\.wscales$|\.smooth_factor$": "quantised by nunchaku, which is not supported",
 }
@@ -451,7 +487,7 @@ def attach_scales(path: Path, tensors: Tensors, metadata: dict[str, str]) -> Ten
     where the strict check reports it: to ignore one would give wrong pictures without an error.
     """
     layers = parse(path, metadata.get("_quantization_metadata", "{}").encode()).get("layers", {})
-    formats = {key: parse(path, bytes(read(tensors[key]).tolist())) for key in tensors if leaf(key) == "comfy_quant"}
+    formats = {key: parse(path, bytes(read_bytes(tensors[key]))) for key in tensors if leaf(key) == "comfy_quant"}
     for key, form in (layers | formats).items():
         kind = form.get("format") if isinstance(form, dict) else form
         if kind not in ("float8_e4m3fn", "float8_e5m2"):
@@ -584,7 +620,7 @@ def t5_params(source: Source) -> T5Params:
         d_ff=shape_of(source, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight")[0],
         d_kv=shape_of(source, f"{attention}.q.weight")[0] // max(num_heads, 1),
         num_heads=num_heads,
-        num_layers=count(source.tensors, r"encoder\.block\.(\d+)\."),
+        num_layers=count(source.tensors, r"enc(?:oder\.block|\.blk)\.(\d+)\."),
         num_buckets=num_buckets,
     )
 
@@ -629,6 +665,9 @@ def ae_params(source: Source) -> AutoEncoderParams:
 Device = torch.device | str
 Merges = Mapping[str, Callable[[Tensor], Tensor]]  # a tensor's name -> what LoRAs make of it, float32 or wider
 NOTHING: Merges = {}
+NEVER = re.compile(r"(?!)")
+FP8_LAYERS = re.compile(r"blocks\.\d+\.(?!.*mod)")  # of Flux: all in its blocks but the modulation
+LOADING_THREADS = 4
 
 
 MODULES = {
@@ -640,12 +679,22 @@ MODULES = {
 }
 
 
-def load_flux(source: Source, device: Device, dtype: torch.dtype, merges: Merges = NOTHING) -> Flux:
-    return load(source, device, dtype, merges)
+def load_flux(
+    source: Source,
+    device: Device,
+    dtype: torch.dtype,
+    merges: Merges = NOTHING,
+    on_host: re.Pattern = NEVER,
+    fp8: bool = False,
+) -> Flux:
+    """With `fp8`, the matrices of the blocks become 8-bit; those stored so already keep their numbers."""
+    return load(source, device, dtype, merges, on_host, FP8_LAYERS if fp8 else NEVER)
 
 
-def load_t5(source: Source, device: Device, dtype: torch.dtype, merges: Merges = NOTHING) -> T5Encoder:
-    return load(source, device, dtype, merges)
+def load_t5(
+    source: Source, device: Device, dtype: torch.dtype, merges: Merges = NOTHING, on_host: re.Pattern = NEVER
+) -> T5Encoder:
+    return load(source, device, dtype, merges, on_host)
 
 
 def load_clip(source: Source, device: Device, dtype: torch.dtype, merges: Merges = NOTHING) -> CLIPTextEncoder:
@@ -660,26 +709,63 @@ def load_controlnet(source: Source, device: Device, dtype: torch.dtype) -> Contr
     return load(source, device, dtype)
 
 
-def load(source: Source, device: Device, dtype: torch.dtype, merges: Merges = NOTHING) -> nn.Module:
+def load(
+    source: Source,
+    device: Device,
+    dtype: torch.dtype,
+    merges: Merges = NOTHING,
+    on_host: re.Pattern = NEVER,
+    in_fp8: re.Pattern = NEVER,
+) -> nn.Module:
     """The module of a source with its weights, frozen, in eval mode; `merges` change tensors before they are cast.
 
     It is made on the meta device, which holds no memory, and its tensors are assigned, not copied into it; on the CPU,
-    a tensor that is stored just as the module wants it stays a view of the file.
+    a tensor that is stored just as the module wants it stays a view of the file. Tensors whose names `on_host` finds
+    stay in host memory; linear layers whose names `in_fp8` finds become Fp8Linear.
     """
     module = on_meta(source)
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     recipe = check(shapes, source)
     precise = torch.promote_types(dtype, torch.float32)
-    state = {}
-    for name, rows in recipe.items():
-        state[name] = assemble(rows, source.tensors, shapes[name], device, precise if name in merges else dtype)
-        if name in merges:
-            state[name] = merges[name](state[name]).to(dtype)
-            if state[name].shape != shapes[name]:  # a control LoRA gives img_in more columns
-                hidden, channels = state[name].shape
-                module.img_in = nn.Linear(channels, hidden, device="meta")
+    layers = {name for name, part in module.named_modules() if isinstance(part, nn.Linear) and in_fp8.search(name)}
+
+    def make(name: str) -> dict[str, Tensor]:
+        """The tensor, or of a weight in fp8 its numbers and their scales."""
+        layer, rows = name.removesuffix(".weight"), recipe[name]
+        place = "cpu" if on_host.search(name) and layer not in layers else device  # a GPU converts much faster
+        numbers = stored_fp8(rows, source.tensors, place) if layer in layers and name not in merges else None
+        if numbers is None:
+            kind = precise if layer in layers or name in merges else dtype
+            tensor = assemble(rows, source.tensors, shapes[name], place, kind)
+            tensor = merges[name](tensor) if name in merges else tensor
+            numbers = to_fp8(tensor) if layer in layers else (tensor.to(dtype),)
+        made = dict(zip((name, f"{layer}.scale"), numbers))
+        return {key: tensor.cpu() for key, tensor in made.items()} if on_host.search(name) else made
+
+    with ThreadPoolExecutor(LOADING_THREADS) as pool:
+        state = {key: tensor for made in pool.map(make, recipe) for key, tensor in made.items()}
+    with torch.device("meta"):
+        for layer in layers:
+            linear = module.get_submodule(layer)
+            multiplies = can_multiply(torch.device(device))
+            module.set_submodule(layer, Fp8Linear(linear.in_features, linear.out_features, multiplies))
+        if "img_in.weight" in merges:  # a control LoRA gives it more columns
+            module.img_in = nn.Linear(*reversed(state["img_in.weight"].shape))
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
+
+
+def stored_fp8(rows: list[Rows], tensors: Tensors, device: Device) -> tuple[Tensor, Tensor] | None:
+    """The numbers (out, in) and scales (out, 1) of a matrix that is stored in fp8 as Fp8Linear has it, else None."""
+    if any(DTYPES.get(tensors[row.key].dtype) != torch.float8_e4m3fn for row in rows):
+        return None
+    numbers, scales = [], []
+    for row in rows:
+        tensor = tensors[row.key]
+        scale = torch.ones(()) if tensor.scale is None else read(tensor.scale).float()
+        numbers.append(read(tensor)[row.start : row.stop].to(device))
+        scales.append(scale.reshape(-1, 1).expand(tensor.shape[0], 1)[row.start : row.stop].to(device))
+    return torch.cat(numbers), torch.cat(scales)
 
 
 def on_meta(source: Source) -> nn.Module:
@@ -693,7 +779,7 @@ def check(shapes: dict[str, torch.Size], source: Source) -> dict[str, list[Rows]
     recipe = {name: source.naming.rows(name, source.tensors) for name in shapes}
     for name, rows in recipe.items():
         for tensor in [present(source, row.key, f"shape {tuple(shapes[name])}") for row in rows]:
-            if tensor.dtype not in FLOATS | FP8:
+            if tensor.dtype not in FLOATS | FP8 and not tensor.dtype.startswith(QUANTISED):
                 raise InputError(f"{tensor.file}: {tensor.key} is stored as {tensor.dtype}, which is not supported.")
         found = stacked_shape(rows, source.tensors)
         if found + (1,) * (len(shapes[name]) - len(found)) != shapes[name]:  # 1 x 1 convolutions also come as matrices
@@ -720,12 +806,34 @@ def assemble(rows: list[Rows], tensors: Tensors, shape: torch.Size, device: Devi
 
 def values(tensor: Stored, device: Device, dtype: torch.dtype) -> Tensor:
     """The numbers that a stored tensor stands for; a view of the file when nothing has to be moved or converted."""
+    if tensor.dtype.startswith(QUANTISED):
+        return dequantized(read_bytes(tensor), tensor.dtype, tensor.shape, dtype).to(device)
     place = "cpu" if torch.device(device).type == "mps" else device  # which knows neither fp8 nor float64
     numbers = read(tensor).to(place)
     if tensor.scale is not None:
         scale = read(tensor.scale).to(place).float()
         numbers = numbers.float() * scale.reshape(-1, *[1] * (numbers.ndim - 1))
     return numbers.to(dtype).to(device)
+
+
+def read_ahead(source: Source) -> None:
+    """Have a part's files read, in the background, into the host's memory for files, if they fit: loading it, soon,
+    will not have to wait for the disk."""
+    files = {tensor.file for tensor in source.tensors.values()}
+    try:
+        available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:  # not on Linux
+        return
+    if available and sum(file.stat().st_size for file in files) < 1024 * int(available[1]):
+        threading.Thread(target=read_files, args=(files,), daemon=True).start()
+
+
+def read_files(files: set[Path]) -> None:
+    chunk = bytearray(1 << 24)
+    for path in files:
+        with suppress(OSError), open(path, "rb", buffering=0) as file:  # loading will tell what is wrong
+            while file.readinto(chunk):
+                pass
 
 
 # ----------------------------------------------------------------------------------------------------------- finding
@@ -757,7 +865,8 @@ def find(model: Name = None, flux: Name = None, t5: Name = None, clip: Name = No
     model. The others name single parts, by a file or a folder, and come before it.
     """
     given = {"flux": flux, "t5": t5, "clip": clip, "ae": ae}
-    place = model_place(str(model or "pocket")) if model or not all(given.values()) else None
+    missing = [part for part in given if not given[part]]
+    place = model_place(str(model or "pocket"), missing) if model or missing else None
     sources = {
         part: pick(part, f"--{part}", existing(f"--{part}", path)) if path else pick(part, "--model", place)
         for part, path in given.items()
@@ -810,7 +919,7 @@ def existing(flag: str, path: str | Path) -> Path:
         others = (
             "a model's folder, a repository (org/name) or pocket"
             if flag == "--model"
-            else "a safetensors file or its folder"
+            else "a safetensors or GGUF file, or its folder"
         )
         raise InputError(f"{flag} {path}: there is no such file or folder; expected {others}.")
     return place
@@ -840,15 +949,17 @@ def lora_file(name: str, where: str) -> Path:
     return files[0]
 
 
-def model_place(model: str) -> Path:
-    """The folder (or all-in-one file) that --model names; a repository is downloaded unless the cache has it."""
+def model_place(model: str, parts: list[str]) -> Path:
+    """The folder (or all-in-one file) that --model names; of a repository, `parts` are downloaded unless cached."""
     if model == "pocket":
         if not POCKET.is_dir():
             raise InputError(f"--model pocket: the built-in model is not in {POCKET}; name another with --model.")
         return POCKET
     if is_repository(model):
         instead = "download it elsewhere and use --model /path"
-        return fetch(model, [SINGLE_FILES, DIFFUSERS_FOLDERS], f"--model {model}", instead)
+        layouts = (SINGLE_FILES, DIFFUSERS_FOLDERS)
+        choices = [[pattern for part in parts for pattern in files[part]] + TOKENIZERS for files in layouts]
+        return fetch(model, choices, f"--model {model}", instead)
     return existing("--model", model)
 
 
@@ -870,8 +981,8 @@ def pick(part: str, flag: str, place: Path) -> Source:
             return found[0]
         seen += [f"{pile.path.name} is {describe(pile, part)}" for pile in piles]
     others = sorted(place.iterdir()) if place.is_dir() else []
-    seen += [f"{path.name} is not safetensors" for path in others if path.suffix in PICKLES | {".gguf"}]
-    found = "; ".join(seen) or "no safetensors file"
+    seen += [f"{path.name} is not safetensors" for path in others if path.suffix in PICKLES]
+    found = "; ".join(seen) or "no safetensors or GGUF file"
     raise InputError(f"{flag} {place}: no {WHAT[part]} in it: {found}; name one with --{part}.")
 
 
@@ -912,44 +1023,3 @@ def tokenizer_folder(name: str, choices: list[tuple[str, ...]], source: Source, 
         purpose = f"{source.path}: no {name}/ with {' and '.join(choices[0])} is near, and {TOKENIZER_REPOSITORY}"
         folder = fetch(TOKENIZER_REPOSITORY, [TOKENIZERS], purpose, f"copy {name}/ of any FLUX.1 into {base}") / name
     return folder
-
-
-# -------------------------------------------------------------------------------------------------------------- hub
-
-
-def fetch(repo: str, choices: list[list[str]], purpose: str, instead: str) -> Path:
-    """A repository's folder in the cache with all files of one choice of patterns, downloaded if they are not there.
-
-    An InputError begins with `purpose` and ends with `instead`, another way to reach the same.
-    """
-    for cached in (True, False):
-        for patterns in choices:
-            folder = snapshot(repo, patterns, cached, purpose, instead)
-            if folder and all(any(folder.glob(pattern)) for pattern in patterns):
-                return folder
-    wanted = ", nor ".join(" ".join(patterns) for patterns in choices)
-    raise InputError(f"{purpose}: the repository has not all of {wanted}; {instead}.")
-
-
-def snapshot(repo: str, patterns: list[str], cached: bool, purpose: str, instead: str) -> Path | None:
-    """The repository's folder in the cache, with these files; None if only the cache is asked and it lacks some."""
-    try:
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns, local_files_only=cached))
-    except (HttpxError, OSError, ValueError) as error:
-        if cached and isinstance(error, LocalEntryNotFoundError):
-            return None
-        raise InputError(f"{purpose}: {hub_reason(repo, error)}, or {instead}.") from error
-
-
-def hub_reason(repo: str, error: Exception) -> str:
-    """What went wrong, and what to do."""
-    if isinstance(error, GatedRepoError):  # before its parent, RepositoryNotFoundError
-        page = f"https://huggingface.co/{repo}"
-        return f"the repository asks for a licence: accept it at {page}, then run `hf auth login` or set HF_TOKEN"
-    if isinstance(error, RepositoryNotFoundError):
-        return "there is no such repository, nor a folder of that name; a private one needs `hf auth login` or HF_TOKEN"
-    if isinstance(error, LocalEntryNotFoundError):
-        return "not in the cache, and huggingface.co is out of reach; go online (and unset HF_HUB_OFFLINE)"
-    if isinstance(error, HfHubHTTPError):
-        return f"huggingface.co answers with status {error.response.status_code}; try again later"
-    return f"the download failed ({type(error).__name__}: {' '.join(str(error).split())}); try again"

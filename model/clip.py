@@ -23,8 +23,12 @@ class CLIPParams:
 class Embeddings(nn.Module):
     def __init__(self, p: CLIPParams):
         super().__init__()
-        self.token_embedding = nn.Embedding(p.vocab_size, p.hidden_size)
-        self.position_embedding = nn.Embedding(p.max_positions, p.hidden_size)
+        self.token_embedding = nn.Embedding(
+            p.vocab_size, p.hidden_size, _weight=torch.empty(p.vocab_size, p.hidden_size)
+        )
+        self.position_embedding = nn.Embedding(
+            p.max_positions, p.hidden_size, _weight=torch.empty(p.max_positions, p.hidden_size)
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]

@@ -72,7 +72,9 @@ class ControlNet(Streams):
             nn.Linear(hidden, hidden) for _ in range(params.depth_single_blocks)
         )
         if params.modes:
-            self.controlnet_mode_embedder = nn.Embedding(params.modes, hidden)
+            self.controlnet_mode_embedder = nn.Embedding(
+                params.modes, hidden, _weight=torch.empty(params.modes, hidden)
+            )
         if params.hint_width:
             self.input_hint_block = hint_block(params.hint_width, params.in_channels // 4)
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from model.attention import Attention, Block, apply_rope
 
-# What modulates the tokens, (B, 1, D) each, or (B, L, D) where tokens differ: shifts, scales and gates
-Vectors = tuple[Tensor, ...]
+# What modulates a block's tokens: shifts, scales and gates side by side, (B, 1, n D), or (B, L, n D) where tokens
+# differ; of a double block the image's and the text's
+Vectors = Tensor | tuple[Tensor, Tensor]
 
 
 def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -75,15 +76,14 @@ class SelfAttention(nn.Module):
 
 
 class Modulation(nn.Module):
-    """adaLN: the conditioning vector (B, D) -> `multiplier` vectors (B, 1, D): shift, scale and gate, once or twice."""
+    """adaLN: the conditioning vector (B, D) -> `multiplier` vectors side by side: shift, scale and gate, once or twice."""
 
     def __init__(self, hidden: int, multiplier: int):
         super().__init__()
-        self.multiplier = multiplier
         self.lin = nn.Linear(hidden, multiplier * hidden)
 
-    def forward(self, vec: Tensor) -> Vectors:
-        return self.lin(F.silu(vec)[:, None, :]).chunk(self.multiplier, dim=-1)
+    def forward(self, vec: Tensor) -> Tensor:
+        return self.lin(F.silu(vec)[:, None, :])
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -116,8 +116,8 @@ class DoubleStreamBlock(nn.Module):
         self.txt_mlp = mlp(hidden, mlp_hidden)
 
     def vectors(self, vec: Tensor) -> Vectors:
-        """vec (B, D) -> the 12 vectors that `forward` takes."""
-        return *self.img_mod(vec), *self.txt_mod(vec)
+        """vec (B, D) -> the vectors that `forward` takes, 6 for the image and 6 for the text."""
+        return self.img_mod(vec), self.txt_mod(vec)
 
     def forward(
         self, img: Tensor, txt: Tensor, vectors: Vectors, pe: Tensor, attention: Attention, block: Block
@@ -128,7 +128,7 @@ class DoubleStreamBlock(nn.Module):
 
     def project(self, img: Tensor, txt: Tensor, vectors: Vectors, pe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What attention is asked with: q, k, v (B, H, L_txt + L_img, d), normalised and rotated."""
-        img_shift, img_scale, _, _, _, _, txt_shift, txt_scale, *_ = vectors
+        (img_shift, img_scale, *_), (txt_shift, txt_scale, *_) = (x.chunk(6, dim=-1) for x in vectors)
         img_q, img_k, img_v = self.img_attn.norm(self.img_attn.qkv(modulate(img, img_shift, img_scale)), self.heads)
         txt_q, txt_k, txt_v = self.txt_attn.norm(self.txt_attn.qkv(modulate(txt, txt_shift, txt_scale)), self.heads)
         q = apply_rope(torch.cat([txt_q, img_q], dim=2), pe)
@@ -137,7 +137,9 @@ class DoubleStreamBlock(nn.Module):
 
     def finish(self, img: Tensor, txt: Tensor, vectors: Vectors, attn: Tensor) -> tuple[Tensor, Tensor]:
         """All that follows attention's answer (B, H, L_txt + L_img, d)."""
-        _, _, img_gate1, img_shift, img_scale, img_gate2, _, _, txt_gate1, txt_shift, txt_scale, txt_gate2 = vectors
+        img_vectors, txt_vectors = vectors
+        _, _, img_gate1, img_shift, img_scale, img_gate2 = img_vectors.chunk(6, dim=-1)
+        _, _, txt_gate1, txt_shift, txt_scale, txt_gate2 = txt_vectors.chunk(6, dim=-1)
         attn = rearrange(attn, "B H L d -> B L (H d)")
         txt_attn, img_attn = attn.split([txt.shape[1], img.shape[1]], dim=1)
         img = img + img_gate1 * self.img_attn.proj(img_attn)
@@ -159,7 +161,7 @@ class SingleStreamBlock(nn.Module):
         self.modulation = Modulation(hidden, 3)
 
     def vectors(self, vec: Tensor) -> Vectors:
-        """vec (B, D) -> the 3 vectors that `forward` takes."""
+        """vec (B, D) -> the 3 vectors that `forward` takes, side by side."""
         return self.modulation(vec)
 
     def forward(
@@ -169,19 +171,21 @@ class SingleStreamBlock(nn.Module):
         q, k, v, h = self.project(x, vectors, pe)
         attn = attention(q, k, v, block)
         if last is not None:
-            x, h, attn = x[:, -last:], h[:, -last:], attn[:, :, -last:]
+            first = x.shape[1] - last
+            x, h, attn = x[:, first:], h[:, first:], attn[:, :, first:]
         return self.finish(x, h, vectors, attn)
 
     def project(self, x: Tensor, vectors: Vectors, pe: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What attention is asked with, q, k, v (B, H, L, d), and h (B, L, D), which the MLP reads too."""
-        shift, scale, _ = vectors
+        shift, scale, _ = vectors.chunk(3, dim=-1)
         h = modulate(x, shift, scale)
         q, k, v = self.norm(self.linear1(h, rows=slice(0, 3 * x.shape[-1])), self.heads)
         return apply_rope(q, pe), apply_rope(k, pe), v, h
 
     def finish(self, x: Tensor, h: Tensor, vectors: Vectors, attn: Tensor) -> Tensor:
         """All that follows attention's answer (B, H, L, d)."""
-        gate = vectors[2][:, -x.shape[1] :]  # all of it, but where tokens have vectors of their own
+        gate = vectors.chunk(3, dim=-1)[2]
+        gate = gate[:, max(0, gate.shape[1] - x.shape[1]) :]  # all of it, but where tokens have vectors of their own
         mlp = F.gelu(self.linear1(h, rows=slice(3 * x.shape[-1], None)), approximate="tanh")
         return x + gate * self.linear2(torch.cat([rearrange(attn, "B H L d -> B L (H d)"), mlp], dim=-1))
 
@@ -195,8 +199,8 @@ class LastLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
 
     def vectors(self, vec: Tensor) -> Vectors:
-        """vec (B, D) -> the 2 vectors that `forward` takes."""
-        return self.adaLN_modulation(vec[:, None, :]).chunk(2, dim=-1)
+        """vec (B, D) -> the 2 vectors that `forward` takes, side by side."""
+        return self.adaLN_modulation(vec[:, None, :])
 
     def forward(self, x: Tensor, vectors: Vectors) -> Tensor:
-        return self.linear(modulate(x, *vectors))
+        return self.linear(modulate(x, *vectors.chunk(2, dim=-1)))

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.errors import InputError
+from model.fp8 import Fp8Linear
 from model.layers import RMSNorm
 from weights import FLOATS, FP8, Pile, Stored, flux_from_diffusers, parse, read, read_header
 
@@ -127,7 +128,9 @@ Hook = Callable[[nn.Module, tuple[Tensor], dict[str, Any], Tensor], Tensor]
 def added(module: nn.Module, hooks: dict[str, Hook]) -> Iterator[None]:
     """While it lasts, layers give more for the tokens of `hooks`' additions (see below). For all other tokens they
     compute just what they do without."""
-    handles = [module.get_submodule(layer).register_forward_hook(hook, with_kwargs=True) for layer, hook in hooks.items()]
+    handles = [
+        module.get_submodule(layer).register_forward_hook(hook, with_kwargs=True) for layer, hook in hooks.items()
+    ]
     try:
         yield
     finally:
@@ -135,7 +138,9 @@ def added(module: nn.Module, hooks: dict[str, Hook]) -> Iterator[None]:
             handle.remove()
 
 
-def hooks_for(module: nn.Module, additions: list[Addition], device: torch.device, dtype: torch.dtype) -> dict[str, Hook]:
+def hooks_for(
+    module: nn.Module, additions: list[Addition], device: torch.device, dtype: torch.dtype
+) -> dict[str, Hook]:
     """The hooks of a module's linear layers, by name, that make their additions; all they need is on `device`, where
     the layers compute, in `dtype`."""
     terms = {}
@@ -143,7 +148,8 @@ def hooks_for(module: nn.Module, additions: list[Addition], device: torch.device
         layer = change.name.rpartition(".")[0]
         term = change.term
         if change.magnitude is not None:  # a DoRA's term is the whole matrix that it comes to
-            weight = module.get_submodule(layer).weight[change.start : change.stop]
+            rows, linear = slice(change.start, change.stop), module.get_submodule(layer)
+            weight = linear.widened(rows) if isinstance(linear, Fp8Linear) else linear.weight[rows]
             term = Full(change.delta(weight.to(torch.promote_types(weight.dtype, torch.float32))))
         term, index = converted(term, device, dtype), tokens.nonzero().flatten().to(device)
         terms.setdefault(layer, []).append((term, scale, range(change.start, change.stop), tokens.cpu(), index))

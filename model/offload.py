@@ -4,20 +4,27 @@ The device holds the weights of two modules at a time: the one that runs, and th
 What is computed is the same to the bit.
 """
 
+import re
+
 import torch
 from torch import Tensor, nn
 
 ALIGNMENT = 256  # bytes, as torch's own allocations have it
 
+# What may stay in host memory, by its name. FLUX.1's modulation layers are called at another time than the rest of their
+# blocks, and T5's table of distances is used by all blocks.
+FLUX_BLOCKS = re.compile(r"(double|single)_blocks\.\d+\.")
+FLUX_MODULATION = re.compile(r"(double|single)_blocks\.\d+\.(img_mod|txt_mod|modulation)\.")
+T5_BLOCKS = re.compile(r"encoder\.block\.\d+\.(?!.*relative_attention_bias)")
+
 
 def tensors_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """Where a module's weights are kept, (owner, name, weight), but for those of its modulation layers: they are used
-    at another time (see precompute in model/transformer.py)."""
+    """The weights that a module is called with, (owner, name, weight)."""
     return [
         (owner, key, weight)
         for path, owner in module.named_modules()
         for key, weight in owner.named_parameters(recurse=False)
-        if "mod" not in path
+        if not re.search(r"^(img_mod|txt_mod|modulation)\b|relative_attention_bias$", path)
     ]
 
 

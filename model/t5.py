@@ -60,7 +60,9 @@ class SelfAttention(nn.Module):
         self.v = nn.Linear(p.d_model, inner, bias=False)
         self.o = nn.Linear(inner, p.d_model, bias=False)
         if has_bias:  # only the first block's attention holds the table; all blocks use it
-            self.relative_attention_bias = nn.Embedding(p.num_buckets, p.num_heads)
+            self.relative_attention_bias = nn.Embedding(
+                p.num_buckets, p.num_heads, _weight=torch.empty(p.num_buckets, p.num_heads)
+            )
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x (B, L, d_model), bias (1, H, L, L), added to the unscaled scores."""
@@ -120,7 +122,9 @@ class T5Encoder(nn.Module):
     def __init__(self, params: T5Params):
         super().__init__()
         self.params = params
-        self.shared = nn.Embedding(params.vocab_size, params.d_model)
+        self.shared = nn.Embedding(
+            params.vocab_size, params.d_model, _weight=torch.empty(params.vocab_size, params.d_model)
+        )
         self.encoder = T5Stack(params)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class Streams(nn.Module):
             block = Block("single", index)
             last = img.shape[1] if index + 1 == len(self.single_blocks) else None
             x = after_block(single_block(x, modulation(single_block), pe, attention, block, last), block)
-        return x[:, -img.shape[1] :]
+        return x[:, x.shape[1] - img.shape[1] :]
 
 
 class Flux(Streams):
@@ -140,3 +140,18 @@ class Flux(Streams):
         modulation = modulation or self.modulation(timesteps, y, guidance)
         x = self.blocks(self.img_in(img), img_ids, self.txt_in(txt), txt_ids, modulation, attention, join, after_block)
         return self.final_layer(x, modulation(self.final_layer))
+
+    def modulations(self, timesteps: list[float], y: Tensor, guidance: Tensor | None) -> list[Modulate]:
+        """`modulation` at each of these timesteps, computed at once, one layer after the other: the same numbers, after
+        which the weights behind them (27 % of FLUX.1's) are not needed any more."""
+        vecs = [self.conditioning(torch.full((len(y),), t, device=y.device), y, guidance) for t in timesteps]
+        modules = *self.double_blocks, *self.single_blocks, self.final_layer
+        vectors = {module: [module.vectors(vec) for vec in vecs] for module in modules}
+        return [lambda module, step=step: vectors[module][step] for step in range(len(timesteps))]
+
+    def compile_blocks(self) -> None:
+        """Have torch.compile make the blocks' two halves, before and after attention, at their first call. All blocks
+        of a kind share what is made, at any length of the sequence."""
+        for block in *self.double_blocks, *self.single_blocks:
+            block.project = torch.compile(block.project, dynamic=True)
+            block.finish = torch.compile(block.finish, dynamic=True)

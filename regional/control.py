@@ -67,12 +67,17 @@ def image_share(control: Control, layout: Layout) -> Tensor:
 
 
 def control_hook(
-    controls: list[ActiveControl], params: FluxParams, sigmas: list[float], conditions: dict[str, Tensor]
+    controls: list[ActiveControl],
+    params: FluxParams,
+    sigmas: list[float],
+    conditions: dict[str, Tensor],
+    part: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Callable[[Tensor, Tensor, int], Callable[[Tensor, Block], Tensor]]:
     """What gives Flux.forward its `after_block` at img (1, L_img, 64) and t (1,), for so many image streams.
 
     sigmas: the run's noise levels, from which t tells the step. conditions: img_ids, txt, txt_ids, y and guidance of
-    the base prompt, which is what a ControlNet is given in every step, also a regional one.
+    the base prompt, which is what a ControlNet is given in every step, also a regional one. part: which of the image
+    tokens x has.
     """
     steps = len(sigmas) - 1
     depths = {"double": params.depth, "single": params.depth_single_blocks}
@@ -84,9 +89,10 @@ def control_hook(
             if setting.acts(step, steps):
                 mode = setting.mode_index
                 residuals = net(img, timesteps=t, control=tokens, mode=mode, **conditions).scaled(share)
+                residuals = Residuals(*([part(residual) for residual in kind] for kind in residuals))
                 in_turn = net.params.hint_width > 0
                 added.append((residuals, in_turn, 1 if setting.residuals == "published" else streams))
-        return partial(add_residuals, added, depths, img.shape[1])
+        return partial(add_residuals, added, depths, part(img).shape[1])
 
     return hook
 
@@ -100,5 +106,5 @@ def add_residuals(
         residual = residuals.after(block, depths[block.kind], in_turn)
         if residual is not None:
             streams = min(streams, x.shape[1] // length) if block.kind == "single" else 1  # the last block gives one
-            x[:, -streams * length :].unflatten(1, (streams, length)).add_(residual[:, None])
+            x[:, x.shape[1] - streams * length :].unflatten(1, (streams, length)).add_(residual[:, None])
     return x

@@ -13,7 +13,10 @@ are loaded when they are needed and stay until `drop`, so that one can make room
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -26,26 +29,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 import weights
-from model.attention import Block, fastest_backends
+from model.attention import fastest_backends
 from model.autoencoder import to_uint8
 from model.controlnet import ControlNet
 from model.errors import InputError
+from model.fp8 import can_multiply
+from model.layers import Modulation
 from model.lora import Addition, Lora, added, hooks_for, merge, read_lora
+from model.offload import FLUX_BLOCKS, FLUX_MODULATION, T5_BLOCKS, Streamed
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
-from model.transformer import Flux
-from regional.attention import MaskedAttention, RegionalAttention, Tokens, dense_attention, portable_attention
-from regional.compose import Velocity, composed_velocity
-from regional.control import ActiveControl, control_hook, control_picture, image_share
+from model.transformer import Flux, Modulate
+from regional.attention import MaskedAttention, Tokens, dense_attention, portable_attention
+from regional.control import ActiveControl, control_picture, image_share
 from regional.layout import Control, Layout, RegionLora, Where
-from regional.lora import additions, can_be_regional, plain_step, regional_step
+from regional.lora import can_be_regional
 from regional.maps import AttentionMaps
-from regional.mask import RegionTokens, region_tokens, regional_stages
+from regional.mask import RegionTokens, region_tokens
+from regional.memory import stays_on_host
 from regional.outputs import say, write
-from sampler.flow import denoise, image_ids, noise, pack, text_ids, unpack
-from sampler.schedule import sigmas
+from regional.sampling import NO_LORAS, Conditioning, Loras, modulations, sample
+from regional.ulysses import Ulysses
+from sampler.flow import pack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # in float16 FLUX.1 overflows
 
@@ -56,21 +62,6 @@ class ControlPlan(NamedTuple):
     source: weights.Source
     setting: Control
     picture: Tensor
-
-
-Loras = Mapping[str, Lora]  # by their names in the layout
-NO_LORAS: Loras = {}
-
-
-class Conditioning(NamedTuple):
-    """The encoded prompts: txt (1, L_txt, context), regions (R, L_region, context) or None, and CLIP's vectors, of the
-    base prompt alone, y (1, vec), or by the method rpg of the regions' too, (1 + R, vec). control: a control LoRA's
-    picture, its packed latents (1, L_img, 64)."""
-
-    txt: Tensor
-    regions: Tensor | None
-    y: Tensor
-    control: Tensor | None = None
 
 
 class Prepared(NamedTuple):
@@ -86,8 +77,9 @@ class Prepared(NamedTuple):
 class Pipeline:
     """A model and how it runs; see the top of this file.
 
-    model, flux, t5, clip, ae: as --model, --flux ... of generate.py. device: auto, cuda, cpu, mps, or cuda:1 and so on.
-    cache: a folder where encoded prompts are kept, by a hash of all that they depend on. InputError for what can't be.
+    model, flux, t5, clip, ae, compile, quantize, offload: as --model, --flux ... of generate.py. device: auto, cuda,
+    cpu, mps, or cuda:1 and so on. cache: a folder where encoded prompts are kept, by a hash of all that they depend on.
+    ulysses: share each picture's work out to the processes that torchrun started. InputError for what can't be.
     """
 
     def __init__(
@@ -102,6 +94,10 @@ class Pipeline:
         attention: str = "auto",
         cache: Path | None = None,
         verbose: bool = False,
+        compile: bool = False,
+        quantize: str = "auto",
+        offload: str = "auto",
+        ulysses: bool = False,
     ):
         self.device = choose_device(device)
         if dtype == "auto":
@@ -109,6 +105,13 @@ class Pipeline:
         self.dtype, self.attention, self.cache, self.verbose = DTYPES[dtype], attention, cache, verbose
         self.checkpoint = weights.find(model, flux, t5, clip, ae)
         self.size = int(weights.metadata_number(self.checkpoint.flux, "sample_size", 1024))  # where a layout has none
+        self.fp8, self.compile, self.offload = choose_fp8(quantize, self.checkpoint.flux, self.device), compile, offload
+        if compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
+            raise InputError("--compile: torch.compile needs a C++ compiler, and there is none here; leave it out.")
+        heads = weights.flux_params(self.checkpoint.flux).num_heads
+        self.parallel = Ulysses(self.device, heads) if ulysses else None
+        self.modulation_layers: Streamed | None = None
+        self.modulated: tuple[Conditioning | None, list[list[Modulate]]] = None, []  # of the last layout
         self.nets: dict[Path, ControlNet] = {}  # ControlNets, by their files
         self.loras: dict[str, Lora] = {}  # all that were read, by their names in layouts
         self.parts: dict[str, tuple[Any, nn.Module]] = {}  # by name: which LoRAs are merged into it, and the part
@@ -156,14 +159,19 @@ class Pipeline:
         layout, tokens, conditioning, loras, plans = prepared
         flux = self.part("flux", layout, loras)
         controls = load_controls(plans, layout, self.device, self.dtype, self.nets)
+        modulation = self.modulation(flux, prepared)
         conditioning = Conditioning(*(x if x is None else x.to(self.device) for x in conditioning))
         masked_attention = portable_attention
         if layout.regional_steps(layout.steps) and layout.method == "regional":
             masked_attention = choose_attention(self.attention, self.device, self.dtype, self.verbose)
-        with library_attention(flux, layout, conditioning.txt, self.verbose):
+        eager = self.compile and any(region.loras for region in layout.regions)
+        if eager:
+            say("regions' own LoRAs: this layout's blocks run uncompiled")
+        stance = torch.compiler.set_stance("force_eager") if eager else nullcontext()
+        with library_attention(flux, layout, conditioning.txt, self.verbose), stance:
             return sample(
-                flux, layout, tokens, conditioning, seed, masked_attention, maps,
-                loras=loras, controls=controls, on_step=on_step,
+                flux, layout, tokens, conditioning, seed, masked_attention, maps, loras=loras, controls=controls,
+                on_step=on_step, modulation=modulation, parallel=self.parallel,
             )  # fmt: skip
 
     @torch.inference_mode()
@@ -184,16 +192,50 @@ class Pipeline:
             self.encoded.clear()
         if "flux" in names:
             self.nets.clear()
+            self.modulated = None, []
 
     def part(self, name: str, layout: Layout | None = None, loras: Loras = NO_LORAS) -> nn.Module:
         """A part of the model with the layout's whole-picture LoRAs merged into it; loaded again for other LoRAs."""
         entries = [(e.file, e.scale) for e in layout.loras if loras[e.file].changes.get(name)] if layout else []
         if self.parts.get(name, (None, None))[0] != entries:
             self.drop(name)
-            load = getattr(weights, {"ae": "load_autoencoder"}.get(name, f"load_{name}"))
-            merges = (merges_of(layout, loras, name),) if entries else ()
-            self.parts[name] = entries, load(getattr(self.checkpoint, name), self.device, self.dtype, *merges)
+            merges = merges_of(layout, loras, name) if entries else weights.NOTHING
+            self.parts[name] = entries, self.load(name, merges, layout)
         return self.parts[name][1]
+
+    def load(self, name: str, merges: weights.Merges, layout: Layout | None) -> nn.Module:
+        source, where = getattr(self.checkpoint, name), (self.device, self.dtype)
+        if name == "ae":
+            return weights.load_autoencoder(source, *where)
+        if name == "clip":
+            return weights.load_clip(source, *where, merges)
+        streamed = stays_on_host(source, self.offload, *where, self.fp8, layout)
+        if name == "t5":
+            t5 = weights.load_t5(source, *where, merges, T5_BLOCKS if streamed else weights.NEVER)
+            if streamed:
+                Streamed(list(t5.encoder.block), self.device, pin=True)
+            weights.read_ahead(self.checkpoint.flux)  # while this encodes
+            return t5
+        # of the modulation the card needs only what comes of it
+        on_host = FLUX_BLOCKS if streamed else FLUX_MODULATION if self.device.type == "cuda" else weights.NEVER
+        flux = weights.load_flux(source, *where, merges, on_host, self.fp8)
+        if on_host is not weights.NEVER:
+            layers = [layer for block in flux.children() for layer in block.modules() if isinstance(layer, Modulation)]
+            self.modulation_layers = Streamed(layers, self.device)
+        if streamed:
+            Streamed([*flux.double_blocks, *flux.single_blocks], self.device, pin=True)
+        if self.compile:
+            flux.compile_blocks()
+        return flux
+
+    def modulation(self, flux: Flux, prepared: Prepared) -> list[list[Modulate]]:
+        """What modulates the blocks in each step of a layout; made once for all its seeds."""
+        if self.modulated[0] is not prepared.conditioning:
+            y = prepared.conditioning.y.to(self.device)
+            self.modulated = prepared.conditioning, modulations(flux, prepared.layout, y)
+            if self.modulation_layers:
+                self.modulation_layers.release()
+        return self.modulated[1]
 
     def latents_of(self, picture: Tensor) -> Tensor:
         """A control picture's packed latents, (1, L_img, 64)."""
@@ -268,6 +310,17 @@ def choose_device(name: str) -> torch.device:
     if not available[name.partition(":")[0]]:
         raise InputError(f"--device {name}: this machine, or this build of torch, has no such device.")
     return torch.device(name)
+
+
+def choose_fp8(quantize: str, flux: weights.Source, device: torch.device) -> bool:
+    """Is the transformer kept in 8 bits? quantize: none, fp8, or auto: if its file is and the card can multiply so."""
+    if quantize != "auto":
+        if quantize == "fp8" and device.type == "mps":
+            raise InputError("--quantize fp8: Apple's GPUs have no float8; leave it out.")
+        return quantize == "fp8"
+    blocks = [tensor for key, tensor in flux.tensors.items() if re.search(r"blocks\.\d+\..*\.weight$", key)]
+    stored = sum(tensor.dtype == "F8_E4M3" for tensor in blocks) > len(blocks) / 2
+    return stored and device.type == "cuda" and can_multiply(device)
 
 
 def choose_attention(
@@ -433,97 +486,3 @@ def load_controls(
         tokens = net.read(picture) if net.params.hint_width else picture
         controls.append(ActiveControl(net, tokens, image_share(setting, layout).to(device, dtype), setting))
     return controls
-
-
-# ------------------------------------------------------------------------------------------------ sampling
-
-
-def sample(
-    flux: Flux,
-    layout: Layout,
-    tokens: RegionTokens | None,
-    conditioning: Conditioning,
-    seed: int,
-    masked_attention: Callable[[Tokens], MaskedAttention],
-    maps: AttentionMaps | None = None,
-    is_masked: Callable[[Block], bool] | None = None,
-    loras: Loras = NO_LORAS,
-    controls: Sequence[ActiveControl] = (),
-    on_step: Callable[[], None] = lambda: None,
-) -> Tensor:
-    """Noise to latents (1, 16, height / 8, width / 8), float32: the first steps regional, the others plain FLUX.
-
-    is_masked: in which blocks the regional branch is masked; without it the layout says so. on_step: called after
-    every step.
-    """
-    device, dtype = conditioning.txt.device, conditioning.txt.dtype
-    img = pack(noise(layout.width, layout.height, seed)).to(device, dtype).float()
-    img_ids, beside = image_ids(layout.width, layout.height), conditioning.control
-    guidance = torch.tensor([layout.guidance], dtype=torch.float32, device=device)
-    stages = regional_stages(layout, layout.steps, tokens) if layout.regional_steps(layout.steps) else []
-    if stages:  # tokens of the same regions side by side, for this run
-        tokens, order = tokens.sorted()
-        stages = [(end, base_ratio[order]) for end, base_ratio in stages]
-        img, img_ids, beside = (x if x is None else x[:, order] for x in (img, img_ids, beside))
-        controls = [control.sorted(order) for control in controls]
-    length = conditioning.txt.shape[1]
-    levels = sigmas(layout.steps, img.shape[1], shift=flux.params.guidance_embed)
-    base = {"img_ids": img_ids, "txt": conditioning.txt, "txt_ids": text_ids(length), "y": conditioning.y[:1]}
-    control = control_hook(controls, flux.params, levels, base | {"guidance": guidance})
-
-    def velocity(txt: Tensor, y: Tensor, changes: list[Addition], streams: int = 1, **hooks: Any) -> Velocity:
-        ids, lora_hooks = text_ids(txt.shape[1]), hooks_for(flux, changes, device, dtype)
-
-        def flow(img: Tensor, t: Tensor) -> Tensor:
-            img = img.to(dtype)
-            residuals = {"after_block": control(img, t, streams)} if controls else {}
-            x = img if beside is None else torch.cat([img, beside], dim=-1)
-            with added(flux, lora_hooks):
-                return flux(x, img_ids, txt, ids, t, y, guidance, **residuals, **hooks)
-
-        return flow
-
-    changes = additions(
-        layout.regions, loras, lambda bit: plain_step(tokens.image_bits & bit != 0, length), in_plain_steps=True
-    )
-    plain = velocity(conditioning.txt, conditioning.y[:1], changes)
-
-    def composed(base_ratio: Tensor) -> Velocity:
-        everywhere = plain_step(torch.ones(img.shape[1], dtype=torch.bool), conditioning.regions.shape[1])
-        own = [
-            velocity(txt[None], y[None], additions(layout.regions[i : i + 1], loras, lambda bit: everywhere))
-            for i, (txt, y) in enumerate(zip(conditioning.regions, conditioning.y[1:]))
-        ]
-        return composed_velocity(own, plain, tokens, base_ratio)
-
-    def regional(base_ratio: Tensor) -> Velocity:
-        bits = tokens.bits(conditioning.regions.shape[1]).to(device)
-        attention = RegionalAttention(
-            masked_attention, bits, length, img.shape[1], base_ratio,
-            is_masked or (lambda block: layout.is_masked(block.kind, block.index)),
-            tokens.log_weights(), shared=layout.base_stream == "shared",
-        )  # fmt: skip
-        streams, has_base = attention.streams, attention.has_base
-        changes = additions(
-            layout.regions, loras, lambda bit: regional_step(bits & bit != 0, length, img.shape[1], has_base, streams)
-        )
-        txt = [conditioning.regions.flatten(0, 1)[None]] + ([conditioning.txt] if has_base else [])
-        watched = maps.watch(attention, bits, len(tokens.prompts), order, tokens.log_weights()) if maps else attention
-        return velocity(
-            torch.cat(txt, dim=1), conditioning.y[:1], changes, streams, attention=watched, join=attention.join
-        )
-
-    def after_step(img: Tensor) -> None:
-        bar.update()
-        on_step()
-
-    done = 0
-    with tqdm(total=layout.steps, desc=f"seed {seed}", disable=None) as bar:
-        for end, base_ratio in stages:
-            first = (composed if layout.method == "rpg" else regional)(base_ratio)
-            img = denoise(first, img, levels[done : end + 1], after_step)
-            done = end
-        img = denoise(plain, img, levels[done:], after_step)
-    if stages:
-        img = img[:, order.argsort()]
-    return unpack(img, layout.width, layout.height)

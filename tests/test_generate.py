@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend
 
 import generate
 import weights
+from model.attention import plain_attention
 from model.clip import CLIPTextEncoder
 from model.errors import InputError
 from model.t5 import T5Encoder
@@ -70,16 +71,19 @@ def test_no_regions_no_steps_and_beta_one_are_plain_flux_bit_for_bit(make):
 
 
 def test_no_regions_calls_the_model_as_if_regions_did_not_exist(make, monkeypatch):
-    """The plain path itself: no attention and no join function are passed."""
+    """The plain path itself: plain attention, and no join function is passed."""
     seen, forward = [], Flux.forward
-    monkeypatch.setattr(
-        Flux, "forward", lambda self, *args, **hooks: (seen.append(set(hooks)), forward(self, *args, **hooks))[1]
-    )
+
+    def watched(self, *args, **hooks):
+        seen.append((args[7] is plain_attention, set(hooks)))
+        return forward(self, *args, **hooks)
+
+    monkeypatch.setattr(Flux, "forward", watched)
     latents(make, {**A, "regions": []})
-    assert seen == [set()] * 3
+    assert seen == [(True, {"modulation"})] * 3
     seen.clear()
     latents(make, A)
-    assert seen == [{"attention", "join"}] * 2 + [set()]
+    assert seen == [(False, {"join", "modulation"})] * 2 + [(True, {"modulation"})]
 
 
 @pytest.fixture

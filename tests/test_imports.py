@@ -11,6 +11,8 @@ MAY_IMPORT = {
     "model/lora.py": {"model", "weights"},  # it reads files by the same headers and namings
     "sampler": {"sampler"},
     "regional": {"regional", "model"},
+    "regional/sampling.py": {"regional", "sampler", "model"},
+    "regional/memory.py": {"regional", "weights", "model"},
     "regional/pipeline.py": {"regional", "sampler", "weights", "model"},
     "weights.py": {"model"},
     "generate.py": {"regional", "sampler", "weights", "model"},

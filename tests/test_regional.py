@@ -301,15 +301,15 @@ def naive_velocity(flux, layout, img, txt, regions, y, double=1, single=1, ratio
         return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v if mask is not None else scores.softmax(-1) @ v
 
     def double_attention(block, img, txt, mask):
-        shift_i, scale_i = block.img_mod(vec)[:2]
-        shift_t, scale_t = block.txt_mod(vec)[:2]
+        shift_i, scale_i = block.img_mod(vec).chunk(6, -1)[:2]
+        shift_t, scale_t = block.txt_mod(vec).chunk(6, -1)[:2]
         qi = block.img_attn.norm(block.img_attn.qkv(modulate(img, shift_i, scale_i)), 3)
         qt = block.txt_attn.norm(block.txt_attn.qkv(modulate(txt, shift_t, scale_t)), 3)
         out = attend(*(torch.cat([a, b], dim=2) for a, b in zip(qt, qi)), table(txt.shape[1]), mask)
         return rearrange(out, "B H L d -> B L (H d)").split([txt.shape[1], img.shape[1]], dim=1)
 
     def finish(stream, attn, mod, attention, mlp):
-        _, _, gate, shift, scale, gate2 = mod(vec)
+        _, _, gate, shift, scale, gate2 = mod(vec).chunk(6, -1)
         stream = stream + gate * attention.proj(attn)
         return stream + gate2 * mlp(modulate(stream, shift, scale))
 
@@ -322,7 +322,7 @@ def naive_velocity(flux, layout, img, txt, regions, y, double=1, single=1, ratio
         texts = finish(texts, texts_attn, block.txt_mod, block.txt_attn, block.txt_mlp)
 
     def single_attention(block, x, mask, length):
-        shift, scale, _ = block.modulation(vec)
+        shift, scale, _ = block.modulation(vec).chunk(3, -1)
         qkv, mlp = block.linear1(modulate(x, shift, scale)).split([3 * 96, 192], dim=-1)
         out = attend(*block.norm(qkv, 3), table(length), mask)
         return rearrange(out, "B H L d -> B L (H d)"), mlp
@@ -332,7 +332,7 @@ def naive_velocity(flux, layout, img, txt, regions, y, double=1, single=1, ratio
         attn_base, mlp_base = single_attention(block, x_base, None, TEXT)
         attn, mlp = single_attention(block, x, mask if i % single == 0 else None, texts.shape[1])
         attn = torch.cat([attn[:, :-IMAGE], (1 - ratio) * attn[:, -IMAGE:] + ratio * attn_base[:, -IMAGE:]], dim=1)
-        gate, gelu = block.modulation(vec)[2], torch.nn.GELU(approximate="tanh")
+        gate, gelu = block.modulation(vec).chunk(3, -1)[2], torch.nn.GELU(approximate="tanh")
         x_base = x_base + gate * block.linear2(torch.cat([attn_base, gelu(mlp_base)], dim=-1))
         x = x + gate * block.linear2(torch.cat([attn, gelu(mlp)], dim=-1))
     return flux.final_layer(x[:, -IMAGE:], flux.final_layer.vectors(vec))

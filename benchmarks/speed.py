@@ -1,0 +1,711 @@
+"""How long whole steps take: ours beside the published algorithm and diffusers, in one run, with the same weights.
+
+    python benchmarks/speed.py           # FLUX.1-dev's sizes with random weights, bfloat16, on a CUDA GPU
+    python benchmarks/speed.py --caps    # whole runs of ours where torch may take only a part of the card
+    python benchmarks/speed.py --proxy   # anywhere: small, float32; the exit code is 1 where a target is missed
+
+Who takes part: `ours`; `compiled`, the same with compiled blocks; `fp8`, the same again with its matrices in 8 bits;
+`naive`, the published algorithm re-created (naive.py), and `naive-compiled`; and diffusers' plain FLUX.1, where it is
+installed. All share one set of weights. Regions are a grid over the whole picture with 512 text tokens each; 10 of 24
+steps are regional, at base_ratio 0.3. After the regional steps come the late ones, which are plain FLUX.
+
+In each round everybody has a turn at every kind of step, one right behind the other as steps follow in a run; the median
+counts, by CUDA events, or with --proxy the minimum, because other programs only ever add time. A whole run is 10
+regional and 14 late steps; at the first size it is also made in one piece, once, with all that is done once a picture.
+Extra memory is the peak beyond the weights, with the mask or the lists that a participant keeps; of our weights the
+modulation layers do not count, because generate.py keeps them in host memory.
+
+By estimate, on an H200: 8 minutes, of which compiling takes 3, in 65 GB; --caps 5 minutes, and 24 GB in the temporary
+folder. Leave parts out by --only, --sizes and --rounds. --proxy takes 3 minutes on two CPU cores.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import weights  # noqa: E402
+from benchmarks import naive  # noqa: E402
+from model.attention import Attention, fastest_backends, plain_attention  # noqa: E402
+from model.fp8 import Fp8Linear, can_multiply, to_fp8  # noqa: E402
+from model.offload import FLUX_MODULATION  # noqa: E402
+from model.transformer import Flux, FluxParams  # noqa: E402
+from regional.attention import RegionalAttention  # noqa: E402
+from regional.layout import Layout, Region  # noqa: E402
+from regional.mask import RegionTokens, allowed, region_tokens  # noqa: E402
+from regional.pipeline import Pipeline, Prepared, choose_attention  # noqa: E402
+from regional.sampling import Conditioning, guidance_of, noise_levels, sample  # noqa: E402
+from sampler.flow import denoise, image_ids, noise, pack, text_ids  # noqa: E402
+
+GRIDS = {1: (1, 1), 4: (2, 2), 16: (4, 4)}
+REGIONAL, LATE = 10, 14  # steps of a whole run
+RATIO = 0.3
+OURS, COMPILED, FP8, NAIVE, NAIVE_COMPILED, DIFFUSERS = (
+    "ours",
+    "compiled",
+    "fp8",
+    "naive",
+    "naive-compiled",
+    "diffusers",
+)
+GB = 1e9
+
+Call = Callable[[], Tensor]
+Step = str | int  # "plain", "late", or how many regions a regional step has
+Times = dict[tuple[str, Step], float]  # seconds, by participant and step
+
+
+class Setting(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype
+    params: FluxParams
+    text_length: int
+    sizes: Sequence[tuple[int, int]]
+    regions: Sequence[int]
+    participants: Sequence[str]
+    rounds: int
+    pick: Callable[[list[float]], float]  # of the rounds' times
+
+
+GPU = Setting(
+    torch.device("cuda"), torch.bfloat16, FluxParams(), 512, [(1024, 1024), (1280, 768)], [1, 4, 16],
+    [OURS, COMPILED, FP8, NAIVE, NAIVE_COMPILED, DIFFUSERS], 7, statistics.median,
+)  # fmt: skip
+PROXY = Setting(
+    torch.device("cpu"), torch.float32,
+    FluxParams(hidden_size=512, mlp_hidden=2048, num_heads=4, depth=2, depth_single_blocks=4),
+    128, [(512, 512)], [4, 16], [OURS, NAIVE], 10, min,
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+def random_flux(setting: Setting) -> Flux:
+    with torch.device("meta"):
+        flux = Flux(setting.params)
+    flux = flux.to(setting.dtype).to_empty(device=setting.device)
+    for name, parameter in flux.named_parameters():
+        nn.init.ones_(parameter) if name.endswith("scale") else nn.init.normal_(parameter, std=0.02)
+    return flux.requires_grad_(False)
+
+
+def twin(flux: Flux) -> Flux:
+    """A second module with the very same weights in memory."""
+    with torch.device("meta"):
+        other = Flux(flux.params)
+    other.load_state_dict(flux.state_dict(), assign=True)
+    return other.requires_grad_(False)
+
+
+def compiled(flux: Flux) -> Flux:
+    flux.compile_blocks()
+    return flux
+
+
+def in_fp8(flux: Flux) -> Flux:
+    """A second module whose blocks' matrices are in 8 bits, as weights.load_flux makes them; the rest is shared."""
+    other = twin(flux)
+    for name, layer in list(other.named_modules()):
+        if isinstance(layer, nn.Linear) and weights.FP8_LAYERS.search(name):
+            with torch.device("meta"):
+                small = Fp8Linear(layer.in_features, layer.out_features, can_multiply(layer.weight.device))
+            numbers, scale = to_fp8(layer.weight)
+            small.load_state_dict({"weight": numbers, "scale": scale, "bias": layer.bias}, assign=True)
+            other.set_submodule(name, small.requires_grad_(False))
+    return other
+
+
+def diffusers_twin(flux: Flux) -> nn.Module:
+    """diffusers' transformer; its weights are views of ours."""
+    from diffusers import FluxTransformer2DModel
+
+    params, head_dim = flux.params, flux.params.hidden_size // flux.params.num_heads
+    with torch.device("meta"):
+        theirs = FluxTransformer2DModel(
+            in_channels=params.in_channels, num_layers=params.depth, num_single_layers=params.depth_single_blocks,
+            attention_head_dim=head_dim, num_attention_heads=params.num_heads,
+            joint_attention_dim=params.context_in_dim, pooled_projection_dim=params.vec_in_dim, guidance_embeds=True,
+            axes_dims_rope=(head_dim // 8, 7 * head_dim // 16, 7 * head_dim // 16),
+        )  # fmt: skip
+    state = {}
+    for name, tensor in flux.state_dict().items():
+        *firsts, last = [row.key for row in weights.flux_from_diffusers(name, {})]
+        pieces = tensor.split([params.hidden_size] * len(firsts) + [len(tensor) - params.hidden_size * len(firsts)])
+        state |= dict(zip([*firsts, last], pieces))
+    for name in "norm_out.linear.weight", "norm_out.linear.bias":  # theirs is (scale, shift), ours (shift, scale)
+        state[name] = state[name].roll(params.hidden_size, dims=0)
+    theirs.load_state_dict(state, assign=True)
+    return theirs.requires_grad_(False).eval()
+
+
+def weight_bytes(module: nn.Module, all_of_them: bool = True) -> int:
+    """Bytes of a module's weights; without the modulation layers of its blocks, or `all_of_them`."""
+    named = module.named_parameters()
+    return sum(weight.nbytes for name, weight in named if all_of_them or not FLUX_MODULATION.search(name))
+
+
+# ------------------------------------------------------------------------------------------------ what is given
+
+
+class Scene(NamedTuple):
+    """A layout and what its steps are given.
+
+    img: (1, L_img, 64) float32 noise, and img_ids (1, L_img, 3), both in the order of the tokens' bits.
+    bits: (L,) int64, those of [txt_1 .. txt_R, img]; None without regions. backends: ours for unmasked attention.
+    """
+
+    layout: Layout
+    tokens: RegionTokens | None
+    conditioning: Conditioning
+    img: Tensor
+    img_ids: Tensor
+    bits: Tensor | None
+    backends: list[SDPBackend]
+
+    @property
+    def guidance(self) -> Tensor:
+        return guidance_of(self.layout, self.img.device)
+
+
+def grid_layout(width: int, height: int, regions: int, text_length: int) -> Layout:
+    boxes = []
+    if regions:
+        columns, rows = GRIDS[regions]
+        xs, ys = ([size * i // n for i in range(n + 1)] for size, n in ((width, columns), (height, rows)))
+        boxes = [(x0, y0, x1, y1) for y0, y1 in zip(ys, ys[1:]) for x0, x1 in zip(xs, xs[1:])]
+    return Layout(
+        prompt="p", width=width, height=height, steps=REGIONAL + LATE, mask_inject_steps=REGIONAL, base_ratio=RATIO,
+        max_sequence_length=text_length, region_max_sequence_length=text_length,
+        regions=tuple(Region(prompt="r", box=box) for box in boxes),
+    )  # fmt: skip
+
+
+def scene(setting: Setting, width: int, height: int, regions: int) -> Scene:
+    device, params, length = setting.device, setting.params, setting.text_length
+    layout = grid_layout(width, height, regions, length)
+    img, ids = pack(noise(width, height, 0)).to(device, setting.dtype).float(), image_ids(width, height)
+    tokens, bits, backends = None, None, []
+    if regions:
+        tokens = region_tokens(layout)
+        own, order = tokens.sorted()
+        img, ids, bits = img[:, order], ids[:, order], own.bits(length).to(device)
+    if device.type == "cuda":
+        heads = params.num_heads
+        q = torch.randn(1, heads, length + img.shape[1], params.hidden_size // heads, device=device)
+        backends = fastest_backends(q.to(setting.dtype))
+    txt, texts, y = (
+        torch.randn(shape, device=device).to(setting.dtype)
+        for shape in (
+            (1, length, params.context_in_dim),
+            (regions, length, params.context_in_dim),
+            (1, params.vec_in_dim),
+        )
+    )
+    return Scene(layout, tokens, Conditioning(txt, texts if regions else None, y), img, ids, bits, backends)
+
+
+# ------------------------------------------------------------------------------------------------ who takes part
+
+
+class Participant:
+    """`step` gives a function that makes one step, a velocity (1, L_img, 64), or None if there is no such step here;
+    `run` makes a whole picture's latents."""
+
+    weights: int  # bytes that it needs on the device
+
+    def step(self, kind: Step, scene: Scene) -> Call | None:
+        return None
+
+    def run(self, scene: Scene) -> Tensor | None:
+        return None
+
+
+class Ours(Participant):
+    def __init__(self, flux: Flux, setting: Setting):
+        self.flux, self.weights = flux, weight_bytes(flux, all_of_them=False)
+        self.masked_attention = choose_attention("auto", setting.device, setting.dtype)
+
+    def step(self, kind: Step, scene: Scene) -> Call:
+        txt = scene.conditioning.txt
+        if not isinstance(kind, int):
+            return self.velocity(scene, txt, plain_attention)
+        attention = RegionalAttention(self.masked_attention, scene.bits, txt.shape[1], scene.img.shape[1], RATIO)
+        txt = torch.cat([scene.conditioning.regions.flatten(0, 1)[None], txt], dim=1)
+        return self.velocity(scene, txt, attention, join=attention.join)
+
+    def velocity(self, scene: Scene, txt: Tensor, attention: Attention, **hooks: Any) -> Call:
+        """As `sample` asks for it: the modulation of all steps is computed before the first."""
+        modulation = self.flux.modulations([1.0], scene.conditioning.y, scene.guidance)[0]
+        given = scene.img_ids, txt, text_ids(txt.shape[1]), *time_and_vectors(scene)
+
+        def call() -> Tensor:
+            with preferred(scene.backends):
+                return self.flux(scene.img.to(txt.dtype), *given, attention, modulation=modulation, **hooks)
+
+        return call
+
+    def run(self, scene: Scene) -> Tensor:
+        with preferred(scene.backends):
+            return sample(self.flux, scene.layout, scene.tokens, scene.conditioning, 0, self.masked_attention)
+
+
+class Naive(Participant):
+    def __init__(self, flux: Flux, blocks: naive.Blocks = naive.EAGER):
+        self.flux, self.blocks, self.weights = flux, blocks, weight_bytes(flux)
+
+    def steps(self, scene: Scene) -> naive.Naive:
+        mask = allowed(scene.bits[:, None], scene.bits[None, :])
+        length = scene.conditioning.txt.shape[1]
+        return naive.Naive(self.flux, scene.img_ids, length, mask, RATIO, blocks=self.blocks)
+
+    def step(self, kind: Step, scene: Scene) -> Call | None:
+        if kind == "plain":
+            return None
+        steps, given = self.steps(scene), time_and_vectors(scene)
+        txt, regions, _, _ = scene.conditioning
+        if kind == "late":
+            return lambda: steps.late_step(scene.img.to(txt.dtype), txt, *given)
+        return lambda: steps.regional_step(scene.img.to(txt.dtype), txt, regions, *given)
+
+    def run(self, scene: Scene) -> Tensor | None:
+        if scene.bits is None:
+            return None
+        steps, levels = self.steps(scene), noise_levels(scene.layout, self.flux.params)
+        txt, regions, y, _ = scene.conditioning
+
+        def regional(img: Tensor, t: Tensor) -> Tensor:
+            return steps.regional_step(img.to(txt.dtype), txt, regions, t, y, scene.guidance)
+
+        def late(img: Tensor, t: Tensor) -> Tensor:
+            return steps.late_step(img.to(txt.dtype), txt, t, y, scene.guidance)
+
+        return denoise(late, denoise(regional, scene.img, levels[: REGIONAL + 1]), levels[REGIONAL:])
+
+
+class Diffusers(Participant):
+    def __init__(self, flux: Flux):
+        self.flux = diffusers_twin(flux)
+        self.weights = weight_bytes(self.flux)
+
+    def step(self, kind: Step, scene: Scene) -> Call | None:
+        if kind != "plain":
+            return None
+        txt = scene.conditioning.txt
+        ids = [ids[0].to(txt.device, torch.float32) for ids in (scene.img_ids, text_ids(txt.shape[1]))]
+        t, y, guidance = time_and_vectors(scene)
+        return lambda: self.flux(scene.img.to(txt.dtype), txt, y, t, *ids, guidance, return_dict=False)[0]
+
+
+def time_and_vectors(scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
+    """The first step's timestep (1,), y (1, vec) and guidance (1,)."""
+    return torch.ones(1, device=scene.img.device), scene.conditioning.y, scene.guidance
+
+
+def preferred(backends: list[SDPBackend]) -> AbstractContextManager:
+    return sdpa_kernel([*backends, SDPBackend.MATH], set_priority=True) if backends else nullcontext()
+
+
+def participants(setting: Setting) -> dict[str, Participant]:
+    flux = random_flux(setting)
+    makers = {
+        OURS: lambda: Ours(flux, setting),
+        COMPILED: lambda: Ours(compiled(twin(flux)), setting),
+        FP8: lambda: Ours(compiled(in_fp8(flux)), setting),
+        NAIVE: lambda: Naive(flux),
+        NAIVE_COMPILED: lambda: Naive(flux, naive.compiled_blocks()),
+        DIFFUSERS: lambda: Diffusers(flux),
+    }
+    left = set(setting.participants)
+    if DIFFUSERS in left and not importlib.util.find_spec("diffusers"):
+        print("diffusers is not installed here, and left out.\n")
+        left.remove(DIFFUSERS)
+    return {name: make() for name, make in makers.items() if name in left}
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+
+def turns(calls: dict[Any, Call], device: torch.device) -> dict[Any, float]:
+    """Seconds of one call each, without a pause in between."""
+    if device.type != "cuda":
+        times = {}
+        for key, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[key] = time.perf_counter() - start
+        return times
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+    next(iter(calls.values()))()  # so that the first one, too, is launched while the GPU is busy
+    events[0].record()
+    for call, event in zip(calls.values(), events[1:]):
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    return {key: start.elapsed_time(end) / 1e3 for key, start, end in zip(calls, events, events[1:])}
+
+
+def measured(calls: dict[Any, Call], setting: Setting) -> dict[Any, float]:
+    rounds = [turns(calls, setting.device) for _ in range(setting.rounds)]
+    return {key: setting.pick([each[key] for each in rounds]) for key in calls}
+
+
+def timed(run: Call) -> float:
+    """Seconds until the result can be read."""
+    start = time.perf_counter()
+    run().sum().item()
+    return time.perf_counter() - start
+
+
+def memory(device: torch.device, peak: bool = False) -> int:
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+
+
+def made(participant: Participant, kind: Step, scene: Scene) -> tuple[Call | None, Tensor | None, int]:
+    """The step, warmed up, what it gives, and its peak bytes beyond what was there."""
+    device = scene.img.device
+    before = memory(device)
+    call = participant.step(kind, scene)
+    if call is None:
+        return None, None, 0
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    out = call()
+    return call, out, memory(device, peak=True) - before
+
+
+class Watts:
+    """The card's power while a `with` block runs, `median` in W; none where nvidia-smi is missing."""
+
+    def __init__(self, device: torch.device):
+        self.median = None
+        self.command = device.type == "cuda" and shutil.which("nvidia-smi")
+        if self.command:
+            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            self.command = [self.command, "-i", uuid, "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
+
+    def __enter__(self) -> "Watts":
+        if self.command:
+            self.process = subprocess.Popen([*self.command, "-lms", "100"], stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.command:
+            self.process.terminate()
+            readings = [
+                float(line) for line in self.process.communicate()[0].split() if line.strip("0123456789.") == ""
+            ]
+            self.median = statistics.median(readings) if readings else None
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def describe(setting: Setting) -> None:
+    if setting.device.type != "cuda":
+        print(f"{torch.get_num_threads()} threads of {platform.machine()}, torch {torch.__version__}\n")
+        return
+    import triton
+
+    driver = "not told"
+    if command := shutil.which("nvidia-smi"):
+        asked = subprocess.run([command, "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True)
+        driver = asked.stdout.decode().split("\n")[0]
+    print(
+        f"{torch.cuda.get_device_name()}, driver {driver}, torch {torch.__version__}, Triton {triton.__version__}, "
+        f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}\n"
+    )
+
+
+def attention_kernels(setting: Setting, scene: Scene) -> None:
+    """Which of the library's attentions was taken, by the name of the GPU kernel that most time goes into."""
+    heads, length = setting.params.num_heads, setting.text_length + scene.img.shape[1]
+    q = torch.randn(1, heads, len(scene.bits), setting.params.hidden_size // heads, device=setting.device)
+    q = q.to(setting.dtype)
+    mask = allowed(scene.bits[:, None], scene.bits[None, :])
+
+    def unmasked() -> Tensor:
+        return F.scaled_dot_product_attention(*[q[:, :, :length]] * 3)
+
+    def preferred_one() -> Tensor:
+        with preferred(scene.backends):
+            return unmasked()
+
+    for what, call in {
+        "unmasked, as torch chooses (naive, diffusers)": unmasked,
+        f"unmasked, {scene.backends[0].name} preferred (ours)": preferred_one,
+        f"dense mask, {len(scene.bits)} tokens (naive)": lambda: F.scaled_dot_product_attention(q, q, q, mask),
+    }.items():
+        call()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        longest = max(profile.key_averages(), key=lambda event: event.device_time_total, default=None)
+        print(f"- {what}: `{longest.key[:100] if longest else 'not told'}`")
+    print()
+
+
+def difference(out: Tensor, reference: Tensor | None) -> str:
+    if reference is None:
+        return ""
+    return f"{float((out - reference).float().norm() / reference.float().norm()):.0e}"
+
+
+def steps_table(who: dict[str, Participant], setting: Setting, width: int, height: int) -> Times:
+    """Prints every kind of step at one size, by everybody; gives the times."""
+    scenes: dict[Step, Scene] = {regions: scene(setting, width, height, regions) for regions in setting.regions}
+    scenes = {"plain": scene(setting, width, height, 0), "late": scenes[4], **scenes}
+    calls, notes = {}, {}
+    for kind, given in scenes.items():
+        reference = None
+        for name, participant in who.items():
+            call, out, extra = made(participant, kind, given)
+            if call:
+                calls[name, kind] = call
+                notes[name, kind] = f"{extra / 2**20:.0f} | {difference(out, reference)}"
+                reference = out if reference is None else reference
+    times = measured(calls, setting)
+    for (name, kind), seconds in times.items():
+        what = f"regional, {kind}" if isinstance(kind, int) else kind
+        print(f"| {width} x {height} | {what} | {name} | {seconds * 1e3:.1f} | {notes[name, kind]} |", flush=True)
+    return times
+
+
+def run_seconds(times: Times, name: str, regions: int) -> float:
+    """A whole run's, from its steps'; without regions that of plain FLUX."""
+    if not regions:
+        return (REGIONAL + LATE) * times[name, "plain"]
+    return REGIONAL * times[name, regions] + LATE * times[name, "late"]
+
+
+def runs_table(who: dict[str, Participant], setting: Setting, times: Times) -> None:
+    print("\n| regions | | run, from its steps, s | in one piece, s | W |\n|---|---|---|---|---|")
+    for regions in (0, *setting.regions):
+        given = scene(setting, *setting.sizes[0], regions)
+        for name, participant in who.items():
+            if (name, regions or "plain") not in times:
+                continue
+            with Watts(setting.device) as watts:
+                seconds = None if name == DIFFUSERS else timed(lambda p=participant, g=given: p.run(g))
+            whole = "" if seconds is None else f"{seconds:.2f}"
+            power = f"{watts.median:.0f}" if watts.median else ""
+            print(f"| {regions} | {name} | {run_seconds(times, name, regions):.2f} | {whole} | {power} |", flush=True)
+
+
+class Goal(NamedTuple):
+    """floor: what has to be reached; aim: what would be good. `least`: more is better."""
+
+    name: str
+    value: float
+    floor: float
+    aim: float
+    least: bool = True
+
+    def reaches(self, limit: float) -> bool:
+        return self.value >= limit if self.least else self.value <= limit
+
+    def row(self) -> str:
+        verdict = "aim met" if self.reaches(self.aim) else "met" if self.reaches(self.floor) else "missed"
+        sign = ">=" if self.least else "<="
+        return f"| {self.name} | {self.value:.2f} | {sign} {self.floor:g} | {sign} {self.aim:g} | {verdict} |"
+
+
+def report(goals: list[Goal]) -> bool:
+    """Prints them; are all floors reached?"""
+    print("\n| | measured | floor | aim | |\n|---|---|---|---|---|")
+    for goal in goals:
+        print(goal.row())
+    return all(goal.reaches(goal.floor) for goal in goals)
+
+
+def goals_of(times: Times, who: dict[str, Participant]) -> list[Goal]:
+    """Those that everybody is there for. The ratios of G1 to G6 are of whole runs."""
+    goals = []
+
+    def faster(name: str, rival: str, ours: str, regions: int, floor: float, aim: float) -> None:
+        if {(x, kind) for x in (rival, ours) for kind in (regions, "late")} <= times.keys():
+            ratio = run_seconds(times, rival, regions) / run_seconds(times, ours, regions)
+            goals.append(Goal(f"{name}: {rival} / {ours}, R = {regions}", ratio, floor, aim))
+
+    faster("G1", NAIVE, COMPILED, 4, 1.9, 2.3)
+    faster("G1", NAIVE, COMPILED, 16, 2.3, 3.0)
+    faster("G2", NAIVE, OURS, 4, 1.25, 1.6)
+    faster("G3", NAIVE_COMPILED, COMPILED, 4, 1.3, 1.5)
+    faster("G3", NAIVE_COMPILED, COMPILED, 16, 1.6, 2.2)
+    faster("G5", NAIVE, FP8, 4, 2.6, 3.2)
+    if COMPILED in who:
+        plain = times[COMPILED, "plain"]
+        for regions, floor, aim in (1, 1.45, 1.35), (4, 1.5, 1.4), (16, 2.0, 1.85):
+            ratio = run_seconds(times, COMPILED, regions) / run_seconds(times, COMPILED, 0)
+            goals.append(Goal(f"G6: compiled / own plain, R = {regions}", ratio, floor, aim, least=False))
+        rival = DIFFUSERS if DIFFUSERS in who else OURS
+        if rival in who:
+            goals.append(Goal(f"G8: plain step, {rival} / compiled", times[rival, "plain"] / plain, 1.5, 1.7))
+        late = times[COMPILED, "late"] / plain
+        goals.append(Goal("G9: compiled, late step / plain step", late, 1.02, 1.0, least=False))
+        goals.append(Goal("M2: weights, GB", who[COMPILED].weights / GB, 17.5, 17.5, least=False))
+    if FP8 in who:
+        goals.append(Goal("M2: weights in fp8, GB", who[FP8].weights / GB, 8.8, 8.8, least=False))
+    return goals
+
+
+def proxy_goals(times: Times) -> list[Goal]:
+    goals = [
+        Goal(f"regional step, naive / ours, R = {regions}", times[NAIVE, regions] / times[OURS, regions], floor, aim)
+        for regions, floor, aim in ((4, 1.2, 1.26), (16, 1.5, 1.72))
+    ]
+    late = times[OURS, "late"] / times[OURS, "plain"]
+    return [*goals, Goal("ours, late step / plain step", late, 1.05, 1.0, least=False)]
+
+
+def compare(setting: Setting) -> tuple[Times, dict[str, Participant]]:
+    """All tables of steps; gives the times at the first size."""
+    describe(setting)
+    who = participants(setting)
+    for name, participant in who.items():
+        print(f"{name}: {participant.weights / GB:.2f} GB of weights")
+    print()
+    if setting.device.type == "cuda":
+        attention_kernels(setting, scene(setting, *setting.sizes[0], 4))
+    print("| picture | step | | ms | extra MiB | differs from the first by |\n|---|---|---|---|---|---|")
+    times = [steps_table(who, setting, *size) for size in setting.sizes]
+    return times[0], who
+
+
+# ------------------------------------------------------------------------------------------------ caps
+
+
+# (what, how many GB torch may take, how the pipeline is told to run, what its time is compared with, floor)
+CAPS = [
+    ("bfloat16", 24, {"quantize": "none", "offload": "none"}, "bfloat16", 1.1),
+    ("fp8", 12, {"quantize": "fp8", "offload": "none"}, "fp8", 1.6),
+    ("bfloat16, blocks streamed", 12, {"quantize": "none", "offload": "blocks"}, "bfloat16", 1.6),
+]
+
+
+def limit(gigabytes: float | None, device: torch.device) -> None:
+    """What torch may take of the card from now on; all of it for None."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(1.0 if gigabytes is None else gigabytes * GB / total, device)
+        torch.cuda.reset_peak_memory_stats()
+
+
+def random_checkpoint(setting: Setting, folder: Path) -> weights.Source:
+    path = folder / "flux.safetensors"
+    save_file({name: tensor.cpu() for name, tensor in random_flux(setting).state_dict().items()}, path)
+    return weights.pick("flux", "--flux", path)
+
+
+def pipeline_for(source: weights.Source, setting: Setting, how: dict[str, str]) -> Pipeline:
+    """A pipeline with this transformer; no other part of it is ever loaded."""
+    dtype = {torch.bfloat16: "bfloat16", torch.float32: "float32"}[setting.dtype]
+    drawing = Pipeline(
+        "pocket", device=setting.device.type, dtype=dtype, compile=COMPILED in setting.participants, **how
+    )
+    drawing.checkpoint = dataclasses.replace(drawing.checkpoint, flux=source)
+    return drawing
+
+
+def caps(setting: Setting) -> list[Goal]:
+    """Whole runs with four regions, loaded and made under each cap, and then without it."""
+    describe(setting)
+    given = scene(setting, *setting.sizes[0], 4)
+    prepared = Prepared(given.layout, given.tokens, given.conditioning, {}, [])
+    uncapped, goals = {}, []
+    print("| | cap, GB | weights, GB | peak, GB | run, s | without the cap, s |\n|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        source = random_checkpoint(setting, Path(folder))
+        for what, gigabytes, how, rival, floor in CAPS:
+            limit(gigabytes, setting.device)
+            drawing = pipeline_for(source, setting, how)
+            try:
+                seconds, in_use = run_times(drawing, prepared, setting)
+            except torch.OutOfMemoryError:
+                print(f"| {what} | {gigabytes} | | | out of memory | |")
+                goals.append(Goal(f"M3: {what} under {gigabytes} GB", float("inf"), floor, floor, least=False))
+                continue
+            peak = memory(setting.device, peak=True)
+            limit(None, setting.device)
+            uncapped[what], _ = run_times(drawing, prepared, setting)
+            print(
+                f"| {what} | {gigabytes} | {in_use / GB:.2f} | {peak / GB:.2f} | {seconds:.2f} "
+                f"| {uncapped[what]:.2f} |",
+                flush=True,
+            )
+            if rival in uncapped:
+                name = f"M3: {what} under {gigabytes} GB, of {rival}'s time without"
+                goals.append(Goal(name, seconds / uncapped[rival], floor, floor, least=False))
+            drawing.drop("flux")
+            del drawing
+    return goals
+
+
+def run_times(drawing: Pipeline, prepared: Prepared, setting: Setting) -> tuple[float, int]:
+    """Seconds of a whole run, the modulation known already, and the bytes that stay on the device in between."""
+    timed(lambda: drawing.latents(prepared, 0))
+    in_use = memory(setting.device)
+    return setting.pick([timed(lambda: drawing.latents(prepared, 0)) for _ in range(setting.rounds)]), in_use
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def size(text: str) -> tuple[int, int]:
+    width, height = map(int, text.split("x"))
+    return width, height
+
+
+@torch.inference_mode()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--proxy", action="store_true", help="a small version of it on the CPU")
+    parser.add_argument("--caps", action="store_true", help="only whole runs of ours, under caps of 24 and 12 GB")
+    parser.add_argument("--only", nargs="+", choices=GPU.participants, metavar="NAME", help="who takes part")
+    parser.add_argument("--sizes", nargs="+", type=size, metavar="WxH", help="pictures, as 1024x1024")
+    parser.add_argument("--rounds", type=int, help=f"at least 5; default {GPU.rounds}, with --proxy {PROXY.rounds}")
+    args = parser.parse_args()
+    if args.rounds is not None and args.rounds < 5:
+        parser.error("--rounds: a median of fewer than 5 says little")
+    setting = PROXY if args.proxy else GPU
+    setting = setting._replace(
+        participants=args.only or setting.participants,
+        sizes=args.sizes or setting.sizes,
+        rounds=args.rounds or setting.rounds,
+    )
+    torch.manual_seed(0)
+    if args.caps:
+        goals = caps(setting)
+    elif args.proxy:
+        goals = proxy_goals(compare(setting)[0])
+    else:
+        times, who = compare(setting)
+        runs_table(who, setting, times)
+        goals = goals_of(times, who)
+    return 0 if report(goals) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

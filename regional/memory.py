@@ -1,0 +1,54 @@
+"""What fits on the card: whether a part's blocks stay in host memory, by the sizes in its file and what is free."""
+
+import torch
+
+import weights
+from model.offload import FLUX_MODULATION
+from model.transformer import FluxParams
+from regional.layout import Layout
+from regional.outputs import say
+
+DECODE = 3000  # bytes that the VAE needs for each pixel; measured on a CPU
+GB = 1e9
+
+
+def stays_on_host(
+    source: weights.Source, offload: str, device: torch.device, dtype: torch.dtype, fp8: bool, layout: Layout | None
+) -> bool:
+    """Are the blocks of this part, flux or t5, to be streamed from host memory? offload: auto, none or blocks."""
+    if offload != "auto" or device.type != "cuda":
+        return offload == "blocks"
+    needed = resident_bytes(source, dtype, fp8) + working_bytes(source, layout)
+    free, what = free_memory(device), weights.WHAT[source.part]
+    streamed = needed > free
+    where = "are streamed from host memory (--offload blocks)" if streamed else "stay on the card"
+    say(f"the {what} takes {needed / GB:.1f} GB, {free / GB:.1f} GB are free: its blocks {where}")
+    return streamed
+
+
+def resident_bytes(source: weights.Source, dtype: torch.dtype, fp8: bool = False) -> int:
+    """The weights on the card, without the modulation layers of FLUX.1's blocks, which are never there altogether."""
+    total = 0
+    for name, tensor in weights.on_meta(source).state_dict().items():
+        if not FLUX_MODULATION.search(name):
+            in_fp8 = fp8 and tensor.ndim == 2 and weights.FP8_LAYERS.search(name)
+            total += tensor.numel() * (1 if in_fp8 else dtype.itemsize)
+    return total
+
+
+def working_bytes(source: weights.Source, layout: Layout | None) -> int:
+    """About what the activations take at most: those of FLUX.1 in a regional step, or the VAE's beside its weights."""
+    if source.part != "flux" or layout is None:
+        return int(1 * GB)
+    params: FluxParams = weights.flux_params(source)
+    image, regions = layout.width * layout.height // 256, len(layout.regions) + 1
+    tokens = 2 * image + layout.max_sequence_length + regions * layout.region_max_sequence_length
+    return max(tokens * (16 * params.hidden_size + 2 * params.mlp_hidden) * 2, DECODE * layout.width * layout.height)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still take on the card; torch may have been told to keep to a part of it."""
+    free, total = torch.cuda.mem_get_info(device)
+    own = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - own
+    return min(free, int(torch.cuda.get_per_process_memory_fraction(device) * total) - own)

@@ -1,0 +1,377 @@
+"""model/gguf.py: files by the package's own writer load as what the package makes of them; damaged ones are named."""
+
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import test_weights
+import tiny
+import torch
+from gguf import GGMLQuantizationType as Type
+from test_weights import assert_same, load, refuse
+
+import weights
+from model.errors import InputError
+from model.gguf import CHUNK
+from model.lora import read_lora
+from model.t5 import T5Encoder, T5Params
+from model.transformer import Flux, FluxParams
+
+WIDE = FluxParams(  # rows of 256 numbers, a block of most types
+    vec_in_dim=256, context_in_dim=256, hidden_size=256, mlp_hidden=512, num_heads=2, depth=1, depth_single_blocks=1
+)
+QUANTISABLE = [Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.BF16, Type.F16, Type.F32]
+K_QUANTS = [Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K]
+I_QUANTS = [Type.IQ4_NL, Type.IQ4_XS, Type.IQ3_S, Type.IQ3_XXS, Type.IQ2_S, Type.IQ2_XS, Type.IQ2_XXS, Type.IQ1_S]
+OTHERS = [Type.IQ1_M, Type.TQ1_0, Type.TQ2_0, Type.MXFP4, Type.NVFP4]
+
+Stored = dict[str, tuple[np.ndarray, Type]]
+
+
+def quantise(state: tiny.State, kind: Type) -> Stored:
+    """Matrices in `kind` where its blocks fit, all else in float32. What the package can't write is random blocks."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    random, stored = np.random.default_rng(0), {}
+    for key, tensor in state.items():
+        if tensor.ndim != 2 or tensor.shape[1] % block:
+            stored[key] = tensor.numpy(), Type.F32
+        elif kind in QUANTISABLE:
+            stored[key] = gguf.quantize(tensor.numpy(), kind), kind
+        else:  # bytes below 60, or a scale, two of them, might be infinite
+            rows, columns = tensor.shape
+            stored[key] = random.integers(0, 60, (rows, columns // block * size), dtype=np.uint8), kind
+    return stored
+
+
+def numbers(stored: Stored) -> tiny.State:
+    return {key: torch.tensor(gguf.dequantize(array, kind)) for key, (array, kind) in stored.items()}
+
+
+def save(path: Path, stored: Stored, prefix: str = "", **settings) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(path, "flux")
+    writer.add_token_list(["a", "b"])
+    writer.add_array("scores", [0.5, 1.5])
+    for name, value in settings.items():
+        getattr(writer, name)(value)
+    for key, (array, kind) in stored.items():
+        writer.add_tensor(prefix + key, array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def to_llama_cpp(tensors: dict, layers: int) -> dict:
+    """A T5 encoder's tensors under the names that llama.cpp's converter gives them."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, layers)
+    return {names.get_name(key, try_suffixes=(".weight",)): tensor for key, tensor in tensors.items()}
+
+
+# -------------------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("kind", QUANTISABLE + K_QUANTS + I_QUANTS + OTHERS, ids=lambda kind: kind.name)
+def test_weights_are_what_the_package_makes_of_them(tmp_path, kind):
+    stored = quantise(tiny.state(Flux(WIDE)), kind)
+    assert sum(own == kind for _, own in stored.values()) > 20 and WIDE.hidden_size * 1280 > CHUNK
+    path, expected = save(tmp_path / "flux.gguf", stored), numbers(stored)
+    assert all(tensor.isfinite().all() for tensor in expected.values())
+    assert_same(load("flux", path), expected)
+    assert_same(load("flux", path, torch.bfloat16), {key: t.bfloat16() for key, t in expected.items()})
+
+
+def test_every_type_that_the_package_can_dequantise_is_tested():
+    tested = {kind.name for kind in QUANTISABLE + K_QUANTS + I_QUANTS + OTHERS}
+    assert {kind.name for kind in Type if hasattr(gguf.quants, kind.name)} <= tested
+
+
+def test_a_header_says_what_the_packages_reader_says(tmp_path):
+    path = save(tmp_path / "flux.gguf", quantise(tiny.flux_state(), Type.Q5_1))
+    ours, theirs = weights.read_header(path).tensors, gguf.GGUFReader(path).tensors
+    assert list(ours) == [tensor.name for tensor in theirs]
+    for own, their in zip(ours.values(), theirs):
+        assert own.shape == tuple(their.shape.tolist()[::-1])
+        assert (own.start, own.stop) == (their.data_offset, their.data_offset + their.n_bytes)
+        assert own.dtype.removeprefix("GGUF ") == their.tensor_type.name
+
+
+def test_a_merge_gets_the_numbers_in_float32(tmp_path):
+    stored = quantise(tiny.flux_state(), Type.Q4_0)
+    seen = []
+    merges = {"img_in.weight": lambda weight: seen.append(weight) or weight + 1}
+    source = weights.pick("flux", "--flux", save(tmp_path / "flux.gguf", stored))
+    module = weights.load_flux(source, "cpu", torch.bfloat16, merges)
+    assert torch.equal(seen[0], numbers(stored)["img_in.weight"]) and seen[0].dtype == torch.float32
+    assert torch.equal(module.img_in.weight, (seen[0] + 1).bfloat16())
+
+
+# -------------------------------------------------------------------------------------------------------------- layouts
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model."])
+def test_a_prefix_is_taken_off(tmp_path, prefix):
+    stored = quantise(tiny.flux_state(), Type.Q8_0)
+    assert_same(load("flux", save(tmp_path / "flux.gguf", stored, prefix)), numbers(stored))
+
+
+@pytest.mark.parametrize("alignment", [8, 4096])
+def test_the_data_may_be_aligned_otherwise(tmp_path, alignment):
+    stored = quantise(tiny.flux_state(), Type.Q8_0)
+    path = save(tmp_path / "flux.gguf", stored, add_custom_alignment=alignment)
+    assert_same(load("flux", path), numbers(stored))
+
+
+def test_version_2_is_read_too(tmp_path):
+    stored = quantise(tiny.flux_state(), Type.Q8_0)
+    path = save(tmp_path / "flux.gguf", stored)
+    patch(path, 4, struct.pack("<I", 2))
+    assert_same(load("flux", path), numbers(stored))
+
+
+def test_the_name_of_a_file_does_not_matter(tmp_path):
+    stored = quantise(tiny.flux_state(), Type.Q8_0)
+    assert_same(load("flux", save(tmp_path / "flux.safetensors", stored)), numbers(stored))
+    path = tiny.save(tmp_path / "flux.gguf", tiny.flux_state())
+    assert_same(load("flux", path), tiny.flux_state())
+
+
+def test_projections_of_several_types_are_joined_by_their_numbers(tmp_path):
+    state = tiny.flux_to_diffusers(tiny.flux_state())
+    kinds = [Type.Q8_0, Type.Q4_0, Type.F16, Type.Q5_1, Type.BF16]
+    quantised = [quantise(state, kind) for kind in kinds]
+    stored = {key: quantised[i % len(kinds)][key] for i, key in enumerate(state)}
+    plain = tiny.save(tmp_path / "plain.safetensors", numbers(stored))
+    assert_same(load("flux", save(tmp_path / "flux.gguf", stored)), load("flux", plain).state_dict())
+
+
+def test_metadata_reaches_the_caller(tmp_path):
+    path = save(tmp_path / "flux.gguf", quantise(tiny.flux_state(), Type.Q8_0), add_name="mine", add_file_type=7)
+    metadata = weights.read_header(path).metadata
+    assert (metadata["general.name"], metadata["general.file_type"]) == ("mine", "7")
+    assert "tokenizer.ggml.tokens" not in metadata
+
+
+@pytest.mark.parametrize("kind", [Type.F32, Type.Q8_0], ids=lambda kind: kind.name)
+def test_t5_in_llama_cpps_names_computes_what_the_safetensors_do(tmp_path, kind):
+    params = T5Params(vocab_size=96, d_model=32, d_ff=96, d_kv=16, num_heads=4, num_layers=2)
+    stored = quantise(tiny.state(T5Encoder(params)), kind)
+    source = weights.pick("t5", "--t5", save(tmp_path / "t5.gguf", to_llama_cpp(stored, 2)))
+    assert weights.t5_params(source) == params and source.naming.name == "llama.cpp"
+    ids = torch.arange(96).reshape(2, 48)
+    ours = weights.load_t5(source, "cpu", torch.float32)
+    assert_same(ours, numbers(stored))
+    assert torch.equal(ours(ids), load("t5", tiny.save(tmp_path / "t5.safetensors", numbers(stored)))(ids))
+
+
+def test_a_t5_with_its_decoder_serves_too(tmp_path):
+    extra = {key: (np.zeros((2, 32), np.float32), Type.F32) for key in ("dec.blk.0.attn_q.weight", "output.weight")}
+    stored = to_llama_cpp(quantise(tiny.t5_state(), Type.Q8_0), 2)
+    assert_same(load("t5", save(tmp_path / "t5.gguf", stored | extra)), numbers(quantise(tiny.t5_state(), Type.Q8_0)))
+
+
+def test_the_names_of_the_published_t5_are_llama_cpps():
+    keys = [key for key in test_weights.published("t5_v1_1_xxl_encoder_hf") if key != "encoder.embed_tokens.weight"]
+    theirs = to_llama_cpp({key: key for key in keys}, 24)
+    assert len(theirs) == len(keys) == 219
+    assert all(weights.t5_from_llama_cpp(key, {}) == [weights.Rows(their)] for their, key in theirs.items())
+
+
+def test_a_model_may_be_made_of_gguf_files(tmp_path):
+    model = tiny.save_model(tmp_path / "model")
+    flux, t5 = quantise(tiny.flux_state(), Type.Q4_1), quantise(tiny.t5_state(), Type.Q8_0)
+    flux_file = save(tmp_path / "flux.gguf", flux, "model.diffusion_model.")
+    t5_file = save(tmp_path / "t5" / "t5.gguf", to_llama_cpp(t5, 2))
+    for found in (
+        weights.find(model, flux=flux_file, t5=t5_file),
+        weights.find(model, flux=tmp_path, t5=tmp_path / "t5"),
+    ):
+        assert_same(weights.load_flux(found.flux, "cpu", torch.float32), numbers(flux))
+        assert_same(weights.load_t5(found.t5, "cpu", torch.float32), numbers(t5))
+    refuse("flux.gguf and flux1-dev.safetensors could each be", weights.find, moved(flux_file, model))
+    (model / "flux1-dev.safetensors").unlink()
+    assert weights.find(model).flux.path.name == "flux.gguf"
+
+
+def moved(file: Path, folder: Path) -> Path:
+    file.rename(folder / file.name)
+    return folder
+
+
+# -------------------------------------------------------------------------------------------------------- what is wrong
+
+
+def patch(path: Path, at: int, content: bytes) -> None:
+    whole = bytearray(path.read_bytes())
+    whole[at : at + len(content)] = content
+    path.write_bytes(whole)
+
+
+def text(string: str) -> bytes:
+    return struct.pack("<Q", len(string)) + string.encode()
+
+
+def pair(key: str, kind: int, value: bytes) -> bytes:
+    return text(key) + struct.pack("<I", kind) + value
+
+
+def info(key: str, shape: tuple[int, ...], kind: int = 0, offset: int = 0) -> bytes:
+    return text(key) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+def header(pairs: list[bytes], infos: list[bytes], version: int = 3, claims: tuple[int, int] | None = None) -> bytes:
+    """A file of these pairs and tensors that `claims` to have more, with 64 bytes of data."""
+    counts = claims or (len(infos), len(pairs))
+    written = b"GGUF" + struct.pack("<IQQ", version, *counts) + b"".join(pairs) + b"".join(infos)
+    return written + bytes(-len(written) % 32 + 64)
+
+
+HUGE = 2**62
+BAD = {
+    "nothing but the magic": (b"GGUF", "its 4 bytes end inside the header"),
+    "version 1": (header([], [], 1), "GGUF of version 1, expected 2 or 3"),
+    "big-endian": (header([], [], 3 << 24), "GGUF of version 50331648, expected 2 or 3, little-endian"),
+    "too many tensors": (header([], [info("a", (4,))], claims=(HUGE, 0)), "'' is twice|end inside the header"),
+    "too many pairs": (header([], [], claims=(0, HUGE)), "'' is twice in the header"),
+    "a key too long": (header([struct.pack("<Q", HUGE)], []), "end inside the header"),
+    "a long array": (header([pair("a", 9, struct.pack("<IQ", 6, HUGE))], []), "end inside the header"),
+    "a long vocabulary": (header([pair("a", 9, struct.pack("<IQ", 8, HUGE))], []), "end inside the header"),
+    "an array of arrays": (header([pair("a", 9, struct.pack("<IQ", 9, 1))], []), "a is an array of the type 9"),
+    "an unknown value": (header([pair("a", 77, b"")], []), "a is of the type 77"),
+    "no alignment": (header([pair("general.alignment", 4, bytes(4))], []), "general.alignment = 0, expected a count"),
+    "a worded alignment": (header([pair("general.alignment", 8, text("x"))], []), "general.alignment = 'x'"),
+    "one of several files": (header([pair("split.count", 2, b"\3\0")], []), "one of several parts.*--merge"),
+    "five dimensions": (header([], [info("a", (1,) * 5)]), "a has 5 dimensions, expected at most 4"),
+    "2**32 dimensions": (header([], [text("a") + b"\xff" * 4]), "a has 4294967295 dimensions"),
+    "an empty tensor": (header([], [info("a", (0, 4))]), r"a has shape \(4, 0\)"),
+    "a tensor too large": (header([], [info("a", (HUGE, HUGE))]), "cut off, a ends at byte"),
+    "a tensor too far": (header([], [info("a", (4,), offset=HUGE)]), "cut off, a ends at byte .* of 128"),
+    "half a block": (header([], [info("a", (48,), Type.Q8_0)]), r"a has shape \(48,\), expected .* of 32 in Q8_0"),
+    "an unknown type": (header([], [info("a", (4,), 99)]), "a is of GGUF's type 99, which is not supported"),
+    "a type that was removed": (header([], [info("a", (32,), 4)]), "a is of GGUF's type 4, which is not supported"),
+    "a key twice": (header([], [info("a", (4,)), info("a", (4,))]), "'a' is twice in the header"),
+    "no tensors": (header([], []), "no FLUX.1 transformer in it: x.gguf is unknown"),
+    "an LLM": (header([], [info("blk.0.attn_q.weight", (4,))]), "x.gguf is a language model in llama.cpp's names"),
+    "many blocks": (header([], [info("double_blocks.999999999.img_attn.a", (4,))]), "img_in.weight is missing"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_header_is_one_sentence_and_soon(tmp_path, name):
+    content, match = BAD[name]
+    (tmp_path / "x.gguf").write_bytes(content)
+    start = time.monotonic()
+    refuse(match, load, "flux", tmp_path / "x.gguf")
+    refuse("x.gguf", load, "flux", tmp_path / "x.gguf")
+    assert time.monotonic() - start < 1
+
+
+def test_a_block_of_any_number_is_refused_soon(tmp_path):
+    for number in ("999999999", "9" * 5000):
+        extra = {f"double_blocks.{number}.img_attn.qkv.bias": (np.zeros(4, np.float32), Type.F32)}
+        path = save(tmp_path / "flux.gguf", quantise(tiny.flux_state(), Type.Q8_0) | extra)
+        start = time.monotonic()
+        refuse("flux.gguf: double_blocks.2.* is missing", load, "flux", path)
+        assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("kind", [Type.Q8_K, Type.Q8_1, Type.I8], ids=lambda kind: kind.name)
+def test_types_without_a_way_back_are_named(tmp_path, kind):
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    stored = quantise(tiny.state(Flux(WIDE)), Type.F32)
+    stored["txt_in.weight"] = np.zeros((256, 256 // block * size), np.int8 if kind == Type.I8 else np.uint8), kind
+    path = save(tmp_path / "flux.gguf", stored)
+    refuse(f"flux.gguf: txt_in.weight is stored as {kind.name}, which is not supported", load, "flux", path)
+
+
+def test_missing_misshapen_and_foreign_tensors_are_named(tmp_path):
+    stored = quantise(tiny.flux_state(), Type.Q8_0)
+    key = "single_blocks.2.linear2.weight"
+    less = {name: entry for name, entry in stored.items() if name != key}
+    refuse(f"a.gguf: {key} is missing", load, "flux", save(tmp_path / "a.gguf", less))
+    misfit = stored | {key: (np.zeros((64, 64), np.float32), Type.F32)}
+    refuse(rf"b.gguf: {key} has shape \(64, 64\), expected", load, "flux", save(tmp_path / "b.gguf", misfit))
+    more = stored | {"img_in.extra": (np.zeros(4, np.float32), Type.F32)}
+    refuse("c.gguf: img_in.extra.*does not belong", load, "flux", save(tmp_path / "c.gguf", more))
+    refuse("d.gguf is a FLUX.1 transformer in BFL names", load, "t5", save(tmp_path / "d.gguf", stored))
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    path = save(tmp_path / "flux.gguf", quantise(tiny.flux_state(), Type.Q8_0))
+    whole = path.read_bytes()
+    end = max(tensor.stop for tensor in weights.read_header(path).tensors.values())
+    path.write_bytes(whole[: end - 1])
+    refuse(f"flux.gguf: cut off, .* ends at byte {end:,} of {end - 1:,}", load, "flux", path)
+
+
+def test_a_quantised_lora_is_refused(tmp_path):
+    path = save(tmp_path / "lora.gguf", {"img_in.lora_A.weight": (np.zeros((4, 34), np.uint8), Type.Q8_0)})
+    with torch.device("meta"):
+        refuse("img_in.lora_A.weight is stored as GGUF Q8_0, which is", read_lora, path, {"flux": Flux(tiny.FLUX)})
+
+
+def test_safetensors_cannot_pass_for_quantised(tmp_path):
+    text = b'{"img_in.weight": {"dtype": "GGUF Q8_0", "shape": [64, 64], "data_offsets": [0, 4]}}'
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+    refuse("header is damaged", load, "flux", tmp_path / "x.safetensors")
+
+
+SMALL = FluxParams(
+    vec_in_dim=32, context_in_dim=32, hidden_size=32, mlp_hidden=32, num_heads=1, depth=1, depth_single_blocks=1
+)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of infinite scales
+@pytest.mark.parametrize("seed", range(8))
+def test_damaged_files_are_refused_or_loaded(tmp_path, seed):
+    """50 files each, cut or changed in some bytes, most of them in the header; none takes long."""
+    whole = save(tmp_path / "whole.gguf", quantise(tiny.state(Flux(SMALL)), Type.Q8_0)).read_bytes()
+    length = min(t.start for t in weights.read_header(tmp_path / "whole.gguf").tensors.values())
+    random, refused = np.random.default_rng(seed), 0
+    for i in range(50):
+        content = bytearray(whole)
+        for _ in range(random.integers(1, 4)):
+            at = random.integers(0, length if i % 5 else len(whole))
+            content[at : at + 8] = (
+                random.choice(np.array([0, 1, 255, random.integers(256)]), 8).astype(np.uint8).tobytes()
+            )
+        content = content[: random.integers(len(content))] if i % 4 == 0 else content
+        (tmp_path / "x.gguf").write_bytes(content)
+        start = time.monotonic()
+        try:
+            load("flux", tmp_path / "x.gguf")
+        except InputError as error:
+            refused += "x.gguf" in str(error)
+        assert time.monotonic() - start < 5
+    assert refused > 25
+
+
+# ---------------------------------------------------------------------------------------------------------------- costs
+
+
+def test_the_package_is_imported_with_the_first_such_file_alone():
+    code = "import sys, weights, generate; weights.find(); assert 'gguf' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+def test_loading_holds_the_weights_in_memory_once(tmp_path):
+    params = FluxParams(hidden_size=1024, mlp_hidden=4096, num_heads=8, depth=1, depth_single_blocks=4)
+    with torch.device("meta"):
+        shapes = {key: tuple(t.shape) for key, t in Flux(params).state_dict().items()}
+    blocks = {  # zeros, in Q8_0 where they can be
+        key: (np.zeros((shape[0], shape[1] // 32 * 34), np.uint8), Type.Q8_0)
+        if len(shape) == 2
+        else (np.zeros(shape, np.float32), Type.F32)
+        for key, shape in shapes.items()
+    }
+    path = save(tmp_path / "flux.gguf", blocks)
+    command = [sys.executable, "-c", test_weights.PEAK, path]
+    peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert int(peak) < 1.1 * 2 * sum(np.prod(shape) for shape in shapes.values())

@@ -1,0 +1,400 @@
+"""Downloads from a small HTTP server on this machine that answers as the Hugging Face hub does."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import termios
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub import constants
+from PIL import Image
+from tqdm import tqdm
+
+import generate
+import weights
+from model import hub
+from model.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+COMMIT = "c0ffee" + "0" * 34
+REPO = "org/name"
+UNNEEDED = {
+    name: b"not needed" * 100_000
+    for name in (
+        "README.md",
+        "dev_grid.jpg",
+        "text_encoder/pytorch_model.bin",
+        "text_encoder_2/model.onnx",
+        "text_encoder_2/README.md",
+        "text_encoder_2/old/model.safetensors",
+        "checkpoint-500/model.safetensors",
+    )
+}
+
+
+class Hub(ThreadingHTTPServer):
+    """One repository, org/name; large files come from another host, as they do there."""
+
+    daemon_threads = True
+
+    def __init__(self, files: dict[str, bytes]):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.files = files
+        self.requests: list[tuple[str, str, str | None]] = []  # method, file or page, Range
+        self.refusal: tuple[int, str | None] | None = None  # status and X-Error-Code for every file
+        self.cut: dict[str, int] = {}  # of these files only so many bytes are sent
+        self.tokens_elsewhere: list[str] = []
+
+    def sent(self) -> set[str]:
+        return {name for method, name, _ in self.requests if method == "GET" and name in self.files}
+
+    def ranges(self, name: str) -> list[str | None]:
+        return [how for method, asked, how in self.requests if (method, asked) == ("GET", name)]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        page, _, name = self.path.partition("?")[0].partition(f"{COMMIT}/")
+        name = name or page
+        self.server.requests.append((self.command, name, self.headers["Range"]))
+        if page == f"/api/models/{REPO}/revision/main" or page == f"/api/models/{REPO}/revision/{COMMIT}":
+            files = [self.described(file, "rfilename", "sha256") for file in self.server.files]
+            self.answer(json.dumps({"id": REPO, "sha": COMMIT, "siblings": files}).encode())
+        elif page == f"/api/models/{REPO}/tree/{COMMIT}":
+            files = [{"type": "file"} | self.described(file, "path", "oid") for file in self.server.files]
+            self.answer(json.dumps(files).encode())
+        elif name not in self.server.files:
+            self.answer(b"", 404, {"X-Error-Code": "RepoNotFound"})
+        elif page == "/elsewhere/":
+            self.server.tokens_elsewhere += [self.headers["Authorization"]] if self.headers["Authorization"] else []
+            self.send_file(name)
+        elif self.server.refusal or self.headers["Authorization"] != "Bearer hf_of_the_user":
+            status, code = self.server.refusal or (401, "GatedRepo")
+            self.answer(b"", status, {"X-Error-Code": code})
+        elif is_large(name):
+            content = self.server.files[name]
+            where = {"Location": f"http://localhost:{self.server.server_port}/elsewhere/{COMMIT}/{name}"}
+            linked = {"X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Linked-Size": str(len(content))}
+            xet = {"X-Xet-Hash": hashlib.sha256(content).hexdigest(), "X-Xet-Refresh-Route": "/api/xet-read-token"}
+            self.answer(b"", 302, where | linked | xet | {"X-Repo-Commit": COMMIT})
+        else:
+            self.send_file(name)
+
+    do_HEAD = do_GET
+
+    def described(self, name: str, key: str, checksum: str) -> dict:
+        content = self.server.files[name]
+        lfs = {"size": len(content), "pointerSize": 134, checksum: hashlib.sha256(content).hexdigest()}
+        blob = hashlib.sha1(content).hexdigest()
+        return {key: name, "size": len(content), "oid": blob, "blobId": blob} | ({"lfs": lfs} if is_large(name) else {})
+
+    def send_file(self, name: str) -> None:
+        content = self.server.files[name]
+        etag = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "bytes=0-")[1])
+        size = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+        most = self.server.cut.get(name, len(content)) - start
+        self.answer(content[start:], 206 if start else 200, etag | size, most)
+
+    def answer(self, content: bytes, status: int = 200, headers: dict | None = None, most: int | None = None) -> None:
+        self.send_response(status)
+        for key, value in ({"Content-Length": str(len(content))} | (headers or {})).items():
+            if value is not None:
+                self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content if most is None else content[: max(most, 0)])
+            self.close_connection = most is not None and most < len(content)
+
+    def log_message(self, *_):
+        pass
+
+
+def is_large(name: str) -> bool:
+    """In git-lfs, that is, as the hub has it."""
+    return name.endswith((".safetensors", ".bin", ".onnx", ".jpg", ".model"))
+
+
+@pytest.fixture(scope="module")
+def folder(golden) -> Path:
+    return golden / "models" / "flux-tiny-dev"
+
+
+@pytest.fixture
+def fake(folder, tmp_path, monkeypatch):
+    """A hub with the whole small model in both layouts and much besides; this process asks it alone, in a new cache."""
+    files = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    server = Hub(files | UNNEEDED)
+    thread = threading.Thread(target=server.serve_forever, args=[0.01])
+    thread.start()
+    for name, value in {
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": False,
+        "DOWNLOAD_CHUNK_SIZE": 10_000,  # what is written at once, and lost at most when a connection breaks
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_user")
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)  # between its trials
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def refuse(match: str, *args, **kwargs) -> None:
+    with pytest.raises(InputError, match=match) as caught:
+        weights.find(*args, **kwargs)
+    message = str(caught.value)
+    assert REPO in message and "\n" not in message and message.endswith("use --model /path.")
+
+
+def below(folder: Path, *names: str) -> set[str]:
+    return {str(file.relative_to(folder)) for name in names for file in folder.glob(name) if file.is_file()}
+
+
+ENCODERS = "text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*"
+
+
+def test_of_a_repository_with_both_layouts_the_single_files_are_downloaded(fake, folder):
+    found = weights.find(REPO)
+    assert fake.sent() == below(folder, "flux1-dev.safetensors", "ae.safetensors", *ENCODERS)
+    for source in (found.flux, found.ae, found.t5, found.clip):
+        here = Path(constants.HF_HUB_CACHE) / "models--org--name" / "snapshots" / COMMIT
+        assert source.path.read_bytes() == (folder / source.path.relative_to(here)).read_bytes()
+    assert fake.tokens_elsewhere == []
+
+
+@pytest.mark.parametrize("missing", ["flux1-dev.safetensors", "ae.safetensors"])
+def test_a_repository_without_all_single_files_gives_its_diffusers_folders(fake, folder, missing):
+    del fake.files[missing]
+    assert weights.find(REPO).flux.naming.name == "diffusers"
+    assert fake.sent() == below(folder, "transformer/*", "vae/*", *ENCODERS)
+
+
+def test_parts_that_are_given_are_not_downloaded(fake, folder):
+    weights.find(REPO, flux=folder / "flux1-dev.safetensors", t5=folder / "text_encoder_2")
+    assert fake.sent() == below(folder, "ae.safetensors", "text_encoder/*", "tokenizer/*", "tokenizer_2/*")
+
+
+def test_an_encoder_that_lies_alone_takes_the_repository_s_tokenizer(fake, folder, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "alone" / "deeper").mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "text_encoder" / name, tmp_path / "alone" / "deeper" / name)
+    found = weights.find(REPO, clip=tmp_path / "alone" / "deeper")
+    assert found.clip_tokenizer.parent.name == COMMIT
+    assert not any(name.startswith("text_encoder/") for name in fake.sent())
+
+
+def test_a_repository_without_tokenizers_is_refused_before_anything_is_downloaded(fake):
+    fake.files = {name: content for name, content in fake.files.items() if not name.startswith("tokenizer")}
+    refuse("--model org/name: the repository has not all of flux1-.*tokenizer/.*, nor transformer/", REPO)
+    assert fake.sent() == set()
+
+
+def test_configs_may_be_missing(fake):
+    del fake.files["text_encoder/config.json"]
+    place = hub.fetch(REPO, [["text_encoder/*.safetensors", "text_encoder/*.json"]], "--model", "instead")
+    assert below(place, "*/*") == fake.sent() == {"text_encoder/model.safetensors"}
+
+
+def test_a_file_beside_others_is_downloaded_alone(fake):
+    place = hub.fetch(REPO, [["*.safetensors"]], "--lora org/name", "download it elsewhere")
+    assert {file.name for file in place.iterdir()} == {"flux1-dev.safetensors", "ae.safetensors"} == fake.sent()
+
+
+def size_line(fake, names: set[str], have: int = 0) -> str:
+    amount = tqdm.format_sizeof(sum(len(fake.files[name]) for name in names) - have, "B")
+    files = "1 file" if len(names) == 1 else f"{len(names)} files"
+    return f"org/name: downloading {files}, {amount}, to {constants.HF_HUB_CACHE}\n"
+
+
+def test_what_is_missing_is_said_before_it_is_downloaded(fake, folder, capsys):
+    weights.find(REPO, flux=folder / "flux1-dev.safetensors")
+    assert capsys.readouterr().err == size_line(fake, fake.sent())
+    fake.requests.clear()
+    weights.find(REPO)  # what came the first time does not count
+    assert capsys.readouterr().err == size_line(fake, {"flux1-dev.safetensors"})
+    assert fake.sent() == {"flux1-dev.safetensors"}
+
+
+def test_a_repository_in_the_cache_is_asked_for_nothing(fake, monkeypatch, capsys):
+    first = weights.find(REPO)
+    capsys.readouterr()
+    fake.requests.clear()
+    assert weights.find(REPO) == first
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert weights.find(REPO) == first
+    assert fake.requests == [] and capsys.readouterr().err == ""
+
+
+def test_a_cache_that_lost_its_links_is_mended_without_a_download(fake, capsys):
+    first = weights.find(REPO)
+    shutil.rmtree(first.flux.path.parent)
+    fake.requests.clear()
+    capsys.readouterr()
+    assert weights.find(REPO) == first
+    assert fake.sent() == set() and capsys.readouterr().err == ""
+
+
+def test_a_connection_that_breaks_once_goes_on_in_the_same_run(fake, monkeypatch):
+    fake.cut["flux1-dev.safetensors"] = 3_005_000
+
+    def mend(seconds):
+        fake.cut.clear()
+
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", mend)
+    found = weights.find(REPO)
+    assert set(fake.ranges("flux1-dev.safetensors")) == {None, "bytes=3000000-"}
+    assert found.flux.path.read_bytes() == fake.files["flux1-dev.safetensors"]
+
+
+def test_a_download_that_broke_goes_on_in_the_next_run(fake, capsys):
+    fake.cut["flux1-dev.safetensors"] = 3_005_000
+    refuse("--model org/name: the connection broke .*; what has arrived is kept, .*goes on from there", REPO)
+    fake.cut.clear()
+    before = fake.sent() - {"flux1-dev.safetensors"}
+    fake.requests.clear()
+    capsys.readouterr()
+    found = weights.find(REPO)
+    assert set(fake.ranges("flux1-dev.safetensors")) == {"bytes=3000000-"}
+    assert found.flux.path.read_bytes() == fake.files["flux1-dev.safetensors"]
+    assert not fake.sent() & before
+    assert capsys.readouterr().err == size_line(fake, fake.sent(), have=3_000_000)
+    blobs = found.flux.path.parent.parent.parent / "blobs"
+    assert not list(blobs.glob("*.incomplete"))
+
+
+def test_a_download_that_was_whole_but_not_yet_named_is_not_sent_again(fake):
+    content = fake.files["flux1-dev.safetensors"]
+    write_unfinished(content, content)
+    assert weights.find(REPO).flux.path.read_bytes() == content
+    assert fake.ranges("flux1-dev.safetensors") == []
+
+
+@pytest.mark.parametrize("start", [b"x" * 1000, b"x" * 10_000_000], ids=["short", "too long"])
+def test_an_unfinished_file_that_is_damaged_is_removed(fake, start):
+    content = fake.files["flux1-dev.safetensors"]
+    write_unfinished(content, start)
+    refuse("flux1-dev.safetensors was damaged and is removed.; try again", REPO)
+    assert weights.find(REPO).flux.path.read_bytes() == content
+
+
+def write_unfinished(content: bytes, start: bytes) -> None:
+    blobs = Path(constants.HF_HUB_CACHE) / "models--org--name" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / f"{hashlib.sha256(content).hexdigest()}.incomplete").write_bytes(start)
+
+
+def test_what_another_worker_downloads_is_waited_for(fake):
+    found = []
+    workers = [threading.Thread(target=lambda: found.append(weights.find(REPO))) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(found) == 3 and found[0] == found[1] == found[2]
+    assert len(fake.ranges("flux1-dev.safetensors")) == 2  # the redirection, and the file: once
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_downloaded(fake, folder, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_234_567))
+    total = sum(len(fake.files[n]) for n in below(folder, "flux1-dev.safetensors", "ae.safetensors", *ENCODERS))
+    refuse(f"--model org/name: .*{tqdm.format_sizeof(total, 'B')}, .*only 1.23MB are free in .*cache; make room", REPO)
+    assert fake.sent() == set()
+
+
+def gated(fake, status):
+    fake.refusal = status, "GatedRepo"
+
+
+def no_server(fake):
+    constants.ENDPOINT = "http://127.0.0.1:9"  # discard, which nobody offers today
+
+
+@pytest.mark.parametrize(
+    "spoil, match",
+    [
+        (lambda fake: gated(fake, 401), "accept it at https://huggingface.co/org/name, then run `hf auth login`"),
+        (lambda fake: gated(fake, 403), "asks for a licence: accept it at https://huggingface.co/org/name"),
+        (lambda fake: setattr(fake, "refusal", (503, None)), "http://127.0.0.1:[0-9]+ answers with status 503"),
+        (lambda fake: setattr(fake, "refusal", (404, "EntryNotFound")), "answers with status 404"),
+        (no_server, "not in the cache, and http://127.0.0.1:9 is out of reach; go online"),
+        (lambda fake: setattr(constants, "HF_HUB_OFFLINE", True), "is out of reach; go online .and unset HF_HUB_OFF"),
+    ],
+)
+def test_what_goes_wrong_on_the_hub_is_one_sentence(fake, spoil, match):
+    spoil(fake)
+    refuse(f"^--model org/name: .*{match}", REPO)
+    assert fake.sent() == set() and not list(Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*"))
+
+
+def test_a_full_disk_is_one_sentence(fake, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hub, "http_get", full)
+    refuse("the download failed .OSError: .*No space left on device", REPO)
+
+
+@pytest.mark.parametrize(
+    "name, match",
+    [("org/other", "there is no such repository, nor a folder of that name"), ("org/na..me", "HFValidationError")],
+)
+def test_a_repository_that_is_not_there_is_one_sentence(fake, name, match):
+    with pytest.raises(InputError, match=f"^--model {name}: [^\n]*{match}"):
+        weights.find(name)
+
+
+def test_a_gated_repository_ends_the_program_with_code_two(fake, capsys):
+    gated(fake, 403)
+    assert generate.main(["--model", REPO, "--prompt", "a fox", "--device", "cpu"]) == 2
+    assert re.fullmatch(r"generate\.py: --model org/name: .* licence.*HF_TOKEN.*\n", capsys.readouterr().err)
+
+
+def test_a_picture_is_drawn_from_a_repository_and_again_offline(fake, golden, tmp_path):
+    command = [sys.executable, str(ROOT / "generate.py"), "--model", REPO, "--device", "cpu"]
+    command += ["--layout", str(golden / "plain_dev_128" / "layout.yaml"), "--output"]
+    env = os.environ | {"HF_ENDPOINT": fake.url, "HF_HUB_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    code, shown = on_a_terminal([*command, str(tmp_path / "a.png")], env)
+    assert code == 0, shown
+    assert re.search(r"org/name: downloading 12 files, 16.7MB, to ", shown)
+    assert re.search(r"flux1-dev\.safetensors: 100%\|", shown) and "Traceback" not in shown
+    fake.requests.clear()
+    code, shown = on_a_terminal([*command, str(tmp_path / "b.png")], env | {"HF_HUB_OFFLINE": "1"})
+    assert code == 0, shown
+    assert fake.requests == [] and "downloading" not in shown
+    first, second = (Image.open(tmp_path / name).tobytes() for name in ("a.png", "b.png"))
+    assert first == second
+
+
+def on_a_terminal(command: list[str], env: dict[str, str]) -> tuple[int, str]:
+    """The exit code of a command and what it shows, as if a person watched."""
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (40, 120))
+    with subprocess.Popen(command, env=env, cwd=ROOT, stderr=theirs, stdout=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                piece = os.read(ours, 4096)
+            except OSError:  # what Linux answers when the other end is closed
+                piece = b""
+            if not piece:
+                break
+            shown += piece
+    os.close(ours)
+    return process.returncode, shown.decode(errors="replace")

@@ -1,0 +1,101 @@
+"""The benchmark of whole steps: the naive rival is what it says, and the machinery runs."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.naive import Naive
+from model.transformer import Flux, FluxParams
+from regional.attention import RegionalAttention, portable_attention
+from regional.layout import Layout, Region
+from regional.mask import allowed, region_tokens
+from sampler.flow import image_ids, text_ids
+
+TEXT, WIDTH, HEIGHT = 5, 96, 64
+IMAGE = WIDTH * HEIGHT // 256
+PARAMS = FluxParams(
+    vec_in_dim=12, context_in_dim=20, hidden_size=96, mlp_hidden=192, num_heads=3, depth=2, depth_single_blocks=3
+)
+
+
+def layout(*boxes: tuple[int, int, int, int]) -> Layout:
+    return Layout(prompt="", width=WIDTH, height=HEIGHT, regions=tuple(Region(prompt="", box=box) for box in boxes))
+
+
+LAYOUTS = {
+    "one box": layout((16, 16, 64, 48)),
+    "halves": layout((0, 0, 48, 64), (48, 0, 96, 64)),
+    "overlapping": layout((0, 0, 64, 48), (32, 16, 96, 64), (48, 0, 80, 32)),
+}
+LAYOUT = pytest.mark.parametrize("bits", [region_tokens(x).bits(TEXT) for x in LAYOUTS.values()], ids=LAYOUTS)
+
+
+@pytest.fixture(scope="module")
+def flux() -> Flux:
+    torch.manual_seed(0)
+    model = Flux(PARAMS).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    return model.requires_grad_(False)
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def naive(flux: Flux, bits: torch.Tensor, ratio: float, is_masked=lambda block: True) -> Naive:
+    mask = allowed(bits[:, None], bits[None, :])
+    return Naive(flux, image_ids(WIDTH, HEIGHT), TEXT, mask, ratio, is_masked)
+
+
+GIVEN = (torch.tensor([0.7]).double(), random(1, 12), torch.tensor([3.5]).double())
+
+
+# ------------------------------------------------------------------------------------------------ the naive rival
+
+
+@pytest.mark.parametrize("double, single", [(1, 1), (2, 3), (1, 2)])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
+@LAYOUT
+def test_its_regional_step_is_ours(flux, bits, ratio, double, single):
+    def is_masked(block):
+        return block.index % (double if block.kind == "double" else single) == 0
+
+    img, txt, regions = random(1, IMAGE, 64), random(1, TEXT, 20), random((len(bits) - IMAGE) // TEXT, TEXT, 20)
+    attention = RegionalAttention(portable_attention, bits, TEXT, IMAGE, ratio, is_masked)
+    texts = torch.cat([regions.flatten(0, 1)[None]] + ([txt] if ratio else []), dim=1)
+    ids = image_ids(WIDTH, HEIGHT), texts, text_ids(texts.shape[1])
+    ours = flux(img, *ids, *GIVEN, attention=attention, join=attention.join)
+    theirs = naive(flux, bits, ratio, is_masked).regional_step(img, txt, regions, *GIVEN)
+    assert (ours - theirs).abs().max() < 1e-10 * theirs.abs().max()
+
+
+@LAYOUT
+def test_its_late_step_is_plain_flux(flux, bits):
+    img, txt = random(1, IMAGE, 64), random(1, TEXT, 20)
+    ours = flux(img, image_ids(WIDTH, HEIGHT), txt, text_ids(TEXT), *GIVEN)
+    theirs = naive(flux, bits, 0.3).late_step(img, txt, *GIVEN)
+    assert (ours - theirs).abs().max() < 1e-10 * theirs.abs().max()
+
+
+def test_its_operations_are_those_of_the_published_code():
+    """FLUX.1-dev at 1024 x 1024 on the meta device, in 10^12 operations, as FlopCounterMode counts them there. Ours are
+    counted in test_kernel.py."""
+    with torch.device("meta"):
+        flux = Flux(FluxParams())
+    img, txt, y, one = (torch.empty(shape, device="meta") for shape in ((1, 4096, 64), (1, 512, 4096), (1, 768), (1,)))
+
+    def operations(regions: int, late: bool = False) -> float:
+        length = 512 * regions + 4096
+        mask = torch.empty(length, length, dtype=torch.bool, device="meta")
+        steps = Naive(flux, image_ids(1024, 1024), 512, mask, 0.3)
+        with FlopCounterMode(display=False) as counter:
+            if late:
+                steps.late_step(img, txt, one, y, one)
+            else:
+                steps.regional_step(img, txt, txt.expand(regions, -1, -1), one, y, one)
+        return counter.get_total_flops() / 1e12
+
+    for regions, expected in {1: 137.0, 4: 168.4, 16: 327.2}.items():
+        assert operations(regions) == pytest.approx(expected, rel=0.001)
+    assert operations(4, late=True) == pytest.approx(105.6, rel=0.001)
