@@ -9,14 +9,14 @@ Who takes part: `ours`; `compiled`, the same with compiled blocks; `fp8`, the sa
 installed. All share one set of weights. Regions are a grid over the whole picture with 512 text tokens each; 10 of 24
 steps are regional, at base_ratio 0.3. After the regional steps come the late ones, which are plain FLUX.
 
-In each round everybody has a turn at every kind of step, one right behind the other as steps follow in a run; the median
-counts, by CUDA events, or with --proxy the minimum, because other programs only ever add time. A whole run is 10
-regional and 14 late steps; at the first size it is also made in one piece, once, with all that is done once a picture.
-Extra memory is the peak beyond the weights, with the mask or the lists that a participant keeps; of our weights the
-modulation layers do not count, because generate.py keeps them in host memory.
+In each round everybody has a turn at every kind of step, one right behind the other as steps follow in a run. The
+median counts, by CUDA events, or with --proxy the minimum on one thread, because other programs only ever add time. A
+whole run is 10 regional and 14 late steps; at the first size it is also made in one piece, once, with all that is done
+once a picture. Extra memory is the peak beyond the weights, with the mask or the lists that a participant keeps; of our
+weights the modulation layers do not count, because generate.py keeps them in host memory.
 
 By estimate, on an H200: 8 minutes, of which compiling takes 3, in 65 GB; --caps 5 minutes, and 24 GB in the temporary
-folder. Leave parts out by --only, --sizes and --rounds. --proxy takes 3 minutes on two CPU cores.
+folder. Leave parts out by --only, --sizes and --rounds. --proxy takes 3 minutes on one CPU core.
 """
 
 import argparse
@@ -424,7 +424,7 @@ class Watts:
 
 def describe(setting: Setting) -> None:
     if setting.device.type != "cuda":
-        print(f"{torch.get_num_threads()} threads of {platform.machine()}, torch {torch.__version__}\n")
+        print(f"{platform.machine()}, torch {torch.__version__}, threads: {torch.get_num_threads()}\n")
         return
     import triton
 
@@ -483,7 +483,8 @@ def steps_table(who: dict[str, Participant], setting: Setting, width: int, heigh
             call, out, extra = made(participant, kind, given)
             if call:
                 calls[name, kind] = call
-                notes[name, kind] = f"{extra / 2**20:.0f} | {difference(out, reference)}"
+                extra = f"{extra / 2**20:.0f}" if extra else ""
+                notes[name, kind] = f"{extra} | {difference(out, reference)}"
                 reference = out if reference is None else reference
     times = measured(calls, setting)
     for (name, kind), seconds in times.items():
@@ -699,6 +700,7 @@ def main() -> int:
     if args.caps:
         goals = caps(setting)
     elif args.proxy:
+        torch.set_num_threads(1)  # several would wait for whichever of them another program holds up
         goals = proxy_goals(compare(setting)[0])
     else:
         times, who = compare(setting)

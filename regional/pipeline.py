@@ -216,10 +216,10 @@ class Pipeline:
                 Streamed(list(t5.encoder.block), self.device, pin=True)
             weights.read_ahead(self.checkpoint.flux)  # while this encodes
             return t5
-        # of the modulation the card needs only what comes of it
-        on_host = FLUX_BLOCKS if streamed else FLUX_MODULATION if self.device.type == "cuda" else weights.NEVER
+        on_card = self.device.type == "cuda"  # which of the modulation needs only what comes of it
+        on_host = FLUX_BLOCKS if streamed else FLUX_MODULATION if on_card else weights.NEVER
         flux = weights.load_flux(source, *where, merges, on_host, self.fp8)
-        if on_host is not weights.NEVER:
+        if on_card:
             layers = [layer for block in flux.children() for layer in block.modules() if isinstance(layer, Modulation)]
             self.modulation_layers = Streamed(layers, self.device)
         if streamed:

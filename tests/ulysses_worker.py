@@ -1,0 +1,106 @@
+"""What test_ulysses.py runs in several processes: pictures of a small model in every way that sampling knows.
+
+    torchrun --nproc-per-node 3 tests/ulysses_worker.py latents.safetensors
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+sys.path[:0] = [str(Path(__file__).parent.parent)]
+
+from model.controlnet import ControlNet, ControlNetParams  # noqa: E402
+from model.errors import InputError  # noqa: E402
+from model.lora import Change, Lora, LowRank  # noqa: E402
+from model.transformer import Flux, FluxParams  # noqa: E402
+from regional.attention import portable_attention  # noqa: E402
+from regional.control import ActiveControl, image_share  # noqa: E402
+from regional.layout import Control, Layout, Region, RegionLora  # noqa: E402
+from regional.mask import region_tokens  # noqa: E402
+from regional.sampling import Conditioning, sample  # noqa: E402
+from regional.ulysses import Ulysses  # noqa: E402
+
+SIZES = dict(
+    vec_in_dim=12, context_in_dim=20, hidden_size=192, mlp_hidden=96, num_heads=6, depth=2, depth_single_blocks=3
+)
+WIDTH, HEIGHT = 80, 112  # 35 image tokens; with texts of 7 and 5 nothing can be shared out evenly
+TOP, RIGHT = dict(prompt="a", box=(0, 0, 80, 56)), dict(prompt="b", box=(32, 16, 80, 112))
+
+
+def layout(*regions: dict, **more) -> Layout:
+    return Layout(
+        prompt="p", width=WIDTH, height=HEIGHT, steps=3, mask_inject_steps=2,
+        regions=tuple(Region(**region) for region in regions), **more,
+    )  # fmt: skip
+
+
+LORAS = {"loras": (RegionLora(file="everywhere", scale=0.8, plain_steps=True),)}
+CASES = {
+    "plain": layout(),
+    "regional": layout(TOP, RIGHT),
+    "no base branch": layout(TOP, RIGHT, base_ratio=0),
+    "one stream": layout(TOP, RIGHT, base_stream="shared"),
+    "soft and strong": layout({**TOP, "feather": 24}, {**RIGHT, "strength": 2.5}),
+    "intervals": layout(TOP, RIGHT, double_inject_interval=2, single_inject_interval=2),
+    "composition": layout(TOP, RIGHT, method="rpg"),
+    "loras of regions": layout({**TOP, **LORAS}, RIGHT),
+    "control": layout(TOP, RIGHT),
+    "control as published": layout(TOP, RIGHT),
+}
+
+
+def random_model(kind: type, params: FluxParams) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = kind(params).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.requires_grad_(False)
+
+
+def random_lora(flux: Flux) -> Lora:
+    """Of every matrix in the blocks, modulation included."""
+    changes = [
+        Change(name, 0, len(weight), LowRank(torch.randn(len(weight), 2), torch.randn(2, weight.shape[1]), 0.02))
+        for name, weight in flux.named_parameters()
+        if "blocks" in name and weight.ndim == 2
+    ]
+    return Lora(Path("everywhere"), {"flux": changes}, [])
+
+
+def controls_of(name: str, of: Layout) -> list[ActiveControl]:
+    if not name.startswith("control"):
+        return []
+    net = random_model(ControlNet, ControlNetParams(**{**SIZES, "depth_single_blocks": 2}))
+    setting = Control(model="m", image="i", scale=0.9, residuals="published" if "published" in name else "all")
+    return [ActiveControl(net, torch.randn(1, 35, 64).double(), image_share(setting, of).double(), setting)]
+
+
+def pictures(parallel: Ulysses | None = None) -> dict[str, Tensor]:
+    flux, found = random_model(Flux, FluxParams(**SIZES)), {}
+    loras = {"everywhere": random_lora(flux)}
+    for name, of in CASES.items():
+        torch.manual_seed(1)
+        tokens = region_tokens(of) if of.regions else None
+        count = len(tokens.prompts) if tokens else 0
+        txt, regions, y = (torch.randn(*shape).double() for shape in ((1, 7, 20), (count, 5, 20), (1 + count, 12)))
+        conditioning = Conditioning(txt, regions if count else None, y)
+        controls = controls_of(name, of)
+        found[name] = sample(
+            flux, of, tokens, conditioning, 0, portable_attention, loras=loras, controls=controls, parallel=parallel
+        )
+    return found
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        try:
+            parallel = Ulysses(torch.device("cpu"), SIZES["num_heads"])
+        except InputError as error:
+            sys.exit(str(error))
+        found = pictures(parallel)
+        if parallel.any(parallel.rank == parallel.size - 1) and parallel.rank == 0:
+            save_file({name.replace(" ", "_"): latents.contiguous() for name, latents in found.items()}, sys.argv[1])
+        parallel.close()
