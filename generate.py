@@ -215,6 +215,8 @@ class Stop:
     def after_step(self) -> None:
         self.steps += 1
         if self.steps == 1:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             say(f"the first step ended {time.perf_counter() - STARTED:.1f} s after the start")
         self.check()
 

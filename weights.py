@@ -486,7 +486,8 @@ def attach_scales(path: Path, tensors: Tensors, metadata: dict[str, str]) -> Ten
     Input scales are for products in fp8 and leave the weights as they are. Any other scale stays among the tensors,
     where the strict check reports it: to ignore one would give wrong pictures without an error.
     """
-    layers = parse(path, metadata.get("_quantization_metadata", "{}").encode()).get("layers", {})
+    layers = parse(path, metadata.get("_quantization_metadata", "{}").encode()).get("layers")
+    layers = layers if isinstance(layers, dict) else {}
     formats = {key: parse(path, bytes(read_bytes(tensors[key]))) for key in tensors if leaf(key) == "comfy_quant"}
     for key, form in (layers | formats).items():
         kind = form.get("format") if isinstance(form, dict) else form

@@ -76,7 +76,7 @@ class SelfAttention(nn.Module):
 
 
 class Modulation(nn.Module):
-    """adaLN: the conditioning vector (B, D) -> `multiplier` vectors side by side: shift, scale and gate, once or twice."""
+    """adaLN: the conditioning vector (B, D) -> shift, scale and gate, once or twice, side by side: (B, 1, n D)."""
 
     def __init__(self, hidden: int, multiplier: int):
         super().__init__()

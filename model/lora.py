@@ -170,8 +170,8 @@ def add_terms(
     """A forward hook that adds scale * term(x) to some rows of the output of some tokens, known as (L,) bool and by
     index.
 
-    args[0]: (B, L, in), or the last tokens alone; or `of_vector`, one vector for all, (B, 1, in), and each token gets an
-    output of its own. kwargs: FusedLinear's `rows`, those that are in `out`.
+    args[0]: (B, L, in), or the last tokens alone; or `of_vector` one vector for all, (B, 1, in), where each token gets
+    an output of its own. kwargs: FusedLinear's `rows`, those that are in `out`.
     """
     (x,) = args
     asked = range(linear.out_features)[kwargs.get("rows", slice(None))]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 ALIGNMENT = 256  # bytes, as torch's own allocations have it
 
-# What may stay in host memory, by its name. FLUX.1's modulation layers are called at another time than the rest of their
-# blocks, and T5's table of distances is used by all blocks.
+# What may stay in host memory, by its name. FLUX.1's modulation layers are called at another time than the rest of
+# their blocks, and T5's table of distances is used by all blocks.
 FLUX_BLOCKS = re.compile(r"(double|single)_blocks\.\d+\.")
 FLUX_MODULATION = re.compile(r"(double|single)_blocks\.\d+\.(img_mod|txt_mod|modulation)\.")
 T5_BLOCKS = re.compile(r"encoder\.block\.\d+\.(?!.*relative_attention_bias)")

@@ -6,6 +6,7 @@ puts the streams together where the double blocks end; and `after_block`, throug
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,22 @@ def text_then_image(txt: Tensor, img: Tensor) -> Tensor:
 
 def as_it_is(x: Tensor, block: Block) -> Tensor:
     return x
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is kept may serve training too
+def known_rope(
+    ids: bytes,
+    shape: torch.Size,
+    ids_dtype: torch.dtype,
+    axes: tuple[int, ...],
+    theta: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """`rope`, remembered: every step asks for the same tables, and a GPU would wait for them in each."""
+    positions = torch.frombuffer(bytearray(ids), dtype=ids_dtype).reshape(shape)
+    return rope(positions, axes, theta, dtype).to(device)
 
 
 # Gives a block, or the last layer, the vectors that modulate its tokens
@@ -74,6 +91,12 @@ class Streams(nn.Module):
         vec = self.conditioning(timesteps, y, guidance)
         return lambda module: module.vectors(vec)
 
+    def positions(self, ids: Tensor, x: Tensor) -> Tensor:
+        """RoPE's table for ids (B, L, 3), where x is, (B, L, d / 2, 2) in float32 or wider."""
+        axes = rope_axes(self.params.hidden_size // self.params.num_heads)
+        precise = torch.promote_types(x.dtype, torch.float32)
+        return known_rope(ids.cpu().numpy().tobytes(), ids.shape, ids.dtype, axes, self.params.theta, precise, x.device)
+
     def blocks(
         self,
         img: Tensor,
@@ -87,11 +110,7 @@ class Streams(nn.Module):
     ) -> Tensor:
         """All blocks: img (B, L_img, D), txt (B, L_txt, D) -> (B, L_img, D), the last rows of what the last one gives.
         Nothing reads the others, so it doesn't compute them."""
-        table = torch.promote_types(img.dtype, torch.float32)
-        axes = rope_axes(self.params.hidden_size // self.params.num_heads)
-        txt_pe = rope(txt_ids, axes, self.params.theta, table).to(img.device)
-        img_pe = rope(img_ids, axes, self.params.theta, table).to(img.device)
-
+        txt_pe, img_pe = self.positions(txt_ids, img), self.positions(img_ids, img)
         pe = torch.cat([txt_pe, img_pe], dim=1)
         for index, double_block in enumerate(self.double_blocks):
             block = Block("double", index)

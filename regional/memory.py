@@ -18,7 +18,7 @@ def stays_on_host(
     """Are the blocks of this part, flux or t5, to be streamed from host memory? offload: auto, none or blocks."""
     if offload != "auto" or device.type != "cuda":
         return offload == "blocks"
-    needed = resident_bytes(source, dtype, fp8) + working_bytes(source, layout)
+    needed = resident_bytes(source, dtype, fp8) + working_bytes(source, layout, dtype)
     free, what = free_memory(device), weights.WHAT[source.part]
     streamed = needed > free
     where = "are streamed from host memory (--offload blocks)" if streamed else "stay on the card"
@@ -26,24 +26,28 @@ def stays_on_host(
     return streamed
 
 
-def resident_bytes(source: weights.Source, dtype: torch.dtype, fp8: bool = False) -> int:
-    """The weights on the card, without the modulation layers of FLUX.1's blocks, which are never there altogether."""
+def resident_bytes(source: weights.Source, dtype: torch.dtype, fp8: bool = False, modulation: bool = False) -> int:
+    """The weights on the card; FLUX.1's modulation layers, which are never there altogether, only if asked for."""
     total = 0
     for name, tensor in weights.on_meta(source).state_dict().items():
-        if not FLUX_MODULATION.search(name):
+        if modulation or not FLUX_MODULATION.search(name):
             in_fp8 = fp8 and tensor.ndim == 2 and weights.FP8_LAYERS.search(name)
             total += tensor.numel() * (1 if in_fp8 else dtype.itemsize)
     return total
 
 
-def working_bytes(source: weights.Source, layout: Layout | None) -> int:
-    """About what the activations take at most: those of FLUX.1 in a regional step, or the VAE's beside its weights."""
+def working_bytes(source: weights.Source, layout: Layout | None, dtype: torch.dtype) -> int:
+    """About what else is needed at most: the ControlNets, and the activations of FLUX.1 in a regional step or the VAE's
+    beside its weights."""
     if source.part != "flux" or layout is None:
         return int(1 * GB)
     params: FluxParams = weights.flux_params(source)
+    nets = [weights.find_controlnet(name) for name in {control.model for control in layout.controlnets}]
     image, regions = layout.width * layout.height // 256, len(layout.regions) + 1
     tokens = 2 * image + layout.max_sequence_length + regions * layout.region_max_sequence_length
-    return max(tokens * (16 * params.hidden_size + 2 * params.mlp_hidden) * 2, DECODE * layout.width * layout.height)
+    activations = tokens * (16 * params.hidden_size + 2 * params.mlp_hidden) * 2
+    decoding = DECODE * layout.width * layout.height
+    return sum(resident_bytes(net, dtype, modulation=True) for net in nets) + max(activations, decoding)
 
 
 def free_memory(device: torch.device) -> int:

@@ -11,6 +11,7 @@ A call is `prepare` (prompts and control pictures are encoded), `latents` (denoi
 are loaded when they are needed and stay until `drop`, so that one can make room for the next. One thread at a time.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -192,7 +193,11 @@ class Pipeline:
             self.encoded.clear()
         if "flux" in names:
             self.nets.clear()
-            self.modulated = None, []
+            self.modulated, self.modulation_layers = (None, []), None
+            if self.compile:  # compiled blocks hold themselves
+                gc.collect()
+        if self.device.type == "cuda":  # what comes next is of other sizes
+            torch.cuda.empty_cache()
 
     def part(self, name: str, layout: Layout | None = None, loras: Loras = NO_LORAS) -> nn.Module:
         """A part of the model with the layout's whole-picture LoRAs merged into it; loaded again for other LoRAs."""
@@ -309,7 +314,10 @@ def choose_device(name: str) -> torch.device:
         name = next(device for device, there in available.items() if there)
     if not available[name.partition(":")[0]]:
         raise InputError(f"--device {name}: this machine, or this build of torch, has no such device.")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is None:  # as it is called where memory is asked for
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def choose_fp8(quantize: str, flux: weights.Source, device: torch.device) -> bool:

@@ -221,11 +221,9 @@ def test_free_memory_keeps_to_the_part_that_this_process_may_take(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("gigabytes, fp8", [(24, False), (12, True), (12, False)])
-def test_a_full_size_step_runs_on_a_small_card(gigabytes, fp8):
-    """Random weights; torch refuses to take more than the cap."""
-    command = [sys.executable, "benchmarks/speed.py", "--caps", f"{gigabytes}{'fp8' if fp8 else ''}"]
-    assert subprocess.run(command, timeout=600).returncode == 0
+def test_full_size_runs_on_small_cards():
+    """Random weights; torch refuses to take more than 24 GB, or 12 GB."""
+    assert subprocess.run([sys.executable, "benchmarks/speed.py", "--caps"], timeout=900).returncode == 0
 
 
 # ------------------------------------------------------------------------------------------------ loading

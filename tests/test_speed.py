@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import speed
 from benchmarks.naive import Naive
 from model.transformer import Flux, FluxParams
 from regional.attention import RegionalAttention, portable_attention
@@ -99,3 +100,72 @@ def test_its_operations_are_those_of_the_published_code():
     for regions, expected in {1: 137.0, 4: 168.4, 16: 327.2}.items():
         assert operations(regions) == pytest.approx(expected, rel=0.001)
     assert operations(4, late=True) == pytest.approx(105.6, rel=0.001)
+
+
+# ------------------------------------------------------------------------------------------------ the machinery
+
+SMALL = speed.PROXY._replace(
+    params=FluxParams(
+        vec_in_dim=48, context_in_dim=64, hidden_size=64, mlp_hidden=256, num_heads=2, depth=2, depth_single_blocks=3
+    ),
+    text_length=16, sizes=[(128, 128)], rounds=1, participants=[speed.OURS, speed.FP8, speed.NAIVE, speed.DIFFUSERS],
+)  # fmt: skip
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    monkeypatch.setattr(speed, "compiled", lambda flux: flux)
+
+
+@torch.inference_mode()
+def test_all_participants_compute_the_same(uncompiled):
+    """Steps of every kind, and whole runs, on weights that they share; fp8 nearly."""
+    who = speed.participants(SMALL)
+    for kind, regions in {"plain": 0, "late": 4, 1: 1, 4: 4, 16: 16}.items():
+        given = speed.scene(SMALL, 128, 128, regions)
+        steps = {name: step() for name, x in who.items() if (step := x.step(kind, given))}
+        runs = {name: latents for name, x in who.items() if (latents := x.run(given)) is not None}
+        rivals = {speed.DIFFUSERS} & who.keys() if kind == "plain" else {speed.NAIVE}
+        assert steps.keys() == {speed.OURS, speed.FP8} | rivals and runs.keys() == steps.keys() - {speed.DIFFUSERS}
+        for outs in (steps, runs):
+            for name, out in outs.items():
+                error = (out - outs[speed.OURS]).norm() / outs[speed.OURS].norm()
+                assert error < (1e-2 if name == speed.FP8 else 1e-5), (name, kind)
+
+
+def test_what_our_weights_take_on_the_card():
+    """FLUX.1-dev's, in 10^9 bytes: without the modulation layers, in bfloat16 and in fp8."""
+    with torch.device("meta"):
+        flux = Flux(FluxParams()).bfloat16()
+    assert speed.weight_bytes(flux) / speed.GB == pytest.approx(23.80, abs=0.01)
+    assert speed.weight_bytes(flux, all_of_them=False) / speed.GB == pytest.approx(17.35, abs=0.01)
+    assert speed.weight_bytes(speed.in_fp8(flux), all_of_them=False) / speed.GB == pytest.approx(8.75, abs=0.01)
+
+
+@torch.inference_mode()
+def test_the_tables_are_printed(uncompiled, capsys):
+    times, who = speed.compare(SMALL)
+    speed.runs_table(who, SMALL, times)
+    speed.report(speed.proxy_goals(times) + speed.goals_of(times, who))
+    out = capsys.readouterr().out
+    for cell in (
+        "| regional, 16 | naive |",
+        "| 4 | fp8 |",
+        "| regional step, naive / ours, R = 16 |",
+        "| G5: naive / fp8",
+    ):
+        assert cell in out
+
+
+@torch.inference_mode()
+def test_runs_under_caps_go_through_the_pipeline(monkeypatch, capsys):
+    monkeypatch.setattr(speed, "CAPPED_RUNS", 1)
+    assert speed.report(speed.caps(SMALL))
+    assert "| bfloat16, blocks streamed | 12 |" in capsys.readouterr().out
+
+
+def test_a_goal_says_whether_it_is_reached():
+    verdicts = [speed.Goal("", value, 1.5, 2.0).row().split("|")[-2].strip() for value in (1.4, 1.5, 2.0)]
+    assert verdicts == ["missed", "met", "aim met"]
+    assert not speed.report([speed.Goal("", 1.1, 1.05, 1.0, least=False)])
+    assert not speed.report([speed.Goal("", float("nan"), float("inf"), 1.1, least=False)])

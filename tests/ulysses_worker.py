@@ -1,6 +1,6 @@
 """What test_ulysses.py runs in several processes: pictures of a small model in every way that sampling knows.
 
-    torchrun --nproc-per-node 3 tests/ulysses_worker.py latents.safetensors
+torchrun --nproc-per-node 3 tests/ulysses_worker.py latents.safetensors
 """
 
 import sys
