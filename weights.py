@@ -9,6 +9,7 @@ File names never decide what a file is.
 import json
 import math
 import mmap
+import os
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -182,11 +184,22 @@ def piles_in(place: Path) -> list[Pile]:
     return [read_shards(index) for index in indexes] + [read_header(file) for file in sorted(files)]
 
 
-def read(tensor: Stored) -> Tensor:
-    """The tensor as it is stored, a copy-on-write view of its file.
+MAPPED: WeakValueDictionary[tuple, mmap.mmap] = WeakValueDictionary()  # files that there are views of, in which state
 
-    Only its own pages are mapped, and they are unmapped with it: what is converted is never held in memory twice.
-    """
+
+def view(tensor: Stored) -> Tensor:
+    """The tensor as it is stored, a copy-on-write view of its file, which all views have mapped together."""
+    with open(tensor.file, "rb") as file:
+        state = os.fstat(file.fileno())
+        key = tensor.file, state.st_ino, state.st_mtime_ns, state.st_size
+        whole = MAPPED.get(key) or MAPPED.setdefault(key, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    count = math.prod(tensor.shape)
+    return torch.frombuffer(whole, dtype=DTYPES[tensor.dtype], offset=tensor.start, count=count).reshape(tensor.shape)
+
+
+def read(tensor: Stored) -> Tensor:
+    """The tensor as it is stored, to be converted or moved: only its own pages are mapped, and they are unmapped with
+    it, so that it is never held in memory twice."""
     page = tensor.start - tensor.start % mmap.ALLOCATIONGRANULARITY
     with open(tensor.file, "rb") as file:
         view = mmap.mmap(file.fileno(), tensor.stop - page, access=mmap.ACCESS_COPY, offset=page)
@@ -796,7 +809,9 @@ def check(shapes: dict[str, torch.Size], source: Source) -> dict[str, list[Rows]
 def assemble(rows: list[Rows], tensors: Tensors, shape: torch.Size, device: Device, dtype: torch.dtype) -> Tensor:
     """A module's tensor: its rows stacked, on `device`, in `dtype`."""
     if len(rows) == 1 and rows[0].stop is None:
-        return values(tensors[rows[0].key], device, dtype).reshape(shape)
+        tensor = tensors[rows[0].key]
+        stays = DTYPES.get(tensor.dtype) == dtype and tensor.scale is None and torch.device(device).type == "cpu"
+        return (view(tensor) if stays else values(tensor, device, dtype)).reshape(shape)
     out, at = torch.empty(shape, device=device, dtype=dtype), 0
     for row in rows:
         piece = values(tensors[row.key], device, dtype)[row.start : row.stop]
@@ -806,7 +821,7 @@ def assemble(rows: list[Rows], tensors: Tensors, shape: torch.Size, device: Devi
 
 
 def values(tensor: Stored, device: Device, dtype: torch.dtype) -> Tensor:
-    """The numbers that a stored tensor stands for; a view of the file when nothing has to be moved or converted."""
+    """The numbers that a stored tensor stands for."""
     if tensor.dtype.startswith(QUANTISED):
         return dequantized(read_bytes(tensor), tensor.dtype, tensor.shape, dtype).to(device)
     place = "cpu" if torch.device(device).type == "mps" else device  # which knows neither fp8 nor float64
