@@ -6,7 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
+
+# small tensors: threads would only wait for each other, and long if something else runs here
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, which some parts of torch do
