@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import weights  # noqa: E402
+from model import namings  # noqa: E402
 from model.transformer import Flux, FluxParams  # noqa: E402
 
 GIGABYTES_PER_DOUBLE_BLOCK = 1.25  # with its two single blocks, in bfloat16
@@ -43,7 +44,7 @@ def diffusers_shapes(shapes: Shapes, hidden: int = 3072) -> Shapes:
     """The same weights under diffusers' names: joined projections apart, `hidden` rows each, the last has the rest."""
     apart = {}
     for name, shape in shapes.items():
-        *firsts, last = [row.key for row in weights.flux_from_diffusers(name, {})]
+        *firsts, last = [row.key for row in namings.flux_from_diffusers(name, {})]
         apart |= {key: (hidden, *shape[1:]) for key in firsts}
         apart[last] = (shape[0] - hidden * len(firsts), *shape[1:])
     return apart
@@ -86,12 +87,12 @@ def load_rival(path: Path) -> Flux:
     with torch.device("meta"):
         model = Flux(FluxParams(depth=depth, depth_single_blocks=2 * depth))
     if path.is_dir():
-        state = {name: join(weights.flux_from_diffusers(name, state), state) for name in model.state_dict()}
+        state = {name: join(namings.flux_from_diffusers(name, state), state) for name in model.state_dict()}
     model.load_state_dict(state, assign=True)
     return model
 
 
-def join(rows: list[weights.Rows], state: dict[str, torch.Tensor]) -> torch.Tensor:
+def join(rows: list[namings.Rows], state: dict[str, torch.Tensor]) -> torch.Tensor:
     pieces = [state[row.key][row.start : row.stop] for row in rows]
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 

@@ -45,6 +45,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import weights  # noqa: E402
 from benchmarks import naive  # noqa: E402
+from model import namings  # noqa: E402
 from model.attention import Attention, fastest_backends, plain_attention  # noqa: E402
 from model.fp8 import Fp8Linear, can_multiply, to_fp8  # noqa: E402
 from model.offload import FLUX_MODULATION  # noqa: E402
@@ -149,7 +150,7 @@ def diffusers_twin(flux: Flux) -> nn.Module:
         )  # fmt: skip
     state = {}
     for name, tensor in flux.state_dict().items():
-        *firsts, last = [row.key for row in weights.flux_from_diffusers(name, {})]
+        *firsts, last = [row.key for row in namings.flux_from_diffusers(name, {})]
         pieces = tensor.split([params.hidden_size] * len(firsts) + [len(tensor) - params.hidden_size * len(firsts)])
         state |= dict(zip([*firsts, last], pieces))
     for name in "norm_out.linear.weight", "norm_out.linear.bias":  # theirs is (scale, shift), ours (shift, scale)

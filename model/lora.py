@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.errors import InputError
+from model.files import FLOATS, FP8, Pile, Stored, parse, read, read_header
 from model.fp8 import Fp8Linear
 from model.layers import RMSNorm
-from weights import FLOATS, FP8, Pile, Stored, flux_from_diffusers, parse, read, read_header
+from model.namings import flux_from_diffusers
 
 # ------------------------------------------------------------------------------------------------------------ terms
 

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import weights
+from model import namings
 from model.attention import Block, rope_axes
 from model.controlnet import ControlNet, ControlNetParams
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
@@ -323,7 +324,7 @@ def save_controlnet(net: ControlNet, out: Path) -> None:
     """In the names and the folder that diffusers has for InstantX's."""
     tensors, params = {}, net.params
     for name, tensor in net.state_dict().items():
-        keys = [row.key for row in weights.controlnet_from_diffusers(name, {})]
+        keys = [row.key for row in namings.controlnet_from_diffusers(name, {})]
         tensors |= {key: piece.bfloat16().contiguous() for key, piece in zip(keys, tensor.chunk(len(keys)))}
     out.mkdir(exist_ok=True)
     metadata = {"theta": str(params.theta), "note": "for the pocket model: edges of objects; pocket/adapters.py"}

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from model.namings import ae_name_in_diffusers
 from pocket.train import Pocket
 from pocket.train_autoencoder import PARAMS
-from weights import ae_name_in_diffusers
 
 
 def bfloat16(module: nn.Module) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from gguf import GGMLQuantizationType as Type
 from test_weights import assert_same, load, refuse
 
 import weights
+from model import files, namings
 from model.errors import InputError
 from model.gguf import CHUNK
 from model.lora import read_lora
@@ -94,7 +95,7 @@ def test_every_type_that_the_package_can_dequantise_is_tested():
 
 def test_a_header_says_what_the_packages_reader_says(tmp_path):
     path = save(tmp_path / "flux.gguf", quantise(tiny.flux_state(), Type.Q5_1))
-    ours, theirs = weights.read_header(path).tensors, gguf.GGUFReader(path).tensors
+    ours, theirs = files.read_header(path).tensors, gguf.GGUFReader(path).tensors
     assert list(ours) == [tensor.name for tensor in theirs]
     for own, their in zip(ours.values(), theirs):
         assert own.shape == tuple(their.shape.tolist()[::-1])
@@ -105,7 +106,7 @@ def test_a_header_says_what_the_packages_reader_says(tmp_path):
 def test_floats_of_torch_are_no_work_for_the_package(tmp_path):
     for kind in (Type.F32, Type.F16, Type.BF16):
         path = save(tmp_path / "flux.gguf", quantise(tiny.flux_state(), kind))
-        assert weights.read_header(path).tensors["img_in.weight"].dtype in weights.FLOATS
+        assert files.read_header(path).tensors["img_in.weight"].dtype in files.FLOATS
 
 
 def test_a_merge_gets_the_numbers_in_float32(tmp_path):
@@ -159,7 +160,7 @@ def test_projections_of_several_types_are_joined_by_their_numbers(tmp_path):
 
 def test_metadata_reaches_the_caller(tmp_path):
     path = save(tmp_path / "flux.gguf", quantise(tiny.flux_state(), Type.Q8_0), add_name="mine", add_file_type=7)
-    metadata = weights.read_header(path).metadata
+    metadata = files.read_header(path).metadata
     assert (metadata["general.name"], metadata["general.file_type"]) == ("mine", "7")
     assert "tokenizer.ggml.tokens" not in metadata
 
@@ -186,7 +187,7 @@ def test_the_names_of_the_published_t5_are_llama_cpps():
     keys = [key for key in test_weights.published("t5_v1_1_xxl_encoder_hf") if key != "encoder.embed_tokens.weight"]
     theirs = to_llama_cpp({key: key for key in keys}, 24)
     assert len(theirs) == len(keys) == 219
-    assert all(weights.t5_from_llama_cpp(key, {}) == [weights.Rows(their)] for their, key in theirs.items())
+    assert all(namings.t5_from_llama_cpp(key, {}) == [namings.Rows(their)] for their, key in theirs.items())
 
 
 def test_a_model_may_be_made_of_gguf_files(tmp_path):
@@ -320,7 +321,7 @@ def test_missing_misshapen_and_foreign_tensors_are_named(tmp_path):
 def test_a_truncated_file_is_named(tmp_path):
     path = save(tmp_path / "flux.gguf", quantise(tiny.flux_state(), Type.Q8_0))
     whole = path.read_bytes()
-    end = max(tensor.stop for tensor in weights.read_header(path).tensors.values())
+    end = max(tensor.stop for tensor in files.read_header(path).tensors.values())
     path.write_bytes(whole[: end - 1])
     refuse(f"flux.gguf: cut off, .* ends at byte {end:,} of {end - 1:,}", load, "flux", path)
 
@@ -347,7 +348,7 @@ SMALL = FluxParams(
 def test_damaged_files_are_refused_or_loaded(tmp_path, seed):
     """50 files each, cut or changed in some bytes, most of them in the header; none takes long."""
     whole = save(tmp_path / "whole.gguf", quantise(tiny.state(Flux(SMALL)), Type.Q8_0)).read_bytes()
-    length = min(t.start for t in weights.read_header(tmp_path / "whole.gguf").tensors.values())
+    length = min(t.start for t in files.read_header(tmp_path / "whole.gguf").tensors.values())
     random, refused = np.random.default_rng(seed), 0
     for i in range(50):
         content = bytearray(whole)

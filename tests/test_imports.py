@@ -8,7 +8,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     "model": {"model"},
-    "model/lora.py": {"model", "weights"},  # it reads files by the same headers and namings
     "sampler": {"sampler"},
     "regional": {"regional", "model"},
     "regional/sampling.py": {"regional", "sampler", "model"},

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import generate
 import weights
+from model import files, namings
 from model.layers import Modulation
 from model.offload import FLUX_BLOCKS, FLUX_MODULATION, T5_BLOCKS, Streamed
 from model.transformer import Flux, FluxParams
@@ -163,8 +164,8 @@ def full_size():
         modules = {"flux": Flux(FluxParams()), "t5": tiny.T5Encoder(weights.T5Params())}
     return {
         part: weights.Source(
-            part, weights.Path(f"{part}.safetensors"), "", next(n for n in weights.NAMINGS if n.part == part),
-            {name: weights.Stored(weights.Path("x"), name, "BF16", tuple(t.shape), 0, 2 * t.numel())
+            part, weights.Path(f"{part}.safetensors"), "", next(n for n in namings.NAMINGS if n.part == part),
+            {name: files.Stored(weights.Path("x"), name, "BF16", tuple(t.shape), 0, 2 * t.numel())
              for name, t in module.state_dict().items()}, {}, {},
         )
         for part, module in modules.items()

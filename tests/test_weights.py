@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import weights
+from model import files, namings
 from model.autoencoder import AutoEncoder, AutoEncoderParams
 from model.clip import CLIPTextEncoder
 from model.errors import InputError
@@ -70,14 +71,14 @@ def full_size(kind, *params):
 @pytest.mark.parametrize(
     "name, layout, kind, params",
     [
-        ("flux_dev_bfl", weights.same_name, Flux, FluxParams()),
-        ("flux_dev_diffusers", weights.flux_from_diffusers, Flux, FluxParams()),
-        ("flux_schnell_bfl", weights.same_name, Flux, FluxParams(guidance_embed=False)),
-        ("flux_schnell_diffusers", weights.flux_from_diffusers, Flux, FluxParams(guidance_embed=False)),
-        ("autoencoder_bfl", weights.same_name, AutoEncoder, AutoEncoderParams()),
-        ("autoencoder_diffusers", weights.ae_from_diffusers, AutoEncoder, AutoEncoderParams()),
-        ("t5_v1_1_xxl_encoder_hf", weights.t5_from_hf, T5Encoder, weights.T5Params()),
-        ("clip_l_text_hf", weights.same_name, CLIPTextEncoder, weights.CLIPParams()),
+        ("flux_dev_bfl", namings.same_name, Flux, FluxParams()),
+        ("flux_dev_diffusers", namings.flux_from_diffusers, Flux, FluxParams()),
+        ("flux_schnell_bfl", namings.same_name, Flux, FluxParams(guidance_embed=False)),
+        ("flux_schnell_diffusers", namings.flux_from_diffusers, Flux, FluxParams(guidance_embed=False)),
+        ("autoencoder_bfl", namings.same_name, AutoEncoder, AutoEncoderParams()),
+        ("autoencoder_diffusers", namings.ae_from_diffusers, AutoEncoder, AutoEncoderParams()),
+        ("t5_v1_1_xxl_encoder_hf", namings.t5_from_hf, T5Encoder, weights.T5Params()),
+        ("clip_l_text_hf", namings.same_name, CLIPTextEncoder, weights.CLIPParams()),
     ],
 )
 def test_names_and_shapes_are_those_of_the_published_checkpoints(name, layout, kind, params):
@@ -617,7 +618,7 @@ def in_thirds(state, hidden):
     """A transformer's zeros in diffusers' names, its joined projections apart."""
     theirs = {}
     for key, tensor in state.items():
-        *firsts, last = [row.key for row in weights.flux_from_diffusers(key, {})]
+        *firsts, last = [row.key for row in namings.flux_from_diffusers(key, {})]
         theirs |= {name: tensor[:hidden].clone() for name in firsts}
         theirs[last] = tensor[hidden * len(firsts) :].clone()
     return theirs
@@ -625,8 +626,8 @@ def in_thirds(state, hidden):
 
 def test_what_was_saved_is_what_is_read(tmp_path):
     """Against safetensors' own reader, in every dtype that is read, at odd offsets."""
-    tensors = {f"{i}": torch.randn(3, 2 * i + 1).to(dtype) for i, dtype in enumerate(weights.DTYPES.values())}
+    tensors = {f"{i}": torch.randn(3, 2 * i + 1).to(dtype) for i, dtype in enumerate(files.DTYPES.values())}
     path = tiny.save(tmp_path / "x.safetensors", tensors)
     for key, tensor in load_file(path).items():
-        found = weights.read(weights.read_header(path).tensors[key])
+        found = files.read(files.read_header(path).tensors[key])
         assert found.dtype == tensor.dtype and torch.equal(found.float(), tensor.float())

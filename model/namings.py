@@ -1,0 +1,210 @@
+"""How files name the tensors of each part, and which of their rows make which tensor of our modules."""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from model.files import Tensors
+
+
+class Rows(NamedTuple):
+    """Rows [start, stop) of the tensor `key` of a file; all of them unless said otherwise."""
+
+    key: str
+    start: int = 0
+    stop: int | None = None
+
+
+class Naming(NamedTuple):
+    """A way to name a part's tensors, known by a `pattern` that some of its keys match, after any prefix.
+
+    `rows(name, tensors)` says which rows of a file make the module's tensor `name`, stacked along dimension 0.
+    """
+
+    part: str
+    name: str
+    pattern: str
+    rows: Callable[[str, Tensors], list[Rows]]
+
+
+def same_name(name: str, tensors: Tensors) -> list[Rows]:
+    return [Rows(name)]
+
+
+DIFFUSERS_OUTER = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+DIFFUSERS_DOUBLE = {
+    "img_mod.lin": "norm1.linear",
+    "txt_mod.lin": "norm1_context.linear",
+    "img_attn.qkv": "attn.to_q attn.to_k attn.to_v",
+    "txt_attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+    "img_attn.norm.query_norm": "attn.norm_q",
+    "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.norm.query_norm": "attn.norm_added_q",
+    "txt_attn.norm.key_norm": "attn.norm_added_k",
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.proj": "attn.to_add_out",
+    "img_mlp.0": "ff.net.0.proj",
+    "img_mlp.2": "ff.net.2",
+    "txt_mlp.0": "ff_context.net.0.proj",
+    "txt_mlp.2": "ff_context.net.2",
+}
+DIFFUSERS_SINGLE = {
+    "modulation.lin": "norm.linear",
+    "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp",
+    "linear2": "proj_out",
+    "norm.query_norm": "attn.norm_q",
+    "norm.key_norm": "attn.norm_k",
+}
+
+
+def flux_from_diffusers(name: str, tensors: Tensors) -> list[Rows]:
+    module, leaf = name.replace("_norm.scale", "_norm.weight").rsplit(".", 1)
+    block = re.fullmatch(r"(double|single)_blocks\.(\d+)\.(.+)", module)
+    if block:
+        table, stem = (DIFFUSERS_DOUBLE, "") if block[1] == "double" else (DIFFUSERS_SINGLE, "single_")
+        return [Rows(f"{stem}transformer_blocks.{block[2]}.{their}.{leaf}") for their in table[block[3]].split()]
+    key = f"{DIFFUSERS_OUTER[module]}.{leaf}"
+    if key.startswith("norm_out.") and key in tensors:  # theirs is (scale, shift), ours (shift, scale)
+        half = tensors[key].shape[0] // 2
+        return [Rows(key, half), Rows(key, 0, half)]
+    return [Rows(key)]
+
+
+def controlnet_from_diffusers(name: str, tensors: Tensors) -> list[Rows]:
+    """InstantX's, and XLabs' after diffusers' conversion."""
+    if name.startswith("controlnet_"):
+        return [Rows(name)]
+    if hint := re.fullmatch(r"input_hint_block\.(\d+)\.(.+)", name):
+        index = int(hint[1])
+        their = {0: "conv_in", 14: "conv_out"}.get(index, f"blocks.{index // 2 - 1}")
+        return [Rows(f"input_hint_block.{their}.{hint[2]}")]
+    return flux_from_diffusers(name, tensors)
+
+
+def controlnet_from_xlabs(name: str, tensors: Tensors) -> list[Rows]:
+    return [Rows(name.replace("controlnet_x_embedder.", "pos_embed_input."))]
+
+
+def t5_from_hf(name: str, tensors: Tensors) -> list[Rows]:
+    twin = "encoder.embed_tokens.weight"  # files have the table under this name, as shared.weight, or both
+    return [Rows(twin if name == "shared.weight" and name not in tensors and twin in tensors else name)]
+
+
+LLAMA_CPP_T5 = {
+    "shared.": "token_embd.",
+    "encoder.final_layer_norm.": "enc.output_norm.",
+    "encoder.block.": "enc.blk.",
+    "layer.0.layer_norm.": "attn_norm.",
+    "layer.0.SelfAttention.relative_attention_bias.": "attn_rel_b.",
+    "layer.0.SelfAttention.": "attn_",
+    "layer.1.layer_norm.": "ffn_norm.",
+    "layer.1.DenseReluDense.wi_0.": "ffn_gate.",
+    "layer.1.DenseReluDense.wi_1.": "ffn_up.",
+    "layer.1.DenseReluDense.wo.": "ffn_down.",
+}
+
+
+def t5_from_llama_cpp(name: str, tensors: Tensors) -> list[Rows]:
+    for our, their in LLAMA_CPP_T5.items():
+        name = name.replace(our, their)
+    return [Rows(name)]
+
+
+def clip_from_hf(name: str, tensors: Tensors) -> list[Rows]:
+    return [Rows(name.removeprefix("text_model."))]  # in a file, text_model. counts as the prefix
+
+
+OPENAI_CLIP = {
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.embeddings.": "",
+    "text_model.final_layer_norm.": "ln_final.",
+    "text_model.encoder.layers.": "transformer.resblocks.",
+    ".self_attn.": ".attn.",
+    ".layer_norm": ".ln_",
+    ".fc1.": ".c_fc.",
+    ".fc2.": ".c_proj.",
+}
+
+
+def clip_from_openai(name: str, tensors: Tensors) -> list[Rows]:
+    for our, their in OPENAI_CLIP.items():
+        name = name.replace(our, their)
+    third = re.fullmatch(r"(.*\.attn\.)([qkv])_proj\.(weight|bias)", name)
+    if not third:
+        return [Rows(name)]
+    key = f"{third[1]}in_proj_{third[3]}"
+    width = tensors[key].shape[0] // 3 if key in tensors else 0
+    start = "qkv".index(third[2]) * width
+    return [Rows(key, start, start + width)]
+
+
+DIFFUSERS_AE = {
+    r"\.mid\.block_1\.": ".mid_block.resnets.0.",
+    r"\.mid\.block_2\.": ".mid_block.resnets.1.",
+    r"\.mid\.attn_1\.norm\.": ".mid_block.attentions.0.group_norm.",
+    r"\.mid\.attn_1\.proj_out\.": ".mid_block.attentions.0.to_out.0.",
+    r"\.mid\.attn_1\.([qkv])\.": r".mid_block.attentions.0.to_\1.",
+    r"\.(down|up)\.(\d+)\.block\.": r".\1_blocks.\2.resnets.",
+    r"\.(down|up)\.(\d+)\.\1sample\.": r".\1_blocks.\2.\1samplers.0.",
+    r"\.norm_out\.": ".conv_norm_out.",
+    r"\.nin_shortcut\.": ".conv_shortcut.",
+}
+OLD_DIFFUSERS_AE = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+
+def ae_name_in_diffusers(name: str, levels: int) -> str:
+    """`name` in diffusers' autoencoder of so many levels; it numbers the decoder's from the other end."""
+    name = re.sub(r"^decoder\.up\.(\d+)", lambda level: f"decoder.up.{levels - 1 - int(level[1])}", name)
+    for our, their in DIFFUSERS_AE.items():
+        name = re.sub(our, their, name)
+    return name
+
+
+def ae_from_diffusers(name: str, tensors: Tensors) -> list[Rows]:
+    name = ae_name_in_diffusers(name, count(tensors, r"decoder\.up_blocks\.(\d+)\."))
+    for new, old in OLD_DIFFUSERS_AE.items():
+        name = name if name in tensors else name.replace(new, old)
+    return [Rows(name)]
+
+
+def count(tensors: Tensors, pattern: str) -> int:
+    """How many blocks there are if they are numbered from 0 and `pattern` finds a key's number.
+
+    At most one for each tensor: a key may claim any number, and modules of that many blocks are made.
+    """
+    last = max((int(found[1][:9]) for key in tensors if (found := re.match(pattern, key))), default=-1)
+    return min(1 + last, len(tensors))
+
+
+NAMINGS = (
+    Naming("flux", "BFL", r"double_blocks\.\d+\.img_attn\.", same_name),
+    Naming("flux", "diffusers", r"transformer_blocks\.\d+\.attn\.", flux_from_diffusers),
+    Naming("t5", "Hugging Face", r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.", t5_from_hf),
+    Naming("t5", "llama.cpp", r"enc\.blk\.\d+\.attn_q\.", t5_from_llama_cpp),
+    Naming("clip", "Hugging Face", r"encoder\.layers\.\d+\.self_attn\.", clip_from_hf),
+    Naming("clip", "OpenAI", r"transformer\.resblocks\.\d+\.attn\.", clip_from_openai),
+    Naming("ae", "BFL", r"decoder\.up\.\d+\.block\.", same_name),
+    Naming("ae", "diffusers", r"decoder\.up_blocks\.\d+\.resnets\.", ae_from_diffusers),
+    Naming("controlnet", "XLabs", r"(?:pos_embed_input|input_hint_block\.0)\.", controlnet_from_xlabs),
+    Naming("controlnet", "diffusers", r"controlnet_(?:x_embedder|blocks\.\d+)\.", controlnet_from_diffusers),
+)
+
+# Keys that a part's files may hold although its module has no use for them.
+IGNORED = {
+    "flux": r"(?!)",
+    "t5": r"encoder\.embed_tokens\.|decoder\.|lm_head\.|dec\.|output\.weight$",
+    "clip": r"(embeddings\.)?position_ids$|text_projection|logit_scale$|vision_model\.|visual",
+    "ae": r"(?!)",
+    "controlnet": r"(?!)",
+}
