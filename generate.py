@@ -300,7 +300,8 @@ class Failures:
     program's error."""
 
     def __init__(self, args: argparse.Namespace):
-        self.count, self.alone = 0, len(layout_files(args)) <= 1
+        # of several processes that draw together one can't go on without the others
+        self.count, self.alone = 0, len(layout_files(args)) <= 1 or bool(args.parallel)
 
     def __enter__(self) -> None:
         pass

@@ -379,6 +379,7 @@ def load(
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     recipe = check(shapes, source)
     precise = torch.promote_types(dtype, torch.float32)
+    merging = threading.Lock()  # a merge takes several times its matrix
     layers = {name for name, part in module.named_modules() if isinstance(part, nn.Linear) and in_fp8.search(name)}
 
     def make(name: str) -> dict[str, Tensor]:
@@ -387,10 +388,13 @@ def load(
         place = "cpu" if on_host.search(name) and layer not in layers else device  # a GPU converts much faster
         numbers = stored_fp8(rows, source.tensors, place) if layer in layers and name not in merges else None
         if numbers is None:
-            kind = precise if layer in layers or name in merges else dtype
-            tensor = assemble(rows, source.tensors, shapes[name], place, kind)
-            tensor = merges[name](tensor) if name in merges else tensor
-            numbers = to_fp8(tensor) if layer in layers else (tensor.to(dtype),)
+            if name in merges:
+                with merging:
+                    tensor = merges[name](assemble(rows, source.tensors, shapes[name], place, precise)).to(dtype)
+            else:
+                tensor = assemble(rows, source.tensors, shapes[name], place, dtype)
+            pieces = map(to_fp8, tensor.split(1024)) if layer in layers else [(tensor,)]
+            numbers = [torch.cat(piece) if layer in layers else piece[0] for piece in zip(*pieces)]
         made = dict(zip((name, f"{layer}.scale"), numbers))
         return {key: tensor.cpu() for key, tensor in made.items()} if on_host.search(name) else made
 

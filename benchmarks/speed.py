@@ -21,6 +21,7 @@ folder. Leave parts out by --only, --sizes and --rounds. --proxy takes 3 minutes
 
 import argparse
 import dataclasses
+import gc
 import importlib.util
 import math
 import platform
@@ -630,6 +631,7 @@ CAPPED_RUNS = 3
 
 def limit(gigabytes: float | None, device: torch.device) -> None:
     """What torch may take of the card from now on; all of it for None."""
+    gc.collect()  # compiled modules hold themselves
     if device.type == "cuda":
         torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(device).total_memory

@@ -3,6 +3,8 @@
 A weight has one scale for each output, an input one for each token, found anew each time: value = number * scale.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,14 +16,32 @@ LARGEST = torch.finfo(FP8).max
 
 def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (L, D) -> numbers (L, D) in float8_e4m3fn and scales (L, 1) in float32, so that each row's largest is 448."""
-    x = x.float()
-    scale = (x.abs().amax(dim=-1, keepdim=True) / LARGEST).clamp(min=1e-12)
+    scale = (x.abs().amax(dim=-1, keepdim=True).float() / LARGEST).clamp(min=1e-12)
     return (x / scale).to(FP8), scale
 
 
+@cache
 def can_multiply(device: torch.device) -> bool:
-    """CPUs do, and NVIDIA's GPUs from Ada and Hopper on."""
-    return device.type == "cpu" or device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    """Has this device, in this build of torch, the product that Fp8Linear needs? GPUs from Ada and Hopper on have."""
+    x = torch.zeros(16, 16, device=device)
+    try:
+        scaled_product(*to_fp8(x), *to_fp8(x), x[0], torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
+
+
+def scaled_product(
+    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """x (L, in) and weight (out, in) in float8_e4m3fn, with scales (L, 1) and (out, 1) -> (L, out)."""
+    on_gpu = x.is_cuda  # where bfloat16 is all that there is for scales by rows
+    out = F.scaled_mm(
+        x, weight.t(), x_scale, ScalingType.RowWise, scale.t(), ScalingType.RowWise,
+        bias=bias.bfloat16() if on_gpu else bias.to(dtype), output_dtype=torch.bfloat16 if on_gpu else dtype,
+        use_fast_accum=on_gpu,
+    )  # fmt: skip
+    return out.to(dtype)
 
 
 class Fp8Linear(nn.Module):
@@ -45,10 +65,5 @@ class Fp8Linear(nn.Module):
         if not self.multiplies:
             return F.linear(x, self.widened(rows).to(x.dtype), self.bias[rows])
         numbers, scale = to_fp8(x.flatten(0, -2))
-        out = F.scaled_mm(
-            numbers, self.weight[rows].t(),
-            scale, ScalingType.RowWise, self.scale[rows].t(), ScalingType.RowWise,
-            bias=self.bias[rows].bfloat16() if x.is_cuda else self.bias[rows],
-            output_dtype=torch.bfloat16 if x.is_cuda else x.dtype,  # all that GPUs give for scales by rows
-        )  # fmt: skip
-        return out.to(x.dtype).unflatten(0, x.shape[:-1])
+        out = scaled_product(numbers, scale, self.weight[rows], self.scale[rows], self.bias[rows], x.dtype)
+        return out.unflatten(0, x.shape[:-1])

@@ -115,16 +115,17 @@ class DoubleStreamBlock(nn.Module):
         self.txt_attn = SelfAttention(hidden, heads)
         self.txt_mlp = mlp(hidden, mlp_hidden)
 
-    def vectors(self, vec: Tensor) -> Vectors:
-        """vec (B, D) -> the vectors that `forward` takes, 6 for the image and 6 for the text."""
-        return self.img_mod(vec), self.txt_mod(vec)
+    def vectors(self, *vecs: Tensor) -> list[Vectors]:
+        """For each vec (B, D) the vectors that `forward` takes, 6 for the image and 6 for the text. One layer after the
+        other: their weights may have to be fetched."""
+        img, txt = ([layer(vec) for vec in vecs] for layer in (self.img_mod, self.txt_mod))
+        return list(zip(img, txt))
 
     def forward(
         self, img: Tensor, txt: Tensor, vectors: Vectors, pe: Tensor, attention: Attention, block: Block
     ) -> tuple[Tensor, Tensor]:
         """img (B, L_img, D), txt (B, L_txt, D), pe (B, L_txt + L_img, d / 2, 2) -> new img, txt."""
-        q, k, v = self.project(img, txt, vectors, pe)
-        return self.finish(img, txt, vectors, attention(q, k, v, block))
+        return self.finish(img, txt, vectors, attention(*self.project(img, txt, vectors, pe), block))
 
     def project(self, img: Tensor, txt: Tensor, vectors: Vectors, pe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What attention is asked with: q, k, v (B, H, L_txt + L_img, d), normalised and rotated."""
@@ -160,16 +161,17 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(hidden // heads)
         self.modulation = Modulation(hidden, 3)
 
-    def vectors(self, vec: Tensor) -> Vectors:
-        """vec (B, D) -> the 3 vectors that `forward` takes, side by side."""
-        return self.modulation(vec)
+    def vectors(self, *vecs: Tensor) -> list[Vectors]:
+        """For each vec (B, D) the 3 vectors that `forward` takes, side by side."""
+        return [self.modulation(vec) for vec in vecs]
 
     def forward(
         self, x: Tensor, vectors: Vectors, pe: Tensor, attention: Attention, block: Block, last: int | None = None
     ) -> Tensor:
         """x (B, L, D), pe (B, L, d / 2, 2) -> new x; with `last` only its last so many rows."""
-        q, k, v, h = self.project(x, vectors, pe)
-        attn = attention(q, k, v, block)
+        *qkv, h = self.project(x, vectors, pe)
+        attn = attention(*qkv, block)
+        del qkv  # what follows needs the most memory
         if last is not None:
             first = x.shape[1] - last
             x, h, attn = x[:, first:], h[:, first:], attn[:, :, first:]
@@ -198,9 +200,9 @@ class LastLayer(nn.Module):
         self.linear = nn.Linear(hidden, out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
 
-    def vectors(self, vec: Tensor) -> Vectors:
-        """vec (B, D) -> the 2 vectors that `forward` takes, side by side."""
-        return self.adaLN_modulation(vec[:, None, :])
+    def vectors(self, *vecs: Tensor) -> list[Vectors]:
+        """For each vec (B, D) the 2 vectors that `forward` takes, side by side."""
+        return [self.adaLN_modulation(vec[:, None, :]) for vec in vecs]
 
     def forward(self, x: Tensor, vectors: Vectors) -> Tensor:
         return self.linear(modulate(x, *vectors.chunk(2, dim=-1)))

@@ -37,15 +37,15 @@ class Streamed:
 
     def __init__(self, modules: list[nn.Module], device: torch.device, pin: bool = False):
         self.device = device
-        pin = pin and device.type == "cuda"
-        self.modules = [
-            [(owner, key, w.data.pin_memory() if pin else w.data) for owner, key, w in tensors_of(module)]
-            for module in modules
-        ]
         self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.modules = []
         self.buffers, self.running, self.fetched = [], None, None  # which module runs, which comes after it
         for index, module in enumerate(modules):
-            self.put(index, [weight for *_, weight in self.modules[index]])
+            found = tensors_of(module)
+            host = [weight.data for *_, weight in found]
+            host = pinned(host) if pin and self.copying else host
+            self.modules.append([(owner, key, weight) for (owner, key, _), weight in zip(found, host)])
+            self.put(index, host)  # what it was before is free, one module after the other
             module.register_forward_pre_hook(lambda module, args, index=index: self.turn_of(index))
 
     def turn_of(self, index: int) -> None:
@@ -76,12 +76,8 @@ class Streamed:
         self.fetched = index
 
     def views(self, buffer: Tensor, index: int) -> list[Tensor]:
-        """A module's weights as they lie in a buffer, one behind the other."""
-        views, start = [], 0
-        for *_, weight in self.modules[index]:
-            views.append(buffer[start : start + weight.nbytes].view(weight.dtype).view(weight.shape))
-            start += padded_size(weight)
-        return views
+        """A module's weights as they lie in a buffer."""
+        return laid_out(buffer, [weight for *_, weight in self.modules[index]])
 
     def put(self, index: int, weights: list[Tensor]) -> None:
         for (owner, key, _), weight in zip(self.modules[index], weights):
@@ -94,6 +90,23 @@ class Streamed:
         if self.copying:
             torch.cuda.current_stream(self.device).wait_stream(self.copying)
         self.buffers, self.running, self.fetched = [], None, None
+
+
+def laid_out(buffer: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Tensors of these shapes and dtypes, one behind the other in a buffer of bytes."""
+    views, start = [], 0
+    for x in like:
+        views.append(buffer[start : start + x.nbytes].view(x.dtype).view(x.shape))
+        start += padded_size(x)
+    return views
+
+
+def pinned(weights: list[Tensor]) -> list[Tensor]:
+    """Copies in one piece of pinned memory: torch rounds each piece up to a power of two."""
+    views = laid_out(torch.empty(sum(map(padded_size, weights)), dtype=torch.uint8, pin_memory=True), weights)
+    for view, weight in zip(views, weights):
+        view.copy_(weight)
+    return views
 
 
 def padded_size(weight: Tensor) -> int:

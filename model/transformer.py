@@ -89,7 +89,7 @@ class Streams(nn.Module):
     def modulation(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Modulate:
         """What modulates every block at these timesteps; each block's vectors are computed when they are asked for."""
         vec = self.conditioning(timesteps, y, guidance)
-        return lambda module: module.vectors(vec)
+        return lambda module: module.vectors(vec)[0]
 
     def positions(self, ids: Tensor, x: Tensor) -> Tensor:
         """RoPE's table for ids (B, L, 3), where x is, (B, L, d / 2, 2) in float32 or wider."""
@@ -165,7 +165,7 @@ class Flux(Streams):
         which the weights behind them (27 % of FLUX.1's) are not needed any more."""
         vecs = [self.conditioning(torch.full((len(y),), t, device=y.device), y, guidance) for t in timesteps]
         modules = *self.double_blocks, *self.single_blocks, self.final_layer
-        vectors = {module: [module.vectors(vec) for vec in vecs] for module in modules}
+        vectors = {module: module.vectors(*vecs) for module in modules}
         return [lambda module, step=step: vectors[module][step] for step in range(len(timesteps))]
 
     def compile_blocks(self) -> None:

@@ -8,7 +8,11 @@ from model.transformer import FluxParams
 from regional.layout import Layout
 from regional.outputs import say
 
-DECODE = 3000  # bytes that the VAE needs for each pixel; measured on a CPU
+# What a step, or a decoding, holds at its peak beside the weights, counted at full size on the meta device (15.6, 26.1
+# and 1537, for 1024 x 1024 and 2048 x 2048, 0 to 16 regions), with a little for the libraries' own
+VALUES_PER_TOKEN = 18  # times the hidden size
+VALUES_PER_TOKEN_IN_FP8 = 30  # without torch.compile
+VALUES_PER_PIXEL = 1800
 GB = 1e9
 
 
@@ -18,7 +22,7 @@ def stays_on_host(
     """Are the blocks of this part, flux or t5, to be streamed from host memory? offload: auto, none or blocks."""
     if offload != "auto" or device.type != "cuda":
         return offload == "blocks"
-    needed = resident_bytes(source, dtype, fp8) + working_bytes(source, layout, dtype)
+    needed = resident_bytes(source, dtype, fp8) + working_bytes(source, layout, dtype, fp8)
     free, what = free_memory(device), weights.WHAT[source.part]
     streamed = needed > free
     where = "are streamed from host memory (--offload blocks)" if streamed else "stay on the card"
@@ -36,18 +40,20 @@ def resident_bytes(source: weights.Source, dtype: torch.dtype, fp8: bool = False
     return total
 
 
-def working_bytes(source: weights.Source, layout: Layout | None, dtype: torch.dtype) -> int:
+def working_bytes(source: weights.Source, layout: Layout | None, dtype: torch.dtype, fp8: bool) -> int:
     """About what else is needed at most: the ControlNets, and the activations of FLUX.1 in a regional step or the VAE's
     beside its weights."""
     if source.part != "flux" or layout is None:
         return int(1 * GB)
     params: FluxParams = weights.flux_params(source)
     nets = [weights.find_controlnet(name) for name in {control.model for control in layout.controlnets}]
-    image, regions = layout.width * layout.height // 256, len(layout.regions) + 1
-    tokens = 2 * image + layout.max_sequence_length + regions * layout.region_max_sequence_length
-    activations = tokens * (16 * params.hidden_size + 2 * params.mlp_hidden) * 2
-    decoding = DECODE * layout.width * layout.height
-    return sum(resident_bytes(net, dtype, modulation=True) for net in nets) + max(activations, decoding)
+    pixels, regions = layout.width * layout.height, len(layout.regions)
+    tokens = pixels // 256 + layout.max_sequence_length
+    if regions:  # and the background; the second image stream
+        tokens += pixels // 256 + (regions + 1) * layout.region_max_sequence_length
+    activations = tokens * (VALUES_PER_TOKEN_IN_FP8 if fp8 else VALUES_PER_TOKEN) * params.hidden_size
+    values = max(activations, VALUES_PER_PIXEL * pixels)
+    return sum(resident_bytes(net, dtype, modulation=True) for net in nets) + values * dtype.itemsize
 
 
 def free_memory(device: torch.device) -> int:

@@ -19,7 +19,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +48,7 @@ from regional.layout import Control, Layout, RegionLora, Where
 from regional.lora import can_be_regional
 from regional.maps import AttentionMaps
 from regional.mask import RegionTokens, region_tokens
-from regional.memory import stays_on_host
+from regional.memory import stays_on_host, working_bytes
 from regional.outputs import say, write
 from regional.sampling import NO_LORAS, Conditioning, Loras, modulations, sample
 from regional.ulysses import Ulysses
@@ -111,7 +111,8 @@ class Pipeline:
             raise InputError("--compile: torch.compile needs a C++ compiler, and there is none here; leave it out.")
         heads = weights.flux_params(self.checkpoint.flux).num_heads
         self.parallel = Ulysses(self.device, heads) if ulysses else None
-        self.modulation_layers: Streamed | None = None
+        self.streamed: list[Streamed] = []  # the transformer's modulation layers, and perhaps its blocks
+        self.room = 0  # bytes that were counted on for working with it
         self.modulated: tuple[Conditioning | None, list[list[Modulate]]] = None, []  # of the last layout
         self.nets: dict[Path, ControlNet] = {}  # ControlNets, by their files
         self.loras: dict[str, Lora] = {}  # all that were read, by their names in layouts
@@ -170,10 +171,12 @@ class Pipeline:
             say("regions' own LoRAs: this layout's blocks run uncompiled")
         stance = torch.compiler.set_stance("force_eager") if eager else nullcontext()
         with library_attention(flux, layout, conditioning.txt, self.verbose), stance:
-            return sample(
+            z = sample(
                 flux, layout, tokens, conditioning, seed, masked_attention, maps, loras=loras, controls=controls,
                 on_step=on_step, modulation=modulation, parallel=self.parallel,
             )  # fmt: skip
+        self.release()  # room for the VAE
+        return z
 
     @torch.inference_mode()
     def decode(self, z: Tensor) -> Image.Image:
@@ -193,17 +196,23 @@ class Pipeline:
             self.encoded.clear()
         if "flux" in names:
             self.nets.clear()
-            self.modulated, self.modulation_layers = (None, []), None
+            self.release()
+            self.modulated, self.streamed = (None, []), []
             if self.compile:  # compiled blocks hold themselves
                 gc.collect()
         if self.device.type == "cuda":  # what comes next is of other sizes
             torch.cuda.empty_cache()
+            torch.accelerator.empty_host_cache()
 
     def part(self, name: str, layout: Layout | None = None, loras: Loras = NO_LORAS) -> nn.Module:
         """A part of the model with the layout's whole-picture LoRAs merged into it; loaded again for other LoRAs."""
         entries = [(e.file, e.scale) for e in layout.loras if loras[e.file].changes.get(name)] if layout else []
-        if self.parts.get(name, (None, None))[0] != entries:
+        room = 0
+        if name == "flux" and self.offload == "auto" and self.device.type == "cuda":
+            room = working_bytes(self.checkpoint.flux, layout, self.dtype, self.fp8)
+        if self.parts.get(name, (None, None))[0] != entries or room > self.room:
             self.drop(name)
+            self.room = room if name == "flux" else self.room
             merges = merges_of(layout, loras, name) if entries else weights.NOTHING
             self.parts[name] = entries, self.load(name, merges, layout)
         return self.parts[name][1]
@@ -214,7 +223,7 @@ class Pipeline:
             return weights.load_autoencoder(source, *where)
         if name == "clip":
             return weights.load_clip(source, *where, merges)
-        streamed = stays_on_host(source, self.offload, *where, self.fp8, layout)
+        streamed = stays_on_host(source, self.offload, *where, self.fp8 and name == "flux", layout)
         if name == "t5":
             t5 = weights.load_t5(source, *where, merges, T5_BLOCKS if streamed else weights.NEVER)
             if streamed:
@@ -226,9 +235,9 @@ class Pipeline:
         flux = weights.load_flux(source, *where, merges, on_host, self.fp8)
         if on_card:
             layers = [layer for block in flux.children() for layer in block.modules() if isinstance(layer, Modulation)]
-            self.modulation_layers = Streamed(layers, self.device)
+            self.streamed.append(Streamed(layers, self.device))
         if streamed:
-            Streamed([*flux.double_blocks, *flux.single_blocks], self.device, pin=True)
+            self.streamed.append(Streamed([*flux.double_blocks, *flux.single_blocks], self.device, pin=True))
         if self.compile:
             flux.compile_blocks()
         return flux
@@ -238,9 +247,13 @@ class Pipeline:
         if self.modulated[0] is not prepared.conditioning:
             y = prepared.conditioning.y.to(self.device)
             self.modulated = prepared.conditioning, modulations(flux, prepared.layout, y)
-            if self.modulation_layers:
-                self.modulation_layers.release()
+            self.release()
         return self.modulated[1]
+
+    def release(self) -> None:
+        """Give back the memory of those weights on the card that are only there in turn."""
+        for streamed in self.streamed:
+            streamed.release()
 
     def latents_of(self, picture: Tensor) -> Tensor:
         """A control picture's packed latents, (1, L_img, 64)."""
@@ -317,6 +330,8 @@ def choose_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and device.index is None:  # as it is called where memory is asked for
         device = torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda":  # Triton launches on the current one
+        torch.cuda.set_device(device)
     return device
 
 
@@ -360,10 +375,15 @@ def library_attention(flux: Flux, layout: Layout, txt: Tensor, verbose: bool) ->
     backends = []
     if txt.device.type == "cuda":
         heads, length = flux.params.num_heads, txt.shape[1] + layout.width * layout.height // 256
-        backends = fastest_backends(txt.new_empty(1, heads, length, flux.params.hidden_size // heads).normal_())
+        backends = timed_backends((1, heads, length, flux.params.hidden_size // heads), txt.dtype, txt.device)
     if verbose:
         say(f"unmasked attention: {', then '.join(backend.name for backend in backends) or 'as torch chooses'}")
     return sdpa_kernel([*backends, SDPBackend.MATH], set_priority=True) if backends else nullcontext()
+
+
+@lru_cache
+def timed_backends(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[SDPBackend]:
+    return fastest_backends(torch.randn(shape, device=device).to(dtype))
 
 
 def with_model_defaults(layout: Layout, flux: weights.Source) -> Layout:

@@ -26,7 +26,8 @@ class Ulysses:
             raise InputError(f"--parallel ulysses: the model's {heads} heads can't be shared out to {size} processes.")
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        self.rank, self.size, self.device = dist.get_rank(), size, device
+        self.rank, self.size = dist.get_rank(), size
+        self.on_hosts = dist.new_group(backend="gloo")
 
     def counts(self, length: int) -> list[int]:
         """How many of `length` tokens each process has."""
@@ -73,8 +74,8 @@ class Ulysses:
 
     def any(self, flag: bool) -> bool:
         """Is it true in any process?"""
-        found = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
+        found = torch.tensor(int(flag))
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.on_hosts)  # a GPU would have to finish its work first
         return bool(found)
 
     def close(self) -> None:

@@ -11,11 +11,22 @@ from safetensors.torch import load_file
 import generate
 import weights
 from model.errors import InputError
-from model.fp8 import Fp8Linear, to_fp8
+from model.fp8 import Fp8Linear, can_multiply, to_fp8
+from regional import pipeline
 from regional.pipeline import choose_fp8
 from sampler.flow import image_ids, text_ids
 
 FP8 = torch.float8_e4m3fn
+
+
+def test_whether_a_device_multiplies_is_tried(monkeypatch):
+    assert can_multiply(torch.device("cpu"))
+
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("no kernel for this card")
+
+    monkeypatch.setattr(F, "scaled_mm", refuse)
+    assert not can_multiply(torch.device("cpu:0"))
 
 
 def layer_of(weight: torch.Tensor, bias: torch.Tensor, multiplies: bool = True) -> Fp8Linear:
@@ -129,9 +140,9 @@ def test_auto_keeps_fp8_files_on_cards_that_multiply_them(tmp_path, monkeypatch,
     state = tiny.flux_state()
     state |= {k: t.to(FP8) for k, t in state.items() if stored and t.ndim == 2}
     source, card = source_of(tmp_path, state), torch.device("cuda")
-    for capability, expected in ((9, 0), stored), ((8, 9), stored), ((8, 6), False):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert choose_fp8("auto", source, card) == expected
+    for multiplies in True, False:
+        monkeypatch.setattr(pipeline, "can_multiply", lambda device, multiplies=multiplies: multiplies)
+        assert choose_fp8("auto", source, card) == (stored and multiplies)
     assert not choose_fp8("auto", source, torch.device("cpu"))
     assert choose_fp8("fp8", source, torch.device("cpu")) and not choose_fp8("none", source, card)
     with pytest.raises(InputError, match="--quantize fp8: Apple"):

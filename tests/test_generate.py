@@ -125,18 +125,18 @@ def test_the_librarys_fastest_attention_is_preferred(monkeypatch):
     """On a GPU; here a tensor that says it is on one. The shape that is timed is that of the base branch."""
     asked = []
     fastest = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION]
-    monkeypatch.setattr(pipeline, "fastest_backends", lambda q: (asked.append(q.shape), fastest)[1])
+    monkeypatch.setattr(pipeline, "timed_backends", lambda shape, *where: (asked.append((shape, *where)), fastest)[1])
     monkeypatch.setattr(pipeline, "sdpa_kernel", lambda backends, set_priority: (backends, set_priority))
 
     class OnGPU:
-        device, shape = torch.device("cuda"), (1, 32, 8)
-        new_empty = staticmethod(torch.empty)
+        device, dtype, shape = torch.device("cuda"), torch.bfloat16, (1, 32, 8)
 
     with torch.device("meta"):
         flux = Flux(FluxParams(hidden_size=64, num_heads=2, depth=1, depth_single_blocks=1))
     layout = Layout(prompt="", width=96, height=64)
     chosen = pipeline.library_attention(flux, layout, OnGPU(), False)
-    assert chosen == ([*fastest, SDPBackend.MATH], True) and asked == [(1, 2, 32 + 24, 32)]
+    assert chosen == ([*fastest, SDPBackend.MATH], True)
+    assert asked == [((1, 2, 32 + 24, 32), torch.bfloat16, torch.device("cuda"))]
 
 
 @pytest.mark.parametrize("dtype, interpreted", [("float32", False), ("bfloat16", True)])

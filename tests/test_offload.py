@@ -84,6 +84,18 @@ def test_two_blocks_at_most_are_on_the_device():
 
 
 @torch.inference_mode()
+def test_each_layers_weights_are_fetched_once_for_all_steps():
+    """And one more time the first's, for the next layout."""
+    flux, fetched = random_flux(), []
+    _, modulation = stream_all(flux)
+    fetch = modulation.fetch
+    modulation.fetch = lambda index: (fetched.append(index), fetch(index))
+    *_, y, guidance = inputs()
+    flux.modulations([1.0, 0.7, 0.4, 0.1], y, guidance)
+    assert fetched == [*range(len(modulation.modules)), 0]
+
+
+@torch.inference_mode()
 def test_modules_may_be_called_out_of_turn():
     layers = [torch.nn.Linear(4, 4).requires_grad_(False) for _ in range(4)]
     expected = [layer(torch.ones(4)) for layer in layers]
@@ -182,6 +194,20 @@ def test_weights_of_full_size_on_the_card(full_size):
 
 FOUR = tuple(Region(prompt="r", box=(512 * i, 512 * j, 512 * i + 512, 512 * j + 512)) for i in (0, 1) for j in (0, 1))
 DEV = Layout(prompt="p", steps=24, max_sequence_length=512, region_max_sequence_length=512, regions=FOUR)
+
+
+def test_a_layout_that_needs_more_room_is_decided_anew(monkeypatch):
+    """As on a card: the transformer is loaded again when a layout needs more than was counted on, and only then."""
+    loaded = []
+    drawing = Pipeline("pocket", device="cpu")
+    drawing.device = torch.device("cuda")  # nothing is computed
+    monkeypatch.setattr(drawing, "load", lambda name, *rest: loaded.append(name) or torch.nn.Linear(1, 1))
+    monkeypatch.setattr(drawing, "drop", lambda *names: None)
+    small, large = (DEV, Layout(prompt="p", width=2048, height=2048, max_sequence_length=512))
+    for layout in small, small, large, small, large:
+        drawing.part("flux", layout)
+        drawing.part("ae")
+    assert loaded == ["flux", "ae", "flux"]
 
 
 @pytest.mark.parametrize(

@@ -335,7 +335,7 @@ def naive_velocity(flux, layout, img, txt, regions, y, double=1, single=1, ratio
         gate, gelu = block.modulation(vec).chunk(3, -1)[2], torch.nn.GELU(approximate="tanh")
         x_base = x_base + gate * block.linear2(torch.cat([attn_base, gelu(mlp_base)], dim=-1))
         x = x + gate * block.linear2(torch.cat([attn, gelu(mlp)], dim=-1))
-    return flux.final_layer(x[:, -IMAGE:], flux.final_layer.vectors(vec))
+    return flux.final_layer(x[:, -IMAGE:], flux.final_layer.vectors(vec)[0])
 
 
 @pytest.mark.parametrize("double, single", [(1, 1), (2, 3), (1, 2)])
@@ -394,11 +394,11 @@ def test_in_a_masked_block_a_region_reaches_no_token_outside_it(flux, layout, ki
         if kind == "double":
             pe = torch.cat([txt_pe, img_pe], dim=1)
             block = flux.double_blocks[index]
-            img_out, txt_out = block(img, txt, block.vectors(vec), pe, attention, Block(kind, index))
+            img_out, txt_out = block(img, txt, block.vectors(vec)[0], pe, attention, Block(kind, index))
             return torch.cat([txt_out, img_out], dim=1)
         x, pe = attention.join(txt, img), attention.join(txt_pe, img_pe)
         block = flux.single_blocks[index]
-        return block(x, block.vectors(vec), pe, attention, Block(kind, index))
+        return block(x, block.vectors(vec)[0], pe, attention, Block(kind, index))
 
     before = run(txt)
     for i, bit in enumerate(tokens.prompt_bits):
