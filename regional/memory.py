@@ -8,11 +8,11 @@ from model.transformer import FluxParams
 from regional.layout import Layout
 from regional.outputs import say
 
-# What a step, or a decoding, holds at its peak beside the weights, counted at full size on the meta device (15.6, 26.1
-# and 1537, for 1024 x 1024 and 2048 x 2048, 0 to 16 regions), with a little for the libraries' own
+# How many numbers a step, or a decoding, holds at its peak beside the weights: counted at full size on the meta device
+# (15.6 and 26.1, for 1024 x 1024 and 2048 x 2048, 0 to 16 regions, and 769), and some more for the libraries' own
 VALUES_PER_TOKEN = 18  # times the hidden size
 VALUES_PER_TOKEN_IN_FP8 = 30  # without torch.compile
-VALUES_PER_PIXEL = 1800
+VALUES_PER_PIXEL = 1000
 GB = 1e9
 
 
