@@ -13,6 +13,7 @@ are loaded when they are needed and stay until `drop`, so that one can make room
 
 import gc
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -111,7 +112,7 @@ class Pipeline:
             raise InputError("--compile: torch.compile needs a C++ compiler, and there is none here; leave it out.")
         heads = weights.flux_params(self.checkpoint.flux).num_heads
         self.parallel = Ulysses(self.device, heads) if ulysses else None
-        self.streamed: list[Streamed] = []  # the transformer's modulation layers, and perhaps its blocks
+        self.streamed: dict[str, list[Streamed]] = {}  # by part: what of it is on the device only in turn
         self.room = 0  # bytes that were counted on for working with it
         self.modulated: tuple[Conditioning | None, list[list[Modulate]]] = None, []  # of the last layout
         self.nets: dict[Path, ControlNet] = {}  # ControlNets, by their files
@@ -190,14 +191,15 @@ class Pipeline:
 
     def drop(self, *names: str) -> None:
         """Let go of parts: t5, clip, flux, ae."""
+        self.release()
         for name in names:
             self.parts.pop(name, None)
+            self.streamed.pop(name, None)
         if "t5" in names:
             self.encoded.clear()
         if "flux" in names:
             self.nets.clear()
-            self.release()
-            self.modulated, self.streamed = (None, []), []
+            self.modulated = None, []
             if self.compile:  # compiled blocks hold themselves
                 gc.collect()
         if self.device.type == "cuda":  # what comes next is of other sizes
@@ -227,17 +229,16 @@ class Pipeline:
         if name == "t5":
             t5 = weights.load_t5(source, *where, merges, T5_BLOCKS if streamed else weights.NEVER)
             if streamed:
-                Streamed(list(t5.encoder.block), self.device, pin=True)
+                self.streamed[name] = [Streamed(list(t5.encoder.block), self.device, pin=True)]
             weights.read_ahead(self.checkpoint.flux)  # while this encodes
             return t5
-        on_card = self.device.type == "cuda"  # which of the modulation needs only what comes of it
+        on_card = self.device.type == "cuda"  # where only what comes of the modulation layers is needed all the time
         on_host = FLUX_BLOCKS if streamed else FLUX_MODULATION if on_card else weights.NEVER
         flux = weights.load_flux(source, *where, merges, on_host, self.fp8)
-        if on_card:
-            layers = [layer for block in flux.children() for layer in block.modules() if isinstance(layer, Modulation)]
-            self.streamed.append(Streamed(layers, self.device))
+        layers = [layer for layer in flux.modules() if isinstance(layer, Modulation)]
+        self.streamed[name] = [Streamed(layers, self.device)] if on_card else []
         if streamed:
-            self.streamed.append(Streamed([*flux.double_blocks, *flux.single_blocks], self.device, pin=True))
+            self.streamed[name].append(Streamed([*flux.double_blocks, *flux.single_blocks], self.device, pin=True))
         if self.compile:
             flux.compile_blocks()
         return flux
@@ -252,7 +253,7 @@ class Pipeline:
 
     def release(self) -> None:
         """Give back the memory of those weights on the card that are only there in turn."""
-        for streamed in self.streamed:
+        for streamed in itertools.chain(*self.streamed.values()):
             streamed.release()
 
     def latents_of(self, picture: Tensor) -> Tensor:
