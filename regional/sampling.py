@@ -101,11 +101,8 @@ def sample(
         **hooks: Any,
     ) -> Velocity:
         """By the text tokens txt (1, L, context) and conditioning.y[prompt]."""
-        ids, y, lora_hooks = (
-            text_ids(txt.shape[1]),
-            conditioning.y[prompt, None],
-            hooks_for(flux, changes, device, dtype),
-        )
+        ids, y = text_ids(txt.shape[1]), conditioning.y[prompt, None]
+        lora_hooks = hooks_for(flux, changes, device, dtype)
         changes_modulation = any(MODULATION.search(layer) for layer in lora_hooks)
         if parallel:
             attention = parallel.attention(attention, txt.shape[1], img.shape[1], streams)

@@ -80,12 +80,6 @@ def test_a_compiled_run_draws_the_picture(golden, tmp_path, without_inductor):
     assert (compiled - eager).abs().max() < 1e-4
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_inductor_draws_the_picture(golden, tmp_path):
-    torch._dynamo.reset()
-    assert (draw(golden, tmp_path, "--compile") - draw(golden, tmp_path)).abs().max() < 1e-4
-
-
 def test_regions_with_loras_run_uncompiled(without_inductor, capsys):
     """Their hooks would be compiled anew for every block; it is said."""
     lora = {"file": str(weights.POCKET.parent / "adapters" / "barred.safetensors")}

@@ -4,8 +4,11 @@ The checkpoints are remade by make_checkpoint.py, every bit the same; each case'
 regional code (or plain diffusers) and from transformers' text encoders, none of which is ours.
 """
 
+import shutil
+
 import numpy as np
 import pytest
+import torch
 from conftest import GOLDEN
 from PIL import Image
 from safetensors.torch import load_file
@@ -24,15 +27,31 @@ def run(golden, case, tmp_path, *more):
     return load_file(tmp_path / "latents.safetensors")["latents"], np.asarray(Image.open(out))
 
 
-@pytest.mark.parametrize("attention", ["portable", "dense"])
-@pytest.mark.parametrize("case", [case for case in LATENTS if not case.endswith("bf16")])
-def test_latents_are_those_of_the_published_pipeline(golden, case, attention, tmp_path):
-    latents, picture = run(golden, case, tmp_path, "--attention", attention)
+EXACT = [case for case in LATENTS if not case.endswith("bf16")]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--attention", "portable"), ("--attention", "dense"), ("--offload", "blocks")],
+    ids=lambda flags: flags[-1],
+)
+@pytest.mark.parametrize("case", EXACT)
+def test_latents_are_those_of_the_published_pipeline(golden, case, flags, tmp_path):
+    latents, picture = run(golden, case, tmp_path, *flags)
     assert latents.shape == LATENTS[case].shape
     assert (latents - LATENTS[case]).abs().max() < 1e-4
     if (GOLDEN / case / "image.png").exists():
         theirs = np.asarray(Image.open(GOLDEN / case / "image.png").convert("RGB")).astype(int)
         assert np.abs(picture - theirs).max() <= 1
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_latents_are_those_of_the_published_pipeline(golden, tmp_path):
+    torch._dynamo.reset()
+    for case in EXACT:
+        (tmp_path / case).mkdir()
+        latents, _ = run(golden, case, tmp_path / case, "--compile")
+        assert (latents - LATENTS[case]).abs().max() < 1e-4, case
 
 
 @pytest.mark.parametrize("case", ["plain_schnell_128", "regional_3boxes_full"])
