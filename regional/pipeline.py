@@ -110,6 +110,8 @@ class Pipeline:
         self.fp8, self.compile, self.offload = choose_fp8(quantize, self.checkpoint.flux, self.device), compile, offload
         if compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
             raise InputError("--compile: torch.compile needs a C++ compiler, and there is none here; leave it out.")
+        if offload == "blocks" and self.device.type == "mps":
+            raise InputError("--offload blocks: Apple's GPUs have the host's memory already; leave it out.")
         heads = weights.flux_params(self.checkpoint.flux).num_heads
         self.parallel = Ulysses(self.device, heads) if ulysses else None
         self.streamed: dict[str, list[Streamed]] = {}  # by part: what of it is on the device only in turn
