@@ -45,15 +45,22 @@ from regional.outputs import (
     settings,
     write,
 )  # fmt: skip
-from regional.pipeline import DTYPES, Pipeline, Prepared, text_lengths, with_model_defaults
+from regional.pipeline import (
+    ATTENTIONS,
+    DTYPES,
+    OFFLOAD,
+    QUANTIZE,
+    Pipeline,
+    Prepared,
+    text_lengths,
+    with_model_defaults,
+)
 from regional.sheets import contact_sheet
 
 SWEPT = (
     "base_ratio", "mask_inject_steps", "double_inject_interval", "single_inject_interval", "guidance", "steps",
     "method", "preset", "region_max_sequence_length",
 )  # fmt: skip
-ATTENTIONS = ("kernel", "portable", "dense")
-DEFAULTS = {"attention": "auto", "compile": False}  # flags that change a picture's last bits
 MODEL_FLAGS = ("model", "flux", "t5", "clip", "ae")
 CHUNK = 100  # layouts whose prompts are encoded together: at full size some 2 GB of memory
 
@@ -100,11 +107,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--attention", default="auto", choices=["auto", *ATTENTIONS],
         help="how masked attention is computed; auto: the kernel on CUDA, else portable")  # fmt: skip
     add("--verbose", action="store_true", help="say which attention functions are used")
-    add("--compile", action="store_true", help="let torch.compile make the blocks: a minute more at the start, faster "
-        "from then on")  # fmt: skip
-    add("--quantize", default="auto", choices=["auto", "none", "fp8"], help="fp8: the transformer's matrices in 8 "
+    add("--compile", action=argparse.BooleanOptionalAction, help="let torch.compile make the blocks: a minute more at "
+        "the start, faster from then on")  # fmt: skip
+    add("--quantize", default="auto", choices=QUANTIZE, help="fp8: the transformer's matrices in 8 "
         "bits; auto: if its file has them so and the GPU multiplies them")  # fmt: skip
-    add("--offload", default="auto", choices=["auto", "none", "blocks"], help="blocks: keep the transformer's and T5's "
+    add("--offload", default="auto", choices=OFFLOAD, help="blocks: keep the transformer's and T5's "
         "blocks in host memory and copy each to the GPU ahead of its turn; auto: where they do not fit")  # fmt: skip
     add("--parallel", choices=["ulysses"], help="share each picture's work out to the processes, one for each GPU, "
         "that torchrun --nproc-per-node N generate.py ... starts")  # fmt: skip
@@ -229,13 +236,16 @@ def main(argv: list[str] | None = None) -> int:
         with Stop() as stop:
             return run(args, stop)
     except InputError as error:
-        say(f"generate.py: {error}")
+        if not (args.parallel and os.environ.get("RANK", "0") != "0"):  # the first process says it for all
+            say(f"generate.py: {error}")
         return 2
     except OSError as error:
         say(f"generate.py: {error}")
         return 1
     except torch.OutOfMemoryError as error:
-        say(f"generate.py: out of memory: {' '.join(str(error).split())} Try --offload blocks, or --quantize fp8.")
+        instead = {"--offload blocks": args.offload != "blocks", "--quantize fp8": args.quantize != "fp8"}
+        tips = " or ".join(flag for flag, is_new in instead.items() if is_new) or "a smaller picture"
+        say(f"generate.py: out of memory: {' '.join(str(error).split())} Try {tips}.")
         return 1
     except KeyboardInterrupt:
         say("generate.py: interrupted")
@@ -243,6 +253,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, stop: Stop) -> int:
+    if args.parallel and os.environ.get("RANK", "0") != "0" and (args.plan is not None or args.check or args.preview):
+        return 0
     if args.plan is not None:
         return write_the_plan(args)
     if args.check or args.preview:
@@ -253,12 +265,13 @@ def run(args: argparse.Namespace, stop: Stop) -> int:
         plan_jobs(args, 1024, Failures(args))
     pipeline = Pipeline(
         args.model, args.flux, args.t5, args.clip, args.ae, device_of(args.device), args.dtype, args.attention,
-        args.prompt_cache, args.verbose, args.compile, args.quantize, args.offload, bool(args.parallel),
+        args.prompt_cache, args.verbose, bool(args.compile), args.quantize, args.offload,
+        bool(args.parallel),
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         if pipeline.parallel:
             stack.callback(pipeline.parallel.close)
-            stop.asked_anywhere = pipeline.parallel.any
+            stop.asked_anywhere = pipeline.parallel.is_any
             if pipeline.parallel.rank:  # the first process speaks for all, and writes
                 nowhere = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
@@ -319,8 +332,10 @@ def missing_of(group: list[Job], pipeline: Pipeline, args: argparse.Namespace) -
     checkpoint, layout = pipeline.checkpoint, with_model_defaults(group[0].layout, pipeline.checkpoint.flux)
     files = {part: str(getattr(checkpoint, part).path) for part in ("flux", "t5", "clip", "ae")}
     used = {"model": checkpoint.name, "files": files, "dtype": str(pipeline.dtype), "torch": torch.__version__}
-    used |= {"fp8": True} if pipeline.fp8 else {}
-    used |= {key: getattr(args, key) for key in ("attention", "compile") if getattr(args, key) != DEFAULTS[key]}
+    # what changes a picture's last bits, or more
+    how = {"fp8": pipeline.fp8, "compile": pipeline.compile, "processes": pipeline.parallel and pipeline.parallel.size}
+    used |= {key: value for key, value in how.items() if value}
+    used |= {"attention": args.attention} if args.attention != "auto" else {}
     used["given"] = {key: value for key in MODEL_FLAGS if (value := getattr(args, key))}
     missing = []
     for job in group:
@@ -445,9 +460,10 @@ def take_run_from(made_by: dict[str, Any], args: argparse.Namespace) -> None:
         for key, value in (given if isinstance(given, dict) else {"model": made_by["model"]}).items():
             if key in MODEL_FLAGS:
                 setattr(args, key, str(value))
-    args.compile |= made_by.get("compile") is True
-    if args.quantize == "auto" and made_by.get("fp8") is True:
-        args.quantize = "fp8"
+    if args.compile is None:
+        args.compile = made_by.get("compile") is True
+    if args.quantize == "auto":
+        args.quantize = "fp8" if made_by.get("fp8") is True else "none"
     for key, choices in ("dtype", DTYPES), ("attention", ATTENTIONS):
         if getattr(args, key) == "auto":
             value = str(made_by.get(key, "auto")).removeprefix("torch.")

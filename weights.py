@@ -10,7 +10,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -388,13 +388,11 @@ def load(
         place = "cpu" if on_host.search(name) and layer not in layers else device  # a GPU converts much faster
         numbers = stored_fp8(rows, source.tensors, place) if layer in layers and name not in merges else None
         if numbers is None:
-            if name in merges:
-                with merging:
-                    tensor = merges[name](assemble(rows, source.tensors, shapes[name], place, precise)).to(dtype)
-            else:
-                tensor = assemble(rows, source.tensors, shapes[name], place, dtype)
-            pieces = map(to_fp8, tensor.split(1024)) if layer in layers else [(tensor,)]
-            numbers = [torch.cat(piece) if layer in layers else piece[0] for piece in zip(*pieces)]
+            merge = merges.get(name)
+            with merging if merge else nullcontext():
+                tensor = assemble(rows, source.tensors, shapes[name], place, precise if merge else dtype)
+                tensor = merge(tensor).to(dtype) if merge else tensor
+            numbers = in_pieces(tensor) if layer in layers else [tensor]
         made = dict(zip((name, f"{layer}.scale"), numbers))
         return {key: tensor.cpu() for key, tensor in made.items()} if on_host.search(name) else made
 
@@ -409,6 +407,11 @@ def load(
             module.img_in = nn.Linear(*reversed(state["img_in.weight"].shape))
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
+
+
+def in_pieces(weight: Tensor) -> list[Tensor]:
+    """`to_fp8`, which for a large matrix at once would take several times its memory."""
+    return [torch.cat(pieces) for pieces in zip(*map(to_fp8, weight.split(1024)))]
 
 
 def stored_fp8(rows: list[Rows], tensors: Tensors, device: Device) -> tuple[Tensor, Tensor] | None:

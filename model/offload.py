@@ -38,13 +38,13 @@ class Streamed:
     def __init__(self, modules: list[nn.Module], device: torch.device, pin: bool = False):
         self.device = device
         self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.modules = []
+        self.weights = []  # of each module: (owner, name, weight in host memory)
         self.buffers, self.running, self.fetched = [], None, None  # which module runs, which comes after it
         for index, module in enumerate(modules):
             found = tensors_of(module)
             host = [weight.data for *_, weight in found]
             host = pinned(host) if pin and self.copying else host
-            self.modules.append([(owner, key, weight) for (owner, key, _), weight in zip(found, host)])
+            self.weights.append([(owner, key, weight) for (owner, key, _), weight in zip(found, host)])
             self.put(index, host)  # what it was before is free, one module after the other
             module.register_forward_pre_hook(lambda module, args, index=index: self.turn_of(index))
 
@@ -57,36 +57,38 @@ class Streamed:
         if self.copying:
             torch.cuda.current_stream(self.device).wait_stream(self.copying)
         self.put(index, self.views(self.buffers[-1], index))
-        if self.running is not None:
-            self.put(self.running, [weight for *_, weight in self.modules[self.running]])
+        self.put_back()
         self.running = index
         self.buffers.reverse()  # the last is the one to fill next
-        self.fetch((index + 1) % len(self.modules))
+        self.fetch((index + 1) % len(self.weights))
 
     def fetch(self, index: int) -> None:
         """Begin to copy a module's weights into the last buffer, once the module that had it is done."""
         if not self.buffers:
-            size = max(sum(padded_size(weight) for *_, weight in module) for module in self.modules)
+            size = max(sum(padded_size(weight) for *_, weight in module) for module in self.weights)
             self.buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
         if self.copying:
             self.copying.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.copying):  # does nothing without a stream
-            for view, (*_, weight) in zip(self.views(self.buffers[-1], index), self.modules[index]):
+            for view, (*_, weight) in zip(self.views(self.buffers[-1], index), self.weights[index]):
                 view.copy_(weight, non_blocking=True)
         self.fetched = index
 
     def views(self, buffer: Tensor, index: int) -> list[Tensor]:
         """A module's weights as they lie in a buffer."""
-        return laid_out(buffer, [weight for *_, weight in self.modules[index]])
+        return laid_out(buffer, [weight for *_, weight in self.weights[index]])
 
     def put(self, index: int, weights: list[Tensor]) -> None:
-        for (owner, key, _), weight in zip(self.modules[index], weights):
+        for (owner, key, _), weight in zip(self.weights[index], weights):
             owner._parameters[key] = nn.Parameter(weight, requires_grad=False)
+
+    def put_back(self) -> None:
+        if self.running is not None:
+            self.put(self.running, [weight for *_, weight in self.weights[self.running]])
 
     def release(self) -> None:
         """Give the device's memory back, until the next turn."""
-        if self.running is not None:
-            self.put(self.running, [weight for *_, weight in self.modules[self.running]])
+        self.put_back()
         if self.copying:
             torch.cuda.current_stream(self.device).wait_stream(self.copying)
         self.buffers, self.running, self.fetched = [], None, None

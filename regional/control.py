@@ -69,21 +69,20 @@ def image_share(control: Control, layout: Layout) -> Tensor:
 def control_hook(
     controls: list[ActiveControl],
     params: FluxParams,
-    sigmas: list[float],
+    steps: int,
     conditions: dict[str, Tensor],
     part: Callable[[Tensor], Tensor] = lambda x: x,
-) -> Callable[[Tensor, Tensor, int], Callable[[Tensor, Block], Tensor]]:
-    """What gives Flux.forward its `after_block` at img (1, L_img, 64) and t (1,), for so many image streams.
+) -> Callable[[Tensor, Tensor, int, int], Callable[[Tensor, Block], Tensor]]:
+    """What gives Flux.forward its `after_block` at img (1, L_img, 64) and t (1,), in this step, for so many image
+    streams.
 
-    sigmas: the run's noise levels, from which t tells the step. conditions: img_ids, txt, txt_ids, y and guidance of
+    steps: of the run. conditions: img_ids, txt, txt_ids, y and guidance of
     the base prompt, which is what a ControlNet is given in every step, also a regional one. part: which of the image
     tokens x has.
     """
-    steps = len(sigmas) - 1
     depths = {"double": params.depth, "single": params.depth_single_blocks}
 
-    def hook(img: Tensor, t: Tensor, streams: int) -> Callable[[Tensor, Block], Tensor]:
-        step = min(range(steps), key=lambda i: abs(sigmas[i] - t.item()))
+    def hook(img: Tensor, t: Tensor, step: int, streams: int) -> Callable[[Tensor, Block], Tensor]:
         added = []
         for net, tokens, share, setting in controls:
             if setting.acts(step, steps):

@@ -45,17 +45,29 @@ def additions(
     return found
 
 
-def regional_step(mine: Tensor, text_length: int, image_length: int, has_base: bool, streams: int) -> dict[str, Tensor]:
+def all_of(x: Tensor, dim: int = 1) -> Tensor:
+    return x
+
+
+def regional_step(
+    mine: Tensor,
+    text_length: int,
+    image_length: int,
+    has_base: bool,
+    streams: int,
+    part: Callable[[Tensor, int], Tensor] = all_of,
+) -> dict[str, Tensor]:
     """A region's tokens in a regional step, in each stream of regional/attention.py's sequences, (L,) bool each.
 
     mine: (L,) bool, which tokens of [txt_1 .. txt_R, img] are the region's. streams: image streams in single blocks.
+    part: which of a stream's tokens this process has.
     """
     texts, img = mine.split([len(mine) - image_length, image_length])
-    txt = torch.cat([texts, img.all().expand(text_length * has_base)])
+    txt = part(torch.cat([texts, img.all().expand(text_length * has_base)]), 0)
+    img = part(img, 0)
     return {"txt": txt, "img": img, "both": torch.cat([txt] + [img] * streams)}
 
 
-def plain_step(img: Tensor, text_length: int) -> dict[str, Tensor]:
+def plain_step(img: Tensor, text_length: int, part: Callable[[Tensor, int], Tensor] = all_of) -> dict[str, Tensor]:
     """The same in a plain step, from the region's image tokens (L_img,) bool."""
-    txt = img.all().expand(text_length)
-    return {"txt": txt, "img": img, "both": torch.cat([txt, img])}
+    return regional_step(img, text_length, len(img), has_base=True, streams=1, part=part)

@@ -13,7 +13,7 @@ from regional.outputs import say
 VALUES_PER_TOKEN = 18  # times the hidden size
 VALUES_PER_TOKEN_IN_FP8 = 30  # without torch.compile
 VALUES_PER_PIXEL = 1000
-GB = 1e9
+WORKING_T5, GB = 1e9, 1e9
 
 
 def stays_on_host(
@@ -44,7 +44,7 @@ def working_bytes(source: weights.Source, layout: Layout | None, dtype: torch.dt
     """About what else is needed at most: the ControlNets, and the activations of FLUX.1 in a regional step or the VAE's
     beside its weights."""
     if source.part != "flux" or layout is None:
-        return int(1 * GB)
+        return int(WORKING_T5)
     params: FluxParams = weights.flux_params(source)
     nets = [weights.find_controlnet(name) for name in {control.model for control in layout.controlnets}]
     pixels, regions = layout.width * layout.height, len(layout.regions)

@@ -58,6 +58,10 @@ from sampler.flow import pack
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # in float16 FLUX.1 overflows
 
 
+ATTENTIONS = ("kernel", "portable", "dense")
+QUANTIZE, OFFLOAD = ("auto", "none", "fp8"), ("auto", "none", "blocks")
+
+
 class ControlPlan(NamedTuple):
     """A ControlNet before it is loaded; its picture is (1, 3, height, width), or its packed latents (1, L_img, 64)."""
 
@@ -101,6 +105,12 @@ class Pipeline:
         offload: str = "auto",
         ulysses: bool = False,
     ):
+        for name, value, choices in (
+            ("dtype", dtype, ("auto", *DTYPES)), ("attention", attention, ("auto", *ATTENTIONS)),
+            ("quantize", quantize, QUANTIZE), ("offload", offload, OFFLOAD),
+        ):  # fmt: skip
+            if value not in choices:
+                raise InputError(f"--{name} {value}: expected one of {', '.join(choices)}.")
         self.device = choose_device(device)
         if dtype == "auto":
             dtype = "float32" if self.device.type == "cpu" else "bfloat16"
@@ -115,8 +125,8 @@ class Pipeline:
         heads = weights.flux_params(self.checkpoint.flux).num_heads
         self.parallel = Ulysses(self.device, heads) if ulysses else None
         self.streamed: dict[str, list[Streamed]] = {}  # by part: what of it is on the device only in turn
-        self.room = 0  # bytes that were counted on for working with it
-        self.modulated: tuple[Conditioning | None, list[list[Modulate]]] = None, []  # of the last layout
+        self.flux_room = 0  # bytes that were counted on for working with the transformer when it was loaded
+        self.modulated: tuple[Prepared | None, list[list[Modulate]]] = None, []  # of the last layout
         self.nets: dict[Path, ControlNet] = {}  # ControlNets, by their files
         self.loras: dict[str, Lora] = {}  # all that were read, by their names in layouts
         self.parts: dict[str, tuple[Any, nn.Module]] = {}  # by name: which LoRAs are merged into it, and the part
@@ -214,9 +224,9 @@ class Pipeline:
         room = 0
         if name == "flux" and self.offload == "auto" and self.device.type == "cuda":
             room = working_bytes(self.checkpoint.flux, layout, self.dtype, self.fp8)
-        if self.parts.get(name, (None, None))[0] != entries or room > self.room:
+        if self.parts.get(name, (None, None))[0] != entries or room > self.flux_room:
             self.drop(name)
-            self.room = room if name == "flux" else self.room
+            self.flux_room = room if name == "flux" else self.flux_room
             merges = merges_of(layout, loras, name) if entries else weights.NOTHING
             self.parts[name] = entries, self.load(name, merges, layout)
         return self.parts[name][1]
@@ -232,7 +242,8 @@ class Pipeline:
             t5 = weights.load_t5(source, *where, merges, T5_BLOCKS if streamed else weights.NEVER)
             if streamed:
                 self.streamed[name] = [Streamed(list(t5.encoder.block), self.device, pin=True)]
-            weights.read_ahead(self.checkpoint.flux)  # while this encodes
+            if "flux" not in self.parts:
+                weights.read_ahead(self.checkpoint.flux)  # while this encodes
             return t5
         on_card = self.device.type == "cuda"  # where only what comes of the modulation layers is needed all the time
         on_host = FLUX_BLOCKS if streamed else FLUX_MODULATION if on_card else weights.NEVER
@@ -247,9 +258,9 @@ class Pipeline:
 
     def modulation(self, flux: Flux, prepared: Prepared) -> list[list[Modulate]]:
         """What modulates the blocks in each step of a layout; made once for all its seeds."""
-        if self.modulated[0] is not prepared.conditioning:
+        if self.modulated[0] is not prepared:
             y = prepared.conditioning.y.to(self.device)
-            self.modulated = prepared.conditioning, modulations(flux, prepared.layout, y)
+            self.modulated = prepared, modulations(flux, prepared.layout, y)
             self.release()
         return self.modulated[1]
 
@@ -328,7 +339,7 @@ def choose_device(name: str) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, there in available.items() if there)
-    if not available[name.partition(":")[0]]:
+    if not available.get(name.partition(":")[0]):
         raise InputError(f"--device {name}: this machine, or this build of torch, has no such device.")
     device = torch.device(name)
     if device.type == "cuda" and device.index is None:  # as it is called where memory is asked for

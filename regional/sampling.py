@@ -14,7 +14,7 @@ from regional.attention import MaskedAttention, RegionalAttention, Tokens
 from regional.compose import Velocity, composed_velocity
 from regional.control import ActiveControl, control_hook
 from regional.layout import Layout
-from regional.lora import additions, plain_step, regional_step
+from regional.lora import additions, all_of, plain_step, regional_step
 from regional.maps import AttentionMaps
 from regional.mask import RegionTokens, regional_stages
 from regional.ulysses import Ulysses
@@ -90,7 +90,7 @@ def sample(
     length = conditioning.txt.shape[1]
     levels = noise_levels(layout, flux.params)
     base = {"img_ids": img_ids, "txt": conditioning.txt, "txt_ids": text_ids(length), "y": conditioning.y[:1]}
-    control = control_hook(controls, flux.params, levels, base | {"guidance": guidance}, part)
+    control = control_hook(controls, flux.params, layout.steps, base | {"guidance": guidance}, part)
 
     def velocity(
         txt: Tensor,
@@ -109,7 +109,7 @@ def sample(
 
         def flow(img: Tensor, t: Tensor) -> Tensor:
             img = img.to(dtype)
-            residuals = {"after_block": control(img, t, streams)} if controls else {}
+            residuals = {"after_block": control(img, t, step, streams)} if controls else {}
             x = img if beside is None else torch.cat([img, beside], dim=-1)
             known = None if changes_modulation else modulation[prompt][step]
             with added(flux, lora_hooks):
@@ -121,15 +121,13 @@ def sample(
 
         return flow
 
-    def own_additions(tokens_of: Callable[[int], dict[str, Tensor]], in_plain_steps: bool = False) -> list[Addition]:
-        return additions(layout.regions, loras, lambda bit: parts_of(tokens_of(bit), part), in_plain_steps)
-
-    changes = own_additions(lambda bit: plain_step(tokens.image_bits & bit != 0, length), in_plain_steps=True)
+    changes = additions(
+        layout.regions, loras, lambda bit: plain_step(tokens.image_bits & bit != 0, length, part), in_plain_steps=True
+    )
     plain = velocity(conditioning.txt, 0, changes)
 
     def composed(base_ratio: Tensor) -> Velocity:
-        everywhere = plain_step(torch.ones(img.shape[1], dtype=torch.bool), conditioning.regions.shape[1])
-        everywhere = parts_of(everywhere, part)
+        everywhere = plain_step(torch.ones(img.shape[1], dtype=torch.bool), conditioning.regions.shape[1], part)
         own = [
             velocity(txt[None], 1 + i, additions(layout.regions[i : i + 1], loras, lambda bit: everywhere))
             for i, txt in enumerate(conditioning.regions)
@@ -144,7 +142,10 @@ def sample(
             tokens.log_weights(), shared=layout.base_stream == "shared",
         )  # fmt: skip
         streams, has_base = attention.streams, attention.has_base
-        changes = own_additions(lambda bit: regional_step(bits & bit != 0, length, img.shape[1], has_base, streams))
+        changes = additions(
+            layout.regions, loras,
+            lambda bit: regional_step(bits & bit != 0, length, img.shape[1], has_base, streams, part),
+        )  # fmt: skip
         txt = [conditioning.regions.flatten(0, 1)[None]] + ([conditioning.txt] if has_base else [])
         watched = maps.watch(attention, bits, len(tokens.prompts), order, tokens.log_weights()) if maps else attention
         return velocity(torch.cat(txt, dim=1), 0, changes, streams, watched, join=attention.join)
@@ -165,14 +166,3 @@ def sample(
     if stages:
         img = img[:, order.argsort()]
     return unpack(img, layout.width, layout.height)
-
-
-def all_of(x: Tensor, dim: int = 1) -> Tensor:
-    return x
-
-
-def parts_of(streams: dict[str, Tensor], part: Callable[[Tensor, int], Tensor]) -> dict[str, Tensor]:
-    """Of regional_step's or plain_step's tokens in each stream those that this process has."""
-    txt, img = part(streams["txt"], 0), part(streams["img"], 0)
-    images = (len(streams["both"]) - len(streams["txt"])) // len(streams["img"])
-    return {"txt": txt, "img": img, "both": torch.cat([txt] + [img] * images)}

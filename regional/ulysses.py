@@ -35,6 +35,8 @@ class Ulysses:
 
     def part(self, x: Tensor, dim: int = 1) -> Tensor:
         """This process's part of the tokens along `dim`."""
+        if x.shape[dim] < self.size:
+            raise InputError(f"--parallel ulysses: {x.shape[dim]} tokens can't be shared out to {self.size} processes.")
         return x.split(self.counts(x.shape[dim]), dim)[self.rank]
 
     def whole(self, x: Tensor, length: int) -> Tensor:
@@ -72,7 +74,7 @@ class Ulysses:
         dist.all_to_all_single(received, flat, sizes, [part.numel() for part in parts])
         return [x.view(shape) for x, shape in zip(received.split(sizes), shapes)]
 
-    def any(self, flag: bool) -> bool:
+    def is_any(self, flag: bool) -> bool:
         """Is it true in any process?"""
         found = torch.tensor(int(flag))
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.on_hosts)  # a GPU would have to finish its work first

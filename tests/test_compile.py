@@ -1,5 +1,6 @@
 """--compile: one set of graphs for all blocks and layouts, the same pictures within rounding, and readable refusals."""
 
+import json
 import shutil
 from functools import partial
 
@@ -78,6 +79,25 @@ def test_a_compiled_run_draws_the_picture(golden, tmp_path, without_inductor):
     compiled = draw(golden, tmp_path, "--compile")
     assert counters["frames"]["ok"] >= 4
     assert (compiled - eager).abs().max() < 1e-4
+
+
+def test_a_compiled_picture_says_so_and_is_made_again_so(golden, tmp_path, without_inductor, monkeypatch, capsys):
+    compiled = draw(golden, tmp_path, "--compile", "--metadata")
+    assert json.loads((tmp_path / "a.json").read_text())["compile"] is True
+    assert torch.equal(replay(tmp_path), compiled)
+    frames = counters["frames"]["ok"]
+    assert not torch.equal(replay(tmp_path, "--no-compile"), compiled) and counters["frames"]["ok"] == frames
+    out = tmp_path / "a.png"
+    model, layout = golden / "models" / "flux-tiny-dev", golden / "regional_3boxes_full" / "layout.yaml"
+    args = ["--model", model, "--layout", layout, "--device", "cpu", "--output", out]
+    assert generate.main([str(arg) for arg in args]) == 2 and "exists already" in capsys.readouterr().err
+
+
+def replay(folder, *flags):
+    latents = folder / "again.safetensors"
+    args = ["--config-from-metadata", folder / "a.png", "--device", "cpu", "--output", folder / "again.png"]
+    assert generate.main([str(arg) for arg in [*args, "--save-latents", latents, "--overwrite", *flags]]) == 0
+    return load_file(latents)["latents"]
 
 
 def test_regions_with_loras_run_uncompiled(without_inductor, capsys):

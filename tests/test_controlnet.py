@@ -63,8 +63,8 @@ def inputs(rows: int = 3, columns: int = 5, words: int = 7) -> dict[str, torch.T
     }
 
 
-def hook_for(controls, given, sigmas=(1.0, 0.0), params=BASE):
-    return control_hook(controls, params, list(sigmas), {k: given[k] for k in given if k not in ("img", "timesteps")})
+def hook_for(controls, given, steps=1, params=BASE):
+    return control_hook(controls, params, steps, {k: given[k] for k in given if k not in ("img", "timesteps")})
 
 
 def at_full(control: ControlNet, tokens: torch.Tensor, scale: float = 1.0, **setting) -> ActiveControl:
@@ -143,7 +143,7 @@ def test_files_from_diffusers_give_its_residuals_and_its_velocity(diffusers, tmp
         return_dict=False,
         **shared,
     )[0]
-    after_block = hook_for([at_full(ours, tokens, 0.7, mode=mode)], x)(x["img"], x["timesteps"], 1)
+    after_block = hook_for([at_full(ours, tokens, 0.7, mode=mode)], x)(x["img"], x["timesteps"], 0, 1)
     assert largest_difference(flux(**x, after_block=after_block), wanted) < 1e-9
     assert (flux(**x) - wanted).abs().max() > 1e-3
 
@@ -281,8 +281,8 @@ def test_several_controlnets_add_up():
     two = [at_full(net(2, 3), tokens, 0.5), at_full(net(2, seed=6, hint_width=4), tokens, -0.25)]
     for block in (Block("double", 3), Block("single", 6)):
         before = random(1, 22 if block.kind == "single" else 15, 64, seed=9)
-        parts = [hook_for([one], x)(x["img"], x["timesteps"], 1)(before.clone(), block) - before for one in two]
-        both = hook_for(two, x)(x["img"], x["timesteps"], 1)(before.clone(), block) - before
+        parts = [hook_for([one], x)(x["img"], x["timesteps"], 0, 1)(before.clone(), block) - before for one in two]
+        both = hook_for(two, x)(x["img"], x["timesteps"], 0, 1)(before.clone(), block) - before
         assert parts[0].abs().max() > 0.01 and torch.allclose(both, sum(parts))
         assert (parts[1].abs().max() > 0.01) == (block.kind == "double")  # XLabs has none for the single blocks
 
@@ -296,9 +296,9 @@ def test_start_and_end_say_in_which_steps_it_acts(start, end, steps, acting):
     assert [i for i in range(steps) if control.setting.acts(i, steps)] == acting
     x = inputs()
     levels = sigmas(steps, 15, shift=True)
-    hook = hook_for([control], x, levels)
+    hook = hook_for([control], x, steps)
     for step, level in enumerate(levels[:-1]):
-        after_block = hook(x["img"], torch.tensor([level], dtype=torch.float32), 1)
+        after_block = hook(x["img"], torch.tensor([level], dtype=torch.float32), step, 1)
         changed = after_block(torch.zeros(1, 15, 64, dtype=F64), Block("double", 0)).abs().max() > 0
         assert changed == (step in acting)
 
@@ -358,7 +358,7 @@ def test_published_residuals_leave_the_base_stream_alone():
     x, tokens = inputs(), random(1, 15, 64, seed=4)
     for residuals, reached in (("all", slice(-30, None)), ("published", slice(-15, None))):
         hook = hook_for([at_full(net(1, 1), tokens, residuals=residuals)], x)
-        added = hook(x["img"], x["timesteps"], 2)(torch.zeros(1, 40, 64, dtype=F64), Block("single", 0))[0]
+        added = hook(x["img"], x["timesteps"], 0, 2)(torch.zeros(1, 40, 64, dtype=F64), Block("single", 0))[0]
         touched = added.abs().sum(-1) > 0
         assert touched[reached].all() and touched.sum() == len(added[reached])
         assert torch.equal(added[-15:], added[-30:-15]) == (residuals == "all")
@@ -371,7 +371,7 @@ def test_a_region_of_its_own_keeps_residuals_out_of_the_others():
     setting = Control(model="m", image="i", region=1)
     control = ActiveControl(net(1, 1), tokens, image_share(setting, layout).double(), setting)
     for block in (Block("double", 0), Block("single", 0)):
-        added = hook_for([control], x)(x["img"], x["timesteps"], 1)(torch.zeros(1, 15, 64, dtype=F64), block)[0]
+        added = hook_for([control], x)(x["img"], x["timesteps"], 0, 1)(torch.zeros(1, 15, 64, dtype=F64), block)[0]
         assert (added.abs().sum(-1) > 0).nonzero().flatten().tolist() == [8, 9, 13, 14]
 
 

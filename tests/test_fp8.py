@@ -12,6 +12,7 @@ import generate
 import weights
 from model.errors import InputError
 from model.fp8 import Fp8Linear, can_multiply, to_fp8
+from model.lora import Addition, Change, LowRank, added, hooks_for, merge
 from regional import pipeline
 from regional.pipeline import choose_fp8
 from sampler.flow import image_ids, text_ids
@@ -125,11 +126,25 @@ def test_joined_projections_keep_the_scales_of_their_parts(tmp_path):
     assert layer.scale.flatten().tolist() == [s for scale in scales.values() for s in [scale.item()] * 64]
 
 
-def test_a_merged_lora_is_in_the_8_bits(tmp_path):
+@pytest.mark.parametrize("stored", [torch.float32, FP8])
+def test_a_merged_lora_is_in_the_8_bits(tmp_path, stored):
     name, delta = "single_blocks.1.linear2.weight", torch.randn(64, 256)
+    state = tiny.flux_state()
+    state[name] = state[name].to(stored)
     merges = {name: lambda weight: weight + delta}
-    flux = weights.load_flux(source_of(tmp_path, tiny.flux_state()), "cpu", torch.float32, merges, fp8=True)
-    assert error(flux.single_blocks[1].linear2.widened(), tiny.flux_state()[name] + delta) < 0.03
+    flux = weights.load_flux(source_of(tmp_path, state), "cpu", torch.float32, merges, fp8=True)
+    assert error(flux.single_blocks[1].linear2.widened(), state[name].float() + delta) < 0.03
+
+
+def test_a_dora_of_a_region_sees_the_weight_that_the_8_bits_stand_for():
+    torch.manual_seed(0)
+    layer = torch.nn.ModuleDict({"0": layer_of(20 * torch.randn(24, 16), torch.zeros(24))})
+    change = Change("0.weight", 6, 18, LowRank(torch.randn(12, 3), torch.randn(3, 16), 0.5), torch.rand(12, 1))
+    x = torch.randn(1, 4, 16)
+    with added(layer, hooks_for(layer, [Addition(change, 0.8, torch.ones(4).bool())], torch.device("cpu"), x.dtype)):
+        found = layer["0"](x) - layer["0"].forward(x)
+    expected = merge(layer["0"].widened(), [(change, 0.8)]) - layer["0"].widened()
+    torch.testing.assert_close(found, F.linear(x, expected), rtol=1e-4, atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------ choosing it

@@ -121,6 +121,15 @@ def test_which_attention_is_chosen(monkeypatch, kernel):
         choose("kernel", "cuda")
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"device": "gpu"}, {"dtype": "float16"}, {"attention": "x"}, {"quantize": "fp9"}, {"offload": "block"}]
+)
+def test_a_pipeline_refuses_what_it_does_not_know(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(InputError, match=f"--{name} {value}"):
+        pipeline.Pipeline("pocket", **{"device": "cpu", **wrong})
+
+
 def test_the_librarys_fastest_attention_is_preferred(monkeypatch):
     """On a GPU; here a tensor that says it is on one. The shape that is timed is that of the base branch."""
     asked = []

@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
-import time
+import threading
 
 import pytest
 import tiny
 import torch
+from msgspec.structs import replace
 from safetensors.torch import load_file
 
 import generate
@@ -60,15 +61,15 @@ def test_two_blocks_at_most_are_on_the_device():
     """While a block runs, its weights are in one buffer, the next block's in the other, and all else on the host."""
     flux, seen = random_flux(), []
     blocks, modulation = stream_all(flux)
-    host = [weight.data_ptr() for block in blocks.modules for *_, weight in block]
+    host = [weight.data_ptr() for block in blocks.weights for *_, weight in block]
 
     def look(block, args):
         in_buffers = {
-            i for i, each in enumerate(blocks.modules) for owner, key, weight in each
+            i for i, each in enumerate(blocks.weights) for owner, key, weight in each
             if owner._parameters[key].data_ptr() != weight.data_ptr()
         }  # fmt: skip
         seen.append((blocks_of(flux).index(block), in_buffers))
-        following = blocks.modules[(seen[-1][0] + 1) % 5]
+        following = blocks.weights[(seen[-1][0] + 1) % 5]
         for view, (*_, weight) in zip(blocks.views(blocks.buffers[-1], (seen[-1][0] + 1) % 5), following):
             assert torch.equal(view, weight)
 
@@ -76,10 +77,10 @@ def test_two_blocks_at_most_are_on_the_device():
         block.register_forward_pre_hook(look)
     flux(*inputs())
     assert seen == [(i, {i}) for i in range(5)]
-    assert len(blocks.buffers) == 2 and [w.data_ptr() for b in blocks.modules for *_, w in b] == host
+    assert len(blocks.buffers) == 2 and [w.data_ptr() for b in blocks.weights for *_, w in b] == host
     modulation.release()
     assert not modulation.buffers and all(
-        owner._parameters[key].data_ptr() == weight.data_ptr() for m in modulation.modules for owner, key, weight in m
+        owner._parameters[key].data_ptr() == weight.data_ptr() for m in modulation.weights for owner, key, weight in m
     )
 
 
@@ -92,7 +93,7 @@ def test_each_layers_weights_are_fetched_once_for_all_steps():
     modulation.fetch = lambda index: (fetched.append(index), fetch(index))
     *_, y, guidance = inputs()
     flux.modulations([1.0, 0.7, 0.4, 0.1], y, guidance)
-    assert fetched == [*range(len(modulation.modules)), 0]
+    assert fetched == [*range(len(modulation.weights)), 0]
 
 
 @torch.inference_mode()
@@ -114,7 +115,7 @@ def test_names_on_the_host_are_those_that_are_streamed():
     t5_blocks = Streamed(list(t5.encoder.block), CPU)
 
     def streamed(module, *streams):
-        own = {id(stream_owner._parameters[key]) for s in streams for m in s.modules for stream_owner, key, _ in m}
+        own = {id(stream_owner._parameters[key]) for s in streams for m in s.weights for stream_owner, key, _ in m}
         return {name for name, parameter in module.named_parameters() if id(parameter) in own}
 
     def found(module, pattern):
@@ -162,8 +163,10 @@ def test_modulation_is_made_once_for_all_seeds_of_a_layout(monkeypatch):
     for seed in 1, 2:
         pipeline.latents(prepared, seed)
     assert len(made) == 1
+    stronger = prepared._replace(layout=replace(prepared.layout, guidance=30.0))
+    assert not torch.equal(pipeline.latents(stronger, 1), pipeline.latents(prepared, 1)) and len(made) == 3
     pipeline.latents(pipeline.prepare(Layout(prompt="a blue square", width=64, height=64, steps=2)), 1)
-    assert len(made) == 2
+    assert len(made) == 4
 
 
 # ------------------------------------------------------------------------------------------------ what fits
@@ -258,15 +261,22 @@ def test_full_size_runs_on_small_cards():
 
 def test_files_are_read_ahead_if_they_fit(tmp_path, monkeypatch):
     read = []
+
+    def wait():
+        for thread in set(threading.enumerate()) - before:
+            thread.join()
+
+    before = set(threading.enumerate())
     monkeypatch.setattr(weights, "read_files", read.append)
     source = weights.find("pocket").flux
     weights.read_ahead(source)
-    time.sleep(0.1)
+    wait()
     assert read == [{source.path}]
     huge = {"x": next(iter(source.tensors.values()))._replace(file=tmp_path / "huge")}
     with open(tmp_path / "huge", "wb") as file:
         file.truncate(1 << 43)  # a sparse file
     weights.read_ahead(weights.Source(**{**vars(source), "tensors": huge}))
+    wait()
     assert len(read) == 1
 
 

@@ -12,6 +12,7 @@ from conftest import GOLDEN
 from safetensors.torch import load_file
 
 import generate
+from regional.outputs import made_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,8 +49,16 @@ def test_a_run_of_two_processes_is_the_published_picture(golden, tmp_path):
     done = torchrun(2, ROOT / "generate.py", *flags, "--output", out, "--save-latents", latents)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(out)]  # said once
+    assert made_of(out)["processes"] == 2
     published = load_file(GOLDEN / "latents.safetensors")[case]
     assert (load_file(latents)["latents"] - published).abs().max() < 1e-4
+
+
+def test_what_is_wrong_is_said_once(tmp_path):
+    flags = "--parallel", "ulysses", "--prompt", "x", "--seed", 1, "--output", tmp_path / "a.png"
+    done = torchrun(5, ROOT / "generate.py", *flags, "--width", 16, "--height", 16)
+    assert done.returncode != 0 and not (tmp_path / "a.png").exists()
+    assert done.stderr.count("--parallel ulysses: 1 tokens can't be shared out to 5 processes.") == 1, done.stderr
 
 
 def test_without_torchrun_it_is_refused(tmp_path, capsys):

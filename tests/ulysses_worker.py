@@ -101,6 +101,6 @@ if __name__ == "__main__":
         except InputError as error:
             sys.exit(str(error))
         found = pictures(parallel)
-        if parallel.any(parallel.rank == parallel.size - 1) and parallel.rank == 0:
+        if parallel.is_any(parallel.rank == parallel.size - 1) and parallel.rank == 0:
             save_file({name.replace(" ", "_"): latents.contiguous() for name, latents in found.items()}, sys.argv[1])
         parallel.close()
