@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from model.layers import embedding
+
 
 @dataclass(frozen=True)
 class CLIPParams:
@@ -23,12 +25,8 @@ class CLIPParams:
 class Embeddings(nn.Module):
     def __init__(self, p: CLIPParams):
         super().__init__()
-        self.token_embedding = nn.Embedding(
-            p.vocab_size, p.hidden_size, _weight=torch.empty(p.vocab_size, p.hidden_size)
-        )
-        self.position_embedding = nn.Embedding(
-            p.max_positions, p.hidden_size, _weight=torch.empty(p.max_positions, p.hidden_size)
-        )
+        self.token_embedding = embedding(p.vocab_size, p.hidden_size)
+        self.position_embedding = embedding(p.max_positions, p.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]

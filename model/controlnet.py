@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from model.attention import Block
+from model.layers import embedding
 from model.transformer import FluxParams, Streams
 
 
@@ -72,9 +73,7 @@ class ControlNet(Streams):
             nn.Linear(hidden, hidden) for _ in range(params.depth_single_blocks)
         )
         if params.modes:
-            self.controlnet_mode_embedder = nn.Embedding(
-                params.modes, hidden, _weight=torch.empty(params.modes, hidden)
-            )
+            self.controlnet_mode_embedder = embedding(params.modes, hidden)
         if params.hint_width:
             self.input_hint_block = hint_block(params.hint_width, params.in_channels // 4)
 

@@ -28,6 +28,12 @@ def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     return torch.cat([args.cos(), args.sin()], dim=-1).to(dtype)
 
 
+def embedding(count: int, width: int) -> nn.Embedding:
+    """torch's, but on the meta device without its random numbers, which are made of nothing there and take a second."""
+    weight = torch.empty(count, width)
+    return nn.Embedding(count, width, _weight=weight if weight.is_meta else nn.init.normal_(weight))
+
+
 class MLPEmbedder(nn.Module):
     """(B, in_dim) -> (B, D)."""
 

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from model.layers import embedding
+
 
 @dataclass(frozen=True)
 class T5Params:
@@ -60,9 +62,7 @@ class SelfAttention(nn.Module):
         self.v = nn.Linear(p.d_model, inner, bias=False)
         self.o = nn.Linear(inner, p.d_model, bias=False)
         if has_bias:  # only the first block's attention holds the table; all blocks use it
-            self.relative_attention_bias = nn.Embedding(
-                p.num_buckets, p.num_heads, _weight=torch.empty(p.num_buckets, p.num_heads)
-            )
+            self.relative_attention_bias = embedding(p.num_buckets, p.num_heads)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x (B, L, d_model), bias (1, H, L, L), added to the unscaled scores."""
@@ -122,9 +122,7 @@ class T5Encoder(nn.Module):
     def __init__(self, params: T5Params):
         super().__init__()
         self.params = params
-        self.shared = nn.Embedding(
-            params.vocab_size, params.d_model, _weight=torch.empty(params.vocab_size, params.d_model)
-        )
+        self.shared = embedding(params.vocab_size, params.d_model)
         self.encoder = T5Stack(params)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -76,9 +76,8 @@ def control_hook(
     """What gives Flux.forward its `after_block` at img (1, L_img, 64) and t (1,), in this step, for so many image
     streams.
 
-    steps: of the run. conditions: img_ids, txt, txt_ids, y and guidance of
-    the base prompt, which is what a ControlNet is given in every step, also a regional one. part: which of the image
-    tokens x has.
+    steps: of the run. conditions: img_ids, txt, txt_ids, y and guidance of the base prompt, which is what a ControlNet
+    is given in every step, also a regional one. part: which of the image tokens x has.
     """
     depths = {"double": params.depth, "single": params.depth_single_blocks}
 

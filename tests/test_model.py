@@ -75,6 +75,15 @@ def test_our_parameters_are_those_of_the_published_checkpoint(module, params, li
     assert {name: list(tensor.shape) for name, tensor in network.state_dict().items()} == expected
 
 
+def test_a_fresh_table_is_random():
+    """As pocket/train.py needs it; on the meta device there is nothing to fill."""
+    torch.manual_seed(0)
+    t5 = T5Encoder(T5Params(vocab_size=500, d_model=64, d_ff=8, d_kv=8, num_heads=2, num_layers=1))
+    clip = CLIPTextEncoder(CLIPParams(500, 64, 8, num_heads=2, num_layers=1))
+    for table in t5.shared, clip.text_model.embeddings.token_embedding:
+        assert abs(table.weight.std() - 1) < 0.05 and abs(table.weight.mean()) < 0.05 and table.weight.requires_grad
+
+
 def test_attention_is_asked_by_every_block_in_order():
     asked = []
 
