@@ -4,12 +4,16 @@ import json
 import subprocess
 import sys
 import threading
+import weakref
+from functools import partial
 
 import pytest
 import tiny
 import torch
 from msgspec.structs import replace
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 import generate
 import weights
@@ -18,7 +22,9 @@ from model.layers import Modulation
 from model.offload import FLUX_BLOCKS, FLUX_MODULATION, T5_BLOCKS, Streamed
 from model.transformer import Flux, FluxParams
 from regional import memory
+from regional.attention import RegionalAttention
 from regional.layout import Layout, Region
+from regional.mask import region_tokens
 from regional.pipeline import Pipeline
 from sampler.flow import image_ids, text_ids
 
@@ -193,6 +199,64 @@ def test_weights_of_full_size_on_the_card(full_size):
     in_fp8 = memory.resident_bytes(full_size["flux"], torch.bfloat16, fp8=True)
     assert 17.2e9 < in_bfloat16 <= 17.5e9 and 8.6e9 < in_fp8 <= 8.8e9
     assert memory.resident_bytes(full_size["t5"], torch.bfloat16) == pytest.approx(9.52e9, rel=0.01)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made meanwhile hold at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.most, self.storages = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
+        out = function(*args, **(kwargs or {}))
+        for x in tree_iter(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in given | self.storages.keys():
+                self.count(x.untyped_storage())
+        return out
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self.storages[key] = weakref.ref(storage, lambda _: self.gone(key, size))
+        self.live += size
+        self.most = max(self.most, self.live)
+
+    def gone(self, key: int, size: int) -> None:
+        self.live -= size
+        del self.storages[key]
+
+
+def attention_on_meta(tokens):
+    """What the kernel takes: its output."""
+    return lambda q, k, v, base: q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
+
+
+@pytest.mark.parametrize("regions, gigabytes", [(0, 0.43), (1, 0.83), (4, 0.97), (16, 1.55)])
+def test_the_room_that_is_counted_on_is_what_a_step_takes(full_size, monkeypatch, regions, gigabytes):
+    """FLUX.1-dev at 1024 x 1024 in bfloat16, on the meta device; docs/full_size.md has the numbers."""
+    on_meta = partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v: torch.empty_like(q))
+    monkeypatch.setattr("model.transformer.known_rope", lambda ids, shape, *_: on_meta(1, shape[1], 64, 2).float())
+    edges = [1024 * i // regions for i in range(regions + 1)] if regions else []
+    columns = tuple(Region(prompt="r", box=(x0, 0, x1, 1024)) for x0, x1 in zip(edges, edges[1:]))
+    layout = replace(DEV, regions=columns)
+    with torch.device("meta"):
+        flux = Flux(FluxParams()).bfloat16().requires_grad_(False)
+    hooks, text = {}, 512
+    if regions:
+        attention = RegionalAttention(attention_on_meta, region_tokens(layout).bits(512), 512, 4096, 0.3)
+        hooks, text = {"attention": attention, "join": attention.join}, 512 * (regions + 1)
+    one, y = torch.empty(1, device="meta"), on_meta(1, 768)
+    with torch.inference_mode():
+        modulation = flux.modulations([1.0], y, one)[0]
+        img, txt = on_meta(1, 4096, 64), on_meta(1, text, 4096)
+        with LiveBytes() as bytes_:
+            flux(img, image_ids(1024, 1024), txt, text_ids(text), one, y, one, modulation=modulation, **hooks)
+    assert bytes_.most / 1e9 == pytest.approx(gigabytes, abs=0.006)
+    monkeypatch.setattr(memory, "VALUES_PER_PIXEL", 0)
+    counted_on = memory.working_bytes(full_size["flux"], layout, torch.bfloat16, fp8=False)
+    assert bytes_.most < counted_on < 1.5 * bytes_.most
 
 
 FOUR = tuple(Region(prompt="r", box=(512 * i, 512 * j, 512 * i + 512, 512 * j + 512)) for i in (0, 1) for j in (0, 1))
