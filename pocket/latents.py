@@ -20,7 +20,7 @@ from model.autoencoder import AutoEncoder
 from pocket.scenes import Scene, Thing, caption, draw, random_scene
 from pocket.train_autoencoder import PARAMS, to_tensor
 
-# (width, height): scenes in the pool, share of the training steps, shares of 0, 1, 2 ... objects
+# (width, height): scenes in the pool, weight of the canvas in training, fractions of scenes with 0, 1, 2 ... objects
 CANVASES = {
     (64, 64): (20000, 3, (0.08, 0.92)),
     (96, 64): (6000, 1.5, (0.05, 0.95)),
@@ -28,14 +28,15 @@ CANVASES = {
     (96, 96): (8000, 2, (0.05, 0.75, 0.2)),
     (128, 64): (5000, 1.5, (0.05, 0.6, 0.35)),
     (64, 128): (5000, 1.5, (0.05, 0.6, 0.35)),
-    (128, 128): (8000, 3, (0.05, 0.45, 0.2, 0.15, 0.15)),
-    (160, 96): (3000, 1, (0.05, 0.5, 0.2, 0.25)),
-    (96, 160): (3000, 1, (0.05, 0.5, 0.2, 0.25)),
-    (192, 128): (2000, 1, (0.05, 0.25, 0.25, 0.25, 0.2)),
-    (128, 192): (2000, 1, (0.05, 0.25, 0.25, 0.25, 0.2)),
-    (256, 128): (1500, 1, (0.05, 0.15, 0.2, 0.2, 0.2, 0.2)),
-    (128, 256): (1500, 1, (0.05, 0.15, 0.2, 0.2, 0.2, 0.2)),
-    (256, 256): (4000, 4, (0.04, 0.12, 0.14, 0.14, 0.14, 0.14, 0.14, 0.07, 0.07)),
+    (128, 128): (10000, 3, (0.05, 0.5, 0.2, 0.15, 0.1)),
+    (160, 96): (4000, 1, (0.05, 0.5, 0.2, 0.25)),
+    (96, 160): (4000, 1, (0.05, 0.5, 0.2, 0.25)),
+    (192, 128): (5000, 2, (0.05, 0.4, 0.2, 0.2, 0.15)),
+    (128, 192): (5000, 2, (0.05, 0.4, 0.2, 0.2, 0.15)),
+    (192, 192): (5000, 2, (0.05, 0.4, 0.2, 0.15, 0.1, 0.1)),
+    (256, 128): (5000, 2, (0.05, 0.3, 0.2, 0.15, 0.15, 0.15)),
+    (128, 256): (5000, 2, (0.05, 0.3, 0.2, 0.15, 0.15, 0.15)),
+    (256, 256): (10000, 8, (0.04, 0.3, 0.12, 0.12, 0.12, 0.1, 0.1, 0.05, 0.05)),
 }
 
 
@@ -134,14 +135,20 @@ def make_pools(run: Path) -> None:
         factors = json.loads(factors_file.read_text())
         latents = ((latents - factors["shift_factor"]) * factors["scaling_factor"]).half()
         rows = json.dumps([asdict(s) for s in scenes])
-        torch.save({"width": width, "height": height, "weight": weight, "scenes": rows, "latents": latents}, file)
+        pool = {"width": width, "height": height, "weight": weight, "scenes": rows, "latents": latents}
+        torch.save(pool, file.with_suffix(".new"))
+        file.with_suffix(".new").rename(file)
+
+
+def make_vocabularies(run: Path) -> None:
+    lines = captions(20000)
+    train_t5_vocabulary(lines, run / "tokenizer_2")
+    train_clip_vocabulary(lines, run / "tokenizer")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("pocket/run"))
     run = parser.parse_args().folder
-    lines = captions(20000)
-    train_t5_vocabulary(lines, run / "tokenizer_2")
-    train_clip_vocabulary(lines, run / "tokenizer")
+    make_vocabularies(run)
     make_pools(run)

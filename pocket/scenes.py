@@ -148,6 +148,13 @@ def split(rng: np.random.Generator, width: int, height: int, count: int, least: 
     return boxes
 
 
+def part_of(rng: np.random.Generator, width: int, height: int, least: int = 64) -> tuple[int, ...]:
+    """A random box (x0, y0, x1, y1) of a canvas on the token grid, no side shorter than `least`."""
+    sides = [int(rng.integers(min(least, side) // 16, side // 16 + 1)) * 16 for side in (width, height)]
+    x0, y0 = (int(rng.integers(0, (side - own) // 16 + 1)) * 16 for side, own in zip((width, height), sides))
+    return x0, y0, x0 + sides[0], y0 + sides[1]
+
+
 def random_looks(rng: np.random.Generator) -> tuple[str, str, str]:
     return tuple(str(rng.choice(list(choices))) for choices in (COLORS, PATTERNS, SHAPES))
 
@@ -165,7 +172,10 @@ def place(rng: np.random.Generator, looks: tuple[str, str, str], box: tuple[int,
 
 
 def random_scene(rng: np.random.Generator, width: int, height: int, count: int) -> Scene:
+    """`count` objects at most, each in a box of its own; a single one in a box of any size half of the time."""
     boxes = split(rng, width, height, count) if count else []
+    if count == 1 and rng.random() < 0.5:
+        boxes = [part_of(rng, width, height)]
     things = tuple(place(rng, random_looks(rng), box) for box in boxes)
     return Scene(width, height, str(rng.choice(list(BACKGROUNDS))), things)
 

@@ -1,6 +1,6 @@
 """Step 2 of the pocket checkpoint: the transformer and both text encoders, trained together on scenes. Resumable.
 
-    torchrun --nproc-per-node 2 -m pocket.train --folder pocket/run --steps 7000 --distill 800
+    python -m pocket.train --folder pocket/run --steps 24000 --distill 2500
 
 First a rectified flow is learned (`--steps`), with the guidance input fixed at 1. Then the network learns to answer in
 one pass what two passes of classifier-free guidance would (`--distill`), as FLUX.1-dev did.
@@ -29,7 +29,8 @@ from sampler.flow import image_ids, pack, text_ids
 
 CLIP_LENGTH = 77
 TEXT_LENGTHS = (16, 32, 64)
-TOKENS = 3072  # tokens in a step of one process, text and image
+TOKENS = 4096  # tokens in a step of one process, text and image
+GRID = 32  # tokens along each side of the area in which a canvas is placed at random
 
 
 class Pocket(nn.Module):
@@ -97,27 +98,39 @@ class Batches:
         self.clip = CLIPTokenizer(run / "tokenizer")
         self.shared, self.own = np.random.default_rng(seed), np.random.default_rng([seed, rank + 1])
 
-    def next(self, progress: float) -> tuple[Tensor, Tensor, list[str], list[str], int]:
+    def next(self) -> tuple[Tensor, Tensor, list[str], list[str], int]:
         """Latent tokens (B, L, 64), their ids, prompts for T5 and for CLIP, and the text length."""
-        pools = [p for p in self.pools if p.tokens <= 64 or progress > 0.3]
-        weights = np.array([p.weight for p in pools])
-        pool = pools[self.shared.choice(len(pools), p=weights / weights.sum())]
+        weights = np.array([p.weight for p in self.pools])
+        pool = self.pools[self.shared.choice(len(self.pools), p=weights / weights.sum())]
         least = 0 if pool.tokens <= 40 else 1
         length = int(self.shared.choice(TEXT_LENGTHS[least:]))
         rows = self.own.integers(0, len(pool.scenes), max(2, TOKENS // (pool.tokens + length)))
         scenes = [pool.scenes[i] for i in rows]
         prompts = [text_prompt(self.own, s) for s in scenes]
         img = pack(pool.latents[rows].float())
-        return img, image_ids(pool.width, pool.height), prompts, [wider_caption(self.own, s) for s in scenes], length
+        wide = [wider_caption(self.own, s) for s in scenes]
+        return img, self.placed(image_ids(pool.width, pool.height)), prompts, wide, length
+
+    def placed(self, ids: Tensor) -> Tensor:
+        """The positions (1, L, 3) moved to a random place: a region of an image lies anywhere, but its prompt always
+        has position 0, so the model has to see its text at every distance from its image tokens."""
+        room = GRID - 1 - ids.amax(dim=1)[0]
+        row, column = (int(self.own.integers(0, limit + 1)) for limit in room[1:])
+        return ids + torch.tensor([0, row, column])
 
 
-def sample_times(count: int) -> Tensor:
-    return torch.sigmoid(torch.randn(count) + 0.3)
+def sample_times(count: int, tokens: int = 0) -> Tensor:
+    """Noise levels in (0, 1), logit-normal. For canvases of 128 tokens and more 30 % are drawn from a wider
+    distribution nearer to 1: there the layout of a large image is decided, in the first steps of sampling."""
+    t = torch.sigmoid(torch.randn(count) + 0.3)
+    if tokens < 128:
+        return t
+    return torch.where(torch.rand(count) < 0.3, torch.sigmoid(0.8 * torch.randn(count) + 1.5), t)
 
 
-def flow_loss(model: Pocket, batches: Batches, progress: float) -> Tensor:
-    img, img_ids, prompts, wide, length = batches.next(progress)
-    t, eps = sample_times(len(img)), torch.randn_like(img)
+def flow_loss(model: Pocket, batches: Batches) -> Tensor:
+    img, img_ids, prompts, wide, length = batches.next()
+    t, eps = sample_times(*img.shape[:2]), torch.randn_like(img)
     noisy = torch.lerp(img, eps, t[:, None, None])
     ids, clip_ids = batches.t5(prompts, length)[0], batches.clip(wide, CLIP_LENGTH)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -132,8 +145,8 @@ def trim(clip_ids: Tensor) -> Tensor:
 
 def distill_loss(model: Pocket, teacher: Pocket, batches: Batches) -> Tensor:
     """One pass with guidance g against the teacher's two passes."""
-    img, img_ids, prompts, wide, length = batches.next(1.0)
-    t, g = sample_times(len(img)), 1 + 4 * torch.rand(len(img))
+    img, img_ids, prompts, wide, length = batches.next()
+    t, g = sample_times(*img.shape[:2]), 1 + 4 * torch.rand(len(img))
     noisy = torch.lerp(img, torch.randn_like(img), t[:, None, None])
     ids, empty = batches.t5(prompts, length)[0], batches.t5([""] * len(img), length)[0]
     clip_ids = trim(batches.clip(wide, CLIP_LENGTH)[0])
@@ -219,7 +232,7 @@ class State:
         loss.backward()
         self.optimizer.step(scale)
         self.step += 1
-        weight = 1 - min(0.998, self.step / (self.step + 10))
+        weight = 1 - min(0.999, self.step / (self.step + 10))
         torch._foreach_lerp_(list(self.average.parameters()), [p.detach() for p in self.model.parameters()], weight)
 
     def save(self) -> None:
@@ -251,7 +264,7 @@ def train(run: Path, steps: int, distill: int) -> None:
     start, losses, saved = time.monotonic(), [], time.monotonic()
     while state.step < steps + distill:
         if state.step < steps:
-            loss = flow_loss(state.model, batches, state.step / steps)
+            loss = flow_loss(state.model, batches)
             scale = learning_rate(state.step, steps)
         else:
             if state.teacher is None:
@@ -263,7 +276,7 @@ def train(run: Path, steps: int, distill: int) -> None:
         if rank == 0 and state.step % 100 == 0:
             seconds = (time.monotonic() - start) / len(losses)
             print(f"step {state.step} loss {np.mean(losses[-100:]):.4f} {seconds:.3f} s/step", flush=True)
-        if rank == 0 and (state.step in (steps, steps + distill) or time.monotonic() - saved > 120):
+        if rank == 0 and (state.step in (steps, steps + distill) or time.monotonic() - saved > 300):
             state.save()
             saved = time.monotonic()
 
@@ -271,7 +284,7 @@ def train(run: Path, steps: int, distill: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("pocket/run"))
-    parser.add_argument("--steps", type=int, default=7000)
-    parser.add_argument("--distill", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=24000)
+    parser.add_argument("--distill", type=int, default=2500)
     args = parser.parse_args()
     train(args.folder, args.steps, args.distill)

@@ -1,6 +1,6 @@
 """Step 1 of the pocket checkpoint: its autoencoder, trained on drawn scenes. Resumes from its own state file.
 
-python -m pocket.train_autoencoder --folder pocket/run --minutes 12
+python -m pocket.train_autoencoder --folder pocket/run --steps 7000
 """
 
 import argparse
@@ -48,36 +48,49 @@ def psnr(model: AutoEncoder, picture: Tensor) -> float:
     return 10 * math.log10(4 / F.mse_loss(out, picture).item())
 
 
-def train(run: Path, minutes: float, lr: float = 3e-3) -> None:
-    """Train for `minutes` in all, the learning rate falling to nothing by then; the last quarter also on big scenes."""
+def canvas_of(step: int, steps: int) -> tuple[int, int]:
+    """Side length in pixels and batch size: small scenes, and in the last 40 % of the steps larger ones half the time.
+
+    GroupNorm normalizes over the whole canvas, so a decoder that only saw small ones would drift on large flat areas.
+    """
+    if step < 0.6 * steps or step % 2 == 0:
+        return 64, 24
+    return (128, 8) if step % 4 == 1 else (256, 2)
+
+
+def train(run: Path, steps: int, lr: float = 3e-3) -> None:
+    """Train for `steps` in all with a cosine learning rate, from wherever the state in `run` stands."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
-    rng = np.random.default_rng(0)
     model = AutoEncoder(PARAMS)
     average = AutoEncoder(PARAMS).requires_grad_(False)
-    average.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.99))
-    state_file, used, step = run / "autoencoder.pt", 0.0, 0
+    state_file = run / "autoencoder.pt"
+    step = 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-        used, step = state["used"], state["step"]
-        rng = np.random.default_rng(step)
+        step = state["step"]
+    else:
+        average.load_state_dict(model.state_dict())
 
     def save() -> None:
         state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save({**state, "used": used, "step": step}, state_file)
+        torch.save({**state, "step": step}, state_file.with_suffix(".new"))
+        state_file.with_suffix(".new").rename(state_file)
 
-    start, mses = time.monotonic() - used, []
+    torch.manual_seed(step)
+    rng = np.random.default_rng(step)
     held_out = batch(np.random.default_rng(10**6), 128, 16)
-    while (used := time.monotonic() - start) < 60 * minutes:
-        share = used / (60 * minutes)
+    losses = []
+    start = time.monotonic()
+    while step < steps:
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * share))
-        size, count = (128, 8) if share > 0.75 and step % 2 else (64, 24)
+            group["lr"] = lr * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss, mse = loss_of(model, batch(rng, size, count))
+            loss, mse = loss_of(model, batch(rng, *canvas_of(step, steps)))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -85,22 +98,21 @@ def train(run: Path, minutes: float, lr: float = 3e-3) -> None:
         step += 1
         decay = min(0.998, step / (step + 10))
         torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
-        mses.append(mse.item())
-        if step % 200 == 0:
+        losses.append(mse.item())
+        if step % 200 == 0 or step == steps:
             print(
-                f"autoencoder step {step} {used / 60:.1f} min loss {np.mean(mses):.5f} "
-                f"train {10 * math.log10(4 / np.mean(mses)):.2f} dB, held out {psnr(average, held_out):.2f} dB",
+                f"autoencoder step {step} train {10 * math.log10(4 / np.mean(losses)):.2f} dB, "
+                f"held out {psnr(average, held_out):.2f} dB, {time.monotonic() - start:.0f} s since the start",
                 flush=True,
             )
-            mses.clear()
+            losses.clear()
             save()
-    save()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("pocket/run"))
-    parser.add_argument("--minutes", type=float, default=12)
+    parser.add_argument("--steps", type=int, default=7000)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    train(args.folder, args.minutes)
+    train(args.folder, args.steps)
