@@ -22,7 +22,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.folder.mkdir(parents=True, exist_ok=True)
-    train_autoencoder.train(args.folder, steps=7000)
+    train_autoencoder.train(args.folder, steps=5000)
     if not (args.folder / "tokenizer").exists():
         latents.make_vocabularies(args.folder)
     latents.make_pools(args.folder)

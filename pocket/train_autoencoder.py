@@ -1,6 +1,6 @@
 """Step 1 of the pocket checkpoint: its autoencoder, trained on drawn scenes. Resumes from its own state file.
 
-python -m pocket.train_autoencoder --folder pocket/run --steps 7000
+python -m pocket.train_autoencoder --folder pocket/run --steps 5000
 """
 
 import argparse
@@ -112,7 +112,7 @@ def train(run: Path, steps: int, lr: float = 3e-3) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("pocket/run"))
-    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--steps", type=int, default=5000)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     train(args.folder, args.steps)
