@@ -32,10 +32,11 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
 def fastest_backends(q: Tensor) -> list[SDPBackend]:
     """The library's attentions that work for q (B, heads, L, head_dim) on its device, timed there, the fastest first.
 
-    MATH is not among them: it stores all L x L scores. Nor is cuDNN's where torch has it switched off.
+    MATH is not among them: it stores all L x L scores. Nor is cuDNN's where torch has it switched off, or up to version
+    9.15.0, which reads out of bounds if L is not a multiple of 128 (pytorch issue 169849).
     """
     backends, seconds = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION], {}
-    if torch.backends.cuda.cudnn_sdp_enabled():
+    if torch.backends.cuda.cudnn_sdp_enabled() and (torch.backends.cudnn.version() or 0) > 91500:
         backends.append(SDPBackend.CUDNN_ATTENTION)
     for backend in backends:
         timer = Timer("F.scaled_dot_product_attention(q, q, q)", globals={"F": F, "q": q})
@@ -69,7 +70,12 @@ def rope(ids: Tensor, axes: tuple[int, ...], theta: float, dtype: torch.dtype = 
 
 
 def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
-    """Rotate each pair (x[2i], x[2i+1]) by its angle: x (B, heads, L, head_dim), pe (B, L, head_dim / 2, 2)."""
+    """Rotate each pair (x[2i], x[2i+1]) by its angle: x (B, heads, L, head_dim), pe (B, L, head_dim / 2, 2).
+
+    The halves are rounded to x's dtype before they are interleaved: rounding afterwards gives the same bits, but
+    torch.compile then stores the result in float32 and converts it in another kernel.
+    """
     even, odd = x.to(pe.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = pe.unsqueeze(1).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+    rotated = (even * cos - odd * sin).type_as(x), (even * sin + odd * cos).type_as(x)
+    return torch.stack(rotated, dim=-1).flatten(-2)

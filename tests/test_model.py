@@ -2,12 +2,14 @@
 
 import gzip
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.attention import Block, apply_rope, fastest_backends, plain_attention, rope, rope_axes
@@ -105,6 +107,17 @@ def test_the_fastest_backends_are_those_that_work():
     for backend in backends:
         with sdpa_kernel(backend):
             assert torch.nn.functional.scaled_dot_product_attention(q, q, q).isfinite().all()
+
+
+@pytest.mark.parametrize("version, asked", [(None, False), (91002, False), (91500, False), (91900, True)])
+def test_cudnn_is_left_out_where_it_reads_out_of_bounds(monkeypatch, version, asked):
+    """It did so until version 9.15.0; only the trial is checked, because a CPU has no such backend."""
+    tried = []
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    monkeypatch.setattr("model.attention.sdpa_kernel", lambda backend: tried.append(backend) or nullcontext())
+    fastest_backends(torch.randn(1, 1, 4, 32))
+    assert (SDPBackend.CUDNN_ATTENTION in tried) == asked and SDPBackend.FLASH_ATTENTION in tried
 
 
 def test_attention_written_out_is_plain_attention():
@@ -226,6 +239,21 @@ def test_rope_turns_pairs_and_keeps_lengths():
     torch.testing.assert_close(
         turned_pairs[0, 0, 1, 2] / pairs[0, 0, 1, 2], torch.polar(*torch.tensor([1.0, 2.0]).double())
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_rope_rounds_its_halves_before_they_are_interleaved(dtype):
+    """The bits are those of rounding the interleaved result, of which no wider copy is made."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(2, 3, 50, 32, generator=generator, dtype=torch.float64).to(dtype)
+    ids = torch.randint(0, 90, (1, 50, 3), generator=generator).double()
+    table = rope(ids, rope_axes(32), 10_000, torch.promote_types(dtype, torch.float32))
+    even, odd = x.to(table.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = table.unsqueeze(1).unbind(-1)
+    rounded_last = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(dtype)
+    assert torch.equal(apply_rope(x, table), rounded_last)
+    (stack,) = make_fx(apply_rope)(x, table).graph.find_nodes(op="call_function", target=torch.ops.aten.stack.default)
+    assert stack.meta["tensor_meta"].dtype == dtype
 
 
 def test_rope_is_exact_far_out():
