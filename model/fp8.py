@@ -21,20 +21,32 @@ def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def can_multiply(device: torch.device) -> bool:
-    """Has this device, in this build of torch, the product that Fp8Linear needs? GPUs from Ada and Hopper on have."""
-    x = torch.zeros(16, 16, device=device)
+def why_not(device: torch.device) -> str:
+    """Why this device, with this build of torch, lacks the product that Fp8Linear needs; empty if it has it, as GPUs
+    from Ada and Hopper on do. It is tried at a size that a layer might have."""
+    x = torch.zeros(256, 256, device=device)
     try:
         scaled_product(*to_fp8(x), *to_fp8(x), x[0], torch.bfloat16)
-    except RuntimeError:
-        return False
-    return True
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:  # what it can't multiply torch refuses with either
+        return str(error).partition("\n")[0] or type(error).__name__
+    return ""
 
 
+def can_multiply(device: torch.device) -> bool:
+    return not why_not(device)
+
+
+@torch.library.custom_op("regional::scaled_product", mutates_args=())
 def scaled_product(
     x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """x (L, in) and weight (out, in) in float8_e4m3fn, with scales (L, 1) and (out, 1) -> (L, out)."""
+    """x (L, in) and weight (out, in) in float8_e4m3fn, with scales (L, 1) and (out, 1) -> (L, out).
+
+    It is an operator of its own because torch 2.13 cannot compile `scaled_mm` for a GPU if the bias is a slice of a
+    larger one, as that of `single_blocks.linear1` is.
+    """
     on_gpu = x.is_cuda  # where bfloat16 is all that there is for scales by rows
     out = F.scaled_mm(
         x, weight.t(), x_scale, ScalingType.RowWise, scale.t(), ScalingType.RowWise,
@@ -42,6 +54,11 @@ def scaled_product(
         use_fast_accum=on_gpu,
     )  # fmt: skip
     return out.to(dtype)
+
+
+@scaled_product.register_fake
+def product_like(x, x_scale, weight, scale, bias, dtype):
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
 
 
 class Fp8Linear(nn.Module):

@@ -7,11 +7,12 @@ import tiny
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import generate
 import weights
 from model.errors import InputError
-from model.fp8 import Fp8Linear, can_multiply, to_fp8
+from model.fp8 import Fp8Linear, can_multiply, scaled_product, to_fp8, why_not
 from model.lora import Addition, Change, LowRank, added, hooks_for, merge
 from regional import pipeline
 from regional.pipeline import choose_fp8
@@ -21,13 +22,20 @@ FP8 = torch.float8_e4m3fn
 
 
 def test_whether_a_device_multiplies_is_tried(monkeypatch):
-    assert can_multiply(torch.device("cpu"))
+    """With matrices as large as a layer's: cuBLASLt has sizes that it refuses."""
+    assert can_multiply(torch.device("cpu")) and why_not(torch.device("cpu")) == ""
+    shapes = []
 
-    def refuse(*args, **kwargs):
-        raise NotImplementedError("no kernel for this card")
+    def refuse(x, weight, *args, **kwargs):
+        shapes.append((x.shape, weight.shape))
+        raise errors[len(shapes) - 1]("no kernel for this GPU\nand a trace")
 
     monkeypatch.setattr(F, "scaled_mm", refuse)
-    assert not can_multiply(torch.device("cpu:0"))
+    errors = [NotImplementedError, ValueError]
+    for index in range(len(errors)):
+        device = torch.device("cpu", index)
+        assert not can_multiply(device) and why_not(device) == "no kernel for this GPU"
+    assert shapes == [((256, 256), (256, 256))] * 2
 
 
 def layer_of(weight: torch.Tensor, bias: torch.Tensor, multiplies: bool = True) -> Fp8Linear:
@@ -67,6 +75,18 @@ def test_a_layer_in_fp8_is_near_the_layer(dtype, multiplies):
     numbers, scale = to_fp8(x.flatten(0, 1)) if multiplies else (x.flatten(0, 1), torch.ones(66, 1))
     emulated = F.linear(numbers.double() * scale.double(), layer.widened().double(), bias.double()).view(2, 33, 96)
     assert error(found, emulated) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_the_product_is_an_operator_that_torch_can_trace():
+    """torch.compile must not look into it: its own lowering of `scaled_mm` fails on GPUs for a sliced bias."""
+    layer = layer_of(torch.randn(64, 32), torch.randn(64))
+    x = torch.randn(1, 48, 32)
+    traced = make_fx(lambda x: layer(x, rows=slice(32, None)))(x)
+    called = {node.target for node in traced.graph.nodes if node.op == "call_function"}
+    assert torch.ops.regional.scaled_product.default in called
+    assert not any("scaled_mm" in str(target) for target in called)
+    args = *to_fp8(x[0]), *to_fp8(torch.randn(64, 32)), layer.bias[:64], torch.bfloat16
+    torch.library.opcheck(scaled_product, args, test_utils="test_faketensor")
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -151,13 +171,18 @@ def test_a_dora_of_a_region_sees_the_weight_that_the_8_bits_stand_for():
 
 
 @pytest.mark.parametrize("stored", [True, False])
-def test_auto_keeps_fp8_files_on_cards_that_multiply_them(tmp_path, monkeypatch, stored):
+def test_auto_keeps_fp8_files_on_gpus_that_multiply_them_and_says_why_on_others(tmp_path, monkeypatch, capsys, stored):
     state = tiny.flux_state()
     state |= {k: t.to(FP8) for k, t in state.items() if stored and t.ndim == 2}
     source, card = source_of(tmp_path, state), torch.device("cuda")
-    for multiplies in True, False:
-        monkeypatch.setattr(pipeline, "can_multiply", lambda device, multiplies=multiplies: multiplies)
-        assert choose_fp8("auto", source, card) == (stored and multiplies)
+    for problem in "", "too old":
+        monkeypatch.setattr(pipeline, "why_not", lambda device, problem=problem: problem)
+        assert choose_fp8("auto", source, card) == (stored and not problem)
+        said = capsys.readouterr().err
+        assert ("(too old)" in said and "are upcast when they are loaded" in said) == bool(stored and problem)
+        assert choose_fp8("fp8", source, card)
+        said = capsys.readouterr().err
+        assert ("(too old): each call upcasts" in said and said.count("\n") == 1) == bool(problem) == bool(said)
     assert not choose_fp8("auto", source, torch.device("cpu"))
     assert choose_fp8("fp8", source, torch.device("cpu")) and not choose_fp8("none", source, card)
     with pytest.raises(InputError, match="--quantize fp8: Apple"):
