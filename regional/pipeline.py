@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import sysconfig
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import lru_cache, partial
@@ -37,7 +38,7 @@ from model.attention import fastest_backends
 from model.autoencoder import to_uint8
 from model.controlnet import ControlNet
 from model.errors import InputError
-from model.fp8 import can_multiply
+from model.fp8 import why_not
 from model.layers import Modulation
 from model.lora import Addition, Lora, added, hooks_for, merge, read_lora
 from model.offload import FLUX_BLOCKS, FLUX_MODULATION, T5_BLOCKS, Streamed
@@ -115,6 +116,8 @@ class Pipeline:
         if dtype == "auto":
             dtype = "float32" if self.device.type == "cpu" else "bfloat16"
         self.dtype, self.attention, self.cache, self.verbose = DTYPES[dtype], attention, cache, verbose
+        if self.dtype == torch.float32:  # TF32 in cuDNN's convolutions would make the VAE err by 3e-4
+            torch.backends.cudnn.allow_tf32 = False
         self.checkpoint = weights.find(model, flux, t5, clip, ae)
         self.size = int(weights.metadata_number(self.checkpoint.flux, "sample_size", 1024))  # where a layout has none
         self.fp8, self.compile, self.offload = choose_fp8(quantize, self.checkpoint.flux, self.device), compile, offload
@@ -216,7 +219,8 @@ class Pipeline:
                 gc.collect()
         if self.device.type == "cuda":  # what comes next is of other sizes
             torch.cuda.empty_cache()
-            torch.accelerator.empty_host_cache()
+            if hasattr(torch.accelerator, "empty_host_cache"):  # torch 2.11 has no such function
+                torch.accelerator.empty_host_cache()
 
     def part(self, name: str, layout: Layout | None = None, loras: Loras = NO_LORAS) -> nn.Module:
         """A part of the model with the layout's whole-picture LoRAs merged into it; loaded again for other LoRAs."""
@@ -350,20 +354,25 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_fp8(quantize: str, flux: weights.Source, device: torch.device) -> bool:
-    """Is the transformer kept in 8 bits? quantize: none, fp8, or auto: if its file is and the card can multiply so."""
-    if quantize != "auto":
-        if quantize == "fp8" and device.type == "mps":
-            raise InputError("--quantize fp8: Apple's GPUs have no float8; leave it out.")
-        return quantize == "fp8"
+    """Is the transformer kept in 8 bits? quantize: none, fp8, or auto: if its file is and the GPU can multiply so."""
+    if quantize == "fp8" and device.type == "mps":
+        raise InputError("--quantize fp8: Apple's GPUs have no float8; leave it out.")
     blocks = [tensor for key, tensor in flux.tensors.items() if re.search(r"blocks\.\d+\..*\.weight$", key)]
     stored = sum(tensor.dtype == "F8_E4M3" for tensor in blocks) > len(blocks) / 2
-    return stored and device.type == "cuda" and can_multiply(device)
+    wanted = quantize == "fp8" or quantize == "auto" and stored and device.type == "cuda"
+    problem = why_not(device) if wanted else ""
+    if problem:
+        instead = "each call upcasts the weights, which saves memory but no time"
+        instead = instead if quantize == "fp8" else f"the weights of {flux.path} are upcast when they are loaded"
+        say(f"warning: {device} does not multiply in fp8 ({problem}): {instead}")
+    return wanted and (quantize == "fp8" or not problem)
 
 
 def choose_attention(
     name: str, device: torch.device, dtype: torch.dtype, verbose: bool = False
 ) -> Callable[[Tokens], MaskedAttention]:
     """What makes the masked attention of the regional steps. What was asked for and can't be had is an error."""
+    asked = name
     if name == "kernel" or name == "auto" and device.type == "cuda":
         try:
             from regional import kernel
@@ -381,7 +390,19 @@ def choose_attention(
             "--attention kernel: the kernel needs an NVIDIA GPU from Ampere on; try --attention portable. (In Triton's "
             "interpreter, TRITON_INTERPRET=1, it runs on the CPU in float32, slowly.)"
         )
+    if device.type == "cuda" and (lacking := lacks_for_triton()):
+        problem = f"Triton's launcher is compiled with {lacking}, which this machine lacks"
+        raise InputError(f"--attention {asked}: {problem}; install it, or try --attention portable.")
     return partial(kernel.kernel_attention, dtype=dtype, device=device)
+
+
+def lacks_for_triton() -> str:
+    """What Triton needs at a launch and this machine does not have; empty if all is there."""
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        return "a C compiler"
+    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    return "" if header.exists() else f"Python's headers ({header})"
 
 
 def library_attention(flux: Flux, layout: Layout, txt: Tensor, verbose: bool) -> AbstractContextManager:

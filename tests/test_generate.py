@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,42 @@ def test_which_attention_is_chosen(monkeypatch, kernel):
     assert choose("auto", "cuda") is portable_attention
     with pytest.raises(InputError, match="Ampere"):
         choose("kernel", "cuda")
+
+
+def test_a_gpu_without_what_triton_compiles_with_is_told_what_to_do(monkeypatch, kernel, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for name in "auto", "kernel":
+        monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+        monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+        with pytest.raises(InputError, match=rf"--attention {name}: .*Python.h.* try --attention portable\."):
+            pipeline.choose_attention(name, torch.device("cuda"), torch.bfloat16)
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+        with pytest.raises(InputError, match=rf"--attention {name}: .*a C compiler.* try --attention portable\."):
+            pipeline.choose_attention(name, torch.device("cuda"), torch.bfloat16)
+    assert pipeline.choose_attention("portable", torch.device("cuda"), torch.bfloat16) is portable_attention
+
+
+def test_a_float32_pipeline_keeps_tf32_out_of_convolutions(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    pipeline.Pipeline("pocket", device="cpu", dtype="bfloat16")
+    assert torch.backends.cudnn.allow_tf32
+    pipeline.Pipeline("pocket", device="cpu", dtype="float32")
+    assert not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_dropping_parts_on_a_gpu_needs_nothing_that_torch_2_11_lacks(monkeypatch, named):
+    """Only the device is faked: without a GPU the calls that empty caches do nothing."""
+    emptied = []
+    if named:
+        monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: emptied.append(True), raising=False)
+    else:
+        monkeypatch.delattr(torch.accelerator, "empty_host_cache", raising=False)
+    drawing = pipeline.Pipeline("pocket", device="cpu")
+    drawing.device = torch.device("cuda")
+    drawing.parts = {name: ([], torch.nn.Linear(1, 1)) for name in ("t5", "flux")}
+    drawing.drop("flux")
+    assert list(drawing.parts) == ["t5"] and emptied == [True] * named
 
 
 @pytest.mark.parametrize(
