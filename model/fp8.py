@@ -1,4 +1,4 @@
-"""Linear layers in 8-bit floating point (float8_e4m3fn): half of bfloat16's memory, twice its speed where a card can.
+"""Linear layers in 8-bit floating point (float8_e4m3fn): half of bfloat16's memory, twice its speed where a GPU can.
 
 A weight has one scale for each output, an input one for each token, found anew each time: value = number * scale.
 """

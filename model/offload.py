@@ -1,7 +1,8 @@
 """Modules that run on a device while their weights stay in host memory, copied over one module ahead of its turn.
 
-The device holds the weights of two modules at a time: the one that runs, and the next, which is being copied meanwhile.
-What is computed is the same to the bit.
+The device holds the weights of two of them at a time: the one that runs, and the next, which is being copied meanwhile.
+They may be only some of a model's blocks: each copy is then hidden behind all blocks up to the next of them. What is
+computed is the same to the bit.
 """
 
 import re
@@ -11,11 +12,16 @@ from torch import Tensor, nn
 
 ALIGNMENT = 256  # bytes, as torch's own allocations have it
 
-# What may stay in host memory, by its name. FLUX.1's modulation layers are called at another time than the rest of
-# their blocks, and T5's table of distances is used by all blocks.
-FLUX_BLOCKS = re.compile(r"(double|single)_blocks\.\d+\.")
+# FLUX.1's modulation layers are called at another time than the rest of their blocks, and T5's table of distances is
+# used by all blocks.
 FLUX_MODULATION = re.compile(r"(double|single)_blocks\.\d+\.(img_mod|txt_mod|modulation)\.")
-T5_BLOCKS = re.compile(r"encoder\.block\.\d+\.(?!.*relative_attention_bias)")
+BLOCK = re.compile(r"((?:double_blocks|single_blocks|encoder\.block)\.\d+)\.(?!.*relative_attention_bias)")
+
+
+def block_of(name: str) -> str | None:
+    """The block of FLUX.1 or T5 that a weight, by its name, would be streamed with."""
+    found = BLOCK.match(name)
+    return found[1] if found and not FLUX_MODULATION.match(name) else None
 
 
 def tensors_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
@@ -31,19 +37,24 @@ def tensors_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
 class Streamed:
     """Takes care of `modules`, whose weights are in host memory, and which are called in this order, again and again.
 
-    device: where they run. pin: copy the weights into pinned memory first, from where copying is fast and in the
-    background; it takes time and as much memory again for a while.
+    device: where they run. pin: move each module's weights into one piece of memory first, pinned for a GPU, so that
+    one copy in the background fetches them. It takes time and, for a while, the memory of a module's weights again.
     """
 
     def __init__(self, modules: list[nn.Module], device: torch.device, pin: bool = False):
         self.device = device
         self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.weights = []  # of each module: (owner, name, weight in host memory)
+        self.pieces = []  # of each module: what is copied, its weights or the one piece in which they lie
         self.buffers, self.running, self.fetched = [], None, None  # which module runs, which comes after it
         for index, module in enumerate(modules):
             found = tensors_of(module)
             host = [weight.data for *_, weight in found]
-            host = pinned(host) if pin and self.copying else host
+            self.pieces.append(host)
+            if pin:
+                piece = torch.empty(padded_size(*host), dtype=torch.uint8, pin_memory=self.copying is not None)
+                self.pieces[index] = [piece]
+                host = [view.copy_(weight) for view, weight in zip(laid_out(piece, host), host)]
             self.weights.append([(owner, key, weight) for (owner, key, _), weight in zip(found, host)])
             self.put(index, host)  # what it was before is free, one module after the other
             module.register_forward_pre_hook(lambda module, args, index=index: self.turn_of(index))
@@ -65,13 +76,13 @@ class Streamed:
     def fetch(self, index: int) -> None:
         """Begin to copy a module's weights into the last buffer, once the module that had it is done."""
         if not self.buffers:
-            size = max(sum(padded_size(weight) for *_, weight in module) for module in self.weights)
+            size = max(padded_size(*pieces) for pieces in self.pieces)
             self.buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
         if self.copying:
             self.copying.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.copying):  # does nothing without a stream
-            for view, (*_, weight) in zip(self.views(self.buffers[-1], index), self.weights[index]):
-                view.copy_(weight, non_blocking=True)
+            for view, piece in zip(laid_out(self.buffers[-1], self.pieces[index]), self.pieces[index]):
+                view.copy_(piece, non_blocking=True)
         self.fetched = index
 
     def views(self, buffer: Tensor, index: int) -> list[Tensor]:
@@ -103,13 +114,6 @@ def laid_out(buffer: Tensor, like: list[Tensor]) -> list[Tensor]:
     return views
 
 
-def pinned(weights: list[Tensor]) -> list[Tensor]:
-    """Copies in one piece of pinned memory: torch rounds each piece up to a power of two."""
-    views = laid_out(torch.empty(sum(map(padded_size, weights)), dtype=torch.uint8, pin_memory=True), weights)
-    for view, weight in zip(views, weights):
-        view.copy_(weight)
-    return views
-
-
-def padded_size(weight: Tensor) -> int:
-    return -(-weight.nbytes // ALIGNMENT) * ALIGNMENT
+def padded_size(*weights: Tensor) -> int:
+    """The bytes that `laid_out` takes for them."""
+    return sum(-(-weight.nbytes // ALIGNMENT) * ALIGNMENT for weight in weights)

@@ -1,43 +1,83 @@
-"""What fits on the card: whether a part's blocks stay in host memory, by the sizes in its file and what is free."""
+"""What fits on the GPU: which of a part's weights stay in host memory, by the sizes in its file and what is free."""
+
+from typing import NamedTuple
 
 import torch
 
 import weights
-from model.offload import FLUX_MODULATION
+from model.offload import FLUX_MODULATION, block_of
 from model.transformer import FluxParams
 from regional.layout import Layout
 from regional.outputs import say
 
 # How many numbers a step, or a decoding, holds at its peak beside the weights: counted at full size on the meta device
-# (15.6 and 26.1, for 1024 x 1024 and 2048 x 2048, 0 to 16 regions, and 769), and some more for the libraries' own
+# (14.7 and 25.7, for 1024 x 1024 and 2048 x 2048, 0 to 16 regions, and 769), and some more for the libraries' own
 VALUES_PER_TOKEN = 18  # times the hidden size
 VALUES_PER_TOKEN_IN_FP8 = 30  # without torch.compile
 VALUES_PER_PIXEL = 1000
 WORKING_T5, GB = 1e9, 1e9
 
 
-def stays_on_host(
+class Placement(NamedTuple):
+    """What of a part stays in host memory: the weights of these blocks, which are streamed, and FLUX.1's modulation
+    layers, which pass over the GPU once for each layout."""
+
+    blocks: list[str]
+    modulation: bool
+
+    def on_host(self, name: str) -> bool:
+        """Is the weight of this name in host memory?"""
+        return block_of(name) in self.blocks or self.modulation and FLUX_MODULATION.match(name) is not None
+
+
+def place(
     source: weights.Source, offload: str, device: torch.device, dtype: torch.dtype, fp8: bool, layout: Layout | None
-) -> bool:
-    """Are the blocks of this part, flux or t5, to be streamed from host memory? offload: auto, none or blocks."""
-    if offload != "auto" or device.type != "cuda":
-        return offload == "blocks"
-    needed = resident_bytes(source, dtype, fp8) + working_bytes(source, layout, dtype, fp8)
-    free, what = free_memory(device), weights.WHAT[source.part]
-    streamed = needed > free
-    where = "are streamed from host memory (--offload blocks)" if streamed else "stay on the card"
-    say(f"the {what} takes {needed / GB:.1f} GB, {free / GB:.1f} GB are free: its blocks {where}")
-    return streamed
+) -> Placement:
+    """Where the weights of this part, flux or t5, are kept. offload: none and blocks stream none and all of its blocks,
+    auto as few as free memory allows. On a CUDA GPU the modulation layers stay too where there is room."""
+    sizes = weight_bytes(source, dtype, fp8)
+    blocks = block_bytes(sizes)
+    modulation = sum(size for name, size in sizes.items() if FLUX_MODULATION.match(name))
+    if offload == "blocks" or device.type != "cuda":
+        return Placement(list(blocks) if offload == "blocks" else [], modulation > 0 and device.type == "cuda")
+    needed = sum(sizes.values()) - modulation + working_bytes(source, layout, dtype, fp8)
+    free = free_memory(device)
+    streamed = [] if offload == "none" else fewest_blocks(blocks, needed - free)
+    if offload == "auto":
+        where = f"{len(streamed)} of its {len(blocks)} blocks are streamed from host memory (--offload)"
+        where = where if streamed else "its blocks stay on the GPU"
+        say(f"the {weights.WHAT[source.part]} takes {needed / GB:.1f} GB, {free / GB:.1f} GB are free: {where}")
+    return Placement(streamed, modulation > 0 and needed + modulation > free)
 
 
-def resident_bytes(source: weights.Source, dtype: torch.dtype, fp8: bool = False, modulation: bool = False) -> int:
-    """The weights on the card; FLUX.1's modulation layers, which are never there altogether, only if asked for."""
-    total = 0
+def fewest_blocks(blocks: dict[str, int], excess: int) -> list[str]:
+    """As few blocks, spread evenly, as have to be streamed to save `excess` bytes; all if that is not enough. blocks:
+    their sizes. The streamed ones take two buffers as large as the largest of them."""
+    names = list(blocks)
+    for count in range(len(names)):
+        chosen = [names[i * len(names) // count] for i in range(count)]
+        sizes = [blocks[name] for name in chosen]
+        if sum(sizes) - 2 * max(sizes, default=0) >= excess:
+            return chosen
+    return names
+
+
+def weight_bytes(source: weights.Source, dtype: torch.dtype, fp8: bool = False) -> dict[str, int]:
+    """The size of each weight on the GPU, by name."""
+    sizes = {}
     for name, tensor in weights.on_meta(source).state_dict().items():
-        if modulation or not FLUX_MODULATION.search(name):
-            in_fp8 = fp8 and tensor.ndim == 2 and weights.FP8_LAYERS.search(name)
-            total += tensor.numel() * (1 if in_fp8 else dtype.itemsize)
-    return total
+        in_fp8 = fp8 and tensor.ndim == 2 and weights.FP8_LAYERS.search(name)
+        sizes[name] = tensor.numel() * (1 if in_fp8 else dtype.itemsize)
+    return sizes
+
+
+def block_bytes(sizes: dict[str, int]) -> dict[str, int]:
+    """The blocks in the order that they run in, and how many bytes of each would be streamed."""
+    blocks = {}
+    for name, size in sizes.items():
+        if block := block_of(name):
+            blocks[block] = blocks.get(block, 0) + size
+    return blocks
 
 
 def working_bytes(source: weights.Source, layout: Layout | None, dtype: torch.dtype, fp8: bool) -> int:
@@ -53,11 +93,11 @@ def working_bytes(source: weights.Source, layout: Layout | None, dtype: torch.dt
         tokens += pixels // 256 + (regions + 1) * layout.region_max_sequence_length
     activations = tokens * (VALUES_PER_TOKEN_IN_FP8 if fp8 else VALUES_PER_TOKEN) * params.hidden_size
     values = max(activations, VALUES_PER_PIXEL * pixels)
-    return sum(resident_bytes(net, dtype, modulation=True) for net in nets) + values * dtype.itemsize
+    return sum(sum(weight_bytes(net, dtype).values()) for net in nets) + values * dtype.itemsize
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still take on the card; torch may have been told to keep to a part of it."""
+    """Bytes that this process can still take on the GPU; torch may have been told to keep to a part of it."""
     free, total = torch.cuda.mem_get_info(device)
     own = torch.cuda.memory_allocated(device)
     free += torch.cuda.memory_reserved(device) - own

@@ -41,7 +41,7 @@ from model.errors import InputError
 from model.fp8 import why_not
 from model.layers import Modulation
 from model.lora import Addition, Lora, added, hooks_for, merge, read_lora
-from model.offload import FLUX_BLOCKS, FLUX_MODULATION, T5_BLOCKS, Streamed
+from model.offload import Streamed
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
 from model.transformer import Flux, Modulate
 from regional.attention import MaskedAttention, Tokens, dense_attention, portable_attention
@@ -50,7 +50,7 @@ from regional.layout import Control, Layout, RegionLora, Where
 from regional.lora import can_be_regional
 from regional.maps import AttentionMaps
 from regional.mask import RegionTokens, region_tokens
-from regional.memory import stays_on_host, working_bytes
+from regional.memory import place, working_bytes
 from regional.outputs import say, write
 from regional.sampling import NO_LORAS, Conditioning, Loras, modulations, sample
 from regional.ulysses import Ulysses
@@ -241,24 +241,24 @@ class Pipeline:
             return weights.load_autoencoder(source, *where)
         if name == "clip":
             return weights.load_clip(source, *where, merges)
-        streamed = stays_on_host(source, self.offload, *where, self.fp8 and name == "flux", layout)
+        fp8 = self.fp8 and name == "flux"
+        placement = place(source, self.offload, *where, fp8, layout)
         if name == "t5":
-            t5 = weights.load_t5(source, *where, merges, T5_BLOCKS if streamed else weights.NEVER)
-            if streamed:
-                self.streamed[name] = [Streamed(list(t5.encoder.block), self.device, pin=True)]
-            if "flux" not in self.parts:
-                weights.read_ahead(self.checkpoint.flux)  # while this encodes
-            return t5
-        on_card = self.device.type == "cuda"  # where only what comes of the modulation layers is needed all the time
-        on_host = FLUX_BLOCKS if streamed else FLUX_MODULATION if on_card else weights.NEVER
-        flux = weights.load_flux(source, *where, merges, on_host, self.fp8)
-        layers = [layer for layer in flux.modules() if isinstance(layer, Modulation)]
-        self.streamed[name] = [Streamed(layers, self.device)] if on_card else []
-        if streamed:
-            self.streamed[name].append(Streamed([*flux.double_blocks, *flux.single_blocks], self.device, pin=True))
-        if self.compile:
-            flux.compile_blocks()
-        return flux
+            module = weights.load_t5(source, *where, merges, placement.on_host)
+        else:
+            module = weights.load_flux(source, *where, merges, placement.on_host, fp8)
+        self.streamed[name] = []
+        if placement.blocks:
+            blocks = [module.get_submodule(block) for block in placement.blocks]
+            self.streamed[name].append(Streamed(blocks, self.device, pin=True))
+        if placement.modulation:
+            layers = [layer for layer in module.modules() if isinstance(layer, Modulation)]
+            self.streamed[name].append(Streamed(layers, self.device))
+        if name == "t5" and "flux" not in self.parts:
+            weights.read_ahead(self.checkpoint.flux)  # while this encodes
+        if name == "flux" and self.compile:
+            module.compile_blocks()
+        return module
 
     def modulation(self, flux: Flux, prepared: Prepared) -> list[list[Modulate]]:
         """What modulates the blocks in each step of a layout; made once for all its seeds."""
