@@ -226,7 +226,7 @@ class Pipeline:
         """A part of the model with the layout's whole-picture LoRAs merged into it; loaded again for other LoRAs."""
         entries = [(e.file, e.scale) for e in layout.loras if loras[e.file].changes.get(name)] if layout else []
         room = 0
-        if name == "flux" and self.offload == "auto" and self.device.type == "cuda":
+        if name == "flux" and self.offload != "blocks" and self.device.type == "cuda":
             room = working_bytes(self.checkpoint.flux, layout, self.dtype, self.fp8)
         if self.parts.get(name, (None, None))[0] != entries or room > self.flux_room:
             self.drop(name)

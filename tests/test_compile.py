@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 import generate
 import weights
+from model.offload import Streamed
 from model.transformer import Flux
 from regional import pipeline
 from regional.attention import RegionalAttention, portable_attention
@@ -63,6 +64,21 @@ def test_new_layouts_and_sizes_compile_nothing_new(without_inductor):
         torch.testing.assert_close(velocity(compiled, side, regions), velocity(eager, side, regions))
     assert counters["stats"]["unique_graphs"] == graphs and counters["frames"]["ok"] == graphs
     assert not counters["graph_break"]
+
+
+@torch.inference_mode()
+def test_streamed_blocks_compile_nothing_more(without_inductor):
+    """A block's weights lie elsewhere in each of its turns, and those of others where they always do."""
+    torch.manual_seed(0)
+    eager = Flux(tiny.FLUX).requires_grad_(False)
+    compiled = Flux(tiny.FLUX).requires_grad_(False)
+    compiled.load_state_dict(eager.state_dict())
+    blocks = [*compiled.double_blocks, *compiled.single_blocks]
+    Streamed([blocks[i] for i in (0, 2, 4)], torch.device("cpu"), pin=True)
+    compiled.compile_blocks()
+    for side, regions in (5, 2), (6, 2):
+        torch.testing.assert_close(velocity(compiled, side, regions), velocity(eager, side, regions))
+    assert 4 <= counters["stats"]["unique_graphs"] <= 6 and not counters["graph_break"]
 
 
 def draw(golden, folder, *flags, case="regional_3boxes_full"):
