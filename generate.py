@@ -105,16 +105,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", choices=["auto", "cuda", "cpu", "mps"])
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: float32 on a CPU, else bfloat16")
     add("--attention", default="auto", choices=["auto", *ATTENTIONS],
-        help="how masked attention is computed; auto: the kernel on CUDA, where it needs a C compiler, else "
-        "portable")  # fmt: skip
+        help="how masked attention is computed; auto: the kernel on CUDA, where it needs a C "
+        "compiler, else portable")  # fmt: skip
     add("--verbose", action="store_true", help="say which attention functions are used")
     add("--compile", action=argparse.BooleanOptionalAction, help="let torch.compile make the blocks: a minute more at "
         "the start, faster from then on")  # fmt: skip
     add("--quantize", default="auto", choices=QUANTIZE, help="fp8: the transformer's matrices in 8 "
         "bits; auto: if its file has them so and the GPU multiplies them")  # fmt: skip
     add("--offload", default="auto", choices=OFFLOAD, help="blocks: keep the transformer's and T5's "
-        "blocks in host memory and copy each to the GPU ahead of its turn; auto: as many of them as do not "
-        "fit")  # fmt: skip
+        "blocks in host memory and copy each to the GPU ahead of its turn; auto: as many of them "
+        "as do not fit")  # fmt: skip
     add("--parallel", choices=["ulysses"], help="share each picture's work out to the processes, one for each GPU, "
         "that torchrun --nproc-per-node N generate.py ... starts")  # fmt: skip
 

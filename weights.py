@@ -349,7 +349,11 @@ def load_flux(
 
 
 def load_t5(
-    source: Source, device: Device, dtype: torch.dtype, merges: Merges = NOTHING, on_host: OnHost = nowhere
+    source: Source,
+    device: Device,
+    dtype: torch.dtype,
+    merges: Merges = NOTHING,
+    on_host: OnHost = nowhere,
 ) -> T5Encoder:
     return load(source, device, dtype, merges, on_host)
 
@@ -377,8 +381,9 @@ def load(
     """The module of a source with its weights, frozen, in eval mode; `merges` change tensors before they are cast.
 
     It is made on the meta device, which holds no memory, and its tensors are assigned, not copied into it; on the CPU,
-    a tensor that is stored just as the module wants it stays a view of the file. Tensors for whose names `on_host`
-    is true stay in host memory; linear layers whose names `in_fp8` finds become Fp8Linear.
+    a tensor that is stored just as the module wants it stays a view of the file. Tensors for whose
+    names `on_host` is true stay in host memory; linear layers whose names `in_fp8` finds become
+    Fp8Linear.
     """
     module = on_meta(source)
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
@@ -390,7 +395,8 @@ def load(
     def make(name: str) -> dict[str, Tensor]:
         """The tensor, or of a weight in fp8 its numbers and their scales."""
         layer, rows = name.removesuffix(".weight"), recipe[name]
-        place = "cpu" if on_host(name) and layer not in layers else device  # a GPU converts much faster
+        stays = on_host(name)
+        place = "cpu" if stays and layer not in layers else device  # a GPU converts much faster
         numbers = stored_fp8(rows, source.tensors, place) if layer in layers and name not in merges else None
         if numbers is None:
             merge = merges.get(name)
@@ -399,7 +405,7 @@ def load(
                 tensor = merge(tensor).to(dtype) if merge else tensor
             numbers = in_pieces(tensor) if layer in layers else [tensor]
         made = dict(zip((name, f"{layer}.scale"), numbers))
-        return {key: tensor.cpu() for key, tensor in made.items()} if on_host(name) else made
+        return {key: tensor.cpu() for key, tensor in made.items()} if stays else made
 
     with ThreadPoolExecutor(LOADING_THREADS) as pool:
         state = {key: tensor for made in pool.map(make, recipe) for key, tensor in made.items()}

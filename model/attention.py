@@ -32,8 +32,9 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
 def fastest_backends(q: Tensor) -> list[SDPBackend]:
     """The library's attentions that work for q (B, heads, L, head_dim) on its device, timed there, the fastest first.
 
-    MATH is not among them: it stores all L x L scores. Nor is cuDNN's where torch has it switched off, or up to version
-    9.15.0, which reads out of bounds if L is not a multiple of 128 (pytorch issue 169849).
+    MATH is not among them: it stores all L x L scores. Nor is cuDNN's where torch has it switched
+    off, or up to version 9.15.0, which reads out of bounds if L is not a multiple of 128 (pytorch
+    issue 169849).
     """
     backends, seconds = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION], {}
     if torch.backends.cuda.cudnn_sdp_enabled() and (torch.backends.cudnn.version() or 0) > 91500:
@@ -70,10 +71,11 @@ def rope(ids: Tensor, axes: tuple[int, ...], theta: float, dtype: torch.dtype = 
 
 
 def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
-    """Rotate each pair (x[2i], x[2i+1]) by its angle: x (B, heads, L, head_dim), pe (B, L, head_dim / 2, 2).
+    """Rotate each pair (x[2i], x[2i+1]) by its angle.
 
-    The halves are rounded to x's dtype before they are interleaved: rounding afterwards gives the same bits, but
-    torch.compile then stores the result in float32 and converts it in another kernel.
+    x (B, heads, L, head_dim), pe (B, L, head_dim / 2, 2). The halves are rounded to x's dtype
+    before they are interleaved: rounding afterwards gives the same bits, but torch.compile then
+    stores the result in float32 and converts it in another kernel.
     """
     even, odd = x.to(pe.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = pe.unsqueeze(1).unbind(-1)

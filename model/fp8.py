@@ -1,4 +1,5 @@
-"""Linear layers in 8-bit floating point (float8_e4m3fn): half of bfloat16's memory, twice its speed where a GPU can.
+"""Linear layers in 8-bit floating point (float8_e4m3fn): half of bfloat16's memory, and twice its
+speed on GPUs that multiply in it.
 
 A weight has one scale for each output, an input one for each token, found anew each time: value = number * scale.
 """
@@ -22,8 +23,8 @@ def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def why_not(device: torch.device) -> str:
-    """Why this device, with this build of torch, lacks the product that Fp8Linear needs; empty if it has it, as GPUs
-    from Ada and Hopper on do. It is tried at a size that a layer might have."""
+    """Why this device, with this build of torch, lacks the product that Fp8Linear needs; empty if
+    it has it, as GPUs from Ada and Hopper on do. It is tried at a size that a layer might have."""
     x = torch.zeros(256, 256, device=device)
     try:
         scaled_product(*to_fp8(x), *to_fp8(x), x[0], torch.bfloat16)
@@ -44,8 +45,8 @@ def scaled_product(
 ) -> Tensor:
     """x (L, in) and weight (out, in) in float8_e4m3fn, with scales (L, 1) and (out, 1) -> (L, out).
 
-    It is an operator of its own because torch 2.13 cannot compile `scaled_mm` for a GPU if the bias is a slice of a
-    larger one, as that of `single_blocks.linear1` is.
+    It is an operator of its own because torch 2.13 cannot compile `scaled_mm` for a GPU if the bias
+    is a slice of a larger one, as that of `single_blocks.linear1` is.
     """
     on_gpu = x.is_cuda  # where bfloat16 is all that there is for scales by rows
     out = F.scaled_mm(

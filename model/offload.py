@@ -1,8 +1,8 @@
 """Modules that run on a device while their weights stay in host memory, copied over one module ahead of its turn.
 
-The device holds the weights of two of them at a time: the one that runs, and the next, which is being copied meanwhile.
-They may be only some of a model's blocks: each copy is then hidden behind all blocks up to the next of them. What is
-computed is the same to the bit.
+The device holds the weights of two of them at a time: the one that runs, and the next, which is
+being copied meanwhile. They may be only some of a model's blocks: each copy is then hidden behind
+all blocks up to the next of them. What is computed is the same to the bit.
 """
 
 import re
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 ALIGNMENT = 256  # bytes, as torch's own allocations have it
 
-# FLUX.1's modulation layers are called at another time than the rest of their blocks, and T5's table of distances is
-# used by all blocks.
+# FLUX.1's modulation layers are called at another time than the rest of their blocks, and T5's
+# table of distances is used by all blocks.
 FLUX_MODULATION = re.compile(r"(double|single)_blocks\.\d+\.(img_mod|txt_mod|modulation)\.")
-BLOCK = re.compile(r"((?:double_blocks|single_blocks|encoder\.block)\.\d+)\.(?!.*relative_attention_bias)")
+BLOCK = re.compile(r"((?:(?:double|single)_blocks|encoder\.block)\.\d+)\.(?!.*relative_attention)")
 
 
 def block_of(name: str) -> str | None:
@@ -37,22 +37,24 @@ def tensors_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
 class Streamed:
     """Takes care of `modules`, whose weights are in host memory, and which are called in this order, again and again.
 
-    device: where they run. pin: move each module's weights into one piece of memory first, pinned for a GPU, so that
-    one copy in the background fetches them. It takes time and, for a while, the memory of a module's weights again.
+    device: where they run. pin: move each module's weights into one piece of memory first, pinned
+    for a GPU, so that one copy in the background fetches them. It takes time and, for a while, the
+    memory of a module's weights again.
     """
 
     def __init__(self, modules: list[nn.Module], device: torch.device, pin: bool = False):
         self.device = device
         self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.weights = []  # of each module: (owner, name, weight in host memory)
-        self.pieces = []  # of each module: what is copied, its weights or the one piece in which they lie
+        self.pieces = []  # of each module: what is copied, its weights or the piece they lie in
         self.buffers, self.running, self.fetched = [], None, None  # which module runs, which comes after it
         for index, module in enumerate(modules):
             found = tensors_of(module)
             host = [weight.data for *_, weight in found]
             self.pieces.append(host)
             if pin:
-                piece = torch.empty(padded_size(*host), dtype=torch.uint8, pin_memory=self.copying is not None)
+                on_gpu = self.copying is not None
+                piece = torch.empty(padded_size(*host), dtype=torch.uint8, pin_memory=on_gpu)
                 self.pieces[index] = [piece]
                 host = [view.copy_(weight) for view, weight in zip(laid_out(piece, host), host)]
             self.weights.append([(owner, key, weight) for (owner, key, _), weight in zip(found, host)])
@@ -81,7 +83,8 @@ class Streamed:
         if self.copying:
             self.copying.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.copying):  # does nothing without a stream
-            for view, piece in zip(laid_out(self.buffers[-1], self.pieces[index]), self.pieces[index]):
+            pieces = self.pieces[index]
+            for view, piece in zip(laid_out(self.buffers[-1], pieces), pieces):
                 view.copy_(piece, non_blocking=True)
         self.fetched = index
 

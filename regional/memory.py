@@ -1,4 +1,5 @@
-"""What fits on the GPU: which of a part's weights stay in host memory, by the sizes in its file and what is free."""
+"""What fits on the GPU: which of a part's weights stay in host memory, by the sizes in its file and
+what is free."""
 
 from typing import NamedTuple
 
@@ -10,8 +11,9 @@ from model.transformer import FluxParams
 from regional.layout import Layout
 from regional.outputs import say
 
-# How many numbers a step, or a decoding, holds at its peak beside the weights: counted at full size on the meta device
-# (14.7 and 25.7, for 1024 x 1024 and 2048 x 2048, 0 to 16 regions, and 769), and some more for the libraries' own
+# How many numbers a step, or a decoding, holds at its peak beside the weights: counted at full size
+# on the meta device (14.7 and 25.7, for 1024 x 1024 and 2048 x 2048, 0 to 16 regions, and 769 text
+# tokens), and some more for the libraries' own
 VALUES_PER_TOKEN = 18  # times the hidden size
 VALUES_PER_TOKEN_IN_FP8 = 30  # without torch.compile
 VALUES_PER_PIXEL = 1000
@@ -19,40 +21,47 @@ WORKING_T5, GB = 1e9, 1e9
 
 
 class Placement(NamedTuple):
-    """What of a part stays in host memory: the weights of these blocks, which are streamed, and FLUX.1's modulation
-    layers, which pass over the GPU once for each layout."""
+    """What of a part stays in host memory: the weights of these blocks, which are streamed, and
+    FLUX.1's modulation layers, which pass over the GPU once for each layout."""
 
     blocks: list[str]
     modulation: bool
 
     def on_host(self, name: str) -> bool:
         """Is the weight of this name in host memory?"""
-        return block_of(name) in self.blocks or self.modulation and FLUX_MODULATION.match(name) is not None
+        modulates = FLUX_MODULATION.match(name) is not None
+        return self.modulation if modulates else block_of(name) in self.blocks
 
 
 def place(
     source: weights.Source, offload: str, device: torch.device, dtype: torch.dtype, fp8: bool, layout: Layout | None
 ) -> Placement:
-    """Where the weights of this part, flux or t5, are kept. offload: none and blocks stream none and all of its blocks,
-    auto as few as free memory allows. On a CUDA GPU the modulation layers stay too where there is room."""
+    """Where the weights of this part, flux or t5, are kept.
+
+    offload: none and blocks stream none and all of its blocks, auto as few as free memory allows.
+    Modulation layers are kept on a CUDA GPU where there is room for them beside all else.
+    """
     sizes = weight_bytes(source, dtype, fp8)
     blocks = block_bytes(sizes)
     modulation = sum(size for name, size in sizes.items() if FLUX_MODULATION.match(name))
-    if offload == "blocks" or device.type != "cuda":
-        return Placement(list(blocks) if offload == "blocks" else [], modulation > 0 and device.type == "cuda")
+    if device.type != "cuda":
+        return Placement(list(blocks) if offload == "blocks" else [], False)
+    if offload == "blocks":
+        return Placement(list(blocks), modulation > 0)
     needed = sum(sizes.values()) - modulation + working_bytes(source, layout, dtype, fp8)
     free = free_memory(device)
     streamed = [] if offload == "none" else fewest_blocks(blocks, needed - free)
     if offload == "auto":
-        where = f"{len(streamed)} of its {len(blocks)} blocks are streamed from host memory (--offload)"
+        what = weights.WHAT[source.part]
+        where = f"{len(streamed)} of its {len(blocks)} blocks are streamed from host memory"
         where = where if streamed else "its blocks stay on the GPU"
-        say(f"the {weights.WHAT[source.part]} takes {needed / GB:.1f} GB, {free / GB:.1f} GB are free: {where}")
+        say(f"the {what} takes {needed / GB:.1f} GB, {free / GB:.1f} GB are free: {where}")
     return Placement(streamed, modulation > 0 and needed + modulation > free)
 
 
 def fewest_blocks(blocks: dict[str, int], excess: int) -> list[str]:
-    """As few blocks, spread evenly, as have to be streamed to save `excess` bytes; all if that is not enough. blocks:
-    their sizes. The streamed ones take two buffers as large as the largest of them."""
+    """As few blocks, spread evenly, as have to be streamed to save `excess` bytes; all if that is
+    not enough. blocks: their sizes. The streamed ones take two buffers, as large as the largest."""
     names = list(blocks)
     for count in range(len(names)):
         chosen = [names[i * len(names) // count] for i in range(count)]
@@ -97,7 +106,8 @@ def working_bytes(source: weights.Source, layout: Layout | None, dtype: torch.dt
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still take on the GPU; torch may have been told to keep to a part of it."""
+    """Bytes that this process can still take on the GPU, of which torch may have been told to keep
+    to a part."""
     free, total = torch.cuda.mem_get_info(device)
     own = torch.cuda.memory_allocated(device)
     free += torch.cuda.memory_reserved(device) - own

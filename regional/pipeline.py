@@ -116,7 +116,7 @@ class Pipeline:
         if dtype == "auto":
             dtype = "float32" if self.device.type == "cpu" else "bfloat16"
         self.dtype, self.attention, self.cache, self.verbose = DTYPES[dtype], attention, cache, verbose
-        if self.dtype == torch.float32:  # TF32 in cuDNN's convolutions would make the VAE err by 3e-4
+        if self.dtype == torch.float32:  # TF32 in cuDNN's convolutions makes the VAE err by 3e-4
             torch.backends.cudnn.allow_tf32 = False
         self.checkpoint = weights.find(model, flux, t5, clip, ae)
         self.size = int(weights.metadata_number(self.checkpoint.flux, "sample_size", 1024))  # where a layout has none
@@ -354,7 +354,8 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_fp8(quantize: str, flux: weights.Source, device: torch.device) -> bool:
-    """Is the transformer kept in 8 bits? quantize: none, fp8, or auto: if its file is and the GPU can multiply so."""
+    """Is the transformer kept in 8 bits? quantize: none, fp8, or auto: if its file is, and the GPU
+    can multiply so. Says why a GPU cannot."""
     if quantize == "fp8" and device.type == "mps":
         raise InputError("--quantize fp8: Apple's GPUs have no float8; leave it out.")
     blocks = [tensor for key, tensor in flux.tensors.items() if re.search(r"blocks\.\d+\..*\.weight$", key)]
@@ -362,8 +363,9 @@ def choose_fp8(quantize: str, flux: weights.Source, device: torch.device) -> boo
     wanted = quantize == "fp8" or quantize == "auto" and stored and device.type == "cuda"
     problem = why_not(device) if wanted else ""
     if problem:
-        instead = "each call upcasts the weights, which saves memory but no time"
-        instead = instead if quantize == "fp8" else f"the weights of {flux.path} are upcast when they are loaded"
+        instead = f"the weights of {flux.path} are upcast when they are loaded"
+        if quantize == "fp8":
+            instead = "each call upcasts the weights, which saves memory but no time"
         say(f"warning: {device} does not multiply in fp8 ({problem}): {instead}")
     return wanted and (quantize == "fp8" or not problem)
 
@@ -391,8 +393,9 @@ def choose_attention(
             "interpreter, TRITON_INTERPRET=1, it runs on the CPU in float32, slowly.)"
         )
     if device.type == "cuda" and (lacking := lacks_for_triton()):
-        problem = f"Triton's launcher is compiled with {lacking}, which this machine lacks"
-        raise InputError(f"--attention {asked}: {problem}; install it, or try --attention portable.")
+        problem = f"Triton compiles its launcher with {lacking}, which this machine lacks"
+        instead = "install it, or try --attention portable."
+        raise InputError(f"--attention {asked}: {problem}; {instead}")
     return partial(kernel.kernel_attention, dtype=dtype, device=device)
 
 

@@ -68,10 +68,12 @@ def test_streamed_blocks_compute_the_same_bits():
 @pytest.mark.parametrize("pin", [False, True])
 @pytest.mark.parametrize("streamed", [[0], [0, 3], [1, 2, 4], [0, 1, 2, 3, 4]])
 def test_some_blocks_may_be_streamed_and_the_others_stay(streamed, pin):
-    """The same bits; only the streamed ones are ever copied, each once a step and, pinned, in one copy."""
-    resident, flux = random_flux(), random_flux()
-    places = [{name: weight.data_ptr() for name, weight in block.named_parameters()} for block in blocks_of(flux)]
-    stream, copies = Streamed([blocks_of(flux)[i] for i in streamed], CPU, pin), []
+    """The same bits. Only streamed blocks are copied, each once a step and, pinned, in one copy."""
+    resident = random_flux()
+    flux = random_flux()
+    places = list(map(places_of, blocks_of(flux)))
+    stream = Streamed([blocks_of(flux)[i] for i in streamed], CPU, pin)
+    copies = []
     fetch = stream.fetch
 
     def counted(index):
@@ -86,8 +88,11 @@ def test_some_blocks_may_be_streamed_and_the_others_stay(streamed, pin):
     turns = 1 if len(streamed) == 1 else 3
     assert copies == [(i, weights_of[i]) for i in [*range(len(streamed))] * turns + [0]]
     for i in {*range(5)} - {*streamed}:
-        block = blocks_of(flux)[i]
-        assert places[i] == {name: weight.data_ptr() for name, weight in block.named_parameters()}
+        assert places[i] == places_of(blocks_of(flux)[i])
+
+
+def places_of(block: torch.nn.Module) -> dict[str, int]:
+    return {name: weight.data_ptr() for name, weight in block.named_parameters()}
 
 
 class Copies(TorchDispatchMode):
@@ -171,9 +176,11 @@ def test_names_on_the_host_are_those_that_are_streamed():
     assert streamed(flux, blocks) == found(flux, Placement(names, False))
     assert streamed(flux, blocks, modulation) == found(flux, Placement(names, True))
     assert streamed(flux, modulation) == found(flux, Placement([], True))
-    assert streamed(t5, t5_blocks) == found(t5, Placement(["encoder.block.0", "encoder.block.1"], True))
+    of_t5 = ["encoder.block.0", "encoder.block.1"]
+    assert streamed(t5, t5_blocks) == found(t5, Placement(of_t5, True))
     some = Streamed([flux.double_blocks[1], flux.single_blocks[2]], CPU)
-    assert streamed(flux, some) == found(flux, Placement(["double_blocks.1", "single_blocks.2"], False))
+    two = ["double_blocks.1", "single_blocks.2"]
+    assert streamed(flux, some) == found(flux, Placement(two, False))
     assert not found(flux, Placement([], False)) and block_of("final_layer.linear.weight") is None
 
 
@@ -194,7 +201,7 @@ def test_a_run_with_streamed_blocks_is_bit_equal(golden, tmp_path, flags):
 @pytest.mark.parametrize("modulation", [False, True])
 @pytest.mark.parametrize("excess, count", [(1, 4), (3 * 10**6, 5), (4 * 10**6, 6), (10**9, 7)])
 def test_a_run_with_some_blocks_streamed_is_bit_equal(monkeypatch, excess, count, modulation):
-    """As where some of the blocks fit: what has to be streamed of T5 and the transformer is, and nothing else."""
+    """As where some of the blocks fit: what has to be streamed of both is, and nothing else."""
     region = Region(prompt="a red circle", box=(0, 0, 32, 64))
     layout = Layout(prompt="a red circle", width=64, height=64, steps=2, regions=(region,))
     resident = Pipeline("pocket", device="cpu")
@@ -372,7 +379,8 @@ def test_as_few_blocks_are_streamed_as_free_memory_asks_for(
 ):
     """FLUX.1-dev with four regions at 1024 x 1024, in bfloat16 or fp8, and T5."""
     monkeypatch.setattr(memory, "free_memory", lambda device: int(free * 1e9))
-    gpu, source = torch.device("cuda"), full_size[part]
+    gpu = torch.device("cuda")
+    source = full_size[part]
     placement = memory.place(source, "auto", gpu, torch.bfloat16, fp8, DEV)
     said = capsys.readouterr().err
     assert (len(placement.blocks), placement.modulation) == (streamed, modulation)
@@ -397,7 +405,8 @@ def test_what_is_streamed_is_enough_and_spread_evenly(full_size, part):
 
 
 def test_offload_none_and_blocks_are_what_they_say(full_size, monkeypatch, capsys):
-    gpu, given = torch.device("cuda"), (torch.bfloat16, False, DEV)
+    gpu = torch.device("cuda")
+    given = torch.bfloat16, False, DEV
     for part, count in ("flux", 57), ("t5", 24):
         for free in 1, 80:
             monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free * 10**9)
@@ -405,8 +414,8 @@ def test_offload_none_and_blocks_are_what_they_say(full_size, monkeypatch, capsy
             assert len(blocks) == count and modulation == (part == "flux")
             fits = part == "t5" or free == 80
             assert memory.place(full_size[part], "none", gpu, *given) == Placement([], not fits)
-        for device in "cpu", "mps":
-            assert memory.place(full_size[part], "auto", torch.device(device), *given) == Placement([], False)
+        for device in torch.device("cpu"), torch.device("mps"):
+            assert memory.place(full_size[part], "auto", device, *given) == Placement([], False)
         assert memory.place(full_size[part], "blocks", CPU, *given) == Placement(blocks, False)
     assert not capsys.readouterr().err
 
