@@ -25,7 +25,15 @@ from regional.attention import MaskedAttention, Tokens
 from regional.mask import allowed
 
 INTERPRETED = triton.knobs.runtime.interpret
-MIXED_COST = 1.9  # a mixed tile's time over a full one's; instructions on sm_90 say 1.9 (Triton 3.6) and 1.4 (3.9)
+MIXED_COST = 1.9  # a partial tile's time over a full one's; instructions on sm_90 say 1.9 (Triton 3.6) and 1.4 (3.9)
+HEADS_TOGETHER = 8  # heads whose programs start side by side: their K and V, 25 MB, stay in the L2 cache
+
+# The columns of `Tiles.queries` and of `Tiles.keys`
+ROW_BEGIN, ROW_END = tl.constexpr(0), tl.constexpr(1)
+FULL_BEGIN, MIXED_BEGIN, KEYS_END = tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
+QUERY_COLUMNS = tl.constexpr(5)
+KEY_ROW, KEY_BITS = tl.constexpr(0), tl.constexpr(1)
+KEY_COLUMNS = tl.constexpr(2)
 
 
 # ------------------------------------------------------------------------------------------------ on the GPU
@@ -33,16 +41,17 @@ MIXED_COST = 1.9  # a mixed tile's time over a full one's; instructions on sm_90
 
 @triton.jit
 def bits_allowed(bits_q, bits_k):
-    """The whole mask: `allowed` of regional/mask.py."""
+    """This is the whole mask: `allowed` of regional/mask.py."""
     return (bits_q & bits_k) != 0
 
 
 @triton.jit
-def load_tile(x, stride_b, stride_h, stride_l, start, L, ROWS: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
-              RAGGED: tl.constexpr):  # fmt: skip
-    """Rows start .. start + ROWS of this program's head, (ROWS, D); zeros from row L on. RAGGED tells the pointers that
-    the rows may go that far; TMA looks by itself."""
-    h, b = tl.program_id(1), tl.program_id(2)
+def load_tile(x, stride_b, stride_h, stride_l, b, h, start, L, ROWS: tl.constexpr, D: tl.constexpr,
+              TMA: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
+    """Load rows start .. start + ROWS of head h of image b, (ROWS, D); rows from L on are zeros.
+
+    RAGGED tells the pointers that the rows may go that far; TMA checks by itself.
+    """
     if TMA:
         tile = x.load([b, h, start, 0]).reshape(ROWS, D)
     else:
@@ -58,7 +67,7 @@ def load_tile(x, stride_b, stride_h, stride_l, start, L, ROWS: tl.constexpr, D: 
 
 @triton.jit
 def online_softmax(qk, v_tile, m_i, l_i, acc, scale):
-    """Take one more tile of scores and values into the running maximum (of scores times `scale`), sum and output."""
+    """Add one more tile of scores and values to the running maximum (of scores times `scale`), sum and output."""
     m_ij = tl.maximum(m_i, tl.max(qk, 1) * scale)
     p = tl.exp2(qk * scale - m_ij[:, None])
     alpha = tl.exp2(m_i - m_ij)
@@ -68,61 +77,101 @@ def online_softmax(qk, v_tile, m_i, l_i, acc, scale):
 
 
 @triton.jit
+def added_scores(log_weight, as_key, as_query, rows, rows_n, L, COLUMNS):
+    """The log-weights of pairs of rows, (BLOCK_M, BLOCK_N); see `Tokens`."""
+    column = tl.load(as_key + rows_n, mask=rows_n < L, other=0)
+    weights = log_weight + (rows * COLUMNS)[:, None] + column[None, :]
+    added = tl.load(weights, mask=rows[:, None] < L, other=0.0)
+    column = tl.load(as_query + rows, mask=rows < L, other=0)
+    weights = log_weight + column[:, None] + (rows_n * COLUMNS)[None, :]
+    return added + tl.load(weights, mask=rows_n[None, :] < L, other=0.0)
+
+
+@triton.jit
+def store_blended(
+    acc, o, base, base_row, base_weight, o_b, o_h, o_l, base_b, base_h, base_l, b, h, rows, end,
+    D: tl.constexpr, BASE: tl.constexpr,
+):  # fmt: skip
+    """Blend acc (len(rows), D) with the base branch's rows and write those of them that are before `end`."""
+    inside = rows < end
+    b, h, d = b.to(tl.int64), h.to(tl.int64), tl.arange(0, D)[None]
+    if BASE:
+        weight = tl.load(base_weight + rows, mask=inside, other=0.0)[:, None]
+        base_rows = tl.load(base_row + rows, mask=inside, other=0)[:, None]
+        base_tile = tl.load(
+            base + b * base_b + h * base_h + base_rows * base_l + d, mask=weight != 0, other=0.0
+        )
+        acc = (1 - weight) * acc + weight * base_tile
+    out = o + b * o_b + h * o_h + rows[:, None] * o_l + d
+    tl.store(out, acc.to(o.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
 def regional_kernel(
     q, k, v, o, base, base_row, base_weight, queries, query_bits, keys, key_bits, as_key, as_query, log_weight,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b, o_h, o_l, base_b, base_h, base_l,
     L, COLUMNS, scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BASE: tl.constexpr, TMA: tl.constexpr,
-    WEIGHTED: tl.constexpr,
+    WEIGHTED: tl.constexpr, HEADS: tl.constexpr, MIXED_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one head; the grid is (tiles, heads, pictures). The lists are those of `Tiles`. scale is
-    log2(e) / sqrt(D), because the hardware's exponential is of base 2. Strides are in elements, named tensor_axis."""
-    entry = queries + 5 * tl.program_id(0)
-    start, end = tl.load(entry), tl.load(entry + 1)
-    full_begin, mixed_begin, keys_end = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
-    q_tile = load_tile(q, q_b, q_h, q_l, start, L, BLOCK_M, D, TMA, RAGGED=True)
-    # Not -inf: in a mixed tile, a row that has met no key of its own keeps this maximum, and exp2(-inf - m_i) is 0
+    """One program computes one tile of queries of one head.
+
+    The grid is (tiles * HEADS, heads / HEADS, images): HEADS heads are side by side, so that the
+    longest tiles of all of them start first. The lists are those of `Tiles`. scale is
+    log2(e) / sqrt(D), because the hardware's exponential is of base 2. Strides are in elements,
+    named tensor_axis.
+    """
+    tile = tl.program_id(0) // HEADS
+    h = tl.program_id(1) * HEADS + tl.program_id(0) % HEADS
+    b = tl.program_id(2)
+    entry = queries + tile * QUERY_COLUMNS
+    start = tl.load(entry + ROW_BEGIN)
+    end = tl.load(entry + ROW_END)
+    full_begin = tl.load(entry + FULL_BEGIN)
+    mixed_begin = tl.load(entry + MIXED_BEGIN)
+    keys_end = tl.load(entry + KEYS_END)
+    rows = start + tl.arange(0, BLOCK_M)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    if full_begin == keys_end:  # tokens of the base branch alone: there is nothing to load q for
+        store_blended(acc, o, base, base_row, base_weight, o_b, o_h, o_l, base_b, base_h, base_l, b, h,
+                      rows, end, D, BASE)  # fmt: skip
+        return
+    # The next tile's row is always loaded one iteration ahead, so that no load of K waits for it
+    key_rows = keys + KEY_ROW
+    start_n = tl.load(key_rows + full_begin * KEY_COLUMNS)
+    q_tile = load_tile(q, q_b, q_h, q_l, b, h, start, L, BLOCK_M, D, TMA, RAGGED=True)
+    # Not -inf: in a partial tile, a row without an allowed key yet keeps this maximum, and exp2(-inf - m_i) is 0
     m_i = tl.full([BLOCK_M], -1e38, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, D], tl.float32)
 
     for i in range(full_begin, mixed_begin):
-        start_n = tl.load(keys + 2 * i)
-        k_tile = load_tile(k, k_b, k_h, k_l, start_n, L, BLOCK_N, D, TMA, RAGGED=False)
+        next_n = tl.load(key_rows + (i + 1) * KEY_COLUMNS)
+        k_tile = load_tile(k, k_b, k_h, k_l, b, h, start_n, L, BLOCK_N, D, TMA, RAGGED=False)
         qk = tl.dot(q_tile, k_tile.T, input_precision="ieee")
-        v_tile = load_tile(v, v_b, v_h, v_l, start_n, L, BLOCK_N, D, TMA, RAGGED=False)
+        v_tile = load_tile(v, v_b, v_h, v_l, b, h, start_n, L, BLOCK_N, D, TMA, RAGGED=False)
         m_i, l_i, acc = online_softmax(qk, v_tile, m_i, l_i, acc, scale)
+        start_n = next_n
 
-    rows = start + tl.arange(0, BLOCK_M)
-    bits_q = tl.load(query_bits + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))
-    for i in range(mixed_begin, keys_end):
-        start_n = tl.load(keys + 2 * i)
-        k_tile = load_tile(k, k_b, k_h, k_l, start_n, L, BLOCK_N, D, TMA, RAGGED=True)
+    columns = tl.arange(0, BLOCK_N)
+    bits_q = tl.load(query_bits + tile * BLOCK_M + tl.arange(0, BLOCK_M))
+    for i in tl.range(mixed_begin, keys_end, num_stages=MIXED_STAGES):
+        next_n = tl.load(key_rows + (i + 1) * KEY_COLUMNS)
+        k_tile = load_tile(k, k_b, k_h, k_l, b, h, start_n, L, BLOCK_N, D, TMA, RAGGED=True)
         qk = tl.dot(q_tile, k_tile.T, input_precision="ieee")
-        # loaded after the product, so that the bits and the operands don't need registers at the same time
-        bits_k = tl.load(key_bits + tl.load(keys + 2 * i + 1) * BLOCK_N + tl.arange(0, BLOCK_N))
+        # The bits are loaded after the product, so that they and the operands don't need registers at the same time
+        key_tile = tl.load(keys + i * KEY_COLUMNS + KEY_BITS)
+        bits_k = tl.load(key_bits + key_tile * BLOCK_N + columns)
         if WEIGHTED:
-            # `scale` divides by the root again
-            rows_n = start_n + tl.arange(0, BLOCK_N)
-            column = tl.load(as_key + rows_n, mask=rows_n < L, other=0)
-            weights = log_weight + (rows * COLUMNS)[:, None] + column[None, :]
-            qk += D**0.5 * tl.load(weights, mask=rows[:, None] < L, other=0.0)
-            column = tl.load(as_query + rows, mask=rows < L, other=0)
-            weights = log_weight + column[:, None] + (rows_n * COLUMNS)[None, :]
-            qk += D**0.5 * tl.load(weights, mask=rows_n[None, :] < L, other=0.0)
+            added = added_scores(log_weight, as_key, as_query, rows, start_n + columns, L, COLUMNS)
+            qk += D**0.5 * added  # `scale` divides by the root again
         qk = tl.where(bits_allowed(bits_q[:, None], bits_k[None, :]), qk, float("-inf"))
-        v_tile = load_tile(v, v_b, v_h, v_l, start_n, L, BLOCK_N, D, TMA, RAGGED=True)
+        v_tile = load_tile(v, v_b, v_h, v_l, b, h, start_n, L, BLOCK_N, D, TMA, RAGGED=True)
         m_i, l_i, acc = online_softmax(qk, v_tile, m_i, l_i, acc, scale)
+        start_n = next_n
 
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]  # a row with nothing allowed gives zeros
-    inside = rows < end
-    h, b, d = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64), tl.arange(0, D)[None]
-    if BASE:
-        weight = tl.load(base_weight + rows, mask=inside, other=0.0)[:, None]
-        base_rows = tl.load(base_row + rows, mask=inside, other=0)[:, None]
-        base_tile = tl.load(base + b * base_b + h * base_h + base_rows * base_l + d, mask=weight != 0, other=0.0)
-        acc = (1 - weight) * acc + weight * base_tile
-    tl.store(o + b * o_b + h * o_h + rows[:, None] * o_l + d, acc.to(o.dtype.element_ty), mask=inside[:, None])
+    store_blended(acc, o, base, base_row, base_weight, o_b, o_h, o_l, base_b, base_h, base_l, b, h,
+                  rows, end, D, BASE)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ once per layout
@@ -200,6 +249,7 @@ def tile_lists(bits: Tensor, block_m: int, block_n: int, weights: tuple[Tensor, 
         mixed_begin = len(keys)
         keys += [(key_tiles[j][0], j) for j in mixed[i].nonzero().flatten().tolist()]
         queries.append((*query_tiles[i], full_begin, mixed_begin, len(keys)))
+    keys.append((0, 0))  # the kernel loads the row after the last tile's
     return Tiles(
         torch.tensor(queries, dtype=torch.int32),
         padded(bits, [query_tiles[i] for i in order], block_m),
@@ -225,18 +275,22 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
     tma: bool
+    mixed_stages: int = 1
 
     def weighted(self) -> "Launch":
-        """With weights: loaded a stage ahead, as q and k are, they would not fit into the shared memory."""
-        return self._replace(num_stages=1)
+        """With weights, which loaded stages ahead as K and V are would not fit into shared memory.
+
+        Only the partial tiles' loop reads them; that of the full tiles stays pipelined.
+        """
+        return self._replace(mixed_stages=1)
 
 
 def launch_for(dtype: torch.dtype, capability: tuple[int, int]) -> Launch:
     if dtype == torch.float32:  # IEEE products, which the tensor cores do not have
-        return Launch(32, 32, num_warps=8, num_stages=1, tma=False)
-    if (9, 0) <= capability < (12, 0):  # data centre cards from Hopper on: 227 KB of shared memory
-        return Launch(128, 128, num_warps=8, num_stages=2, tma=True)
-    return Launch(128, 64, num_warps=8, num_stages=3, tma=False)
+        return Launch(32, 32, num_warps=8, num_stages=1, tma=False, mixed_stages=1)
+    if (9, 0) <= capability < (12, 0):  # data center GPUs from Hopper on: 227 KB of shared memory
+        return Launch(128, 128, num_warps=8, num_stages=3, tma=True, mixed_stages=3)
+    return Launch(128, 64, num_warps=8, num_stages=3, tma=False, mixed_stages=3)
 
 
 def attend(
@@ -259,6 +313,7 @@ def attend(
     num_warps: int,
     num_stages: int,
     tma: bool,
+    mixed_stages: int,
 ) -> Tensor:
     """Launch the kernel. q, k, v (B, H, L, D) and base (B, H, L_base, D) -> (B, H, L, D), laid out as (B, L, H, D)."""
     batch, heads, length, head_dim = q.shape
@@ -276,11 +331,13 @@ def attend(
     if tma:
         boxes = ([1, 1, rows, head_dim] for rows in (block_m, block_n, block_n))
         tensors = map(TensorDescriptor.from_tensor, tensors, boxes)
-    regional_kernel[len(queries), heads, batch](
+    together = math.gcd(heads, HEADS_TOGETHER)
+    regional_kernel[len(queries) * together, heads // together, batch](
         *tensors, out, base, base_row, base_weight, queries, query_bits, keys, key_bits, *weights,
         *(stride for x in (q, k, v, out, base) for stride in x.stride()[:3]),
         length, weights[-1].shape[-1], math.log2(math.e) / head_dim**0.5,
         D=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, BASE=has_base, TMA=tma, WEIGHTED=weighted,
+        HEADS=together, MIXED_STAGES=mixed_stages,
         num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out

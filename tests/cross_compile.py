@@ -1,6 +1,7 @@
-"""Compile the kernel for GPUs that need not be there, as it is launched on them.
+"""Compile the kernels for GPUs that need not be present, as they are launched on them.
 
-Prints what the compiler made of it, a list of JSON objects. ptxas and the disassembler come with Triton.
+Prints what the compiler made of each, a list of JSON objects. It runs with Triton 3.6 to 3.9, which
+bring ptxas and the disassembler along.
 
     python tests/cross_compile.py
 """
@@ -19,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from regional.kernel import launch_for, regional_kernel  # noqa: E402
+from regional.kernel import HEADS_TOGETHER, Launch, launch_for, regional_kernel  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -31,13 +32,15 @@ POINTERS = {
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDL", "STL")
 
 
-def compile_kernel(capability: int, dtype: torch.dtype, head_dim: int, base: bool, weighted: bool = False) -> dict:
-    """Registers, spilled bytes, shared memory, how often each of INSTRUCTIONS occurs, and the length of the loops."""
+def compile_kernel(
+    capability: int, dtype: torch.dtype, head_dim: int, base: bool, weighted: bool = False
+) -> dict:
+    """Compile the regional kernel as `attend` launches it on such a GPU; see `described`."""
     launch = launch_for(dtype, divmod(capability, 10))
     launch = launch.weighted() if weighted else launch
     constants = {
         "D": head_dim, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BASE": base, "TMA": launch.tma,
-        "WEIGHTED": weighted,
+        "WEIGHTED": weighted, "HEADS": HEADS_TOGETHER, "MIXED_STAGES": launch.mixed_stages,
     }  # fmt: skip
     signature, attributes = {}, {}
     for i, name in enumerate(regional_kernel.arg_names):
@@ -51,29 +54,56 @@ def compile_kernel(capability: int, dtype: torch.dtype, head_dim: int, base: boo
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
         is_stride = name.endswith(("_b", "_h", "_l"))
-        if signature[name].startswith("*") or is_stride:  # what a launch finds to be a multiple of 16
+        if signature[name].startswith("*") or is_stride:  # a launch finds these to be multiples of 16
             attributes[(i,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
     compiled = triton.compile(
         ASTSource(regional_kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True},
+        options=options,
     )
+    return {
+        "capability": capability, "dtype": TYPES[dtype], "head_dim": head_dim, "base": base, "weighted": weighted,
+        **launch._asdict(), "tiles_in_flight": tiles_in_flight(compiled.metadata.shared, launch, dtype, head_dim),
+        **described(compiled),
+    }  # fmt: skip
+
+
+def tiles_in_flight(shared: int, launch: Launch, dtype: torch.dtype, head_dim: int) -> int:
+    """How many tiles of K and V fit into the shared memory that the kernel takes.
+
+    Next to them it holds q's tile where it comes by TMA; pointers load it into registers.
+    """
+    row = head_dim * dtype.itemsize
+    q_tile = launch.block_m * row if launch.tma else 0
+    return (shared - q_tile) // (2 * launch.block_n * row)
+
+
+def described(compiled) -> dict:
+    """What ptxas and the disassembler tell of a compiled kernel.
+
+    registers: of a thread. stack and shared: bytes. How often each of INSTRUCTIONS occurs. loops and
+    barriers: the instructions, and among them the barriers (BAR.SYNC) that warps wait for each other
+    at, of one iteration of each loop that multiplies matrices: the full tiles', the partial tiles'.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = run("cuobjdump", "--dump-resource-usage", cubin.name)
         sass = run("nvdisasm", cubin.name)
+    found = loops(sass)
     return {
-        "capability": capability, "dtype": TYPES[dtype], "head_dim": head_dim, "base": base, "weighted": weighted,
-        **launch._asdict(),
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "shared": compiled.metadata.shared, **{x: len(re.findall(rf"\b{x}\b", sass)) for x in INSTRUCTIONS},
-        "loops": loops(sass),
-    }  # fmt: skip
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "shared": compiled.metadata.shared,
+        **{x: len(re.findall(rf"\b{x}\b", sass)) for x in INSTRUCTIONS},
+        "loops": [len(loop) for loop in found],
+        "barriers": [sum("BAR.SYNC" in x for x in loop) for loop in found],
+    }
 
 
-def loops(sass: str) -> list[int]:
-    """How many instructions each loop has that multiplies matrices: the full tiles', the mixed tiles'."""
+def loops(sass: str) -> list[list[str]]:
+    """The instructions of each innermost loop that multiplies matrices, in the order of the code."""
     instructions, labels, found = [], {}, []
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
@@ -81,8 +111,10 @@ def loops(sass: str) -> list[int]:
         elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
             instructions.append(instruction[1])
             back = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
-            if back and back[1] in labels and any("MMA" in x for x in instructions[labels[back[1]] :]):
-                found.append(len(instructions) - labels[back[1]])
+            if back and back[1] in labels:
+                loop = instructions[labels[back[1]] :]
+                if any("MMA" in x for x in loop):
+                    found.append(loop)
     return found[:2]  # what follows are the barriers' waiting loops, which jump back from after the end
 
 

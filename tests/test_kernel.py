@@ -85,8 +85,8 @@ CASE = pytest.mark.parametrize("bits", CASES.values(), ids=CASES)
 # As launched for float32; and, on every device, both ways of loading with tiles of both shapes
 LAUNCHES = {
     "float32's own": None,
-    "pointers": Launch(64, 32, num_warps=4, num_stages=2, tma=False),
-    "TMA": Launch(32, 64, num_warps=4, num_stages=2, tma=True),
+    "pointers": Launch(64, 32, num_warps=4, num_stages=2, tma=False, mixed_stages=2),
+    "TMA": Launch(32, 64, num_warps=4, num_stages=2, tma=True, mixed_stages=2),
 }
 LAUNCH = pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
 
@@ -263,11 +263,11 @@ def test_the_operator_says_of_itself_what_it_does():
     q, k, v = fused_qkv(33, heads=2)
     given = torch.zeros(33).int(), torch.zeros(33), *lists, None, None, None
     arguments = q, k, v, None, *(x if x is None else x.to(DEVICE) for x in given), pairs
+    launch = Launch(32, 32, num_warps=4, num_stages=1, tma=False, mixed_stages=1)
     tests = "test_schema", "test_faketensor"
-    torch.library.opcheck(kernel.attend_op, (*arguments, 32, 32, 4, 1, False), test_utils=tests)
-    told = kernel.attend_op(
-        *(x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments), 32, 32, 4, 1, False
-    )
+    torch.library.opcheck(kernel.attend_op, (*arguments, *launch), test_utils=tests)
+    on_meta = (x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments)
+    told = kernel.attend_op(*on_meta, *launch)
     assert told.stride() == run(blending_tokens(CASES["33 tokens"]), q, k, v).stride()
 
 
@@ -414,7 +414,8 @@ class Allocations(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["double", "single"])
 def test_no_square_tensor_and_no_memory_beyond_the_two_outputs(kind, launched, monkeypatch):
-    launched(Launch(128, 64, num_warps=8, num_stages=1, tma=False))  # few large tiles: the interpreter is slow
+    large = Launch(128, 64, num_warps=8, num_stages=1, tma=False, mixed_stages=1)
+    launched(large)  # the interpreter is slow with many small tiles
     monkeypatch.setattr(kernel, "attend_op", kernel.attend)  # the mode does not look inside an operator
     region = region_tokens(layout((0, 0, 256, 256), (128, 128, 512, 512), width=512, height=512)).sorted()[0]
     text, image = 256, 1024
