@@ -144,13 +144,15 @@ def in_one_sequence(
 
 
 class RegionalAttention:
-    """The attention function and the `join` hook of a regional step. It keeps nothing of one call for the next.
+    """The attention function and the `join` hook of a regional step.
 
-    masked_attention: what makes the masked attention of given tokens: one of the above, or the kernel.
+    It keeps nothing of one call for the next but the masked attentions, each made when a block first asks for it.
+
+    make: what makes the masked attention of given tokens: one of the above, or the kernel.
     bits: (L,) int64, those of [txt_1 .. txt_R, img].
-    text_length, image_length: how many tokens the base prompt and the picture have.
-    base_ratio: the base branch's share in the image tokens, or in each of them, (L_img,).
-    is_masked: in which blocks the regional branch is masked. In the others it is open: region texts see each other.
+    text_length, image_length: how many tokens the base prompt and the image have.
+    base_ratio: the base branch's weight in the image tokens, or in each of them, (L_img,).
+    is_masked: in which blocks the regional branch is masked. In the others, prompts of regions see each other too.
     log_weights: (L_img, 2 R) float32, those of RegionTokens, added to the scores in masked blocks.
     shared: one image stream throughout; see the top of this file.
 
@@ -160,7 +162,7 @@ class RegionalAttention:
 
     def __init__(
         self,
-        masked_attention: Callable[[Tokens], MaskedAttention],
+        make: Callable[[Tokens], MaskedAttention],
         bits: Tensor,
         text_length: int,
         image_length: int,
@@ -170,18 +172,18 @@ class RegionalAttention:
         shared: bool = False,
     ):
         precise = torch.float32 if bits.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        base_ratio = torch.as_tensor(base_ratio, dtype=precise, device=bits.device).expand(image_length)
-        log_weights = log_weights if log_weights is None else log_weights.to(bits.device)
-        self.has_base, self.shared = bool(base_ratio.any()), shared
+        ratio = torch.as_tensor(base_ratio, dtype=precise, device=bits.device)
+        self.base_ratio = ratio.expand(image_length)
+        self.log_weights = log_weights if log_weights is None else log_weights.to(bits.device)
+        self.has_base = bool(self.base_ratio.any())
+        self.make = make
+        self.bits = bits
+        self.text_length = text_length
+        self.shared = shared
         self.start = len(bits) - image_length  # of the base branch in the sequence
         self.end = self.start + text_length + image_length
         self.is_masked = is_masked
-        self.masked, self.open = {}, {}
-        for kind, base_only in ("double", text_length), ("single", text_length + image_length * (not shared)):
-            base_only = base_only if self.has_base else 0
-            self.masked[kind] = masked_attention(in_one_sequence(bits, base_only, text_length, base_ratio, log_weights))
-            is_region = (bits != 0).long()
-            self.open[kind] = masked_attention(in_one_sequence(is_region, base_only, text_length, base_ratio))
+        self.made: dict[tuple[str, bool], MaskedAttention] = {}
 
     @property
     def streams(self) -> int:
@@ -190,11 +192,26 @@ class RegionalAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
         """q, k, v and the result: (B, heads, L, head_dim), L as at the top of this file."""
-        attend = (self.masked if self.is_masked(block) else self.open)[block.kind]
+        attend = self.attention_of(block.kind, self.is_masked(block))
         base = None
         if self.has_base:
             base = plain_attention(*(x[:, :, self.start : self.end] for x in (q, k, v)), block)
         return attend(q, k, v, base)
+
+    def attention_of(self, kind: str, is_masked: bool) -> MaskedAttention:
+        """What blocks of this kind ask, with the mask or without. Layouts without unmasked blocks never pay for it."""
+        if (kind, is_masked) not in self.made:
+            self.made[kind, is_masked] = self.make(self.tokens(kind, is_masked))
+        return self.made[kind, is_masked]
+
+    def tokens(self, kind: str, is_masked: bool) -> Tokens:
+        """The sequence of blocks of this kind."""
+        base_only = self.text_length if self.has_base else 0
+        if kind == "single" and self.streams == 2:
+            base_only += len(self.base_ratio)
+        bits = self.bits if is_masked else (self.bits != 0).long()
+        log_weights = self.log_weights if is_masked else None
+        return in_one_sequence(bits, base_only, self.text_length, self.base_ratio, log_weights)
 
     def join(self, txt: Tensor, img: Tensor) -> Tensor:
         """The sequence of the single blocks; the image stream is duplicated here."""

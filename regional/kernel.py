@@ -1,10 +1,11 @@
 """Regional attention as one Triton kernel: the mask is one integer per token, tested in-line, and never stored.
 
-FlashAttention's online softmax (arXiv 2205.14135, 2307.08691) over lists of tiles. Which tiles of keys a tile of
-queries may see altogether, in part or not at all depends on the layout alone: `tile_lists` says it once for all heads,
-blocks and steps. The kernel goes through a query tile's full tiles without any mask code, then through its mixed tiles
-testing `bits_allowed`, never meets the forbidden ones, and blends with the base branch as it writes. Where tokens weigh
-the texts of their regions (strength, feather), those pairs of tiles are mixed ones too, and only they read the weights.
+The kernel is FlashAttention's online softmax (arXiv 2205.14135, 2307.08691) over lists of tiles. Which tiles of keys a
+tile of queries may see in full, in part or not at all depends on the layout alone: `tile_lists` finds it once for all
+heads, blocks and steps. The kernel goes through a query tile's full tiles without any mask code, then through its
+partial tiles testing `bits_allowed`, never meets the forbidden ones, and blends with the base branch as it writes.
+Where tokens weigh the prompts of their regions (strength, feather), those pairs of tiles are partial ones too, and only
+they read the weights. Where the mask forbids nothing, the library's attention is faster and is called instead.
 
 On Hopper and newer, tiles come through TMA descriptors; elsewhere, and in Triton's interpreter (TRITON_INTERPRET=1: the
 CPU, no bfloat16), through pointers. q, k and v may have any strides with the head dimension contiguous.
@@ -174,16 +175,36 @@ def regional_kernel(
                   rows, end, D, BASE)  # fmt: skip
 
 
+@triton.jit
+def blend_kernel(
+    regional, regional_row, o, base, base_row, base_weight,
+    regional_b, regional_h, regional_l, o_b, o_h, o_l, base_b, base_h, base_l, L,
+    D: tl.constexpr, ROWS: tl.constexpr, BASE: tl.constexpr,
+):  # fmt: skip
+    """One program writes ROWS tokens of one head; the grid is (tiles, heads, images).
+
+    Token i is row regional_row[i] of `regional`, or zeros where that is -1, blended with the base branch.
+    """
+    h, b = tl.program_id(1), tl.program_id(2)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    source = tl.load(regional_row + rows, mask=rows < L, other=-1)[:, None]
+    pointers = regional + b.to(tl.int64) * regional_b + h.to(tl.int64) * regional_h
+    pointers += source.to(tl.int64) * regional_l + tl.arange(0, D)[None]
+    acc = tl.load(pointers, mask=source >= 0, other=0.0).to(tl.float32)
+    store_blended(acc, o, base, base_row, base_weight, o_b, o_h, o_l, base_b, base_h, base_l, b, h,
+                  rows, L, D, BASE)  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------ once per layout
 
 
 class Tiles(NamedTuple):
-    """What the kernel goes through; bits are int64, the rest int32.
+    """What the kernel goes through; bits are int64, the rest int32. The constants above name the columns.
 
-    queries (n, 5): a tile's first row, the row after its last, and where in `keys` its full tiles begin, its mixed
+    queries (n, 5): a tile's first row, the row after its last, and where in `keys` its full tiles begin, its partial
     tiles begin, and its tiles end; the longest lists first, so that the last programs to run are short ones.
     query_bits (n, block_m): the bits of those rows, zeros after the end.
-    keys (m, 2): a tile's first row, and its row in key_bits.
+    keys (m + 1, 2): a tile's first row, and its row in key_bits; the last row stands for no tile.
     key_bits (tiles, block_n): the bits of a key tile, zeros after its end.
     pairs: how many (query, key) are allowed.
     """
@@ -317,9 +338,10 @@ def attend(
 ) -> Tensor:
     """Launch the kernel. q, k, v (B, H, L, D) and base (B, H, L_base, D) -> (B, H, L, D), laid out as (B, L, H, D)."""
     batch, heads, length, head_dim = q.shape
-    out, has_base = empty_output(q), base is not None
+    out = empty_output(q, length)
+    has_base = base is not None
     weighted = log_weight is not None
-    base = base if has_base else out  # the launcher wants pointers; those are not read
+    base = base if has_base else out  # the launcher wants pointers; these are not read
     weights = (as_key, as_query, log_weight) if weighted else (base_row, base_row, base_weight)
     if head_dim not in (32, 64, 128) or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"the kernel is not made for heads of {head_dim} in {q.dtype}")
@@ -343,26 +365,86 @@ def attend(
     return out
 
 
-def empty_output(q: Tensor) -> Tensor:
-    """(B, H, L, D) in memory as (B, L, H, D), so that joining the heads afterwards copies nothing."""
-    return q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
+def empty_output(q: Tensor, length: int) -> Tensor:
+    """(B, H, length, D) in memory as (B, length, H, D), so that joining the heads afterwards copies nothing."""
+    batch, heads, _, head_dim = q.shape
+    return q.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 
 
 # As an operator of torch, so that torch.compile, the meta device and FlopCounterMode know what it gives and costs
 attend_op = torch.library.custom_op("regional::attend", attend, mutates_args=())
-attend_op.register_fake(lambda q, *rest: empty_output(q))
+attend_op.register_fake(lambda q, *rest: empty_output(q, q.shape[2]))
 
 
 @register_flop_formula(torch.ops.regional.attend)
 def flops(q_shape, k_shape, v_shape, base_shape, base_row, base_weight, queries, query_bits, keys, key_bits, as_key,
           as_query, log_weight, pairs, *_, out_shape=None, **kwargs) -> int:  # fmt: skip
-    """Two products of 2 D operations for each allowed pair of each head."""
+    """An allowed pair of tokens costs two products of 2 D operations in each head."""
     batch, heads, _, head_dim = q_shape
     return 4 * batch * heads * head_dim * pairs
 
 
+def blend(
+    regional: Tensor, regional_row: Tensor, base: Tensor | None, base_row: Tensor, base_weight: Tensor
+) -> Tensor:
+    """The tokens' results from those of the ones that count.
+
+    regional (B, H, n, D), base (B, H, L_base, D); regional_row, base_row (L,) int32 and base_weight (L,) float32 as
+    in `blend_kernel` -> (B, H, L, D), laid out as (B, L, H, D).
+    """
+    batch, heads, _, head_dim = regional.shape
+    length = len(regional_row)
+    rows = 64
+    out = empty_output(regional, length)
+    has_base = base is not None
+    base = base if has_base else out  # the launcher wants a pointer; it is not read
+    blend_kernel[triton.cdiv(length, rows), heads, batch](
+        regional, regional_row, out, base, base_row, base_weight,
+        *(stride for x in (regional, out, base) for stride in x.stride()[:3]), length,
+        D=head_dim, ROWS=rows, BASE=has_base,
+    )  # fmt: skip
+    return out
+
+
+blend_op = torch.library.custom_op("regional::blend", blend, mutates_args=())
+blend_op.register_fake(lambda regional, regional_row, *rest: empty_output(regional, len(regional_row)))
+
+
+def forbids_nothing(bits: Tensor) -> bool:
+    """Whether all tokens with bits, (L,) int64, may see each other: one region, or blocks without a mask."""
+    values = bits[bits != 0].unique()
+    return len(values) > 0 and bool(allowed(values[:, None], values[None, :]).all())
+
+
+def library_attention(tokens: Tokens, device: torch.device) -> MaskedAttention:
+    """The library's attention over the tokens that have bits, which all see each other."""
+    counts = tokens.bits.cpu() != 0
+    regional_row = torch.where(counts, counts.cumsum(0) - 1, -1)
+    _, lengths = counts.unique_consecutive(return_counts=True)
+    ends = lengths.cumsum(0).tolist()
+    runs = [slice(start, end) for start, end in zip([0, *ends], ends) if counts[start]]
+    given = regional_row.int(), tokens.base_row.int(), tokens.base_weight.float()
+    regional_row, base_row, base_weight = (x.to(device) for x in given)
+
+    def counting_rows(x: Tensor) -> Tensor:
+        return torch.cat([x[:, :, run] for run in runs], dim=2) if len(runs) > 1 else x[:, :, runs[0]]
+
+    def masked(q: Tensor, k: Tensor, v: Tensor, base: Tensor | None = None) -> Tensor:
+        regional = F.scaled_dot_product_attention(*(counting_rows(x) for x in (q, k, v)))
+        if base is None and regional.shape == q.shape:
+            return regional
+        return blend_op(regional, regional_row, base, base_row, base_weight)
+
+    return masked
+
+
 def kernel_attention(tokens: Tokens, dtype: torch.dtype, device: torch.device) -> MaskedAttention:
-    """The kernel for tokens with these bits and q, k, v of this dtype on this device."""
+    """The kernel for tokens with these bits and q, k, v of this dtype on this device.
+
+    It is the library's attention where the mask forbids nothing and nothing is weighed.
+    """
+    if tokens.log_weight is None and forbids_nothing(tokens.bits):
+        return library_attention(tokens, device)
     launch = launch_for(dtype, torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0))
     weights = None
     if tokens.log_weight is not None:
@@ -379,6 +461,6 @@ def kernel_attention(tokens: Tokens, dtype: torch.dtype, device: torch.device) -
 
 
 def runs_on(device: torch.device) -> bool:
-    """NVIDIA's GPUs from Ampere on; older ones have neither bfloat16 nor the shared memory."""
+    """True for NVIDIA's GPUs from Ampere on; older ones have neither bfloat16 nor the shared memory."""
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
