@@ -108,6 +108,7 @@ def flex(tokens: Tokens) -> Attend:
 
 
 KERNEL, DENSE, FLEX, PORTABLE = "kernel (ours)", "SDPA, dense mask", "FlexAttention, compiled", "portable (ours)"
+GLUON = "Gluon (ours, compiled only so far)"
 CEILING = "unmasked, base prompt and picture"
 BLOCK = Block("single", 0)
 
@@ -116,8 +117,20 @@ def our_kernel(setting: Setting) -> Callable[[Tokens], Attend]:
     return partial(kernel_attention, dtype=setting.dtype, device=torch.device(setting.device))
 
 
+def gluon(setting: Setting) -> Callable[[Tokens], Attend]:
+    def make(tokens: Tokens) -> Attend:
+        from benchmarks.gluon_attention import gluon_attention  # Gluon is experimental: even this may fail
+
+        return gluon_attention(tokens, setting.dtype, torch.device(setting.device))
+
+    return make
+
+
 def participants(setting: Setting) -> dict[str, Callable[[Tokens], Attend]]:
-    return {KERNEL: our_kernel(setting), DENSE: dense_sdpa, FLEX: flex, PORTABLE: portable_attention}
+    taking_part = {KERNEL: our_kernel(setting), DENSE: dense_sdpa, FLEX: flex, PORTABLE: portable_attention}
+    if setting.device == "cuda" and torch.cuda.get_device_capability() == (9, 0):
+        taking_part[GLUON] = gluon(setting)
+    return taking_part
 
 
 # ------------------------------------------------------------------------------------------------ measuring

@@ -99,9 +99,7 @@ def store_blended(
     if BASE:
         weight = tl.load(base_weight + rows, mask=inside, other=0.0)[:, None]
         base_rows = tl.load(base_row + rows, mask=inside, other=0)[:, None]
-        base_tile = tl.load(
-            base + b * base_b + h * base_h + base_rows * base_l + d, mask=weight != 0, other=0.0
-        )
+        base_tile = tl.load(base + b * base_b + h * base_h + base_rows * base_l + d, mask=weight != 0, other=0.0)
         acc = (1 - weight) * acc + weight * base_tile
     out = o + b * o_b + h * o_h + rows[:, None] * o_l + d
     tl.store(out, acc.to(o.dtype.element_ty), mask=inside[:, None])
@@ -384,9 +382,7 @@ def flops(q_shape, k_shape, v_shape, base_shape, base_row, base_weight, queries,
     return 4 * batch * heads * head_dim * pairs
 
 
-def blend(
-    regional: Tensor, regional_row: Tensor, base: Tensor | None, base_row: Tensor, base_weight: Tensor
-) -> Tensor:
+def blend(regional: Tensor, regional_row: Tensor, base: Tensor | None, base_row: Tensor, base_weight: Tensor) -> Tensor:
     """The tokens' results from those of the ones that count.
 
     regional (B, H, n, D), base (B, H, L_base, D); regional_row, base_row (L,) int32 and base_weight (L,) float32 as

@@ -18,8 +18,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import gluon_attention  # noqa: E402
 from regional.kernel import HEADS_TOGETHER, Launch, launch_for, regional_kernel  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -29,12 +31,11 @@ POINTERS = {
     "base_row": "i32", "base_weight": "fp32", "queries": "i32", "keys": "i32",
     "as_key": "i32", "as_query": "i32", "log_weight": "fp32",
 }  # fmt: skip
+WHOLE_BARRIER = re.compile(r"BAR\.SYNC\S* \w+\s*$")  # those of some warps give the number of threads too
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDL", "STL")
 
 
-def compile_kernel(
-    capability: int, dtype: torch.dtype, head_dim: int, base: bool, weighted: bool = False
-) -> dict:
+def compile_kernel(capability: int, dtype: torch.dtype, head_dim: int, base: bool, weighted: bool = False) -> dict:
     """Compile the regional kernel as `attend` launches it on such a GPU; see `described`."""
     launch = launch_for(dtype, divmod(capability, 10))
     launch = launch.weighted() if weighted else launch
@@ -69,6 +70,38 @@ def compile_kernel(
     }  # fmt: skip
 
 
+def compile_gluon(dtype: torch.dtype, base: bool) -> dict:
+    """Compile the Gluon kernel for Hopper as `gluon_attention` launches it; see `described`."""
+    head_dim = 128
+    kernel = gluon_attention.gluon_kernel
+    constants = {
+        "BASE": base, "HEADS": HEADS_TOGETHER, "STAGES": gluon_attention.STAGES,
+        "PRODUCER_REGISTERS": gluon_attention.PRODUCER_REGISTERS,
+        "CONSUMER_REGISTERS": gluon_attention.CONSUMER_REGISTERS,
+    }  # fmt: skip
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in ("q", "k", "v"):
+            rows = gluon_attention.HALF if name == "q" else gluon_attention.BLOCK_N
+            layout = gluon_attention.shared_layout(rows, head_dim, dtype)
+            signature[name] = f"tensordesc<{TYPES[dtype]}[{rows}, {head_dim}],{layout!r}>"
+        elif name in POINTERS:
+            signature[name] = "*" + (POINTERS[name] or TYPES[dtype])
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+        is_stride = name.endswith(("_b", "_h", "_l")) and not name.endswith(("rows_b", "rows_h"))
+        if signature[name].startswith("*") or is_stride:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        GluonASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": 4, "enable_fp_fusion": True},
+    )
+    return {"dtype": TYPES[dtype], "base": base, **described(compiled)}
+
+
 def tiles_in_flight(shared: int, launch: Launch, dtype: torch.dtype, head_dim: int) -> int:
     """How many tiles of K and V fit into the shared memory that the kernel takes.
 
@@ -83,8 +116,8 @@ def described(compiled) -> dict:
     """What ptxas and the disassembler tell of a compiled kernel.
 
     registers: of a thread. stack and shared: bytes. How often each of INSTRUCTIONS occurs. loops and
-    barriers: the instructions, and among them the barriers (BAR.SYNC) that warps wait for each other
-    at, of one iteration of each loop that multiplies matrices: the full tiles', the partial tiles'.
+    barriers: the instructions, and among them the barriers that all warps of a program wait at, of
+    one iteration of each loop that multiplies matrices: the full tiles', the partial tiles'.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -98,7 +131,7 @@ def described(compiled) -> dict:
         "shared": compiled.metadata.shared,
         **{x: len(re.findall(rf"\b{x}\b", sass)) for x in INSTRUCTIONS},
         "loops": [len(loop) for loop in found],
-        "barriers": [sum("BAR.SYNC" in x for x in loop) for loop in found],
+        "barriers": [sum(bool(WHOLE_BARRIER.search(x)) for x in loop) for loop in found],
     }
 
 
@@ -129,4 +162,6 @@ if __name__ == "__main__":
         *itertools.product([80, 89, 100, 120], [torch.bfloat16], [128], [True]),
         *itertools.product([89, 90], [torch.bfloat16], [128], [True], [True]),
     ]
-    json.dump([compile_kernel(*each) for each in launched], sys.stdout, indent=1)
+    gluon = [compile_gluon(dtype, True) for dtype in (torch.bfloat16, torch.float16)]
+    regional = [compile_kernel(*each) for each in launched]
+    json.dump({"regional": regional, "gluon": gluon}, sys.stdout, indent=1)
