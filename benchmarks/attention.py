@@ -119,7 +119,8 @@ def our_kernel(setting: Setting) -> Callable[[Tokens], Attend]:
 
 def gluon(setting: Setting) -> Callable[[Tokens], Attend]:
     def make(tokens: Tokens) -> Attend:
-        from benchmarks.gluon_attention import gluon_attention  # Gluon is experimental: even this may fail
+        # Gluon is experimental, so that even the import may fail
+        from benchmarks.gluon_attention import gluon_attention
 
         return gluon_attention(tokens, setting.dtype, torch.device(setting.device))
 
@@ -127,7 +128,8 @@ def gluon(setting: Setting) -> Callable[[Tokens], Attend]:
 
 
 def participants(setting: Setting) -> dict[str, Callable[[Tokens], Attend]]:
-    taking_part = {KERNEL: our_kernel(setting), DENSE: dense_sdpa, FLEX: flex, PORTABLE: portable_attention}
+    taking_part = {KERNEL: our_kernel(setting), DENSE: dense_sdpa, FLEX: flex}
+    taking_part[PORTABLE] = portable_attention
     if setting.device == "cuda" and torch.cuda.get_device_capability() == (9, 0):
         taking_part[GLUON] = gluon(setting)
     return taking_part

@@ -102,7 +102,7 @@ def consume(
     ROWS: gl.constexpr = q_tiles.shape[1]
     D: gl.constexpr = q_tiles.shape[2]
     N: gl.constexpr = k_ring.shape[1]
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     of_rows: gl.constexpr = gl.SliceLayout(1, layout)
     tile, h, b = position(HEADS)
     entry = queries + tile * QUERY_COLUMNS
@@ -241,8 +241,8 @@ def gluon_kernel(
 def head_view(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     """x (B, H, L, D) as a matrix, and where to find head h of image b in it.
 
-    Its row i is at row b * rows_b + h * rows_h + i, and its columns begin at h * columns_h; returned
-    are (rows_b, rows_h, columns_h). ValueError where TMA can't read x so.
+    Its row i is at row b * rows_b + h * rows_h + i, and its columns begin at h * columns_h; the
+    matrix is returned with (rows_b, rows_h, columns_h). ValueError where TMA can't read x so.
     """
     batch, heads, length, head_dim = x.shape
     stride_b, stride_h, stride_l, _ = x.stride()
@@ -251,7 +251,7 @@ def head_view(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     if x.stride(-1) == 1 and stride_h == head_dim and (batch == 1 or stride_b == length * stride_l):
         matrix = x.as_strided((batch * length, heads * head_dim), (stride_l, 1))
         return matrix, (length, 0, head_dim)
-    raise ValueError("the Gluon kernel needs q, k and v contiguous or with their heads side by side")
+    raise ValueError("the Gluon kernel needs q, k, v contiguous or with heads side by side")
 
 
 def shared_layout(rows: int, head_dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:

@@ -22,7 +22,7 @@ from regional.layout import Layout, Region
 from regional.mask import region_tokens
 from regional.preview import plain_flops, regional_flops
 
-SMS = 132
+SMS = 132  # multiprocessors
 FULL, PARTIAL, FIXED, EMPTY = 2.30, 2.88, 3.35, 1.5  # us: tile of keys; program; one without any
 GEMM, LIBRARY, LIBRARY_ALONE = 650e12, 600e12, 630e12  # FLOP/s; attention in a step and by itself
 BANDWIDTH = 2.8e12  # bytes/s
@@ -36,8 +36,7 @@ RUNTIME = 0.6e9  # bytes of CUDA's context and the libraries' workspaces
 STEPS, REGIONAL, TEXT, SIZE, IMAGE = 24, 10, 512, 1024, 64 * 64
 FLUX = FluxParams()
 BLOCKS = {"double": FLUX.depth, "single": FLUX.depth_single_blocks}
-PAIR = 4 * FLUX.hidden_size  # FLOPs of a pair of query and key
-ROW = 2 * FLUX.hidden_size  # bytes of a token
+PAIR, ROW = 4 * FLUX.hidden_size, 2 * FLUX.hidden_size  # FLOPs of a query and key; bytes of a token
 Boxes = list[tuple[float, ...]]
 
 
@@ -86,11 +85,11 @@ def simulated(head: list[float], together: int = HEADS_TOGETHER) -> float:
 
 
 def masked_attention(tokens: Tokens) -> float:
-    """Microseconds as the code is now: of the kernel, or of the library with the copies around it."""
+    """Microseconds as the code is now: of the kernel, or of the library and copies around it."""
     if not forbids_nothing(tokens.bits):
         return simulated(programs(tokens)[0])
     count = int((tokens.bits != 0).sum())
-    rows = 2 * 3 * count + count + int((tokens.base_weight > 0).sum()) + len(tokens.bits)
+    rows = 7 * count + int((tokens.base_weight > 0).sum()) + len(tokens.bits)
     return 1e6 * (PAIR * count**2 / LIBRARY_ALONE + rows * ROW / BANDWIDTH)
 
 
@@ -99,7 +98,7 @@ def step(boxes: Boxes, rope_units: int = 0) -> float:
     flops = plain_flops(FLUX, TEXT, IMAGE)
     lengths = dict.fromkeys(BLOCKS, TEXT + IMAGE)
     attention = base = PAIR * (TEXT + IMAGE) ** 2 * sum(BLOCKS.values())
-    masked = 0.0
+    masked = 0
     if boxes:
         layout = layout_of(boxes)
         flops = regional_flops(layout, FLUX, region_tokens(layout), base=True)
@@ -144,8 +143,8 @@ if __name__ == "__main__":
     print("| layout | programs (empty) | ideal us | before | now | TFLOP/s |\n" + "|---" * 6 + "|")
     print(*map(kernel_row, LAYOUTS), sep="\n")
     quadrants = tokens_of(LAYOUTS["R = 4, quadrants"])
-    faster = [simulated(programs(quadrants, FULL / gain)[0]) for gain in (1.03, 1.08)]
-    print("\nQuadrants, us, if the third tile in flight gains 3 or 8 %:", *map(round, faster))
+    faster = [round(simulated(programs(quadrants, FULL / gain)[0])) for gain in (1.03, 1.08)]
+    print("\nQuadrants, us, if the third tile in flight gains 3 or 8 %:", *faster)
     print("\n| step | RoPE in float32, ms | ms | run / plain | GB |\n" + "|---" * 5 + "|")
     for name in ("plain", *PREDICTED):
         print(step_row(name, LAYOUTS.get(name, []), step([])))

@@ -146,13 +146,15 @@ def in_one_sequence(
 class RegionalAttention:
     """The attention function and the `join` hook of a regional step.
 
-    It keeps nothing of one call for the next but the masked attentions, each made when a block first asks for it.
+    It keeps nothing of one call for the next but the masked attentions, each made when a block
+    first asks for it.
 
     make: what makes the masked attention of given tokens: one of the above, or the kernel.
     bits: (L,) int64, those of [txt_1 .. txt_R, img].
     text_length, image_length: how many tokens the base prompt and the image have.
     base_ratio: the base branch's weight in the image tokens, or in each of them, (L_img,).
-    is_masked: in which blocks the regional branch is masked. In the others, prompts of regions see each other too.
+    is_masked: in which blocks the regional branch is masked. In the others, prompts of regions see
+    each other too.
     log_weights: (L_img, 2 R) float32, those of RegionTokens, added to the scores in masked blocks.
     shared: one image stream throughout; see the top of this file.
 
@@ -199,7 +201,7 @@ class RegionalAttention:
         return attend(q, k, v, base)
 
     def attention_of(self, kind: str, is_masked: bool) -> MaskedAttention:
-        """What blocks of this kind ask, with the mask or without. Layouts without unmasked blocks never pay for it."""
+        """What blocks of this kind ask, masked or not; it is made when the first of them asks."""
         if (kind, is_masked) not in self.made:
             self.made[kind, is_masked] = self.make(self.tokens(kind, is_masked))
         return self.made[kind, is_masked]

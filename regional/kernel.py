@@ -1,11 +1,12 @@
 """Regional attention as one Triton kernel: the mask is one integer per token, tested in-line, and never stored.
 
-The kernel is FlashAttention's online softmax (arXiv 2205.14135, 2307.08691) over lists of tiles. Which tiles of keys a
-tile of queries may see in full, in part or not at all depends on the layout alone: `tile_lists` finds it once for all
-heads, blocks and steps. The kernel goes through a query tile's full tiles without any mask code, then through its
-partial tiles testing `bits_allowed`, never meets the forbidden ones, and blends with the base branch as it writes.
-Where tokens weigh the prompts of their regions (strength, feather), those pairs of tiles are partial ones too, and only
-they read the weights. Where the mask forbids nothing, the library's attention is faster and is called instead.
+The kernel is FlashAttention's online softmax (arXiv 2205.14135, 2307.08691) over lists of tiles.
+Which tiles of keys a tile of queries may see in full, in part or not at all depends on the layout
+alone: `tile_lists` finds it once for all heads, blocks and steps. The kernel goes through a query
+tile's full tiles without any mask code, then through its partial tiles testing `bits_allowed`,
+never meets the forbidden ones, and blends with the base branch as it writes. Where tokens weigh the
+prompts of their regions (strength, feather), those pairs of tiles are partial ones too, and only
+they read the weights. Where the mask forbids nothing, the library's attention is called instead.
 
 On Hopper and newer, tiles come through TMA descriptors; elsewhere, and in Triton's interpreter (TRITON_INTERPRET=1: the
 CPU, no bfloat16), through pointers. q, k and v may have any strides with the head dimension contiguous.
@@ -26,8 +27,10 @@ from regional.attention import MaskedAttention, Tokens
 from regional.mask import allowed
 
 INTERPRETED = triton.knobs.runtime.interpret
-MIXED_COST = 1.9  # a partial tile's time over a full one's; instructions on sm_90 say 1.9 (Triton 3.6) and 1.4 (3.9)
-HEADS_TOGETHER = 8  # heads whose programs start side by side: their K and V, 25 MB, stay in the L2 cache
+# A partial tile's time over a full one's: its instructions on sm_90 are 1.9 (Triton 3.6) or
+# 1.4 times (3.9) as many
+MIXED_COST = 1.9
+HEADS_TOGETHER = 8  # heads side by side in the grid; K and V of more would not fit into the L2
 
 # The columns of `Tiles.queries` and of `Tiles.keys`
 ROW_BEGIN, ROW_END = tl.constexpr(0), tl.constexpr(1)
@@ -68,7 +71,7 @@ def load_tile(x, stride_b, stride_h, stride_l, b, h, start, L, ROWS: tl.constexp
 
 @triton.jit
 def online_softmax(qk, v_tile, m_i, l_i, acc, scale):
-    """Add one more tile of scores and values to the running maximum (of scores times `scale`), sum and output."""
+    """Add a tile of scores and values to the running maximum (of scaled scores), sum and output."""
     m_ij = tl.maximum(m_i, tl.max(qk, 1) * scale)
     p = tl.exp2(qk * scale - m_ij[:, None])
     alpha = tl.exp2(m_i - m_ij)
@@ -93,13 +96,14 @@ def store_blended(
     acc, o, base, base_row, base_weight, o_b, o_h, o_l, base_b, base_h, base_l, b, h, rows, end,
     D: tl.constexpr, BASE: tl.constexpr,
 ):  # fmt: skip
-    """Blend acc (len(rows), D) with the base branch's rows and write those of them that are before `end`."""
+    """Blend acc (len(rows), D) with the base branch's rows and write the rows before `end`."""
     inside = rows < end
     b, h, d = b.to(tl.int64), h.to(tl.int64), tl.arange(0, D)[None]
     if BASE:
         weight = tl.load(base_weight + rows, mask=inside, other=0.0)[:, None]
         base_rows = tl.load(base_row + rows, mask=inside, other=0)[:, None]
-        base_tile = tl.load(base + b * base_b + h * base_h + base_rows * base_l + d, mask=weight != 0, other=0.0)
+        pointers = base + b * base_b + h * base_h + base_rows * base_l + d
+        base_tile = tl.load(pointers, mask=weight != 0, other=0.0)
         acc = (1 - weight) * acc + weight * base_tile
     out = o + b * o_b + h * o_h + rows[:, None] * o_l + d
     tl.store(out, acc.to(o.dtype.element_ty), mask=inside[:, None])
@@ -139,7 +143,7 @@ def regional_kernel(
     key_rows = keys + KEY_ROW
     start_n = tl.load(key_rows + full_begin * KEY_COLUMNS)
     q_tile = load_tile(q, q_b, q_h, q_l, b, h, start, L, BLOCK_M, D, TMA, RAGGED=True)
-    # Not -inf: in a partial tile, a row without an allowed key yet keeps this maximum, and exp2(-inf - m_i) is 0
+    # Not -inf: a row that has had no allowed key yet keeps this maximum, and exp2(-inf - m_i) is 0
     m_i = tl.full([BLOCK_M], -1e38, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
 
@@ -157,7 +161,7 @@ def regional_kernel(
         next_n = tl.load(key_rows + (i + 1) * KEY_COLUMNS)
         k_tile = load_tile(k, k_b, k_h, k_l, b, h, start_n, L, BLOCK_N, D, TMA, RAGGED=True)
         qk = tl.dot(q_tile, k_tile.T, input_precision="ieee")
-        # The bits are loaded after the product, so that they and the operands don't need registers at the same time
+        # The bits are loaded after the product, when its operands no longer need registers
         key_tile = tl.load(keys + i * KEY_COLUMNS + KEY_BITS)
         bits_k = tl.load(key_bits + key_tile * BLOCK_N + columns)
         if WEIGHTED:
@@ -181,7 +185,7 @@ def blend_kernel(
 ):  # fmt: skip
     """One program writes ROWS tokens of one head; the grid is (tiles, heads, images).
 
-    Token i is row regional_row[i] of `regional`, or zeros where that is -1, blended with the base branch.
+    Token i is row regional_row[i] of `regional`, or zeros where that is -1, blended with base.
     """
     h, b = tl.program_id(1), tl.program_id(2)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -197,10 +201,11 @@ def blend_kernel(
 
 
 class Tiles(NamedTuple):
-    """What the kernel goes through; bits are int64, the rest int32. The constants above name the columns.
+    """What the kernel goes through; bits are int64, the rest int32. Constants name the columns.
 
-    queries (n, 5): a tile's first row, the row after its last, and where in `keys` its full tiles begin, its partial
-    tiles begin, and its tiles end; the longest lists first, so that the last programs to run are short ones.
+    queries (n, 5): a tile's first row, the row after its last, and where in `keys` its full tiles
+    begin, its partial tiles begin, and its tiles end; the longest lists first, so that the last
+    programs to run are short ones.
     query_bits (n, block_m): the bits of those rows, zeros after the end.
     keys (m + 1, 2): a tile's first row, and its row in key_bits; the last row stands for no tile.
     key_bits (tiles, block_n): the bits of a key tile, zeros after its end.
@@ -364,7 +369,7 @@ def attend(
 
 
 def empty_output(q: Tensor, length: int) -> Tensor:
-    """(B, H, length, D) in memory as (B, length, H, D), so that joining the heads afterwards copies nothing."""
+    """(B, H, length, D) in memory as (B, length, H, D), so that joining heads copies nothing."""
     batch, heads, _, head_dim = q.shape
     return q.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 
@@ -382,11 +387,17 @@ def flops(q_shape, k_shape, v_shape, base_shape, base_row, base_weight, queries,
     return 4 * batch * heads * head_dim * pairs
 
 
-def blend(regional: Tensor, regional_row: Tensor, base: Tensor | None, base_row: Tensor, base_weight: Tensor) -> Tensor:
+def blend(
+    regional: Tensor,
+    regional_row: Tensor,
+    base: Tensor | None,
+    base_row: Tensor,
+    base_weight: Tensor,
+) -> Tensor:
     """The tokens' results from those of the ones that count.
 
-    regional (B, H, n, D), base (B, H, L_base, D); regional_row, base_row (L,) int32 and base_weight (L,) float32 as
-    in `blend_kernel` -> (B, H, L, D), laid out as (B, L, H, D).
+    regional (B, H, n, D), base (B, H, L_base, D); regional_row, base_row (L,) int32 and base_weight
+    (L,) float32 as in `blend_kernel` -> (B, H, L, D), laid out as (B, L, H, D).
     """
     batch, heads, _, head_dim = regional.shape
     length = len(regional_row)
@@ -403,11 +414,11 @@ def blend(regional: Tensor, regional_row: Tensor, base: Tensor | None, base_row:
 
 
 blend_op = torch.library.custom_op("regional::blend", blend, mutates_args=())
-blend_op.register_fake(lambda regional, regional_row, *rest: empty_output(regional, len(regional_row)))
+blend_op.register_fake(lambda regional, rows, *rest: empty_output(regional, len(rows)))
 
 
 def forbids_nothing(bits: Tensor) -> bool:
-    """Whether all tokens with bits, (L,) int64, may see each other: one region, or blocks without a mask."""
+    """Whether all tokens with bits, (L,) int64, may see each other, as without a mask."""
     values = bits[bits != 0].unique()
     return len(values) > 0 and bool(allowed(values[:, None], values[None, :]).all())
 
@@ -423,7 +434,8 @@ def library_attention(tokens: Tokens, device: torch.device) -> MaskedAttention:
     regional_row, base_row, base_weight = (x.to(device) for x in given)
 
     def counting_rows(x: Tensor) -> Tensor:
-        return torch.cat([x[:, :, run] for run in runs], dim=2) if len(runs) > 1 else x[:, :, runs[0]]
+        pieces = [x[:, :, run] for run in runs]
+        return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
 
     def masked(q: Tensor, k: Tensor, v: Tensor, base: Tensor | None = None) -> Tensor:
         regional = F.scaled_dot_product_attention(*(counting_rows(x) for x in (q, k, v)))
@@ -457,6 +469,6 @@ def kernel_attention(tokens: Tokens, dtype: torch.dtype, device: torch.device) -
 
 
 def runs_on(device: torch.device) -> bool:
-    """True for NVIDIA's GPUs from Ampere on; older ones have neither bfloat16 nor the shared memory."""
+    """True for NVIDIA's GPUs from Ampere on; others lack bfloat16 and the shared memory."""
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -31,7 +31,8 @@ POINTERS = {
     "base_row": "i32", "base_weight": "fp32", "queries": "i32", "keys": "i32",
     "as_key": "i32", "as_query": "i32", "log_weight": "fp32",
 }  # fmt: skip
-WHOLE_BARRIER = re.compile(r"BAR\.SYNC\S* \w+\s*$")  # those of some warps give the number of threads too
+# A barrier of some warps alone gives the number of threads too
+WHOLE_BARRIER = re.compile(r"BAR\.SYNC\S* \w+\s*$")
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDL", "STL")
 
 
@@ -55,18 +56,18 @@ def compile_kernel(capability: int, dtype: torch.dtype, head_dim: int, base: boo
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
         is_stride = name.endswith(("_b", "_h", "_l"))
-        if signature[name].startswith("*") or is_stride:  # a launch finds these to be multiples of 16
+        if signature[name].startswith("*") or is_stride:  # these are multiples of 16
             attributes[(i,)] = [["tt.divisibility", 16]]
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     compiled = triton.compile(
         ASTSource(regional_kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options=options,
+        options={**options, "enable_fp_fusion": True},
     )
+    deep = tiles_in_flight(compiled.metadata.shared, launch, dtype, head_dim)
     return {
-        "capability": capability, "dtype": TYPES[dtype], "head_dim": head_dim, "base": base, "weighted": weighted,
-        **launch._asdict(), "tiles_in_flight": tiles_in_flight(compiled.metadata.shared, launch, dtype, head_dim),
-        **described(compiled),
+        "capability": capability, "dtype": TYPES[dtype], "head_dim": head_dim, "base": base,
+        "weighted": weighted, **launch._asdict(), "tiles_in_flight": deep, **described(compiled),
     }  # fmt: skip
 
 
@@ -115,9 +116,9 @@ def tiles_in_flight(shared: int, launch: Launch, dtype: torch.dtype, head_dim: i
 def described(compiled) -> dict:
     """What ptxas and the disassembler tell of a compiled kernel.
 
-    registers: of a thread. stack and shared: bytes. How often each of INSTRUCTIONS occurs. loops and
-    barriers: the instructions, and among them the barriers that all warps of a program wait at, of
-    one iteration of each loop that multiplies matrices: the full tiles', the partial tiles'.
+    registers: of a thread. stack and shared: bytes. How often each of INSTRUCTIONS occurs. loops
+    and barriers: the instructions, and among them the barriers that all warps of a program wait at,
+    of one iteration of each loop that multiplies matrices: the full tiles', the partial tiles'.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -136,7 +137,7 @@ def described(compiled) -> dict:
 
 
 def loops(sass: str) -> list[list[str]]:
-    """The instructions of each innermost loop that multiplies matrices, in the order of the code."""
+    """The instructions of each loop that multiplies matrices, in the order of the code."""
     instructions, labels, found = [], {}, []
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):

@@ -255,9 +255,9 @@ def test_regional_attention_with_it_is_that_with_the_portable_one(base_ratio, ki
     assert (ours - expected).abs().max() < 2e-6
 
 
-@pytest.mark.parametrize("is_masked, expected", [(lambda block: True, 2), (lambda block: block.index == 0, 4)])
-def test_lists_are_made_for_the_blocks_that_ask(is_masked, expected):
-    """Twice, for double and for single blocks, and where every block is masked never for unmasked ones."""
+@pytest.mark.parametrize("masked_blocks, expected", [((0, 1), 2), ((0,), 4)])
+def test_lists_are_made_for_the_blocks_that_ask(masked_blocks, expected):
+    """One each for double and single blocks; where every block is masked, none without a mask."""
     asked = []
 
     def make(tokens: Tokens):
@@ -265,9 +265,9 @@ def test_lists_are_made_for_the_blocks_that_ask(is_masked, expected):
         return portable_attention(tokens)
 
     bits = region_tokens(overlapping(3, **small)).sorted()[0].bits(11)
-    attention = RegionalAttention(make, bits, 11, 144, 0.3, is_masked)
+    attention = RegionalAttention(make, bits, 11, 144, 0.3, lambda b: b.index in masked_blocks)
     assert not asked
-    for block in [Block("double", 0), Block("double", 1), Block("single", 0), Block("single", 1)] * 2:
+    for block in [Block(kind, index) for kind in ("double", "single") for index in (0, 1)] * 2:
         length = len(bits) + 11 + (144 if block.kind == "single" else 0)
         attention(*fused_qkv(length), block)
     without_mask = [tokens for tokens in asked if tokens.bits.max() == 1]
@@ -478,8 +478,9 @@ def test_lists_are_made_in_no_time():
 
 
 def test_the_predicted_times_are_those_on_record():
-    """In microseconds and milliseconds for an H100, from a simulation and rates computed independently."""
-    recorded = {"R = 4, quadrants": (289, 281), "one box and background": (448, 443), "3 strips": (351, 344)}
+    """The kernel is in us, with tiles or 8 heads fastest, by an earlier simulation; steps are in ms."""
+    recorded = {"R = 4, quadrants": (289, 281), "3 strips": (351, 344)}
+    recorded["one box and background"] = 448, 443
     for name, expected in recorded.items():
         head, _ = model.programs(model.tokens_of(model.LAYOUTS[name]))
         times = model.simulated(head, together=1), model.simulated(head)
@@ -581,7 +582,7 @@ def compiled(compilations) -> list[dict]:
     return compilations["regional"]
 
 
-LIMITS = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of shared memory that a program may have
+LIMITS = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of a program's shared memory
 
 
 def test_what_hopper_gets_does_not_spill_and_uses_its_units(compiled):
@@ -599,7 +600,7 @@ def test_what_hopper_gets_does_not_spill_and_uses_its_units(compiled):
     largest = next(x for x in hopper if (x["dtype"], x["head_dim"]) == ("bf16", 128))
     full, partial = largest["loops"]
     assert full <= 540 and partial <= 2 * full  # 531 and 754 from Triton 3.9, 504 and 945 from 3.6
-    assert max(largest["barriers"]) <= 5 and largest["registers"] <= 224  # 202 from Triton 3.9, 215 from 3.6
+    assert max(largest["barriers"]) <= 5 and largest["registers"] <= 224
 
 
 def test_what_other_gpus_get_fits_into_their_shared_memory(compiled):
@@ -621,7 +622,8 @@ def test_weights_of_prompts_cost_the_other_tiles_nothing(compiled):
         plain = next(x for x in compiled if not x["weighted"] and all(x[key] == weighted[key] for key in same))
         assert weighted["loops"][0] <= 1.15 * plain["loops"][0]
         assert weighted["tiles_in_flight"] == plain["tiles_in_flight"] == 3
-        assert weighted["LDL"] <= 192 and weighted["shared"] <= LIMITS[weighted["capability"]] * 1024
+        assert weighted["shared"] <= LIMITS[weighted["capability"]] * 1024
+        assert weighted["LDL"] <= 192
 
 
 def test_the_gluon_kernel_compiles_without_spills_or_barriers_of_the_whole_program(compilations):
@@ -629,11 +631,11 @@ def test_the_gluon_kernel_compiles_without_spills_or_barriers_of_the_whole_progr
     assert {x["dtype"] for x in found} == {"bf16", "fp16"}
     for x in found:
         assert x["stack"] == x["LDL"] == x["STL"] == 0 and x["shared"] <= LIMITS[90] * 1024, x
-        # A program has 4 + 4 + 1 warps, which Triton makes 12; setmaxnreg moves registers between them
+        # Triton makes 12 warps of the 4 + 4 + 1; setmaxnreg moves registers between them
         assert x["registers"] == 65_536 // (12 * 32) // 8 * 8 == 168, x
         assert x["HGMMA"] == 64 and x["UTMALDG"] and not x["HMMA"], x
         full, partial = x["loops"]
-        assert full <= 500 and partial <= 2 * full  # 492 and 712 from Triton 3.9, 448 and 867 from 3.6
+        assert full <= 500 and partial <= 2 * full  # 492, 712 from Triton 3.9, 448, 867 from 3.6
         assert x["barriers"] == [0, 0], x
 
 
