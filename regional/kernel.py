@@ -136,8 +136,8 @@ def regional_kernel(
     rows = start + tl.arange(0, BLOCK_M)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     if full_begin == keys_end:  # tokens of the base branch alone: there is nothing to load q for
-        store_blended(acc, o, base, base_row, base_weight, o_b, o_h, o_l, base_b, base_h, base_l, b, h,
-                      rows, end, D, BASE)  # fmt: skip
+        store_blended(acc, o, base, base_row, base_weight, o_b, o_h, o_l, base_b, base_h, base_l,
+                      b, h, rows, end, D, BASE)  # fmt: skip
         return
     # The next tile's row is always loaded one iteration ahead, so that no load of K waits for it
     key_rows = keys + KEY_ROW
@@ -408,7 +408,7 @@ def blend(
     blend_kernel[triton.cdiv(length, rows), heads, batch](
         regional, regional_row, out, base, base_row, base_weight,
         *(stride for x in (regional, out, base) for stride in x.stride()[:3]), length,
-        D=head_dim, ROWS=rows, BASE=has_base,
+        D=head_dim, ROWS=rows, BASE=has_base, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 

@@ -22,14 +22,20 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import gluon_attention  # noqa: E402
-from regional.kernel import HEADS_TOGETHER, Launch, launch_for, regional_kernel  # noqa: E402
+from regional.kernel import (  # noqa: E402
+    HEADS_TOGETHER,
+    Launch,
+    blend_kernel,
+    launch_for,
+    regional_kernel,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 POINTERS = {
     "o": None, "base": None, "query_bits": "i64", "key_bits": "i64",
     "base_row": "i32", "base_weight": "fp32", "queries": "i32", "keys": "i32",
-    "as_key": "i32", "as_query": "i32", "log_weight": "fp32",
+    "as_key": "i32", "as_query": "i32", "log_weight": "fp32", "regional": None, "regional_row": "i32",
 }  # fmt: skip
 # A barrier of some warps alone gives the number of threads too
 WHOLE_BARRIER = re.compile(r"BAR\.SYNC\S* \w+\s*$")
@@ -69,6 +75,27 @@ def compile_kernel(capability: int, dtype: torch.dtype, head_dim: int, base: boo
         "capability": capability, "dtype": TYPES[dtype], "head_dim": head_dim, "base": base,
         "weighted": weighted, **launch._asdict(), "tiles_in_flight": deep, **described(compiled),
     }  # fmt: skip
+
+
+def compile_blend(capability: int, dtype: torch.dtype) -> dict:
+    """Compile the kernel that blends the library's results, as `blend` launches it; see `described`."""
+    constants = {"D": 128, "ROWS": 64, "BASE": True}
+    signature, attributes = {}, {}
+    for i, name in enumerate(blend_kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in POINTERS:
+            signature[name] = "*" + (POINTERS[name] or TYPES[dtype])
+        else:
+            signature[name] = "i32"
+        if signature[name].startswith("*") or name.endswith(("_b", "_h", "_l")):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(blend_kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={"enable_fp_fusion": True},
+    )
+    return {"capability": capability, "dtype": TYPES[dtype], **described(compiled)}
 
 
 def compile_gluon(dtype: torch.dtype, base: bool) -> dict:
@@ -165,4 +192,5 @@ if __name__ == "__main__":
     ]
     gluon = [compile_gluon(dtype, True) for dtype in (torch.bfloat16, torch.float16)]
     regional = [compile_kernel(*each) for each in launched]
-    json.dump({"regional": regional, "gluon": gluon}, sys.stdout, indent=1)
+    blend = [compile_blend(capability, torch.bfloat16) for capability in (80, 89, 90, 100, 120)]
+    json.dump({"regional": regional, "blend": blend, "gluon": gluon}, sys.stdout, indent=1)

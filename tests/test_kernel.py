@@ -478,7 +478,7 @@ def test_lists_are_made_in_no_time():
 
 
 def test_the_predicted_times_are_those_on_record():
-    """The kernel is in us, with tiles or 8 heads fastest, by an earlier simulation; steps are in ms."""
+    """The kernel is in us, tiles or 8 heads fastest, by an earlier simulation; steps are in ms."""
     recorded = {"R = 4, quadrants": (289, 281), "3 strips": (351, 344)}
     recorded["one box and background"] = 448, 443
     for name, expected in recorded.items():
@@ -637,6 +637,13 @@ def test_the_gluon_kernel_compiles_without_spills_or_barriers_of_the_whole_progr
         full, partial = x["loops"]
         assert full <= 500 and partial <= 2 * full  # 492, 712 from Triton 3.9, 448, 867 from 3.6
         assert x["barriers"] == [0, 0], x
+
+
+def test_the_blend_compiles_without_spills(compilations):
+    found = compilations["blend"]
+    assert {x["capability"] for x in found} == {80, 89, 90, 100, 120}
+    for x in found:
+        assert x["stack"] == x["LDL"] == x["STL"] == 0, x
 
 
 @pytest.mark.parametrize("batch", [1, 2])
