@@ -73,11 +73,13 @@ def rope(ids: Tensor, axes: tuple[int, ...], theta: float, dtype: torch.dtype = 
 def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
     """Rotate each pair (x[2i], x[2i+1]) by its angle.
 
-    x (B, heads, L, head_dim), pe (B, L, head_dim / 2, 2). The halves are rounded to x's dtype
-    before they are interleaved: rounding afterwards gives the same bits, but torch.compile then
-    stores the result in float32 and converts it in another kernel.
+    x (B, heads, L, head_dim), pe (B, L, head_dim / 2, 2). The result has the shape of x and lies in
+    memory as (B, L, heads, head_dim): attention then writes its output in this order too, and the
+    projection that follows copies nothing. The halves are rounded to x's dtype before they are
+    interleaved: rounding afterwards gives the same bits, but torch.compile then stores the result
+    in float32 and converts it in another kernel.
     """
-    even, odd = x.to(pe.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = pe.unsqueeze(1).unbind(-1)
+    even, odd = x.transpose(1, 2).to(pe.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = pe.unsqueeze(2).unbind(-1)
     rotated = (even * cos - odd * sin).type_as(x), (even * sin + odd * cos).type_as(x)
-    return torch.stack(rotated, dim=-1).flatten(-2)
+    return torch.stack(rotated, dim=-1).flatten(-2).transpose(1, 2)
