@@ -18,13 +18,19 @@ def composed_velocity(regions: list[Velocity], base: Velocity, tokens: RegionTok
     """(1 - base_ratio) * what each token's regions say + base_ratio * what the base prompt says.
 
     `regions` are the velocities of tokens.prompts, in that order; where regions overlap, their mean counts, by cover.
-    base_ratio: (L_img,).
+    base_ratio: (L_img,), on the device that the velocities are computed on.
+
+    Whatever the dtype of the velocities, the sum has that of `img`, which is float32 in a run.
     """
-    shares = (tokens.cover / tokens.cover.sum(0))[:, :, None]
+    cover = tokens.cover.to(base_ratio.device)
+    fractions = (cover / cover.sum(0))[:, :, None]
+    has_base = bool(base_ratio.any())
     ratio = base_ratio[:, None].float()
 
     def velocity(img: Tensor, t: Tensor) -> Tensor:
-        regional = sum(share.to(img) * region(img, t) for share, region in zip(shares, regions))
-        return torch.lerp(regional, base(img, t), ratio.to(regional)) if ratio.any() else regional
+        regional = sum(part.to(img) * region(img, t) for part, region in zip(fractions, regions))
+        if not has_base:
+            return regional
+        return torch.lerp(regional, base(img, t).to(regional), ratio.to(regional))
 
     return velocity

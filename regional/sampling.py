@@ -132,7 +132,7 @@ def sample(
             velocity(txt[None], 1 + i, additions(layout.regions[i : i + 1], loras, lambda bit: everywhere))
             for i, txt in enumerate(conditioning.regions)
         ]
-        return composed_velocity(own, plain, tokens, base_ratio)
+        return composed_velocity(own, plain, tokens, base_ratio.float().to(device))
 
     def regional(base_ratio: Tensor) -> Velocity:
         bits = tokens.bits(conditioning.regions.shape[1]).to(device)
