@@ -1,0 +1,258 @@
+"""Every way to make an image, once in bfloat16, which GPUs run in: near float32's result, and as isolated as it.
+
+Errors are relative to the norm of float32's latents. They are 0.01 to 0.05 here, and the limit is 0.1; every setting
+changes the image by 0.3 or more, so that one which bfloat16 ignored would be seen.
+"""
+
+import shutil
+from functools import cache, partial
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+import generate
+import weights
+from regional.layout import Control, Layout, Lora, Region, RegionLora
+from regional.pipeline import Pipeline
+
+ADAPTERS = weights.POCKET.parent / "adapters"
+BARRED = str(ADAPTERS / "barred.safetensors")
+SIDE, BORDER = 128, 8  # pixels; the latent column where LEFT ends and RIGHT begins
+LIMIT, EFFECT = 0.1, 0.3
+NEEDS_A_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler")
+PROMPT = "a red circle, a blue square on a white background"
+LEFT = Region(prompt="a red circle on a white background", box=(0, 0, 64, 128))
+RIGHT = Region(prompt="a blue square on a white background", box=(64, 0, 128, 128))
+OVERLAPPING = (
+    Region(prompt="a green star on a white background", box=(32, 32, 80, 64)),
+    Region(prompt="a red circle on a white background", box=(0, 0, 96, 80)),
+    Region(prompt="a blue square on a white background", box=(48, 48, 128, 128)),
+)
+
+
+def replaced(region: Region, **keys) -> Region:
+    return msgspec.structs.replace(region, **keys)
+
+
+def layout(*regions: Region, **keys) -> Layout:
+    given = {"steps": 3, "mask_inject_steps": 2, "base_ratio": 0.3} | keys
+    return Layout(prompt=PROMPT, width=SIDE, height=SIDE, regions=regions or (LEFT, RIGHT), **given)
+
+
+def isolated(*regions: Region, **keys) -> Layout:
+    """A layout whose regions see nothing of each other, from the first step to the last."""
+    return layout(*regions, steps=2, mask_inject_steps="100%", base_ratio=0.0, **keys)
+
+
+@cache
+def pipeline(dtype: str, **how: str) -> Pipeline:
+    return Pipeline("pocket", device="cpu", dtype=dtype, **how)
+
+
+def latents(given: Layout, dtype: str = "bfloat16", **how: str) -> Tensor:
+    made = pipeline(dtype, **how)
+    return made.latents(made.prepare(given), 1)
+
+
+@cache
+def exact_default() -> Tensor:
+    return latents(layout(), "float32")
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
+
+
+def assert_near(given: Layout, acts: bool = True) -> None:
+    """bfloat16's latents and image are near float32's, and not those of the default layout where a setting `acts`."""
+    exact, found = latents(given, "float32"), latents(given)
+    assert found.dtype == torch.float32 and found.shape == (1, 16, SIDE // 8, SIDE // 8)
+    assert relative(found, exact) < LIMIT  # not so for NaN
+    assert not acts or relative(found, exact_default()) > EFFECT
+    images = [pipeline(name).decode(z) for name, z in (("float32", exact), ("bfloat16", found))]
+    assert images[1].size == (SIDE, SIDE)
+    assert np.abs(np.subtract(*(np.asarray(image, dtype=float) for image in images))).mean() < 8  # of 255
+
+
+SOFT = (replaced(LEFT, feather=32), replaced(RIGHT, feather=32))
+OWN_LORA = replaced(LEFT, loras=(RegionLora(file=BARRED),))
+OWN_LORA_TO_THE_END = replaced(LEFT, loras=(RegionLora(file=BARRED, plain_steps=True),))
+SETTINGS = {
+    "plain": layout(method="plain"),
+    "composition": layout(method="rpg"),
+    "composition without a base branch": layout(method="rpg", base_ratio=0.0),
+    "composition with soft edges": layout(*SOFT, method="rpg"),
+    "composition with a region's LoRA": layout(OWN_LORA_TO_THE_END, RIGHT, method="rpg"),
+    "without a base branch": layout(base_ratio=0.0),
+    "soft edges": layout(*SOFT),
+    "strengths": layout(replaced(LEFT, strength=4), replaced(RIGHT, strength=0.25)),
+    "steps and ratios of its own": layout(replaced(LEFT, base_ratio=0.1, mask_inject_steps=1), RIGHT),
+    "one image stream": layout(base_stream="shared"),
+    "unmasked image attention": layout(image_attention="open"),
+    "lists of blocks": layout(double_blocks=(1,), single_blocks="1-3"),
+    "intervals": layout(double_inject_interval=2, single_inject_interval=2),
+    "a LoRA on the whole image": layout(loras=(Lora(file=BARRED),)),
+    "a region's LoRA": layout(OWN_LORA, RIGHT),
+    "a region's LoRA in the plain steps": layout(OWN_LORA_TO_THE_END, RIGHT),
+}
+
+
+def test_the_default_is_near_float32():
+    assert_near(layout(), acts=False)
+
+
+@pytest.mark.parametrize("given", SETTINGS.values(), ids=SETTINGS)
+def test_a_setting_gives_nearly_what_it_gives_in_float32(given):
+    assert_near(given)
+
+
+@pytest.mark.parametrize("method", ["regional", "rpg"])
+def test_every_overlap_policy_gives_an_image_of_its_own(method):
+    policies = ("share", "last", "first", "smallest")
+    found = []
+    for overlap in policies:
+        given = layout(*OVERLAPPING, overlap=overlap, method=method)
+        found.append(latents(given))
+        assert relative(found[-1], latents(given, "float32")) < LIMIT
+    assert all(relative(a, b) > 2 * LIMIT for i, a in enumerate(found) for b in found[:i])
+
+
+def test_a_region_changes_nothing_outside_itself_to_the_bit():
+    first, other = latents(isolated()), latents(isolated(replaced(LEFT, prompt="a pink heart"), RIGHT))
+    assert torch.equal(first[..., BORDER:], other[..., BORDER:])
+    assert relative(first[..., :BORDER], other[..., :BORDER]) > EFFECT
+    with_lora = latents(isolated(OWN_LORA, RIGHT))
+    assert torch.equal(first[..., BORDER:], with_lora[..., BORDER:])
+    assert relative(first[..., :BORDER], with_lora[..., :BORDER]) > EFFECT
+
+
+# ------------------------------------------------------------------------------------------------ control images
+
+
+@pytest.fixture(scope="module")
+def outline(tmp_path_factory) -> str:
+    """A control image: the white edges of two shapes, on black."""
+    image = Image.new("RGB", (SIDE, SIDE))
+    ImageDraw.Draw(image).ellipse((12, 40, 52, 90), outline="white", width=3)
+    ImageDraw.Draw(image).rectangle((76, 30, 116, 100), outline="white", width=3)
+    path = tmp_path_factory.mktemp("control") / "outline.png"
+    image.save(path)
+    return str(path)
+
+
+def edges(image: str, **keys) -> tuple[Control]:
+    return (Control(model=str(ADAPTERS / "edges"), image=image, scale=1.0, **keys),)
+
+
+@pytest.mark.parametrize("keys", [{}, {"region": 0}, {"residuals": "published"}], ids=str)
+@pytest.mark.parametrize("method", ["regional", "rpg"])
+def test_a_controlnet_acts_as_in_float32(outline, method, keys):
+    given = layout(method=method, controlnets=edges(outline, **keys))
+    found = latents(given)
+    assert relative(found, latents(given, "float32")) < LIMIT
+    assert relative(found, latents(layout(method=method))) > EFFECT
+
+
+def test_a_controlnet_of_a_region_changes_nothing_outside_it_to_the_bit(outline):
+    without, found = latents(isolated()), latents(isolated(controlnets=edges(outline, region=0)))
+    assert torch.equal(found[..., BORDER:], without[..., BORDER:])
+    assert relative(found[..., :BORDER], without[..., :BORDER]) > EFFECT
+
+
+def test_a_control_lora_reads_its_image_as_in_float32(outline, tmp_path):
+    hidden = weights.flux_params(pipeline("float32").checkpoint.flux).hidden_size
+    generator = torch.Generator().manual_seed(0)
+    down, up = (0.2 * torch.randn(shape, generator=generator) for shape in ((4, 128), (hidden, 4)))
+    file, black = tmp_path / "control.safetensors", tmp_path / "black.png"
+    save_file({"img_in.lora_A.weight": down, "img_in.lora_B.weight": up}, file)
+    Image.new("RGB", (SIDE, SIDE)).save(black)
+    given, dark = (layout(loras=(Lora(file=str(file), image=image),)) for image in (outline, str(black)))
+    found = latents(given)
+    assert relative(found, latents(given, "float32")) < LIMIT
+    assert relative(found, latents(dark)) > EFFECT
+
+
+# ------------------------------------------------------------------------------------------------ how it runs
+
+
+def test_attention_maps_are_nearly_those_in_float32():
+    found = []
+    for dtype in "float32", "bfloat16":
+        made = pipeline(dtype)
+        maps = made.maps()
+        made.latents(made.prepare(layout()), 1, maps)
+        found.append(maps.maps)
+    exact, maps = found
+    assert maps.shape == (2, 5, 2, (SIDE // 16) ** 2)  # steps, groups of blocks, regions, image tokens
+    assert (maps - exact).abs().max() < 0.05 < exact.max()
+    assert 0 <= maps.min() and maps.sum(dim=2).max() < 1 + 1e-3
+
+
+def test_the_attentions_agree():
+    dense = latents(layout(), attention="dense")
+    assert torch.equal(latents(layout(), attention="portable"), latents(layout()))
+    assert relative(dense, exact_default()) < LIMIT
+
+
+def test_streamed_blocks_give_the_same_bits():
+    assert torch.equal(latents(layout(), offload="blocks"), latents(layout()))
+
+
+@pytest.mark.parametrize("method", ["regional", "rpg"])
+def test_fp8_is_near_float32_by_its_three_bits(method):
+    given = layout(method=method)
+    exact = latents(given, "float32")
+    error = relative(latents(given, quantize="fp8"), exact)
+    assert 2 * relative(latents(given), exact) < error < 0.5
+
+
+@pytest.mark.parametrize(
+    "method, backend",
+    [
+        pytest.param("plain", "inductor", marks=NEEDS_A_COMPILER),
+        ("regional", "aot_eager"),  # Inductor takes half a minute for its code, and needs a C++ compiler
+        ("rpg", "aot_eager"),
+    ],
+)
+def test_compiled_blocks_are_near_float32(method, backend, monkeypatch):
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr(shutil, "which", lambda name: name)  # for the check at the start of a run
+    given = layout(method=method)
+    made = Pipeline("pocket", device="cpu", dtype="bfloat16", compile=True)
+    assert relative(made.latents(made.prepare(given), 1), latents(given, "float32")) < LIMIT
+    assert counters["stats"]["unique_graphs"] >= 4  # two halves of two kinds of blocks
+    torch._dynamo.reset()
+
+
+def test_prompts_from_the_cache_are_the_same_bits(tmp_path):
+    given, fresh = layout(), latents(layout())
+    for loaded in True, False:  # the second time no encoder is
+        made = Pipeline("pocket", device="cpu", dtype="bfloat16", cache=tmp_path)
+        assert torch.equal(made.latents(made.prepare(given), 1), fresh)
+        stored = [load_file(file)["states"] for file in sorted(tmp_path.iterdir())]
+        assert len(stored) == 4 and all(states.dtype == torch.bfloat16 for states in stored)
+        assert ("t5" in made.parts) == loaded
+
+
+def test_a_sweep_of_the_methods_gives_each_methods_image(tmp_path, monkeypatch):
+    """The command line, too, goes through composition in bfloat16."""
+    monkeypatch.chdir(tmp_path)
+    keys = {"prompt": PROMPT, "width": SIDE, "height": SIDE, "steps": 3, "mask_inject_steps": 2, "base_ratio": 0.3}
+    regions = [{"prompt": region.prompt, "box": list(region.box)} for region in (LEFT, RIGHT)]
+    Path("layout.yaml").write_text(yaml.safe_dump(keys | {"regions": regions, "seed": 1}))
+    flags = "--layout layout.yaml --device cpu --dtype bfloat16 --sweep method=plain,rpg,regional --output {sweep}.png"
+    assert generate.main(flags.split()) == 0
+    for method in "plain", "rpg", "regional":
+        expected = pipeline("bfloat16").decode(latents(layout(method=method)))
+        assert np.array_equal(np.asarray(Image.open(f"method={method}.png")), np.asarray(expected))
+    assert Path("sheet.png").exists()
