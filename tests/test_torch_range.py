@@ -1,0 +1,100 @@
+"""The code runs on torch 2.11 to 2.13 and Triton from 3.6: it calls nothing of theirs that the oldest ones lack.
+
+GPU machines have the version that suits their driver, and one name that is missing there ends every run. The names come
+from the wheels, see fixtures/torch_2.11_names.txt. Methods of tensors and of other objects are not looked up.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("model", "regional", "sampler", "benchmarks")
+FILES = sorted([*ROOT.glob("*.py"), *(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))])
+Names = dict[str, set[str]]  # by module
+
+
+def read_names() -> Names:
+    names: Names = {}
+    for line in (Path(__file__).parent / "fixtures" / "torch_2.11_names.txt").read_text().splitlines():
+        if line.startswith("["):
+            module = names.setdefault(line.strip("[]"), set())
+        elif line and not line.startswith("#"):
+            module.update(line.split())
+    return names
+
+
+NAMES = read_names()
+
+
+def imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Each import of torch and Triton as (the local name, the dotted path that it stands for)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield (alias.asname, alias.name) if alias.asname else (alias.name.partition(".")[0],) * 2
+                yield "", alias.name  # the module has to be there, whatever name it gets
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield from ((alias.asname or alias.name, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def chains(tree: ast.Module) -> Iterator[str]:
+    """The dotted path of each name of torch or Triton that the code uses, through its imports."""
+    aliases = dict(imported(tree))
+    yield from (path for _, path in imported(tree))
+    for node in ast.walk(tree):
+        parts, root = [], node
+        while isinstance(root, ast.Attribute):
+            parts.append(root.attr)
+            root = root.value
+        if parts and isinstance(root, ast.Name) and root.id in aliases:
+            yield ".".join([aliases[root.id], *reversed(parts)])
+
+
+def missing(source: str, names: Names = NAMES) -> list[str]:
+    """The paths in Python code that torch 2.11 and Triton 3.6 don't have."""
+    found = set()
+    for path in chains(ast.parse(source)):
+        module, *rest = path.split(".")
+        if module not in names:
+            continue
+        for name in rest:
+            if f"{module}.{name}" in names:
+                module = f"{module}.{name}"
+                continue
+            if name not in names[module] and not name.startswith("__"):
+                found.add(f"{module}.{name}")
+            break  # of a class, or of a module that isn't listed
+    return sorted(found)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_name_of_torch_is_in_the_oldest_version(file):
+    assert missing(file.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        ("import torch\ntorch.accelerator.empty_host_cache()", ["torch.accelerator.empty_host_cache"]),
+        ("import torch as t\nx = t.cuda.caching_allocator_disabled", ["torch.cuda.caching_allocator_disabled"]),
+        ("def f():\n    from torch.nn.functional import linear_cross_entropy", None),
+        ("import torch.nn.functional as F\nF.linear_cross_entropy(1).sum()", None),
+        ("from torch import nn\nnn.LinearCrossEntropyLoss()", ["torch.nn.LinearCrossEntropyLoss"]),
+        ("import triton.language as tl\ntl.atomic_poll", ["triton.language.atomic_poll"]),
+        ("import torch.accelerator.graphs", ["torch.accelerator.graphs"]),
+        ("import torch\nx = torch.cuda.Event(enable_timing=True).elapsed\ntorch.__version__", []),
+        ("import torch.distributed as dist\ndist.all_to_all_single\nother.accelerator.empty_host_cache", []),
+    ],
+)
+def test_what_the_oldest_version_lacks_is_found(source, expected):
+    assert missing(source) == (["torch.nn.functional.linear_cross_entropy"] if expected is None else expected)
+
+
+def test_the_check_sees_the_code():
+    """It would pass, too, if it found no name at all."""
+    assert len(FILES) > 40
+    used = {path for file in FILES for path in chains(ast.parse(file.read_text()))}
+    assert {"torch.nn.functional.scaled_mm", "torch.cuda.Stream", "triton.language.dot"} <= used
