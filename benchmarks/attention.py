@@ -10,7 +10,8 @@ On the CPU the kernel runs in Triton's interpreter, so there it has to agree but
 
 Each time is the median of --repeats measurements after a warm-up; in each round everybody has a turn. TFLOP/s count the
 allowed pairs alone, 4 x head size x heads operations each. Memory is the peak beyond q, k, v and the output, with the
-mask or the lists that a participant keeps.
+mask or the lists that a participant keeps. A participant that fails, or disagrees, has `failed: ...` in its row, and
+the exit code is 1.
 """
 
 import argparse
@@ -24,13 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--cpu", action="store_true", help="a small version of it on the CPU")
-parser.add_argument("--repeats", type=int, default=7, help="measurements of each, at least 5")
-args = parser.parse_args()
-if args.repeats < 5:
-    parser.error("--repeats: a median of fewer than 5 says little")
-if args.cpu:
+if "--cpu" in sys.argv[1:]:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 import torch  # noqa: E402
@@ -41,6 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.failures import Failures  # noqa: E402
 from model.attention import Block, apply_rope, fastest_backends, plain_attention  # noqa: E402
 from model.layers import QKNorm  # noqa: E402
 from regional.attention import RegionalAttention, Tokens, portable_attention  # noqa: E402
@@ -60,10 +56,11 @@ class Setting(NamedTuple):
     sizes: list[tuple[int, int]]
     calls: int  # in one measurement
     error: float  # allowed, relative
+    repeats: int  # measurements
 
 
-GPU = Setting("cuda", torch.bfloat16, 24, 128, 512, [(1024, 1024), (1280, 768)], calls=10, error=1e-2)
-CPU = Setting("cpu", torch.float32, 2, 32, 32, [(256, 256), (320, 192)], calls=20, error=1e-4)
+GPU = Setting("cuda", torch.bfloat16, 24, 128, 512, [(1024, 1024), (1280, 768)], calls=10, error=1e-2, repeats=7)
+CPU = Setting("cpu", torch.float32, 2, 32, 32, [(256, 256), (320, 192)], calls=20, error=1e-4, repeats=7)
 
 
 def layouts(width: int, height: int) -> dict[str, Layout]:
@@ -154,12 +151,17 @@ def seconds(call: Callable[[], Tensor], setting: Setting) -> float:
     return start.elapsed_time(end) / 1e3 / setting.calls
 
 
-def medians(calls: dict[str, Callable[[], Tensor]], setting: Setting) -> dict[str, float]:
-    """Seconds of each, all taking turns; they are warm already."""
+def medians(calls: dict[str, Callable[[], Tensor]], setting: Setting, failures: Failures, row: str) -> dict[str, float]:
+    """Seconds of each, all taking turns; they are warm already. Those that fail are left out, and have a row, which
+    begins with `row`."""
     times = {name: [] for name in calls}
-    for _ in range(args.repeats):
-        for name, call in calls.items():
-            times[name].append(seconds(call, setting))
+    for _ in range(setting.repeats):
+        for name in list(times):
+            try:
+                times[name].append(seconds(calls[name], setting))
+            except Exception as error:
+                del times[name]
+                failures.add(f"{row} {name} |", error)
     return {name: statistics.median(each) for name, each in times.items()}
 
 
@@ -190,58 +192,80 @@ def random_qkv(length: int, setting: Setting) -> list[Tensor]:
 def check(name: str, out: Tensor, expected: Tensor, setting: Setting) -> None:
     error = float((out.float() - expected).norm() / expected.norm())
     if not error < setting.error:
-        sys.exit(f"{name}: its relative error is {error:.1e}, more than {setting.error:.0e}")
+        raise ValueError(f"the relative error of {name} is {error:.1e}, more than {setting.error:.0e}")
 
 
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def compare(width: int, height: int, name: str, layout: Layout, setting: Setting) -> dict[str, float]:
-    """One layout: prints a row for each participant, gives useful TFLOP/s."""
+class Case(NamedTuple):
+    """One layout's tokens: q, k, v of a masked attention, what it has to give, in float32, and how many pairs of them
+    are allowed; and q, k, v of the base prompt and the picture, which is unmasked."""
+
+    row: str
+    tokens: Tokens
+    qkv: list[Tensor]
+    expected: Tensor
+    pairs: int
+    plain: list[Tensor]
+
+
+def case_of(width: int, height: int, name: str, layout: Layout, setting: Setting) -> Case:
     bits = region_tokens(layout).sorted()[0].bits(setting.text_length).to(setting.device)
     weight = torch.zeros(len(bits), dtype=torch.float64, device=setting.device)
     tokens = Tokens(bits, torch.zeros_like(bits), weight)
     values, counts = (x.cpu() for x in bits.unique(return_counts=True))
-    allowed_pairs = int(counts @ allowed(values[:, None], values[None, :]).long() @ counts)
-    q, k, v = random_qkv(len(bits), setting)
-    expected = portable_attention(tokens)(q.float(), k.float(), v.float())
+    pairs = int(counts @ allowed(values[:, None], values[None, :]).long() @ counts)
+    qkv = random_qkv(len(bits), setting)
+    expected = portable_attention(tokens)(*(x.float() for x in qkv))
     plain = random_qkv(setting.text_length + width * height // 256, setting)
-    backend = fastest_backends(plain[0])[0]
+    return Case(f"| {width} x {height} | {name}, {len(bits)} tokens |", tokens, qkv, expected, pairs, plain)
+
+
+def ceiling(case: Case) -> tuple[Callable[[], Tensor], str]:
+    """The library's fastest unmasked attention, warm, and its name."""
+    backend = fastest_backends(case.plain[0])[0]
 
     def unmasked() -> Tensor:
         with sdpa_kernel(backend):
-            return plain_attention(*plain, BLOCK)
+            return plain_attention(*case.plain, BLOCK)
 
     unmasked()
-    calls, notes, pairs = {CEILING: unmasked}, {CEILING: f"| {backend.name}"}, {CEILING: plain[0].shape[2] ** 2}
-    for participant, make in participants(setting).items():
-        before = torch.cuda.memory_allocated() if setting.device == "cuda" else 0
-        attend = make(tokens)
-        calls[participant] = lambda attend=attend: attend(q, k, v)
-        pairs[participant] = allowed_pairs
-        check(participant, calls[participant](), expected, setting)
-        if setting.device == "cuda":
-            memory = extra_memory(calls[participant], before) / 2**20
-            notes[participant] = f"{memory:.1f} | {gpu_kernel(calls[participant])}"
-        elif participant == KERNEL:
-            calls.pop(participant)
-    times = medians(calls, setting)
+    return unmasked, backend.name
+
+
+def compare(case: Case, setting: Setting, failures: Failures) -> dict[str, float]:
+    """One layout: prints a row for each participant, gives useful TFLOP/s of those that did not fail."""
+    calls, notes = {}, {}
+    with failures.caught(f"{case.row} {CEILING} |"):
+        calls[CEILING], backend = ceiling(case)
+        notes[CEILING] = f"| {backend}"
+    for name, make in participants(setting).items():
+        with failures.caught(f"{case.row} {name} |"):
+            before = torch.cuda.memory_allocated() if setting.device == "cuda" else 0
+            attend = make(case.tokens)
+            call = partial(attend, *case.qkv)
+            check(name, call(), case.expected, setting)
+            if setting.device == "cuda":
+                notes[name] = f"{extra_memory(call, before) / 2**20:.1f} | {gpu_kernel(call)}"
+            if setting.device == "cuda" or name != KERNEL:  # in Triton's interpreter it is not timed
+                calls[name] = call
     rates = {}
-    for participant, time_ in times.items():
-        rates[participant] = 4 * setting.head_dim * setting.heads * pairs[participant] / time_ / 1e12
-        print(
-            f"| {width} x {height} | {name}, {len(bits)} tokens | {participant} | {time_ * 1e3:.3f} "
-            f"| {rates[participant]:.3g} | {notes.get(participant, '|')} |"
-        )
+    for name, time_ in medians(calls, setting, failures, case.row).items():
+        pairs = case.plain[0].shape[2] ** 2 if name == CEILING else case.pairs
+        rates[name] = 4 * setting.head_dim * setting.heads * pairs / time_ / 1e12
+        print(f"{case.row} {name} | {time_ * 1e3:.3f} | {rates[name]:.3g} | {notes.get(name, '|')} |", flush=True)
     return rates
 
 
-def both_branches(width: int, height: int, layout: Layout, setting: Setting) -> None:
+def both_branches(width: int, height: int, layout: Layout, setting: Setting, failures: Failures) -> None:
     """What regional attention costs in all, in the single blocks, beside plain attention; as generate.py runs it."""
     region = region_tokens(layout).sorted()[0]
     text, image = setting.text_length, width * height // 256
     bits = region.bits(text).to(setting.device)
-    name, masked_attention = (PORTABLE, portable_attention) if args.cpu else (KERNEL, our_kernel(setting))
+    name, masked_attention = (KERNEL, our_kernel(setting))
+    if setting.device == "cpu":
+        name, masked_attention = PORTABLE, portable_attention
     attention = RegionalAttention(masked_attention, bits, text, image, base_ratio=0.3)
     q, k, v = random_qkv(len(bits) + text + image, setting)
     plain = random_qkv(text + image, setting)
@@ -249,14 +273,17 @@ def both_branches(width: int, height: int, layout: Layout, setting: Setting) -> 
     with sdpa_kernel([*fastest_backends(plain[0]), SDPBackend.MATH], set_priority=True):
         for call in calls.values():
             call()
-        times = medians(calls, setting)
+        times = medians(calls, setting, failures, "| both branches |")
+    if len(times) < len(calls):
+        return
     print(
         f"\nFour quadrants at {width} x {height}, base branch, masked branch by the {name} and blend: "
-        f"{times['both'] * 1e3:.3f} ms, {times['both'] / times['plain']:.2f} times plain attention."
+        f"{times['both'] * 1e3:.3f} ms, {times['both'] / times['plain']:.2f} times plain attention.",
+        flush=True,
     )
 
 
-def norm_and_rope(setting: Setting) -> None:
+def norm_and_rope(setting: Setting, failures: Failures) -> None:
     """QK-RMSNorm and RoPE of one single block: is there room for a kernel of our own beside compiled PyTorch?"""
     width, height = setting.sizes[0]
     length, hidden = setting.text_length + width * height // 256, setting.heads * setting.head_dim
@@ -273,14 +300,20 @@ def norm_and_rope(setting: Setting) -> None:
     calls = {"eager": eager, "compiled": compiled, "copying q and k": q_and_k.clone}
     for call in calls.values():
         call()
-    times = medians(calls, setting)
+    times = medians(calls, setting, failures, "| norm and RoPE |")
     each = ", ".join(f"{name} {time_ * 1e3:.3f} ms" for name, time_ in times.items())
     print(f"\nQK-RMSNorm and RoPE over {length} tokens: {each} (the floor: as many bytes read and written).")
 
 
 @torch.inference_mode()
-def main() -> None:
-    setting = CPU if args.cpu else GPU
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu", action="store_true", help="a small version of it on the CPU")
+    parser.add_argument("--repeats", type=int, default=GPU.repeats, help="measurements of each, at least 5")
+    args = parser.parse_args()
+    if args.repeats < 5:
+        parser.error("--repeats: a median of fewer than 5 says little")
+    setting = (CPU if args.cpu else GPU)._replace(repeats=args.repeats)
     torch.manual_seed(0)
     versions = f"torch {torch.__version__}, Triton {triton.__version__}"
     if args.cpu:
@@ -288,30 +321,41 @@ def main() -> None:
     else:
         cudnn = torch.backends.cudnn.version()
         print(f"{torch.cuda.get_device_name()}, {versions}, CUDA {torch.version.cuda}, cuDNN {cudnn}\n")
+    return run(setting)
+
+
+def run(setting: Setting) -> int:
+    """All tables; gives the exit code."""
     print("| picture | tokens | attention | ms | TFLOP/s | extra MiB | most time in |")
-    print("|---|---|---|---|---|---|---|")
-    rates = {}
+    print("|---|---|---|---|---|---|---|", flush=True)
+    failures, rates = Failures(), {}
     for width, height in setting.sizes:
-        rates[width] = {
-            name: compare(width, height, name, layout, setting) for name, layout in layouts(width, height).items()
-        }
+        for name, layout in layouts(width, height).items():
+            with failures.caught(f"| {width} x {height} | {name} |"):
+                case = case_of(width, height, name, layout, setting)
+                rates[width, name] = compare(case, setting, failures)
     width, height = setting.sizes[0]
-    both_branches(width, height, layouts(width, height)["four quadrants"], setting)
-    norm_and_rope(setting)
-    if not args.cpu:
-        report(rates[width])
+    with failures.caught("| both branches |"):
+        both_branches(width, height, layouts(width, height)["four quadrants"], setting, failures)
+    with failures.caught("| norm and RoPE |"):
+        norm_and_rope(setting, failures)
+    if setting.device == "cuda":
+        report(rates.get((width, "four quadrants"), {}), rates.get((width, "4 x 4 grid"), {}))
+    return failures.exit_code()
 
 
-def report(rates: dict) -> None:
-    """The targets, at 1024 x 1024."""
-    quadrants = rates["four quadrants"]
-    ours = quadrants[KERNEL]
+def report(quadrants: dict[str, float], grid: dict[str, float]) -> None:
+    """The targets, at the first size, where nobody that they need failed."""
     print("\n| at four quadrants | measured | target | aim |\n|---|---|---|---|")
-    print(f"| kernel over SDPA with the dense mask | {ours / quadrants[DENSE]:.2f} | 3 | 6 |")
-    print(f"| kernel over FlexAttention | {ours / quadrants[FLEX]:.2f} | 1 | 1.15 |")
-    print(f"| useful TFLOP/s over the library's unmasked | {ours / quadrants[CEILING]:.2f} | 0.6 | 0.75 |")
-    print(f"| 4 x 4 grid's time over quadrants' | {ours / rates['4 x 4 grid'][KERNEL]:.2f} | 1.15 | 1.05 |")
+    for what, rates, rival, target, aim in (
+        ("kernel over SDPA with the dense mask", quadrants, DENSE, 3, 6),
+        ("kernel over FlexAttention", quadrants, FLEX, 1, 1.15),
+        ("useful TFLOP/s over the library's unmasked", quadrants, CEILING, 0.6, 0.75),
+        ("4 x 4 grid's time over quadrants'", grid, KERNEL, 1.15, 1.05),
+    ):
+        if KERNEL in quadrants and rival in rates:
+            print(f"| {what} | {quadrants[KERNEL] / rates[rival]:.2f} | {target} | {aim} |", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,8 +15,9 @@ whole run is 10 regional and 14 late steps; at the first size it is also made in
 once a picture. Extra memory is the peak beyond the weights, with the mask or the lists that a participant keeps; of our
 weights the modulation layers do not count, because generate.py keeps them in host memory.
 
-By estimate, on an H200: 8 minutes, of which compiling takes 3, in 65 GB; --caps 6 minutes, and 24 GB in the temporary
-folder. Leave parts out by --only, --sizes and --rounds. --proxy takes 3 minutes on one CPU core.
+By estimate, on an H100: 10 minutes, of which compiling takes 4, in 65 GB; --caps 6 minutes, and 24 GB in the temporary
+folder. Leave parts out by --only, --sizes, --rounds and --no-runs. --proxy takes 3 minutes on one CPU core.
+A participant that fails has `failed: ...` in its row, and the exit code is 1.
 """
 
 import argparse
@@ -46,6 +47,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import weights  # noqa: E402
 from benchmarks import naive  # noqa: E402
+from benchmarks.failures import Failures  # noqa: E402
 from model import namings  # noqa: E402
 from model.attention import Attention, fastest_backends, plain_attention  # noqa: E402
 from model.fp8 import Fp8Linear, can_multiply, to_fp8  # noqa: E402
@@ -329,7 +331,7 @@ def preferred(backends: list[SDPBackend]) -> AbstractContextManager:
     return sdpa_kernel([*backends, SDPBackend.MATH], set_priority=True) if backends else nullcontext()
 
 
-def participants(setting: Setting) -> dict[str, Participant]:
+def participants(setting: Setting, failures: Failures) -> dict[str, Participant]:
     flux = random_flux(setting)
     makers = {
         OURS: lambda: Ours(flux, setting),
@@ -343,34 +345,56 @@ def participants(setting: Setting) -> dict[str, Participant]:
     if DIFFUSERS in left and not importlib.util.find_spec("diffusers"):
         print("diffusers is not installed here, and left out.\n")
         left.remove(DIFFUSERS)
-    return {name: make() for name, make in makers.items() if name in left}
+    who = {}
+    for name, make in makers.items():
+        if name in left:
+            with failures.caught(f"| {name} | it can't be made |"):
+                who[name] = make()
+    return who
 
 
 # ------------------------------------------------------------------------------------------------ measuring
 
 
-def turns(calls: dict[Any, Call], device: torch.device) -> dict[Any, float]:
-    """Seconds of one call each, without a pause in between."""
+def turns(calls: dict[Any, Call], device: torch.device) -> dict[Any, float | Exception]:
+    """Seconds of one call each, without a pause in between; or why it failed."""
     if device.type != "cuda":
-        times = {}
-        for key, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[key] = time.perf_counter() - start
-        return times
+        return {key: host_seconds(call) for key, call in calls.items()}
     events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
-    next(iter(calls.values()))()  # so that the first one, too, is launched while the GPU is busy
+    attempt(next(iter(calls.values())))  # so that the first one, too, is launched while the GPU is busy
     events[0].record()
-    for call, event in zip(calls.values(), events[1:]):
-        call()
+    errors = {}
+    for (key, call), event in zip(calls.items(), events[1:]):
+        errors[key] = attempt(call)
         event.record()
     torch.cuda.synchronize()
-    return {key: start.elapsed_time(end) / 1e3 for key, start, end in zip(calls, events, events[1:])}
+    return {key: errors[key] or start.elapsed_time(end) / 1e3 for key, start, end in zip(calls, events, events[1:])}
 
 
-def measured(calls: dict[Any, Call], setting: Setting) -> dict[Any, float]:
-    rounds = [turns(calls, setting.device) for _ in range(setting.rounds)]
-    return {key: setting.pick([each[key] for each in rounds]) for key in calls}
+def host_seconds(call: Call) -> float | Exception:
+    start = time.perf_counter()
+    error = attempt(call)
+    return error or time.perf_counter() - start
+
+
+def attempt(call: Call) -> Exception | None:
+    """Make a call; returns what it raised."""
+    try:
+        call()
+    except Exception as error:
+        return error.with_traceback(None)  # which would hold the tensors of every frame
+    return None
+
+
+def measured(calls: dict[Any, Call], setting: Setting) -> dict[Any, float | Exception]:
+    """Seconds of each call, by all rounds; or why it failed, and then it has no further turn."""
+    rounds, failed = [], {}
+    for _ in range(setting.rounds):
+        left = {key: call for key, call in calls.items() if key not in failed}
+        if left:
+            rounds.append(turns(left, setting.device))
+            failed |= {key: found for key, found in rounds[-1].items() if isinstance(found, Exception)}
+    return {key: failed[key] if key in failed else setting.pick([each[key] for each in rounds]) for key in calls}
 
 
 def timed(run: Call) -> float:
@@ -484,25 +508,37 @@ def difference(out: Tensor, reference: Tensor | None) -> str:
     return f"{float((out - reference).float().norm() / reference.float().norm()):.0e}"
 
 
-def steps_table(who: dict[str, Participant], setting: Setting, width: int, height: int) -> Times:
-    """Prints every kind of step at one size, by everybody; gives the times."""
-    scenes: dict[Step, Scene] = {regions: scene(setting, width, height, regions) for regions in setting.regions}
-    scenes = {"plain": scene(setting, width, height, 0), "late": scenes[4], **scenes}
+def steps_table(who: dict[str, Participant], setting: Setting, size: tuple[int, int], failures: Failures) -> Times:
+    """Prints every kind of step at one size, by everybody; gives the times of those that did not fail."""
     calls, notes = {}, {}
-    for kind, given in scenes.items():
+
+    def row(name: str, kind: Step) -> str:
+        what = f"regional, {kind}" if isinstance(kind, int) else kind
+        return f"| {size[0]} x {size[1]} | {what} | {name} |"
+
+    for kind, given in scenes_of(setting, *size).items():
         reference = None
         for name, participant in who.items():
-            call, out, extra = made(participant, kind, given)
-            if call:
-                calls[name, kind] = call
-                extra = f"{extra / 2**20:.0f}" if extra else ""
-                notes[name, kind] = f"{extra} | {difference(out, reference)}"
-                reference = out if reference is None else reference
-    times = measured(calls, setting)
-    for (name, kind), seconds in times.items():
-        what = f"regional, {kind}" if isinstance(kind, int) else kind
-        print(f"| {width} x {height} | {what} | {name} | {seconds * 1e3:.1f} | {notes[name, kind]} |", flush=True)
+            with failures.caught(row(name, kind)):
+                call, out, extra = made(participant, kind, given)
+                if call:
+                    calls[name, kind] = call
+                    extra = f"{extra / 2**20:.0f}" if extra else ""
+                    notes[name, kind] = f"{extra} | {difference(out, reference)}"
+                    reference = out if reference is None else reference
+    times = {}
+    for key, seconds in measured(calls, setting).items():
+        if isinstance(seconds, Exception):
+            failures.add(row(*key), seconds)
+        else:
+            times[key] = seconds
+            print(f"{row(*key)} {seconds * 1e3:.1f} | {notes[key]} |", flush=True)
     return times
+
+
+def scenes_of(setting: Setting, width: int, height: int) -> dict[Step, Scene]:
+    regional = {regions: scene(setting, width, height, regions) for regions in setting.regions}
+    return {"plain": scene(setting, width, height, 0), "late": regional[4], **regional}
 
 
 def run_seconds(times: Times, name: str, regions: int) -> float:
@@ -512,18 +548,19 @@ def run_seconds(times: Times, name: str, regions: int) -> float:
     return REGIONAL * times[name, regions] + LATE * times[name, "late"]
 
 
-def runs_table(who: dict[str, Participant], setting: Setting, times: Times) -> None:
-    print("\n| regions | | run, from its steps, s | in one piece, s | W |\n|---|---|---|---|---|")
+def runs_table(who: dict[str, Participant], setting: Setting, times: Times, failures: Failures) -> None:
+    print("\n| regions | | run, from its steps, s | in one piece, s | W |\n|---|---|---|---|---|", flush=True)
     for regions in (0, *setting.regions):
         given = scene(setting, *setting.sizes[0], regions)
         for name, participant in who.items():
-            if (name, regions or "plain") not in times:
+            if not {(name, regions or "plain"), (name, "late" if regions else "plain")} <= times.keys():
                 continue
-            with Watts(setting.device) as watts:
+            row = f"| {regions} | {name} | {run_seconds(times, name, regions):.2f} |"
+            with failures.caught(row), Watts(setting.device) as watts:
                 seconds = None if name == DIFFUSERS else timed(lambda p=participant, g=given: p.run(g))
-            whole = "" if seconds is None else f"{seconds:.2f}"
-            power = f"{watts.median:.0f}" if watts.median else ""
-            print(f"| {regions} | {name} | {run_seconds(times, name, regions):.2f} | {whole} | {power} |", flush=True)
+                whole = "" if seconds is None else f"{seconds:.2f}"
+                power = f"{watts.median:.0f}" if watts.median else ""
+                print(f"{row} {whole} | {power} |", flush=True)
 
 
 class Goal(NamedTuple):
@@ -568,16 +605,19 @@ def goals_of(times: Times, who: dict[str, Participant]) -> list[Goal]:
     faster("G3", NAIVE_COMPILED, COMPILED, 4, 1.3, 1.5)
     faster("G3", NAIVE_COMPILED, COMPILED, 16, 1.6, 2.2)
     faster("G5", NAIVE, FP8, 4, 2.6, 3.2)
-    if COMPILED in who:
+    if (COMPILED, "plain") in times:
         plain = times[COMPILED, "plain"]
         for regions, floor, aim in (1, 1.45, 1.35), (4, 1.5, 1.4), (16, 2.0, 1.85):
-            ratio = run_seconds(times, COMPILED, regions) / run_seconds(times, COMPILED, 0)
-            goals.append(Goal(f"G6: compiled / own plain, R = {regions}", ratio, floor, aim, least=False))
+            if {(COMPILED, regions), (COMPILED, "late")} <= times.keys():
+                ratio = run_seconds(times, COMPILED, regions) / run_seconds(times, COMPILED, 0)
+                goals.append(Goal(f"G6: compiled / own plain, R = {regions}", ratio, floor, aim, least=False))
         rival = DIFFUSERS if DIFFUSERS in who else OURS
-        if rival in who:
+        if (rival, "plain") in times:
             goals.append(Goal(f"G8: plain step, {rival} / compiled", times[rival, "plain"] / plain, 1.5, 1.7))
-        late = times[COMPILED, "late"] / plain
-        goals.append(Goal("G9: compiled, late step / plain step", late, 1.02, 1.0, least=False))
+        if (COMPILED, "late") in times:
+            late = times[COMPILED, "late"] / plain
+            goals.append(Goal("G9: compiled, late step / plain step", late, 1.02, 1.0, least=False))
+    if COMPILED in who:
         goals.append(Goal("M2: weights, GB", who[COMPILED].weights / GB, 17.5, 17.5, least=False))
     if FP8 in who:
         goals.append(Goal("M2: weights in fp8, GB", who[FP8].weights / GB, 8.8, 8.8, least=False))
@@ -588,22 +628,26 @@ def proxy_goals(times: Times) -> list[Goal]:
     goals = [
         Goal(f"regional step, naive / ours, R = {regions}", times[NAIVE, regions] / times[OURS, regions], floor, aim)
         for regions, floor, aim in ((4, 1.2, 1.26), (16, 1.5, 1.72))
+        if {(NAIVE, regions), (OURS, regions)} <= times.keys()
     ]
+    if not {(OURS, "late"), (OURS, "plain")} <= times.keys():
+        return goals
     late = times[OURS, "late"] / times[OURS, "plain"]
     return [*goals, Goal("ours, late step / plain step", late, 1.05, 1.0, least=False)]
 
 
-def compare(setting: Setting) -> tuple[Times, dict[str, Participant]]:
+def compare(setting: Setting, failures: Failures) -> tuple[Times, dict[str, Participant]]:
     """All tables of steps; gives the times at the first size."""
     describe(setting)
-    who = participants(setting)
+    who = participants(setting, failures)
     for name, participant in who.items():
         print(f"{name}: {participant.weights / GB:.2f} GB of weights")
     print()
     if setting.device.type == "cuda":
-        attention_kernels(setting, scene(setting, *setting.sizes[0], 4))
-    print("| picture | step | | ms | extra MiB | differs from the first by |\n|---|---|---|---|---|---|")
-    times = [steps_table(who, setting, *size) for size in setting.sizes]
+        with failures.caught("- the library's attentions:"):
+            attention_kernels(setting, scene(setting, *setting.sizes[0], 4))
+    print("| picture | step | | ms | extra MiB | differs from the first by |\n|---|---|---|---|---|---|", flush=True)
+    times = [steps_table(who, setting, size, failures) for size in setting.sizes]
     return times[0], who
 
 
@@ -655,30 +699,40 @@ def pipeline_for(source: weights.Source, setting: Setting, how: dict[str, str]) 
     return drawing
 
 
-def caps(setting: Setting) -> list[Goal]:
+def caps(setting: Setting, failures: Failures) -> list[Goal]:
     """Whole runs with four regions under each cap, and without it; the weights are loaded under it too."""
     describe(setting)
     given = scene(setting, *setting.sizes[0], 4)
     prepared = Prepared(given.layout, given.tokens, given.conditioning, {}, [])
     uncapped, goals = {}, []
-    print("| | cap, GB | weights, GB | peak, GB | run, s | without the cap, s |\n|---|---|---|---|---|---|")
+    print("| | cap, GB | weights, GB | peak, GB | run, s | without the cap, s |\n|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         source = random_checkpoint(setting, Path(folder))
-        for what, gigabytes, how, rival, aim in CAPS:
-            limit(gigabytes, setting.device)
-            drawing = pipeline_for(source, setting, how)
-            seconds, in_use = run_times(drawing, prepared, setting)
-            peak = memory(setting.device, peak=True)
-            limit(None, setting.device)
-            if rival == what:
-                uncapped[what], _ = run_times(drawing, prepared, setting)
-            free = f"{uncapped[what]:.2f}" if what in uncapped else ""
-            sizes = " | ".join(f"{x / GB:.2f}" for x in (in_use, peak))
-            print(f"| {what} | {gigabytes} | {sizes} | {seconds:.2f} | {free} |", flush=True)
-            name = f"M3: {what} under {gigabytes} GB, of {rival}'s time without"
-            goals.append(Goal(name, seconds / uncapped[rival], math.inf, aim, least=False))
-            del drawing
+        for cap in CAPS:
+            try:
+                with failures.caught(f"| {cap.what} | {cap.gigabytes} |"):
+                    seconds = capped(cap, source, prepared, setting, uncapped)
+                    name = f"M3: {cap.what} under {cap.gigabytes} GB, of {cap.rival}'s time without"
+                    if cap.rival in uncapped:
+                        goals.append(Goal(name, seconds / uncapped[cap.rival], math.inf, cap.aim, least=False))
+            finally:
+                limit(None, setting.device)
     return goals
+
+
+def capped(cap: Cap, source: weights.Source, prepared: Prepared, setting: Setting, uncapped: dict[str, float]) -> float:
+    """Prints a cap's row and gives the seconds of a run under it; adds those of one without it to `uncapped`."""
+    limit(cap.gigabytes, setting.device)
+    drawing = pipeline_for(source, setting, cap.how)
+    seconds, in_use = run_times(drawing, prepared, setting)
+    peak = memory(setting.device, peak=True)
+    limit(None, setting.device)
+    if cap.rival == cap.what:
+        uncapped[cap.what], _ = run_times(drawing, prepared, setting)
+    free = f"{uncapped[cap.what]:.2f}" if cap.what in uncapped else ""
+    sizes = " | ".join(f"{x / GB:.2f}" for x in (in_use, peak))
+    print(f"| {cap.what} | {cap.gigabytes} | {sizes} | {seconds:.2f} | {free} |", flush=True)
+    return seconds
 
 
 def run_times(drawing: Pipeline, prepared: Prepared, setting: Setting) -> tuple[float, int]:
@@ -707,6 +761,7 @@ def main() -> int:
     parser.add_argument("--caps", action="store_true", help="only whole runs of ours, under caps of 24 and 12 GB")
     parser.add_argument("--only", nargs="+", choices=GPU.participants, metavar="NAME", help="who takes part")
     parser.add_argument("--sizes", nargs="+", type=size, metavar="WxH", help="pictures, as 1024x1024")
+    parser.add_argument("--no-runs", action="store_true", help="steps alone, no run in one piece")
     parser.add_argument("--rounds", type=int, help=f"at least 5; default {GPU.rounds}, with --proxy {PROXY.rounds}")
     args = parser.parse_args()
     if not args.proxy and not torch.cuda.is_available():
@@ -723,16 +778,19 @@ def main() -> int:
     )
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64  # bfloat16, fp8 and sizes that happen to be equal, each once
+    failures = Failures()
     if args.caps:
-        goals = caps(setting)
+        goals = caps(setting, failures)
     elif args.proxy:
         torch.set_num_threads(1)  # several would wait for whichever of them another program holds up
-        goals = proxy_goals(compare(setting)[0])
+        goals = proxy_goals(compare(setting, failures)[0])
     else:
-        times, who = compare(setting)
-        runs_table(who, setting, times)
+        times, who = compare(setting, failures)
+        if not args.no_runs:
+            runs_table(who, setting, times, failures)
         goals = goals_of(times, who)
-    return 0 if report(goals) else 1
+    reached = report(goals)
+    return failures.exit_code() or int(not reached)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import speed
+from benchmarks.failures import Failures
 from benchmarks.naive import Naive
 from model.transformer import Flux, FluxParams
 from regional.attention import RegionalAttention, portable_attention
@@ -120,7 +121,7 @@ def uncompiled(monkeypatch):
 @torch.inference_mode()
 def test_all_participants_compute_the_same(uncompiled):
     """Steps of every kind, and whole runs, on weights that they share; fp8 nearly."""
-    who = speed.participants(SMALL)
+    who = speed.participants(SMALL, Failures())
     for kind, regions in {"plain": 0, "late": 4, 1: 1, 4: 4, 16: 16}.items():
         given = speed.scene(SMALL, 128, 128, regions)
         steps = {name: step() for name, x in who.items() if (step := x.step(kind, given))}
@@ -144,8 +145,9 @@ def test_what_our_weights_take_on_the_card():
 
 @torch.inference_mode()
 def test_the_tables_are_printed(uncompiled, capsys):
-    times, who = speed.compare(SMALL)
-    speed.runs_table(who, SMALL, times)
+    failures = Failures()
+    times, who = speed.compare(SMALL, failures)
+    speed.runs_table(who, SMALL, times, failures)
     speed.report(speed.proxy_goals(times) + speed.goals_of(times, who))
     out = capsys.readouterr().out
     for cell in (
@@ -155,12 +157,13 @@ def test_the_tables_are_printed(uncompiled, capsys):
         "| G5: naive / fp8",
     ):
         assert cell in out
+    assert not failures.exit_code()
 
 
 @torch.inference_mode()
 def test_runs_under_caps_go_through_the_pipeline(monkeypatch, capsys):
     monkeypatch.setattr(speed, "CAPPED_RUNS", 1)
-    assert speed.report(speed.caps(SMALL))
+    assert speed.report(speed.caps(SMALL, Failures()))
     assert "| bfloat16, blocks streamed | 12 |" in capsys.readouterr().out
 
 

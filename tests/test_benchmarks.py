@@ -1,0 +1,147 @@
+"""Benchmarks go on after a participant that fails: its row says why, and the exit code is 1."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+from benchmarks import speed
+from benchmarks.failures import Failures, reason
+from model.transformer import FluxParams
+
+if importlib.util.find_spec("triton"):
+    from benchmarks import attention
+
+SMALL = speed.PROXY._replace(
+    params=FluxParams(
+        vec_in_dim=12, context_in_dim=20, hidden_size=64, mlp_hidden=128, num_heads=2, depth=1, depth_single_blocks=2
+    ),
+    text_length=16, sizes=[(128, 128)], rounds=2,
+)  # fmt: skip
+
+
+def fail(*args, **kwargs):
+    raise RuntimeError("no kernel | image\nfor this GPU")
+
+
+def rows_of(out: str, *cells: str) -> list[str]:
+    return [line for line in out.splitlines() if all(f"| {cell} |" in line for cell in cells)]
+
+
+def test_a_reason_is_one_cell():
+    assert reason(RuntimeError("no kernel | image\nfor this GPU")) == "RuntimeError: no kernel / image for this GPU"
+    assert len(reason(ValueError("x" * 1000))) == 200
+
+
+class FailsAtSixteen(speed.Naive):
+    """Fails to make one kind of step, and its whole runs."""
+
+    def step(self, kind, scene):
+        return fail if kind == 16 else super().step(kind, scene)
+
+    def run(self, scene):
+        fail()
+
+
+@torch.inference_mode()
+def test_a_step_that_fails_has_its_row_and_the_others_theirs(monkeypatch, capsys):
+    monkeypatch.setattr(speed, "Naive", FailsAtSixteen)
+    failures = Failures()
+    times, who = speed.compare(SMALL, failures)
+    speed.runs_table(who, SMALL, times, failures)
+    assert len(speed.proxy_goals(times)) == 2  # without R = 16
+    out = capsys.readouterr().out
+    assert rows_of(out, "128 x 128", "regional, 16", "naive") == [
+        "| 128 x 128 | regional, 16 | naive | failed: RuntimeError: no kernel / image for this GPU |"
+    ]
+    for kind in "plain", "late", "regional, 4", "regional, 16":
+        (row,) = rows_of(out, kind, "ours")
+        assert float(row.split("|")[4]) > 0
+    assert (speed.NAIVE, 4) in times and (speed.NAIVE, 16) not in times
+    assert "failed: RuntimeError" in rows_of(out, "4", "naive")[-1]  # the run in one piece
+    assert failures.exit_code() == 1 and len(failures.rows) == 2
+
+
+@torch.inference_mode()
+def test_a_participant_that_cannot_be_made_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(speed, "Naive", fail)
+    failures = Failures()
+    times, who = speed.compare(SMALL, failures)
+    assert list(who) == [speed.OURS] and {name for name, _ in times} == {speed.OURS}
+    assert speed.goals_of(times, who) == [] and failures.exit_code() == 1
+    assert "| naive | it can't be made | failed: RuntimeError" in capsys.readouterr().out
+
+
+def test_a_call_that_fails_while_it_is_measured_has_no_further_turn():
+    calls = []
+
+    def second_time():
+        calls.append(None)
+        if len(calls) == 2:
+            fail()
+
+    found = speed.measured({"good": lambda: None, "bad": second_time}, SMALL._replace(rounds=5))
+    assert isinstance(found["bad"], RuntimeError) and found["good"] >= 0 and len(calls) == 2
+
+
+@torch.inference_mode()
+def test_a_cap_under_which_a_run_fails_has_its_row(monkeypatch, capsys):
+    """Also when it is the first, whose time without a cap the others are compared with."""
+    monkeypatch.setattr(speed, "CAPPED_RUNS", 1)
+    good = speed.pipeline_for
+
+    def pipeline_for(source, setting, how):
+        return fail() if how == {"quantize": "none", "offload": "none"} else good(source, setting, how)
+
+    monkeypatch.setattr(speed, "pipeline_for", pipeline_for)
+    failures = Failures()
+    goals = speed.caps(SMALL, failures)
+    out = capsys.readouterr().out
+    assert "| bfloat16 | 24 | failed: RuntimeError" in out and "| bfloat16, blocks streamed | 12 | " in out
+    assert [goal.name.split(" under")[0] for goal in goals] == ["M3: fp8"] and failures.exit_code() == 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-runs"]])
+def test_the_runs_can_be_left_out(monkeypatch, capsys, flags):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(speed, "GPU", SMALL)
+    monkeypatch.setattr(speed, "compare", lambda setting, failures: ({}, {}))
+    monkeypatch.setattr(sys, "argv", ["speed.py", *flags])
+    assert speed.main() == 0
+    assert ("in one piece" in capsys.readouterr().out) == (not flags)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="there is no Triton here")
+@torch.inference_mode()
+def test_an_attention_that_fails_or_disagrees_has_its_row(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    makers = {
+        "raises": lambda tokens: fail,
+        "wrong": lambda tokens: lambda q, k, v: torch.zeros_like(q),
+        "can't be made": fail,
+        attention.PORTABLE: attention.portable_attention,
+    }
+    monkeypatch.setattr(attention, "participants", lambda setting: makers)
+    small = attention.CPU._replace(sizes=[(128, 128)], calls=1, repeats=2)
+    assert attention.run(small) == 1
+    out = capsys.readouterr().out
+    table = out.split("Four quadrants at")[0]
+    for name, says in {
+        "raises": "no kernel",
+        "wrong": "relative error of wrong is 1.0e+00",
+        "can't be made": "no",
+    }.items():
+        rows = rows_of(table, name)
+        assert len(rows) == 5 and all("failed: " in row and says in row for row in rows)
+    for name in attention.PORTABLE, attention.CEILING:
+        rows = rows_of(table, name)
+        assert len(rows) == 5 and all(float(row.split("|")[4]) > 0 for row in rows)
+    assert "times plain attention" in out and "QK-RMSNorm and RoPE" in out
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="there is no Triton here")
+def test_targets_need_only_those_that_did_not_fail(capsys):
+    rates = {attention.KERNEL: 400.0, attention.CEILING: 600.0}
+    attention.report(rates, {})
+    assert "| useful TFLOP/s over the library's unmasked | 0.67 | 0.6 | 0.75 |" in capsys.readouterr().out
