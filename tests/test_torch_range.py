@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("model", "regional", "sampler", "benchmarks")
-FILES = sorted([*ROOT.glob("*.py"), *(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))])
+TRAINING_AND_TESTS = ("pocket", "tests")  # which are not for GPU machines
+FILES = sorted(
+    file for file in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")] if file.parent.name not in TRAINING_AND_TESTS
+)
 Names = dict[str, set[str]]  # by module
 
 
@@ -40,17 +42,41 @@ def imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
             yield from ((alias.asname or alias.name, f"{node.module}.{alias.name}") for alias in node.names)
 
 
+def path_of(node: ast.AST, aliases: dict[str, str]) -> str | None:
+    """The dotted path of a name, or of a chain of attributes, through the imports."""
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    if not isinstance(node, ast.Name) or node.id not in aliases:
+        return None
+    return ".".join([aliases[node.id], *reversed(parts)])
+
+
+def asked_for(node: ast.AST, aliases: dict[str, str]) -> str | None:
+    """The path whose presence an `if hasattr(torch.x, "y")` makes sure of."""
+    match node:
+        case ast.If(test=ast.Call(func=ast.Name(id="hasattr"), args=[owner, ast.Constant(value=str(name))])):
+            path = path_of(owner, aliases)
+            return path and f"{path}.{name}"
+    return None
+
+
 def chains(tree: ast.Module) -> Iterator[str]:
-    """The dotted path of each name of torch or Triton that the code uses, through its imports."""
+    """The dotted path of each name of torch or Triton that the code uses; not of those that it asks for first."""
     aliases = dict(imported(tree))
     yield from (path for _, path in imported(tree))
+    known_there = {
+        child: asked
+        for node in ast.walk(tree)
+        if (asked := asked_for(node, aliases))
+        for statement in node.body
+        for child in ast.walk(statement)
+    }
     for node in ast.walk(tree):
-        parts, root = [], node
-        while isinstance(root, ast.Attribute):
-            parts.append(root.attr)
-            root = root.value
-        if parts and isinstance(root, ast.Name) and root.id in aliases:
-            yield ".".join([aliases[root.id], *reversed(parts)])
+        path = path_of(node, aliases) if isinstance(node, ast.Attribute) else None
+        if path and path != known_there.get(node):
+            yield path
 
 
 def missing(source: str, names: Names = NAMES) -> list[str]:
@@ -86,6 +112,12 @@ def test_every_name_of_torch_is_in_the_oldest_version(file):
         ("import triton.language as tl\ntl.atomic_poll", ["triton.language.atomic_poll"]),
         ("import torch.accelerator.graphs", ["torch.accelerator.graphs"]),
         ("import torch\nx = torch.cuda.Event(enable_timing=True).elapsed\ntorch.__version__", []),
+        ("import torch\nif hasattr(torch.accelerator, 'graphs'):\n    torch.accelerator.graphs()", []),
+        (
+            "import torch\nif hasattr(torch.accelerator, 'graphs'):\n    torch.accelerator.Graph()\n"
+            "torch.accelerator.graphs",
+            ["torch.accelerator.Graph", "torch.accelerator.graphs"],
+        ),
         ("import torch.distributed as dist\ndist.all_to_all_single\nother.accelerator.empty_host_cache", []),
     ],
 )
