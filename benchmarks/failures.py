@@ -1,4 +1,5 @@
-"""A benchmark goes on after a participant that fails: its row reports why, and the exit code is 1 at the end."""
+"""A benchmark goes on after a participant that fails: its row reports why, and the exit code is 1
+at the end."""
 
 import gc
 from collections.abc import Iterator

@@ -98,7 +98,7 @@ def test_a_cap_under_which_a_run_fails_has_its_row(monkeypatch, capsys):
     failures = Failures()
     goals = speed.caps(SMALL, failures)
     out = capsys.readouterr().out
-    assert "| bfloat16 | 24 | failed: RuntimeError" in out and "| bfloat16, blocks streamed | 12 | " in out
+    assert "| bfloat16 | 24 | failed: RuntimeError" in out and "| bfloat16, streamed as needed | 12 | " in out
     assert [goal.name.split(" under")[0] for goal in goals] == ["M3: fp8"] and failures.exit_code() == 1
 
 

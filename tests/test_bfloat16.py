@@ -1,7 +1,9 @@
-"""Every way to make an image, once in bfloat16, which GPUs run in: near float32's result, and as isolated as it.
+"""Every way to make an image, once in bfloat16, which GPUs run in: near float32's result, and as
+isolated as it.
 
-Errors are relative to the norm of float32's latents. They are 0.01 to 0.05 here, and the limit is 0.1; every setting
-changes the image by 0.3 or more, so that one which bfloat16 ignored would be seen.
+Errors are relative to the norm of float32's latents. They are 0.01 to 0.05 here, and the limit is
+0.1; every setting changes the image by 0.3 or more, so that one which bfloat16 ignored would be
+seen.
 """
 
 import shutil
@@ -72,7 +74,8 @@ def relative(found: Tensor, exact: Tensor) -> float:
 
 
 def assert_near(given: Layout, acts: bool = True) -> None:
-    """bfloat16's latents and image are near float32's, and not those of the default layout where a setting `acts`."""
+    """bfloat16's latents and image are near float32's, and not those of the default layout where a
+    setting `acts`."""
     exact, found = latents(given, "float32"), latents(given)
     assert found.dtype == torch.float32 and found.shape == (1, 16, SIDE // 8, SIDE // 8)
     assert relative(found, exact) < LIMIT  # not so for NaN

@@ -164,7 +164,7 @@ def test_the_tables_are_printed(uncompiled, capsys):
 def test_runs_under_caps_go_through_the_pipeline(monkeypatch, capsys):
     monkeypatch.setattr(speed, "CAPPED_RUNS", 1)
     assert speed.report(speed.caps(SMALL, Failures()))
-    assert "| bfloat16, blocks streamed | 12 |" in capsys.readouterr().out
+    assert "| bfloat16, streamed as needed | 12 |" in capsys.readouterr().out
 
 
 def test_a_goal_says_whether_it_is_reached():

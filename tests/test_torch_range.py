@@ -1,7 +1,9 @@
-"""The code runs on torch 2.11 to 2.13 and Triton from 3.6: it calls nothing of theirs that the oldest ones lack.
+"""The code runs on torch 2.11 to 2.13 and Triton from 3.6: it calls nothing of theirs that the
+oldest ones lack.
 
-GPU machines have the version that suits their driver, and one name that is missing there ends every run. The names come
-from the wheels, see fixtures/torch_2.11_names.txt. Methods of tensors and of other objects are not looked up.
+GPU machines have the version that suits their driver, and one name that is missing there ends every
+run. The names come from the wheels, see fixtures/torch_2.11_names.txt. Methods of tensors and of
+other objects are not looked up.
 """
 
 import ast
@@ -63,7 +65,8 @@ def asked_for(node: ast.AST, aliases: dict[str, str]) -> str | None:
 
 
 def chains(tree: ast.Module) -> Iterator[str]:
-    """The dotted path of each name of torch or Triton that the code uses; not of those that it asks for first."""
+    """The dotted path of each name of torch or Triton that the code uses; not of those that it asks
+    for first."""
     aliases = dict(imported(tree))
     yield from (path for _, path in imported(tree))
     known_there = {
