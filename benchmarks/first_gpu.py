@@ -1,7 +1,7 @@
 """All that a GPU is asked first, in one command: is it right, how fast, and in how much memory.
 
-    python benchmarks/first_gpu.py                         # all parts, 30 minutes at most on one H100
-    python benchmarks/first_gpu.py --minutes 9.5           # as many as fit; call it again for the rest
+    python benchmarks/first_gpu.py                         # all parts, 30 minutes at most on an H100
+    python benchmarks/first_gpu.py --minutes 9.5           # what fits; call it again for the rest
     python benchmarks/first_gpu.py --parts kernel --again  # one part anew
     python benchmarks/first_gpu.py --tables                # only write the tables, of what is there
     python benchmarks/first_gpu.py --device cpu            # try it without a GPU
@@ -72,7 +72,7 @@ PARTS = {
 }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------ predictions
+# -------------------------------------------------------------------------------- predictions
 
 CONTEXT = 0.6  # GB of the CUDA context and the libraries' workspaces, which torch does not count
 
@@ -110,7 +110,10 @@ PREDICTED = {  # on an H100, at 1024 x 1024; `measured` has the same keys
 }
 
 
-STEP_KINDS = {"plain": "plain step", **{f"regional, {n}": f"regional step, R = {n}" for n in (1, 4, 16)}}
+STEP_KINDS = {
+    "plain": "plain step",
+    **{f"regional, {n}": f"regional step, R = {n}" for n in (1, 4, 16)},
+}
 GOALS = {  # of which part, and what it is called there
     **{f"whole run over plain FLUX's, R = {n}": ("steps", f"G6: compiled / own plain, R = {n}") for n in (1, 4, 16)},
     "run under 24 GB over one without a cap": (
@@ -149,7 +152,7 @@ def measured(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------ what a log says
+# -------------------------------------------------------------------------------- what a log says
 
 
 def number(cell: str) -> float | None:
@@ -208,7 +211,7 @@ READERS = {
 }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------ running
+# -------------------------------------------------------------------------------- running
 
 
 def run_part(command: list[str], limit: float, log: Path, env: dict[str, str]) -> tuple[str, int | None]:
@@ -216,7 +219,12 @@ def run_part(command: list[str], limit: float, log: Path, env: dict[str, str]) -
     code."""
     with open(log, "w") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            command,
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
         )
         try:
             code = process.wait(limit)
@@ -308,7 +316,7 @@ def read(name: str, log: str) -> dict[str, Any]:
     return (reader(log) if reader else {}) | {"tables": tables}
 
 
-# ------------------------------------------------------------------------------------------------ tables
+# -------------------------------------------------------------------------------- tables
 
 
 def recorded(out: Path) -> dict[str, dict[str, Any]]:
@@ -323,7 +331,10 @@ def section(parts: dict[str, dict[str, Any]]) -> str:
     machine = ", ".join(f"{key} {environment[key]}" for key in keys if key in environment)
     lines = [HEADING, "", machine or "Not yet run, because no GPU was at hand.", ""]
     lines += ["```sh", "python benchmarks/first_gpu.py", "```", ""]
-    lines += ["At 1024 x 1024. The predictions are for an H100. Memory includes 0.6 GB that torch does not count.", ""]
+    lines += [
+        "At 1024 x 1024. The predictions are for an H100. Memory includes 0.6 GB that torch does not count.",
+        "",
+    ]
     lines += ["| | predicted | measured | measured / predicted |", "|---|---|---|---|"]
     found = measured({name: part["results"] for name, part in parts.items()})
     for key, prediction in PREDICTED.items():
@@ -343,7 +354,10 @@ def section(parts: dict[str, dict[str, Any]]) -> str:
         if tables := part["results"].get("tables"):
             command = " ".join(part["command"][1:])
             what = PARTS[name].what
-            lines += ["", f"{what[0].upper()}{what[1:]} (`{command}`, commit {part['commit'][:10]}):"]
+            lines += [
+                "",
+                f"{what[0].upper()}{what[1:]} (`{command}`, commit {part['commit'][:10]}):",
+            ]
             lines += separated(tables)
     return "\n".join(lines) + "\n"
 
@@ -370,8 +384,20 @@ def with_section(text: str, new: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RUN / "first_gpu")
-    parser.add_argument("--minutes", type=float, default=30, help="of this call; parts that might take longer are left")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=30,
+        help="of this call; parts that might take longer are left",
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        metavar="PART",
+        help=", ".join(PARTS),
+    )
     parser.add_argument("--again", action="store_true", help="also the parts that have a result")
     parser.add_argument("--tables", action="store_true", help="run nothing, write the tables to RESULTS.md")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

@@ -29,7 +29,7 @@ ADAPTERS = weights.POCKET.parent / "adapters"
 BARRED = str(ADAPTERS / "barred.safetensors")
 SIDE, BORDER = 128, 8  # pixels; the latent column where LEFT ends and RIGHT begins
 LIMIT, EFFECT = 0.1, 0.3
-NEEDS_A_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler")
+NEEDS_A_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 PROMPT = "a red circle, a blue square on a white background"
 LEFT = Region(prompt="a red circle on a white background", box=(0, 0, 64, 128))
 RIGHT = Region(prompt="a blue square on a white background", box=(64, 0, 128, 128))
@@ -129,7 +129,10 @@ def test_every_overlap_policy_gives_an_image_of_its_own(method):
 
 
 def test_a_region_changes_nothing_outside_itself_to_the_bit():
-    first, other = latents(isolated()), latents(isolated(replaced(LEFT, prompt="a pink heart"), RIGHT))
+    first, other = (
+        latents(isolated()),
+        latents(isolated(replaced(LEFT, prompt="a pink heart"), RIGHT)),
+    )
     assert torch.equal(first[..., BORDER:], other[..., BORDER:])
     assert relative(first[..., :BORDER], other[..., :BORDER]) > EFFECT
     with_lora = latents(isolated(OWN_LORA, RIGHT))
@@ -137,7 +140,7 @@ def test_a_region_changes_nothing_outside_itself_to_the_bit():
     assert relative(first[..., :BORDER], with_lora[..., :BORDER]) > EFFECT
 
 
-# ------------------------------------------------------------------------------------------------ control images
+# -------------------------------------------------------------------------------- control images
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +186,7 @@ def test_a_control_lora_reads_its_image_as_in_float32(outline, tmp_path):
     assert relative(found, latents(dark)) > EFFECT
 
 
-# ------------------------------------------------------------------------------------------------ how it runs
+# -------------------------------------------------------------------------------- how it runs
 
 
 def test_attention_maps_are_nearly_those_in_float32():
@@ -194,7 +197,12 @@ def test_attention_maps_are_nearly_those_in_float32():
         made.latents(made.prepare(layout()), 1, maps)
         found.append(maps.maps)
     exact, maps = found
-    assert maps.shape == (2, 5, 2, (SIDE // 16) ** 2)  # steps, groups of blocks, regions, image tokens
+    assert maps.shape == (
+        2,
+        5,
+        2,
+        (SIDE // 16) ** 2,
+    )  # steps, groups of blocks, regions, image tokens
     assert (maps - exact).abs().max() < 0.05 < exact.max()
     assert 0 <= maps.min() and maps.sum(dim=2).max() < 1 + 1e-3
 
@@ -221,7 +229,10 @@ def test_fp8_is_near_float32_by_its_three_bits(method):
     "method, backend",
     [
         pytest.param("plain", "inductor", marks=NEEDS_A_COMPILER),
-        ("regional", "aot_eager"),  # Inductor takes half a minute for its code, and needs a C++ compiler
+        (
+            "regional",
+            "aot_eager",
+        ),  # Inductor takes half a minute for its code, and needs a C++ compiler
         ("rpg", "aot_eager"),
     ],
 )
@@ -250,7 +261,14 @@ def test_prompts_from_the_cache_are_the_same_bits(tmp_path):
 def test_a_sweep_of_the_methods_gives_each_methods_image(tmp_path, monkeypatch):
     """The command line, too, goes through composition in bfloat16."""
     monkeypatch.chdir(tmp_path)
-    keys = {"prompt": PROMPT, "width": SIDE, "height": SIDE, "steps": 3, "mask_inject_steps": 2, "base_ratio": 0.3}
+    keys = {
+        "prompt": PROMPT,
+        "width": SIDE,
+        "height": SIDE,
+        "steps": 3,
+        "mask_inject_steps": 2,
+        "base_ratio": 0.3,
+    }
     regions = [{"prompt": region.prompt, "box": list(region.box)} for region in (LEFT, RIGHT)]
     Path("layout.yaml").write_text(yaml.safe_dump(keys | {"regions": regions, "seed": 1}))
     flags = "--layout layout.yaml --device cpu --dtype bfloat16 --sweep method=plain,rpg,regional --output {sweep}.png"

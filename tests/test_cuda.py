@@ -41,7 +41,7 @@ def relative(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact.double()).norm() / exact.double().norm())
 
 
-# ------------------------------------------------------------------------------------------------ at FLUX.1's sizes
+# -------------------------------------------------------------------------------- at FLUX.1's sizes
 
 TEXT, HEADS, HEAD_DIM, HIDDEN = 512, 24, 128, 3072
 Box = tuple[float, float, float, float]  # as fractions of the width and height
@@ -140,7 +140,7 @@ def test_fp8_products_are_those_of_the_rounded_numbers(rows):
     multiplies = can_multiply(device)
     assert multiplies == (torch.cuda.get_device_capability() >= (8, 9))
     torch.manual_seed(0)
-    outputs = 7 * HIDDEN  # of single_blocks.linear1: q, k, v and the MLP's, whose halves are called apart
+    outputs = 7 * HIDDEN  # of linear1, whose two parts are called apart
     weight = torch.randn(outputs, HIDDEN, device=device).bfloat16() / HIDDEN**0.5
     layer = Fp8Linear(HIDDEN, outputs, multiplies).to(device)
     layer.weight.data, layer.scale.data = to_fp8(weight)
@@ -152,7 +152,7 @@ def test_fp8_products_are_those_of_the_rounded_numbers(rows):
         assert relative(layer(x, rows=part)[0], exact[:, part]) < 5e-3
 
 
-# ------------------------------------------------------------------------------------------------ images, pocket model
+# ---------------------------------------------------------------- images of the pocket model
 
 ADAPTERS = weights.POCKET.parent / "adapters"
 SIDE, BORDER = 256, 16  # pixels; the latent column between the two regions of ISOLATED
@@ -200,7 +200,7 @@ def default_on_cpu() -> Tensor:
     return latents(layout(), on_cpu())
 
 
-FP8_LIMIT = 0.5  # 8 bits have three behind the point, and the pocket model few sums to even that out
+FP8_LIMIT = 0.5  # 8 bits have three behind the point, and the pocket model has short sums
 HOW = {
     "float32": ({}, 2e-3),
     "portable": ({"attention": "portable"}, 2e-3),
@@ -235,7 +235,8 @@ SETTINGS = {
     "unmasked image attention": layout(image_attention="open"),
     "intervals": layout(double_inject_interval=2, single_inject_interval=2),
     "soft and strong": layout(
-        msgspec.structs.replace(LEFT, feather=48), msgspec.structs.replace(OVER, strength=2.0, feather=48)
+        msgspec.structs.replace(LEFT, feather=48),
+        msgspec.structs.replace(OVER, strength=2.0, feather=48),
     ),
     "a LoRA on the whole image": layout(loras=(Lora(file=BARRED.file),)),
     "a region's LoRA": layout(with_lora(LEFT), OVER),
@@ -305,7 +306,7 @@ def encoded(made: Pipeline, image: Tensor) -> Tensor:
     return made.latents_of(image).float()
 
 
-# ------------------------------------------------------------------------------------------------ memory, processes
+# -------------------------------------------------------------------------------- memory, processes
 
 
 STREAMED = {
@@ -392,7 +393,16 @@ def test_two_gpus_make_the_image_of_one(tmp_path):
         "2",
         ROOT / "generate.py",
     ]
-    flags = ["--parallel", "ulysses", "--layout", ROOT / "layout.yaml", "--dtype", "float32", "--steps", "4"]
+    flags = [
+        "--parallel",
+        "ulysses",
+        "--layout",
+        ROOT / "layout.yaml",
+        "--dtype",
+        "float32",
+        "--steps",
+        "4",
+    ]
     found = []
     for start, more in (command, flags), ([sys.executable, ROOT / "generate.py"], flags[2:]):
         run = [*map(str, [*start, *more, "--output", image, "--save-latents", file, "--overwrite"])]

@@ -76,7 +76,11 @@ def test_a_part_that_is_done_is_not_run_again_unless_asked(tmp_path):
 
 
 def test_parts_that_might_not_end_in_time_are_left_for_the_next_call(tmp_path):
-    parts = {"short": part("", limit=20), "long": part("", limit=90), "also short": part("", limit=20)}
+    parts = {
+        "short": part("", limit=20),
+        "long": part("", limit=90),
+        "also short": part("", limit=20),
+    }
     assert first_gpu.run_parts(parts, tmp_path, 1, "cuda", False) == ["long"]
     assert set(results(tmp_path)) == {"short", "also short"}
     assert first_gpu.run_parts(parts, tmp_path, 2, "cuda", False) == []
@@ -108,7 +112,7 @@ def test_all_parts_end_within_the_time_that_is_lent():
         assert files and all((first_gpu.ROOT / file).exists() for file in files if not os.path.isabs(file))
 
 
-# ------------------------------------------------------------------------------------------------ numbers
+# -------------------------------------------------------------------------------- numbers
 
 KERNEL = """NVIDIA H100, torch 2.11.0, Triton 3.6.0
 
@@ -156,7 +160,14 @@ def test_the_numbers_of_a_log_are_read():
 
 
 def record(out: Path, name: str, log: str) -> None:
-    found = {"part": name, "status": "ok", "exit_code": 0, "seconds": 1.0, "command": ["-u", "x.py"], "device": "cuda"}
+    found = {
+        "part": name,
+        "status": "ok",
+        "exit_code": 0,
+        "seconds": 1.0,
+        "command": ["-u", "x.py"],
+        "device": "cuda",
+    }
     found |= {"commit": "0123456789abcdef", "results": first_gpu.read(name, log)}
     (out / f"{name}.json").write_text(json.dumps(found))
 

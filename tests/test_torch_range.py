@@ -38,7 +38,7 @@ def imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield (alias.asname, alias.name) if alias.asname else (alias.name.partition(".")[0],) * 2
+                yield ((alias.asname, alias.name) if alias.asname else (alias.name.partition(".")[0],) * 2)
                 yield "", alias.name  # the module has to be there, whatever name it gets
         elif isinstance(node, ast.ImportFrom) and not node.level:
             yield from ((alias.asname or alias.name, f"{node.module}.{alias.name}") for alias in node.names)
@@ -107,21 +107,33 @@ def test_every_name_of_torch_is_in_the_oldest_version(file):
 @pytest.mark.parametrize(
     "source, expected",
     [
-        ("import torch\ntorch.accelerator.empty_host_cache()", ["torch.accelerator.empty_host_cache"]),
-        ("import torch as t\nx = t.cuda.caching_allocator_disabled", ["torch.cuda.caching_allocator_disabled"]),
+        (
+            "import torch\ntorch.accelerator.empty_host_cache()",
+            ["torch.accelerator.empty_host_cache"],
+        ),
+        (
+            "import torch as t\nx = t.cuda.caching_allocator_disabled",
+            ["torch.cuda.caching_allocator_disabled"],
+        ),
         ("def f():\n    from torch.nn.functional import linear_cross_entropy", None),
         ("import torch.nn.functional as F\nF.linear_cross_entropy(1).sum()", None),
         ("from torch import nn\nnn.LinearCrossEntropyLoss()", ["torch.nn.LinearCrossEntropyLoss"]),
         ("import triton.language as tl\ntl.atomic_poll", ["triton.language.atomic_poll"]),
         ("import torch.accelerator.graphs", ["torch.accelerator.graphs"]),
         ("import torch\nx = torch.cuda.Event(enable_timing=True).elapsed\ntorch.__version__", []),
-        ("import torch\nif hasattr(torch.accelerator, 'graphs'):\n    torch.accelerator.graphs()", []),
+        (
+            "import torch\nif hasattr(torch.accelerator, 'graphs'):\n    torch.accelerator.graphs()",
+            [],
+        ),
         (
             "import torch\nif hasattr(torch.accelerator, 'graphs'):\n    torch.accelerator.Graph()\n"
             "torch.accelerator.graphs",
             ["torch.accelerator.Graph", "torch.accelerator.graphs"],
         ),
-        ("import torch.distributed as dist\ndist.all_to_all_single\nother.accelerator.empty_host_cache", []),
+        (
+            "import torch.distributed as dist\ndist.all_to_all_single\nother.accelerator.empty_host_cache",
+            [],
+        ),
     ],
 )
 def test_what_the_oldest_version_lacks_is_found(source, expected):
