@@ -19,10 +19,13 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
 import weights
+from regional.compose import composed_velocity
 from regional.layout import Control, Layout, Lora, Region, RegionLora
+from regional.mask import region_tokens
 from regional.pipeline import Pipeline
 
 ADAPTERS = weights.POCKET.parent / "adapters"
@@ -126,6 +129,33 @@ def test_every_overlap_policy_gives_an_image_of_its_own(method):
         found.append(latents(given))
         assert relative(found[-1], latents(given, "float32")) < LIMIT
     assert all(relative(a, b) > 2 * LIMIT for i, a in enumerate(found) for b in found[:i])
+
+
+class Conversions(TorchDispatchMode):
+    """Counts the tensors that are converted to another dtype or copied to another device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_composition_converts_nothing_but_velocities():
+    """They come in bfloat16 and are summed in float32; the fractions are on the device beforehand."""
+    tokens = region_tokens(layout(*OVERLAPPING))
+    values = [torch.full((1, 64, 64), float(i)).bfloat16() for i in range(len(tokens.prompts) + 1)]
+    *own, base = [lambda img, t, value=value: value for value in values]
+    velocity = composed_velocity(own, base, tokens, torch.full((64,), 0.25))
+    img = torch.zeros(1, 64, 64)
+    velocity(img, torch.ones(1))
+    with Conversions() as conversions:
+        out = velocity(img, torch.ones(1))
+    assert conversions.count == 1  # of the base velocity; products convert the others as they read them
+    cover = tokens.cover / tokens.cover.sum(0)
+    regions = (cover * torch.arange(len(own))[:, None]).sum(0)[:, None]
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out[0], (0.75 * regions + 0.25 * len(own)).expand(64, 64))
 
 
 def test_a_region_changes_nothing_outside_itself_to_the_bit():
