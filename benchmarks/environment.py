@@ -65,7 +65,8 @@ def versions() -> dict[str, Any]:
         }  # fmt: skip
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0]
+        done = subprocess.run(command, capture_output=True, text=True)
+        found["driver"] = done.stdout.partition("\n")[0]
     return found
 
 
@@ -87,11 +88,17 @@ def rates() -> dict[str, float]:
     target, square = torch.empty_like(source), torch.randn(8192, 8192, device="cuda").bfloat16()
     pinned = torch.empty(GIB, dtype=torch.uint8, pin_memory=True)
     pageable = torch.ones(GIB // 4, dtype=torch.uint8)
+    times = {
+        "on the GPU": seconds(lambda: target.copy_(source)),
+        "pinned": seconds(lambda: target.copy_(pinned, non_blocking=True)),
+        "pageable": seconds(lambda: target[: GIB // 4].copy_(pageable)),
+        "product": seconds(lambda: square @ square),
+    }
     return {
-        "copy on the GPU, GB/s": 2 * GIB / 1e9 / seconds(lambda: target.copy_(source)),  # read and written
-        "from pinned memory, GB/s": GIB / 1e9 / seconds(lambda: target.copy_(pinned, non_blocking=True)),
-        "from pageable memory, GB/s": GIB / 4e9 / seconds(lambda: target[: GIB // 4].copy_(pageable)),
-        "product of 8192 x 8192 in bfloat16, TFLOP/s": 2 * 8192**3 / 1e12 / seconds(lambda: square @ square),
+        "copy on the GPU, GB/s": 2 * GIB / 1e9 / times["on the GPU"],  # read and written
+        "from pinned memory, GB/s": GIB / 1e9 / times["pinned"],
+        "from pageable memory, GB/s": GIB / 4e9 / times["pageable"],
+        "product of 8192 x 8192 in bfloat16, TFLOP/s": 2 * 8192**3 / 1e12 / times["product"],
     }
 
 
@@ -104,7 +111,8 @@ def problems(found: dict[str, Any], device: str) -> list[str]:
         said.append("There is no CUDA GPU, or this build of torch has no CUDA.")
     if not found["C compiler"] or not found["Python.h"]:
         said.append("A C compiler or Python.h is missing, and Triton needs both.")
-    done = subprocess.run([sys.executable, "-c", "import weights, generate"], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", "import weights, generate"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         said.append(f"The program can't be imported: {done.stderr.strip().splitlines()[-1]}")
     return said

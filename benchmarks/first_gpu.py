@@ -165,7 +165,8 @@ def number(cell: str) -> float | None:
 def rows_of(log: str) -> list[list[str]]:
     """The cells of every row of the tables in a log."""
     lines = (line.strip() for line in log.splitlines())
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    rows = (line.strip("|").split("|") for line in lines if line.startswith("| "))
+    return [[cell.strip() for cell in row] for row in rows]
 
 
 def read_environment(log: str) -> dict[str, Any]:
@@ -174,7 +175,8 @@ def read_environment(log: str) -> dict[str, Any]:
 
 
 def read_tests(log: str) -> dict[str, Any]:
-    counts = {what: int(count) for count, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", log)}
+    found = re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", log)
+    counts = {what: int(count) for count, what in found}
     return {"tests": counts, "failed": re.findall(r"^(?:FAILED|ERROR) (\S.*)$", log, re.MULTILINE)}
 
 
@@ -291,7 +293,8 @@ def run_parts(parts: dict[str, Part], out: Path, minutes: float, device: str, ag
             left.append(name)
         else:
             print(f"===== {name}: {part.what}, {part.limit} s at most", flush=True)
-            write(result, json.dumps(outcome(name, command, part.limit, out, device), indent=1) + "\n")
+            found = outcome(name, command, part.limit, out, device)
+            write(result, json.dumps(found, indent=1) + "\n")
     return left
 
 
@@ -321,7 +324,8 @@ def read(name: str, log: str) -> dict[str, Any]:
 
 def recorded(out: Path) -> dict[str, dict[str, Any]]:
     """The JSON of each part that has one, in the order of PARTS."""
-    return {name: json.loads(file.read_text()) for name in PARTS if (file := out / f"{name}.json").exists()}
+    files = {name: out / f"{name}.json" for name in PARTS}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
 
 def section(parts: dict[str, dict[str, Any]]) -> str:
@@ -332,7 +336,7 @@ def section(parts: dict[str, dict[str, Any]]) -> str:
     lines = [HEADING, "", machine or "Not yet run, because no GPU was at hand.", ""]
     lines += ["```sh", "python benchmarks/first_gpu.py", "```", ""]
     lines += [
-        "At 1024 x 1024. The predictions are for an H100. Memory includes 0.6 GB that torch does not count.",
+        "At 1024 x 1024. The predictions are for an H100. Memory has 0.6 GB that torch does not count.",
         "",
     ]
     lines += ["| | predicted | measured | measured / predicted |", "|---|---|---|---|"]
@@ -399,7 +403,7 @@ def main(argv: list[str] | None = None) -> int:
         help=", ".join(PARTS),
     )
     parser.add_argument("--again", action="store_true", help="also the parts that have a result")
-    parser.add_argument("--tables", action="store_true", help="run nothing, write the tables to RESULTS.md")
+    parser.add_argument("--tables", action="store_true", help="only write the tables to RESULTS.md")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     args = parser.parse_args(argv)
     left = []
@@ -416,7 +420,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.parts:
         part = found.get(name, {"status": "not run", "seconds": ""})
         print(f"| {name} | {part['status']} | {part['seconds']} |")
-    return int(bool(left) or any(part["status"] != "ok" for name, part in found.items() if name in args.parts))
+    asked = [part for name, part in found.items() if name in args.parts]
+    return int(bool(left) or any(part["status"] != "ok" for part in asked))
 
 
 if __name__ == "__main__":

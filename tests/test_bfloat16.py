@@ -85,12 +85,14 @@ def assert_near(given: Layout, acts: bool = True) -> None:
     assert not acts or relative(found, exact_default()) > EFFECT
     images = [pipeline(name).decode(z) for name, z in (("float32", exact), ("bfloat16", found))]
     assert images[1].size == (SIDE, SIDE)
-    assert np.abs(np.subtract(*(np.asarray(image, dtype=float) for image in images))).mean() < 8  # of 255
+    exact_pixels, pixels = (np.asarray(image, dtype=float) for image in images)
+    assert np.abs(pixels - exact_pixels).mean() < 8  # of 255
 
 
 SOFT = (replaced(LEFT, feather=32), replaced(RIGHT, feather=32))
 OWN_LORA = replaced(LEFT, loras=(RegionLora(file=BARRED),))
 OWN_LORA_TO_THE_END = replaced(LEFT, loras=(RegionLora(file=BARRED, plain_steps=True),))
+OWN_STEPS = replaced(LEFT, base_ratio=0.1, mask_inject_steps=1)
 SETTINGS = {
     "plain": layout(method="plain"),
     "composition": layout(method="rpg"),
@@ -100,7 +102,7 @@ SETTINGS = {
     "without a base branch": layout(base_ratio=0.0),
     "soft edges": layout(*SOFT),
     "strengths": layout(replaced(LEFT, strength=4), replaced(RIGHT, strength=0.25)),
-    "steps and ratios of its own": layout(replaced(LEFT, base_ratio=0.1, mask_inject_steps=1), RIGHT),
+    "steps and a ratio of its own": layout(OWN_STEPS, RIGHT),
     "one image stream": layout(base_stream="shared"),
     "unmasked image attention": layout(image_attention="open"),
     "lists of blocks": layout(double_blocks=(1,), single_blocks="1-3"),
@@ -210,7 +212,8 @@ def test_a_control_lora_reads_its_image_as_in_float32(outline, tmp_path):
     file, black = tmp_path / "control.safetensors", tmp_path / "black.png"
     save_file({"img_in.lora_A.weight": down, "img_in.lora_B.weight": up}, file)
     Image.new("RGB", (SIDE, SIDE)).save(black)
-    given, dark = (layout(loras=(Lora(file=str(file), image=image),)) for image in (outline, str(black)))
+    loras = [Lora(file=str(file), image=image) for image in (outline, str(black))]
+    given, dark = (layout(loras=(lora,)) for lora in loras)
     found = latents(given)
     assert relative(found, latents(given, "float32")) < LIMIT
     assert relative(found, latents(dark)) > EFFECT
@@ -301,8 +304,9 @@ def test_a_sweep_of_the_methods_gives_each_methods_image(tmp_path, monkeypatch):
     }
     regions = [{"prompt": region.prompt, "box": list(region.box)} for region in (LEFT, RIGHT)]
     Path("layout.yaml").write_text(yaml.safe_dump(keys | {"regions": regions, "seed": 1}))
-    flags = "--layout layout.yaml --device cpu --dtype bfloat16 --sweep method=plain,rpg,regional --output {sweep}.png"
-    assert generate.main(flags.split()) == 0
+    flags = "--layout layout.yaml --device cpu --dtype bfloat16 --output {sweep}.png"
+    sweep = "--sweep method=plain,rpg,regional"
+    assert generate.main(f"{flags} {sweep}".split()) == 0
     for method in "plain", "rpg", "regional":
         expected = pipeline("bfloat16").decode(latents(layout(method=method)))
         assert np.array_equal(np.asarray(Image.open(f"method={method}.png")), np.asarray(expected))

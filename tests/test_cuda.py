@@ -33,7 +33,8 @@ from regional.pipeline import Pipeline
 
 ROOT = Path(__file__).parent.parent
 DEVICE = os.environ.get("REGIONAL_TEST_DEVICE", "cuda")
-pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a GPU")
+IS_THERE = DEVICE != "cuda" or torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(not IS_THERE, reason="needs a GPU")
 on_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 
 
@@ -48,7 +49,8 @@ Box = tuple[float, float, float, float]  # as fractions of the width and height
 
 
 def grid(columns: int, rows: int) -> list[Box]:
-    return [(i / columns, j / rows, (i + 1) / columns, (j + 1) / rows) for j in range(rows) for i in range(columns)]
+    corners = [(i, j) for j in range(rows) for i in range(columns)]
+    return [(i / columns, j / rows, (i + 1) / columns, (j + 1) / rows) for i, j in corners]
 
 
 BOXES = {
@@ -110,7 +112,8 @@ def test_the_kernel_errs_no_more_than_the_library_in_bfloat16(boxes, size, ratio
     found = {name: attention(q, k, v, block) for name, attention in attentions.items()}
     errors = {name: relative(out, exact) for name, out in found.items()}
     assert errors["kernel"] <= 2 * errors["portable"] < 2e-2, errors
-    assert torch.equal(attentions["kernel"](q, k, v, block), found["kernel"])  # a race would show here
+    again = attentions["kernel"](q, k, v, block)
+    assert torch.equal(again, found["kernel"])  # a race would show here
 
 
 @on_gpu
@@ -283,7 +286,8 @@ def test_attention_maps_are_those_of_the_cpu(dtype, limit):
         maps = made.maps()
         made.latents(made.prepare(layout()), 1, maps)
         found.append(maps.maps)
-    assert found[0].shape == found[1].shape and (found[0] - found[1]).abs().max() < limit < found[1].max()
+    assert found[0].shape == found[1].shape
+    assert (found[0] - found[1]).abs().max() < limit < found[1].max()
 
 
 @pytest.mark.parametrize("dtype, limit", [("float32", 1e-4), ("bfloat16", 0.05)])
@@ -327,7 +331,8 @@ def assert_same_bits(made: Pipeline, resident: Tensor) -> None:
 
 @pytest.mark.parametrize("how", COMPILED_TOO)
 def test_streamed_blocks_are_the_same_bits(how):
-    assert_same_bits(pipeline(offload="blocks", **how), latents(layout(), pipeline(offload="none", **how)))
+    resident = latents(layout(), pipeline(offload="none", **how))
+    assert_same_bits(pipeline(offload="blocks", **how), resident)
 
 
 def blocks_streamed(made: Pipeline) -> int:
@@ -346,7 +351,8 @@ def test_what_does_not_fit_is_streamed_and_the_same_bits(how, fraction, monkeypa
     given = made.prepare(layout()).layout
     source, size = made.checkpoint.flux, 1 if made.fp8 else made.dtype.itemsize
     parameters = sum(np.prod(tensor.shape) for tensor in source.tensors.values())
-    free = memory.working_bytes(source, given, made.dtype, made.fp8) + int(fraction * parameters * size)
+    free = memory.working_bytes(source, given, made.dtype, made.fp8)
+    free += int(fraction * parameters * size)
     monkeypatch.setattr(memory, "free_memory", lambda device: free)
     assert_same_bits(made, resident)
     assert blocks_streamed(made) > 0
