@@ -526,8 +526,10 @@ def steps_table(who: dict[str, Participant], setting: Setting, size: tuple[int, 
                     extra = f"{extra / 2**20:.0f}" if extra else ""
                     notes[name, kind] = f"{extra} | {difference(out, reference)}"
                     reference = out if reference is None else reference
-    times = {}
-    for key, seconds in measured(calls, setting).items():
+    times, found = {}, {}
+    with failures.caught(f"| {size[0]} x {size[1]} | all steps |"):  # a GPU that failed for good
+        found = measured(calls, setting)
+    for key, seconds in found.items():
         if isinstance(seconds, Exception):
             failures.add(row(*key), seconds)
         else:

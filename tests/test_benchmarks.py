@@ -86,6 +86,17 @@ def test_a_call_that_fails_while_it_is_measured_has_no_further_turn():
 
 
 @torch.inference_mode()
+def test_a_gpu_that_fails_for_good_ends_no_other_table(monkeypatch, capsys):
+    """Such an error comes when the GPU is waited for, and nobody knows whose it is."""
+    monkeypatch.setattr(speed, "turns", fail)
+    failures = Failures()
+    times, who = speed.compare(SMALL._replace(sizes=[(128, 128), (64, 128)]), failures)
+    assert not times and len(who) == 2 and failures.exit_code() == 1
+    out = capsys.readouterr().out
+    assert "| 128 x 128 | all steps | failed: " in out and "| 64 x 128 | all steps | failed: " in out
+
+
+@torch.inference_mode()
 def test_a_cap_under_which_a_run_fails_has_its_row(monkeypatch, capsys):
     """Also when it is the first, whose time without a cap the others are compared with."""
     monkeypatch.setattr(speed, "CAPPED_RUNS", 1)
