@@ -195,7 +195,7 @@ def read_rates(log: str) -> dict[str, Any]:
 
 def read_steps(log: str) -> dict[str, Any]:
     """Milliseconds and extra memory of each step, GB of weights, and the ratios of the targets."""
-    steps, goals, failed = {}, {}, []
+    steps, goals, failed, missed = {}, {}, [], []
     for row in rows_of(log):
         if any(cell.startswith("failed: ") for cell in row):
             failed.append(" | ".join(row))
@@ -203,9 +203,10 @@ def read_steps(log: str) -> dict[str, Any]:
             steps[", ".join(row[:3])] = {"ms": number(row[3]), "extra MiB": number(row[4])}
         elif len(row) == 5 and row[4] in ("aim met", "met", "missed"):
             goals[row[0]] = number(row[1])
+            missed += [row[0]] if row[4] == "missed" else []
     sizes = re.findall(r"^([\w-]+): ([\d.]+) GB of weights$", log, re.MULTILINE)
     weights = {name: float(size) for name, size in sizes}
-    return {"steps": steps, "goals": goals, "weights": weights, "failed": failed}
+    return {"steps": steps, "goals": goals, "weights": weights, "failed": failed, "missed": missed}
 
 
 READERS = {
@@ -351,10 +352,7 @@ def section(parts: dict[str, dict[str, Any]]) -> str:
     if parts:
         lines += ["", "| part | | s | |", "|---|---|---|---|"]
     for name, part in parts.items():
-        counts, failed = part["results"].get("tests", {}), part["results"].get("failed", [])
-        note = ", ".join(f"{count} {what}" for what, count in counts.items())
-        note = note or (f"{len(failed)} rows failed" if failed else "")
-        lines.append(f"| {name} | {part['status']} | {part['seconds']} | {note} |")
+        lines.append(f"| {name} | {part['status']} | {part['seconds']} | {note_of(part['results'])} |")
     for name, part in parts.items():
         if tables := part["results"].get("tables"):
             command = " ".join(part["command"][1:])
@@ -365,6 +363,14 @@ def section(parts: dict[str, dict[str, Any]]) -> str:
             ]
             lines += separated(tables)
     return "\n".join(lines) + "\n"
+
+
+def note_of(results: dict[str, Any]) -> str:
+    """What a part counted; a missed target, too, makes its exit code 1."""
+    if "tests" in results:
+        return ", ".join(f"{count} {what}" for what, count in results["tests"].items())
+    counts = {"rows failed": results.get("failed"), "targets missed": results.get("missed")}
+    return ", ".join(f"{what}: {len(names)}" for what, names in counts.items() if names)
 
 
 def separated(rows: list[str]) -> list[str]:

@@ -134,6 +134,7 @@ STEPS = """compiled: 17.35 GB of weights
 | | measured | floor | aim | |
 |---|---|---|---|---|
 | G6: compiled / own plain, R = 4 | 1.38 | <= 1.5 | <= 1.4 | aim met |
+| G9: compiled, late step / plain step | 1.03 | <= 1.02 | <= 1 | missed |
 """
 MEMORY = """| | measured | floor | aim | |
 |---|---|---|---|---|
@@ -152,7 +153,9 @@ def test_the_numbers_of_a_log_are_read():
     steps = first_gpu.read_steps(STEPS)
     assert steps["steps"]["1024 x 1024, regional, 4, compiled"] == {"ms": 250.0, "extra MiB": 800.0}
     assert steps["weights"] == {"compiled": 17.35} and len(steps["failed"]) == 1
-    assert steps["goals"] == {"G6: compiled / own plain, R = 4": 1.38}
+    late = "G9: compiled, late step / plain step"
+    assert steps["goals"] == {"G6: compiled / own plain, R = 4": 1.38, late: 1.03}
+    assert steps["missed"] == [late]
     tests = first_gpu.read_tests(TESTS)
     assert tests["tests"] == {"failed": 1, "passed": 90, "skipped": 3} and "test_x[a b]" in tests["failed"][0]
     assert first_gpu.read_environment('GPU: H100\n{"GPU": "H100"}\n') == {"GPU": "H100"}
@@ -199,7 +202,7 @@ def test_the_tables_say_what_was_predicted_and_measured(tmp_path, results_file):
         "| memory, R = 4, compiled, GB | 18.8 | 18.79 | 1.00 |",
         "| run under 24 GB over one without a cap | 1 | 1.02 | 1.02 |",
         "| compile | ok | 1.0 | 1 failed, 90 passed, 3 skipped |",
-        "| steps | ok | 1.0 | 1 rows failed |",
+        "| steps | ok | 1.0 | rows failed: 1, targets missed: 1 |",
         "| 1024 x 1024 | regional, 4 | compiled | 250.0 | 800 | 1e-02 |",
     ):
         assert row in text.splitlines(), row
