@@ -195,10 +195,10 @@ def test_the_tables_say_what_was_predicted_and_measured(tmp_path, results_file):
         )
     for row in (
         "| plain step, compiled, ms | 128 | 140.1 | 1.09 |",
-        "| regional step, R = 16, compiled, ms | 398 | not yet |  |",
-        "| whole run over plain FLUX's, R = 4 | 1.4 | 1.326 | 0.95 |",  # (10 x 250 + 14 x 140) / 24 / 140.1
-        "| kernel, four quadrants, TFLOP/s | 400 to 415 | 409.5 | 1.00 |",
-        "| kernel over the library's unmasked attention | 0.64 to 0.66 | 0.65 | 1.00 |",
+        "| regional step, R = 16, compiled, ms | 388 | not yet |  |",
+        "| whole run over plain FLUX's, R = 4 | 1.39 | 1.326 | 0.95 |",  # (10 x 250 + 14 x 140) / 24 / 140.1
+        "| kernel, four quadrants, TFLOP/s | 413 to 441 | 409.5 | 0.96 |",
+        "| kernel over the library's unmasked attention | 0.65 to 0.7 | 0.65 | 0.96 |",
         "| memory, R = 4, compiled, GB | 18.8 | 18.79 | 1.00 |",
         "| run under 24 GB over one without a cap | 1 | 1.02 | 1.02 |",
         "| compile | ok | 1.0 | 1 failed, 90 passed, 3 skipped |",
