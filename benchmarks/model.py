@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from model.offload import FLUX_MODULATION
 from model.transformer import Flux, FluxParams
 from regional.attention import RegionalAttention, Tokens, dense_attention
 from regional.kernel import HEADS_TOGETHER, forbids_nothing, launch_for, tile_lists
 from regional.layout import Layout, Region
 from regional.mask import region_tokens
-from regional.preview import plain_flops, regional_flops
+from runtime.offload import FLUX_MODULATION
+from tools.cost import plain_flops, regional_flops
 
 SMS = 132  # multiprocessors
 FULL, PARTIAL, FIXED, EMPTY = 2.30, 2.88, 3.35, 1.5  # us: tile of keys; program; one without any

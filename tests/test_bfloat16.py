@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
 import weights
-from regional.compose import composed_velocity
+from pipeline import Pipeline
 from regional.layout import Control, Layout, Lora, Region, RegionLora
 from regional.mask import region_tokens
-from regional.pipeline import Pipeline
+from regional.sampling import composed_velocity
 
 ADAPTERS = weights.POCKET.parent / "adapters"
 BARRED = str(ADAPTERS / "barred.safetensors")

@@ -23,13 +23,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import weights
-from model.attention import Block, fastest_backends
+from model.attention import Block
 from model.fp8 import Fp8Linear, can_multiply, to_fp8
-from regional import memory
+from pipeline import Pipeline
 from regional.attention import RegionalAttention, portable_attention
 from regional.layout import Control, Layout, Lora, Region, RegionLora
 from regional.mask import region_tokens
-from regional.pipeline import Pipeline
+from runtime import memory
+from runtime.choose import fastest_backends
 
 ROOT = Path(__file__).parent.parent
 DEVICE = os.environ.get("REGIONAL_TEST_DEVICE", "cuda")

@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import generate
+import pipeline
 import weights
-from model.errors import InputError
+from errors import InputError
+from extensions.lora import Addition, Change, LowRank, added, hooks_for, merge
+from formats import recognize
 from model.fp8 import Fp8Linear, can_multiply, scaled_product, to_fp8, why_not
-from model.lora import Addition, Change, LowRank, added, hooks_for, merge
-from regional import pipeline
-from regional.pipeline import choose_fp8
+from runtime.choose import choose_fp8
 from sampler.flow import image_ids, text_ids
 
 FP8 = torch.float8_e4m3fn
@@ -92,7 +93,7 @@ def test_the_product_is_an_operator_that_torch_can_trace():
 # ------------------------------------------------------------------------------------------------ loading
 
 
-def source_of(tmp_path, state, **metadata) -> weights.Source:
+def source_of(tmp_path, state, **metadata) -> recognize.Source:
     return weights.pick("flux", "--flux", tiny.save(tmp_path / "flux.safetensors", state, metadata or None))
 
 

@@ -6,17 +6,25 @@ from typing import NamedTuple
 import torch
 
 import weights
-from model.offload import FLUX_MODULATION, block_of
+from errors import say
+from extensions.loading import find_controlnet
+from formats.recognize import WHAT, Source
 from model.transformer import FluxParams
 from regional.layout import Layout
-from regional.outputs import say
+from runtime.offload import FLUX_MODULATION, block_of
 
 # How many numbers a step, or a decoding, holds at its peak beside the weights: counted at full size
 # on the meta device (14.7 and 25.7, for 1024 x 1024 and 2048 x 2048, 0 to 16 regions, and 769 text
 # tokens), and some more for the libraries' own
 VALUES_PER_TOKEN = 18  # times the hidden size
+
+
 VALUES_PER_TOKEN_IN_FP8 = 30  # without torch.compile
+
+
 VALUES_PER_PIXEL = 1000
+
+
 WORKING_T5, GB = 1e9, 1e9
 
 
@@ -34,7 +42,7 @@ class Placement(NamedTuple):
 
 
 def place(
-    source: weights.Source, offload: str, device: torch.device, dtype: torch.dtype, fp8: bool, layout: Layout | None
+    source: Source, offload: str, device: torch.device, dtype: torch.dtype, fp8: bool, layout: Layout | None
 ) -> Placement:
     """Where the weights of this part, flux or t5, are kept.
 
@@ -52,7 +60,7 @@ def place(
     free = free_memory(device)
     streamed = [] if offload == "none" else fewest_blocks(blocks, needed - free)
     if offload == "auto":
-        what = weights.WHAT[source.part]
+        what = WHAT[source.part]
         where = f"{len(streamed)} of its {len(blocks)} blocks are streamed from host memory"
         where = where if streamed else "its blocks stay on the GPU"
         say(f"the {what} takes {needed / GB:.1f} GB, {free / GB:.1f} GB are free: {where}")
@@ -71,7 +79,7 @@ def fewest_blocks(blocks: dict[str, int], excess: int) -> list[str]:
     return names
 
 
-def weight_bytes(source: weights.Source, dtype: torch.dtype, fp8: bool = False) -> dict[str, int]:
+def weight_bytes(source: Source, dtype: torch.dtype, fp8: bool = False) -> dict[str, int]:
     """The size of each weight on the GPU, by name."""
     sizes = {}
     for name, tensor in weights.on_meta(source).state_dict().items():
@@ -89,13 +97,13 @@ def block_bytes(sizes: dict[str, int]) -> dict[str, int]:
     return blocks
 
 
-def working_bytes(source: weights.Source, layout: Layout | None, dtype: torch.dtype, fp8: bool) -> int:
+def working_bytes(source: Source, layout: Layout | None, dtype: torch.dtype, fp8: bool) -> int:
     """About what else is needed at most: the ControlNets, and the activations of FLUX.1 in a regional step or the VAE's
     beside its weights."""
     if source.part != "flux" or layout is None:
         return int(WORKING_T5)
     params: FluxParams = weights.flux_params(source)
-    nets = [weights.find_controlnet(name) for name in {control.model for control in layout.controlnets}]
+    nets = [find_controlnet(name) for name in {control.model for control in layout.controlnets}]
     pixels, regions = layout.width * layout.height, len(layout.regions)
     tokens = pixels // 256 + layout.max_sequence_length
     if regions:  # and the background; the second image stream
