@@ -1,7 +1,7 @@
 """Which file feeds which module: parts are recognised from files' headers, and loaded strictly onto meta modules.
 
-A header says what a file stores (model/files.py), a naming which rows of it make each tensor of a module
-(model/namings.py). Here, top to bottom: a recognised part is a `Source`, and its shapes give the module's sizes;
+A header says what a file stores (formats/safetensors.py), a naming which rows of it make each tensor of a module
+(formats/key_names.py). Here, top to bottom: a recognised part is a `Source`, and its shapes give the module's sizes;
 `load_flux` and its sisters fill the modules; `find` collects the parts and tokenizers of a model (`Checkpoint`), from
 the hub if need be. File names never decide what a file is.
 """
@@ -10,159 +10,40 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from errors import InputError
+from extensions.controlnet import ControlNet, ControlNetParams
+from formats.gguf import QUANTISED, dequantized
+from formats.hub import Name, existing, fetch, is_repository
+from formats.key_names import IGNORED, Rows, count
+from formats.recognize import SUBFOLDER, WHAT, Source, describe, leaf, recognise
+from formats.safetensors import DTYPES, FLOATS, FP8, PICKLES, Stored, Tensors, piles_in, read, read_bytes, view
 from model.autoencoder import AutoEncoder, AutoEncoderParams
 from model.clip import CLIPParams, CLIPTextEncoder
-from model.controlnet import ControlNet, ControlNetParams
-from model.errors import InputError
-from model.files import DTYPES, FLOATS, FP8, PICKLES, Pile, Stored, Tensors, parse, piles_in, read, read_bytes, view
 from model.fp8 import Fp8Linear, can_multiply, to_fp8
-from model.gguf import QUANTISED, dequantized
-from model.hub import fetch
-from model.namings import IGNORED, NAMINGS, Naming, Rows, count
 from model.t5 import T5Encoder, T5Params
 from model.transformer import Flux, FluxParams
 
-WHAT = {
-    "flux": "FLUX.1 transformer",
-    "t5": "T5 encoder",
-    "clip": "CLIP text encoder",
-    "ae": "FLUX.1 autoencoder",
-    "controlnet": "FLUX.1 ControlNet",
-}
-SUBFOLDER = {  # diffusers'
-    "flux": "transformer",
-    "t5": "text_encoder_2",
-    "clip": "text_encoder",
-    "ae": "vae",
-    "controlnet": "controlnet",
-}
-
 POCKET = Path(__file__).parent / "pocket" / "checkpoint"
 
+
 TOKENIZERS = ["tokenizer/*", "tokenizer_2/*"]
+
+
 DIFFUSERS_FOLDERS = {part: [f"{folder}/*.safetensors", f"{folder}/*.json"] for part, folder in SUBFOLDER.items()}
+
+
 SINGLE_FILES = DIFFUSERS_FOLDERS | {"flux": ["flux1-*.safetensors"], "ae": ["ae.safetensors"]}
+
+
 TOKENIZER_REPOSITORY = "black-forest-labs/FLUX.1-schnell"  # Apache-2.0; every FLUX.1 has the same tokenizers
-
-
-# ------------------------------------------------------------------------------------------------------ recognition
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where one part's tensors are: a file or an index of shards, the prefix of its keys there, and their naming.
-
-    `tensors` is the header, the prefix taken off; `config` is the config.json beside the weights, {} if there is none.
-    """
-
-    part: str
-    path: Path
-    prefix: str
-    naming: Naming
-    tensors: Tensors = field(repr=False)
-    metadata: dict[str, str] = field(repr=False)
-    config: dict = field(repr=False)
-
-
-# What else a file may be, by a key that gives it away. In this order: LoRAs and ControlNets can also have a
-# transformer's keys.
-STRANGERS = {
-    r"lora_(down|up|A|B|linear_layer)\b|_lora\d?\.(down|up)\.|\.lora\.|lokr_|hada_": "a LoRA; those belong to --lora",
-    r"ip_adapter": "an XLabs IP-Adapter, which is not supported",
-    r"controlnet_blocks\.\d+\.linear\.": "a Mistoline ControlNet, which is not supported",
-    r"controlnet_(blocks|x_embedder)|input_hint_block": "a ControlNet; those belong to --controlnet",
-    r"(double|single)_stream_modulation": "FLUX.2, which is not supported",
-    r"distilled_guidance_layer\.": "Chroma, which is not supported",
-    r"redux_(up|down)\.": "FLUX.1 Redux, which is not supported",
-    r"^blk\.\d+\.": "a language model in llama.cpp's names, which is no part of FLUX.1",
-    r"\.quant_state\.bitsandbytes|\.absmax$|\.quant_map$": "quantised by bitsandbytes, which is not supported",
-    r"\.qweight$|\.wscales$|\.smooth_factor$": "quantised by nunchaku, which is not supported",
-}
-VARIANTS = {128: "FLUX.1 Canny or Depth", 384: "FLUX.1 Fill"}  # by the transformer's input channels
-
-
-def stranger(pile: Pile, part: str) -> str | None:
-    """What a pile is, in words that follow "is", if it can't be taken for this part."""
-    for pattern, name in STRANGERS.items():
-        own = part == "controlnet" and name.startswith("a ControlNet")
-        if not own and any(re.search(pattern, key) for key in pile.tensors):
-            return name
-    for key, tensor in pile.tensors.items():
-        width = tensor.shape[1] if len(tensor.shape) > 1 else 0
-        if re.search(r"(^|\.)(img_in|x_embedder)\.weight$", key) and width in VARIANTS:
-            return f"{VARIANTS[width]} ({key} takes {width} channels), which is not supported yet"
-        if re.search(r"(^|\.)decoder\.conv_in\.weight$", key) and width != 16:
-            return f"an autoencoder of {width} latent channels; FLUX.1's has 16, Stable Diffusion 1.5's and XL's have 4"
-    if method := pile.config.get("quantization_config"):
-        kind = method.get("quant_method") if isinstance(method, dict) else method
-        return f"quantised by diffusers ({kind}), which is not supported"
-    return None
-
-
-def prefix_of(pile: Pile, naming: Naming) -> str | None:
-    """What stands before the naming's keys, such as `model.diffusion_model.`; None if the pile has no such keys."""
-    pattern = re.compile(rf"(?!.*(?:vision_model|visual)\.)((?:.*\.)?){naming.pattern}")
-    return next((found[1] for key in pile.tensors if (found := pattern.match(key))), None)
-
-
-def describe(pile: Pile, part: str) -> str:
-    names = [
-        f"a {WHAT[naming.part]} in {naming.name} names" for naming in NAMINGS if prefix_of(pile, naming) is not None
-    ]
-    unknown = f"unknown (one of its keys is {next(iter(pile.tensors), None)})"
-    return stranger(pile, part) or " and ".join(names) or unknown
-
-
-def recognise(pile: Pile, part: str) -> Source | None:
-    for naming in NAMINGS:
-        prefix = prefix_of(pile, naming) if naming.part == part else None
-        if prefix is not None and not stranger(pile, part):
-            own = {key[len(prefix) :]: tensor for key, tensor in pile.tensors.items() if key.startswith(prefix)}
-            tensors = attach_scales(pile.path, own, pile.metadata)
-            return Source(part, pile.path, prefix, naming, tensors, pile.metadata, pile.config)
-    return None
-
-
-def attach_scales(path: Path, tensors: Tensors, metadata: dict[str, str]) -> Tensors:
-    """Give each fp8 weight its scale, `X.scale_weight` or, newer, `X.weight_scale`; drop what only describes.
-
-    Input scales are for products in fp8 and leave the weights as they are. Any other scale stays among the tensors,
-    where the strict check reports it: to ignore one would give wrong pictures without an error.
-    """
-    layers = parse(path, metadata.get("_quantization_metadata", "{}").encode()).get("layers")
-    layers = layers if isinstance(layers, dict) else {}
-    formats = {key: parse(path, bytes(read_bytes(tensors[key]))) for key in tensors if leaf(key) == "comfy_quant"}
-    for key, form in (layers | formats).items():
-        kind = form.get("format") if isinstance(form, dict) else form
-        if kind not in ("float8_e4m3fn", "float8_e5m2"):
-            raise InputError(f"{path}: {key} says the format {kind}; only float8 is supported.")
-    notes = ("comfy_quant", "scaled_fp8", "scale_input", "input_scale")
-    kept = {key: tensor for key, tensor in tensors.items() if leaf(key) not in notes}
-    for key in [key for key in kept if leaf(key) in ("scale_weight", "weight_scale")]:
-        weight = kept.get(name := f"{key.rpartition('.')[0]}.weight")
-        if weight and weight.dtype in FP8:
-            kept[name] = weight._replace(scale=check_scale(kept.pop(key), weight))
-    return kept
-
-
-def leaf(key: str) -> str:
-    return key.rpartition(".")[2]
-
-
-def check_scale(scale: Stored, weight: Stored) -> Stored:
-    rows = weight.shape[:1]
-    if scale.dtype in FLOATS and scale.shape in ((), (1,), rows, (*rows, 1)):
-        return scale
-    found = f"{scale.key} is {scale.dtype} of shape {scale.shape}"
-    raise InputError(f"{scale.file}: {found}, expected one float, or one for each row of {weight.shape}.")
 
 
 # ------------------------------------------------------------------------------------------------------------ sizes
@@ -315,10 +196,20 @@ def ae_params(source: Source) -> AutoEncoderParams:
 # ---------------------------------------------------------------------------------------------------------- loading
 
 Device = torch.device | str
+
+
 Merges = Mapping[str, Callable[[Tensor], Tensor]]  # a tensor's name -> what LoRAs make of it, float32 or wider
+
+
 NOTHING: Merges = {}
+
+
 NEVER = re.compile(r"(?!)")
+
+
 FP8_LAYERS = re.compile(r"blocks\.\d+\.(?!.*mod)")  # of Flux: all in its blocks but the modulation
+
+
 LOADING_THREADS = 4
 
 
@@ -477,26 +368,6 @@ def values(tensor: Stored, device: Device, dtype: torch.dtype) -> Tensor:
     return numbers.to(dtype).to(device)
 
 
-def read_ahead(source: Source) -> None:
-    """Have a part's files read, in the background, into the host's memory for files, if they fit: loading it, soon,
-    will not have to wait for the disk."""
-    files = {tensor.file for tensor in source.tensors.values()}
-    try:
-        available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:  # not on Linux
-        return
-    if available and sum(file.stat().st_size for file in files) < 1024 * int(available[1]):
-        threading.Thread(target=read_files, args=(files,), daemon=True).start()
-
-
-def read_files(files: set[Path]) -> None:
-    chunk = bytearray(1 << 24)
-    for path in files:
-        with suppress(OSError), open(path, "rb", buffering=0) as file:  # loading will tell what is wrong
-            while file.readinto(chunk):
-                pass
-
-
 # ----------------------------------------------------------------------------------------------------------- finding
 
 
@@ -514,9 +385,6 @@ class Checkpoint:
     ae: Source
     clip_tokenizer: Path
     t5_tokenizer: Path
-
-
-Name = str | Path | None
 
 
 def find(model: Name = None, flux: Name = None, t5: Name = None, clip: Name = None, ae: Name = None) -> Checkpoint:
@@ -549,67 +417,6 @@ def check_loads(source: Source) -> None:
     check({name: tensor.shape for name, tensor in on_meta(source).state_dict().items()}, source)
 
 
-def find_controlnet(name: str, flag: str = "--controlnet") -> Source:
-    """A ControlNet, from its header alone: `name` is a file, a folder, or a repository, org/name or org/name:file."""
-    repository, _, file = name.partition(":")
-    if is_repository(repository):
-        weight = [file or "*.safetensors"]
-        instead = "download it elsewhere and name its folder"
-        place = fetch(repository, [[*weight, "config.json"], weight], f"{flag} {name}", instead)
-        place = place / file if file else place
-    else:
-        place = existing(flag, name)
-    source = pick("controlnet", flag, place)
-    check_loads(source)
-    return source
-
-
-def check_base(controlnet: Source, flux: Source) -> None:
-    """InputError when a ControlNet was made for a transformer of other widths."""
-    own, base = controlnet_params(controlnet), flux_params(flux)
-    for key in ("hidden_size", "in_channels", "context_in_dim", "vec_in_dim"):
-        found, expected = getattr(own, key), getattr(base, key)
-        if found != expected:
-            sizes = f"its {key} is {found}, that of {flux.path} is {expected}"
-            raise InputError(f"{controlnet.path}: this ControlNet is of the wrong base size: {sizes}.")
-
-
-def existing(flag: str, path: str | Path) -> Path:
-    place = Path(path).expanduser()
-    if not place.is_file() and not place.is_dir():
-        others = (
-            "a model's folder, a repository (org/name) or pocket"
-            if flag == "--model"
-            else "a safetensors or GGUF file, or its folder"
-        )
-        raise InputError(f"{flag} {path}: there is no such file or folder; expected {others}.")
-    return place
-
-
-def lora_file(name: str, where: str) -> Path:
-    """The file of a LoRA: a path, or org/name of a repository with one safetensors file, or org/name:file.
-
-    `where` is what an InputError begins with.
-    """
-    path = Path(name).expanduser()
-    repo, _, file = name.partition(":")
-    if path.is_file():
-        return path
-    if path.is_dir():
-        folder = path
-    elif is_repository(repo):
-        folder = fetch(repo, [[file or "*.safetensors"]], where, "download it elsewhere and give its path")
-    else:
-        raise InputError(
-            f"{where}: there is no such file; expected a safetensors file or a repository (org/name:file)."
-        )
-    files = sorted(folder.glob(file or "*.safetensors"))
-    if len(files) != 1:
-        names = ", ".join(f.name for f in files) or "none"
-        raise InputError(f"{where}: expected one safetensors file there, found {names}; name one of them.")
-    return files[0]
-
-
 def model_place(model: str, parts: list[str]) -> Path:
     """The folder (or all-in-one file) that --model names; of a repository, `parts` are downloaded unless cached."""
     if model == "pocket":
@@ -622,11 +429,6 @@ def model_place(model: str, parts: list[str]) -> Path:
         choices = [[pattern for part in parts for pattern in files[part]] + TOKENIZERS for files in layouts]
         return fetch(model, choices, f"--model {model}", instead)
     return existing("--model", model)
-
-
-def is_repository(model: Name) -> bool:
-    """Does --model name a repository of the Hugging Face hub, org/name, and no folder that is there?"""
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(model))) and not Path(model).exists()
 
 
 def pick(part: str, flag: str, place: Path) -> Source:

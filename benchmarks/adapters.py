@@ -27,22 +27,24 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from extensions import loading
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+import pipeline  # noqa: E402
 import weights  # noqa: E402
+from extensions.control import ActiveControl, image_share  # noqa: E402
 from model.autoencoder import to_uint8  # noqa: E402
 from pocket.adapters import draw_edges, draw_looks  # noqa: E402
 from pocket.detect import borders_agree, look_of  # noqa: E402
 from pocket.judge import Case, judge, random_case, wanted_scene  # noqa: E402
 from pocket.scenes import draw  # noqa: E402
 from pocket.train_autoencoder import to_tensor  # noqa: E402
-from regional import pipeline  # noqa: E402
 from regional.attention import portable_attention  # noqa: E402
-from regional.control import ActiveControl, image_share  # noqa: E402
 from regional.layout import PRESETS, Control, Layout, RegionLora  # noqa: E402
 from regional.mask import region_tokens  # noqa: E402
-from regional.sheets import contact_sheet  # noqa: E402
 from sampler.flow import pack  # noqa: E402
+from tools.sheets import contact_sheet  # noqa: E402
 
 RUN, DOCS, ADAPTERS = ROOT / "benchmarks" / "run", ROOT / "docs" / "control", ROOT / "pocket" / "adapters"
 STEPS, DTYPE = 10, torch.bfloat16  # as control.py
@@ -94,7 +96,7 @@ class Model:
         self.encoders = pipeline.Pipeline("pocket", device="cpu", dtype="float32")
         self.flux = weights.load_flux(self.checkpoint.flux, cpu, DTYPE)
         self.autoencoder = weights.load_autoencoder(self.checkpoint.ae, cpu, torch.float32)
-        self.net = weights.load_controlnet(weights.find_controlnet(str(ADAPTERS / "edges")), cpu, DTYPE)
+        self.net = weights.load_controlnet(loading.find_controlnet(str(ADAPTERS / "edges")), cpu, DTYPE)
         self.encode = functools.lru_cache(maxsize=4)(self.encode)
 
     @torch.inference_mode()
@@ -106,7 +108,7 @@ class Model:
         layout = msgspec.structs.replace(layout, method=setting.method)
         if setting.loras != "none":
             layout = with_loras(layout, looks_of(case), setting)
-        loras = pipeline.read_loras(layout, self.checkpoint)
+        loras = loading.read_loras(layout, self.checkpoint)
         latents = pipeline.sample(
             self.flux, layout, region_tokens(layout), conditioning, layout.seed, portable_attention,
             loras=loras, controls=self.controls(case, layout, setting),

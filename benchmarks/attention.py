@@ -41,12 +41,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from model.attention import Block, apply_rope, fastest_backends, plain_attention  # noqa: E402
+from model.attention import Block, apply_rope, plain_attention
 from model.layers import QKNorm  # noqa: E402
 from regional.attention import RegionalAttention, Tokens, portable_attention  # noqa: E402
 from regional.kernel import kernel_attention  # noqa: E402
 from regional.layout import Layout, Region  # noqa: E402
 from regional.mask import allowed, region_tokens  # noqa: E402
+from runtime.choose import fastest_backends  # noqa: E402
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 

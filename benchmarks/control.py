@@ -4,7 +4,7 @@
     python benchmarks/control.py --quick     # 4 regions in boxes alone, under 2 minutes; exit code 1 below 85 %
 
 The pocket model draws random layouts (pocket/judge.py) by three methods: `plain`, the base prompt alone, which names
-every object and no place; `rpg`, one whole picture for each region put together in every step (regional/compose.py);
+every object and no place; `rpg`, one whole picture for each region put together in every step (regional/sampling.py);
 `regional`, this program's. The same layouts and seeds for all. The sweeps have layouts of their own, 0 to 49; settings
 chosen there are compared on others, 100 to 149.
 
@@ -32,15 +32,15 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+import pipeline  # noqa: E402
 import weights  # noqa: E402
 from model.attention import Block  # noqa: E402
 from model.autoencoder import to_uint8  # noqa: E402
 from pocket.judge import KINDS, Case, drawn, judge, random_case  # noqa: E402
-from regional import pipeline  # noqa: E402
 from regional.attention import portable_attention  # noqa: E402
 from regional.layout import PRESETS, Layout  # noqa: E402
 from regional.mask import region_tokens  # noqa: E402
-from regional.sheets import contact_sheet  # noqa: E402
+from tools.sheets import contact_sheet  # noqa: E402
 
 RUN, DOCS = ROOT / "benchmarks" / "run", ROOT / "docs" / "control"
 REGIONS = (1, 2, 3, 4, 6, 8, 12, 16)

@@ -23,9 +23,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from model.fp8 import Fp8Linear  # noqa: E402
+from pipeline import Pipeline  # noqa: E402
 from pocket.judge import judge, random_case  # noqa: E402
-from regional.layout import read_layout  # noqa: E402
-from regional.pipeline import Pipeline  # noqa: E402
+from regional.reader import read_layout  # noqa: E402
 
 
 def error(found: Tensor, exact: Tensor) -> float:

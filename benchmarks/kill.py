@@ -28,7 +28,7 @@ import yaml  # noqa: E402
 
 import generate  # noqa: E402
 import weights  # noqa: E402
-from regional import outputs  # noqa: E402
+from tools import metadata as outputs  # noqa: E402
 
 PICTURES, WORKERS, SLOW = 40, (1, 2, 3), 0.02
 BOXES = [[0, 0, 32, 64], [32, 0, 64, 64], [0, 0, 64, 32], [16, 16, 48, 48]]

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import weights  # noqa: E402
-from model import namings  # noqa: E402
+from formats import key_names as namings  # noqa: E402
 from model.transformer import Flux, FluxParams  # noqa: E402
 
 GIGABYTES_PER_DOUBLE_BLOCK = 1.25  # with its two single blocks, in bfloat16

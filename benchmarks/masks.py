@@ -20,11 +20,13 @@ from pathlib import Path
 
 import torch
 
+from runtime import choose
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import pipeline  # noqa: E402
 import weights  # noqa: E402
-from model.lora import Change, Lora, LowRank  # noqa: E402
+from extensions.lora import Change, Lora, LowRank  # noqa: E402
 from model.transformer import Flux, FluxParams  # noqa: E402
-from regional import pipeline  # noqa: E402
 from regional.layout import Layout, Region, RegionLora  # noqa: E402
 from regional.mask import region_tokens  # noqa: E402
 
@@ -91,7 +93,7 @@ def measure(masks: int, method: str, full: bool, region_length: int, repeats: in
             )
         )
     )
-    attention = pipeline.choose_attention("auto", device, dtype, False)
+    attention = choose.choose_attention("auto", device, dtype, False)
 
     def draw() -> float:
         start = time.perf_counter()
@@ -100,7 +102,7 @@ def measure(masks: int, method: str, full: bool, region_length: int, repeats: in
         return time.perf_counter() - start
 
     before = memory(full)
-    with pipeline.library_attention(flux, layout, conditioning.txt, False):
+    with choose.library_attention(flux, layout, conditioning.txt, False):
         draw()
         seconds = [draw() for _ in range(repeats)]
     return {"seconds": statistics.median(seconds), "bytes": memory(full) - before}

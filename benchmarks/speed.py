@@ -43,19 +43,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from formats import recognize
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import weights  # noqa: E402
 from benchmarks import naive  # noqa: E402
-from model import namings  # noqa: E402
-from model.attention import Attention, fastest_backends, plain_attention  # noqa: E402
+from formats import key_names as namings  # noqa: E402
+from model.attention import Attention, plain_attention
 from model.fp8 import Fp8Linear, can_multiply, to_fp8  # noqa: E402
-from model.offload import FLUX_MODULATION  # noqa: E402
 from model.transformer import Flux, FluxParams  # noqa: E402
+from pipeline import Pipeline, Prepared
 from regional.attention import RegionalAttention  # noqa: E402
 from regional.layout import Layout, Region  # noqa: E402
 from regional.mask import RegionTokens, allowed, region_tokens  # noqa: E402
-from regional.pipeline import Pipeline, Prepared, choose_attention  # noqa: E402
 from regional.sampling import Conditioning, guidance_of, noise_levels, sample  # noqa: E402
+from runtime.choose import (
+    choose_attention,  # noqa: E402
+    fastest_backends,  # noqa: E402
+)
+from runtime.offload import FLUX_MODULATION  # noqa: E402
 from sampler.flow import denoise, image_ids, noise, pack, text_ids, unpack  # noqa: E402
 
 GRIDS = {1: (1, 1), 4: (2, 2), 16: (4, 4)}
@@ -639,13 +645,13 @@ def limit(gigabytes: float | None, device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def random_checkpoint(setting: Setting, folder: Path) -> weights.Source:
+def random_checkpoint(setting: Setting, folder: Path) -> recognize.Source:
     path = folder / "flux.safetensors"
     save_file({name: tensor.cpu() for name, tensor in random_flux(setting).state_dict().items()}, path)
     return weights.pick("flux", "--flux", path)
 
 
-def pipeline_for(source: weights.Source, setting: Setting, how: dict[str, str]) -> Pipeline:
+def pipeline_for(source: recognize.Source, setting: Setting, how: dict[str, str]) -> Pipeline:
     """A pipeline with this transformer; no other part of it is ever loaded."""
     dtype = {torch.bfloat16: "bfloat16", torch.float32: "float32"}[setting.dtype]
     drawing = Pipeline(

@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer
 
 
 class Block(NamedTuple):
@@ -27,26 +25,6 @@ Attention = Callable[[Tensor, Tensor, Tensor, Block], Tensor]
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
     """Every token sees every token. q, k, v and the result: (B, heads, L, head_dim)."""
     return F.scaled_dot_product_attention(q, k, v)
-
-
-def fastest_backends(q: Tensor) -> list[SDPBackend]:
-    """The library's attentions that work for q (B, heads, L, head_dim) on its device, timed there, the fastest first.
-
-    MATH is not among them: it stores all L x L scores. Nor is cuDNN's where torch has it switched off.
-    """
-    backends, seconds = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION], {}
-    if torch.backends.cuda.cudnn_sdp_enabled():
-        backends.append(SDPBackend.CUDNN_ATTENTION)
-    for backend in backends:
-        timer = Timer("F.scaled_dot_product_attention(q, q, q)", globals={"F": F, "q": q})
-        try:
-            with sdpa_kernel(backend):
-                seconds[backend] = timer.timeit(10).median
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # this card, or this build of torch, does not have it
-            continue
-    return sorted(seconds, key=seconds.get)
 
 
 def rope_axes(head_dim: int) -> tuple[int, int, int]:

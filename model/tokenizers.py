@@ -11,7 +11,7 @@ import torch
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from model.errors import InputError
+from errors import InputError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 T = TypeVar("T")

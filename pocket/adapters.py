@@ -28,9 +28,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import weights
-from model import namings
+from extensions.controlnet import ControlNet, ControlNetParams
+from formats import key_names as namings
 from model.attention import Block, rope_axes
-from model.controlnet import ControlNet, ControlNetParams
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
 from model.transformer import Flux
 from pocket.latents import CANVASES, chunks

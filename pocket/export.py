@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model.namings import ae_name_in_diffusers
+from formats.key_names import ae_name_in_diffusers
 from pocket.train import Pocket
 from pocket.train_autoencoder import PARAMS
 

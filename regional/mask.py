@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from regional.layout import Layout, Region, read_color, read_mask
+from regional.images import read_color, read_mask
+from regional.layout import Layout, Region
 
 BACKGROUND_BIT = 61  # the written regions have bits 0-60
 OPEN_BIT = 62  # of all image tokens, where they all see each other

@@ -7,21 +7,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from extensions.attention_maps import AttentionMaps
+from extensions.control import ActiveControl, control_hook
+from extensions.lora import MODULATION, Addition, Lora, added, hooks_for
+from extensions.region_lora import additions, all_of, plain_step, regional_step
 from model.attention import Attention, Block, plain_attention
-from model.lora import MODULATION, Addition, Lora, added, hooks_for
 from model.transformer import Flux, FluxParams, Modulate
 from regional.attention import MaskedAttention, RegionalAttention, Tokens
-from regional.compose import Velocity, composed_velocity
-from regional.control import ActiveControl, control_hook
 from regional.layout import Layout
-from regional.lora import additions, all_of, plain_step, regional_step
-from regional.maps import AttentionMaps
 from regional.mask import RegionTokens, regional_stages
-from regional.ulysses import Ulysses
+from runtime.ulysses import Ulysses
 from sampler.flow import denoise, image_ids, noise, pack, text_ids, unpack
 from sampler.schedule import sigmas
 
 Loras = Mapping[str, Lora]  # by their names in the layout
+
+
 NO_LORAS: Loras = {}
 
 
@@ -166,3 +167,22 @@ def sample(
     if stages:
         img = img[:, order.argsort()]
     return unpack(img, layout.width, layout.height)
+
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (img (B, L_img, 64), t (B,)) -> (B, L_img, 64)
+
+
+def composed_velocity(regions: list[Velocity], base: Velocity, tokens: RegionTokens, base_ratio: Tensor) -> Velocity:
+    """(1 - base_ratio) * what each token's regions say + base_ratio * what the base prompt says.
+
+    `regions` are the velocities of tokens.prompts, in that order; where regions overlap, their mean counts, by cover.
+    base_ratio: (L_img,).
+    """
+    shares = (tokens.cover / tokens.cover.sum(0))[:, :, None]
+    ratio = base_ratio[:, None].float()
+
+    def velocity(img: Tensor, t: Tensor) -> Tensor:
+        regional = sum(share.to(img) * region(img, t) for share, region in zip(shares, regions))
+        return torch.lerp(regional, base(img, t), ratio.to(regional)) if ratio.any() else regional
+
+    return velocity

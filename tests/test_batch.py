@@ -19,11 +19,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import generate
+import pipeline
 import weights
 from model.t5 import T5Encoder
 from model.transformer import Flux
-from regional import pipeline
-from regional.outputs import EXIF_DESCRIPTION
+from tools import jobs
+from tools.metadata import EXIF_DESCRIPTION
 
 ROOT = Path(__file__).parent.parent
 A = {
@@ -380,7 +381,7 @@ def test_any_number_of_workers_makes_each_picture_once(run, tmp_path):
 
     def planned(shard: str) -> list[tuple]:
         args = generate.parse_args(["--layout", *layouts, "--seed", "1", "2", "3", "--shard", shard])
-        return [(job.output, job.seed) for job in generate.plan_jobs(args, 64, generate.Failures(args))]
+        return [(job.output, job.seed) for job in jobs.plan_jobs(args, 64, jobs.Failures(args))]
 
     whole = planned("0/1")
     assert len(whole) == 21
@@ -484,7 +485,7 @@ KILLED_WRITING = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import generate
-from regional import outputs
+from tools import metadata as outputs
 replace = outputs.Path.replace
 def half(unfinished, path):
     if path.name == {name!r}:

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 import generate
+import pipeline
 import weights
 from model.transformer import Flux
-from regional import pipeline
 from regional.attention import RegionalAttention, portable_attention
 from regional.layout import Layout, Region
 from regional.mask import region_tokens

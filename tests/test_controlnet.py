@@ -19,15 +19,17 @@ from test_parity import largest_difference, random, randomised
 
 import generate
 import weights
+from errors import InputError
+from extensions import loading
+from extensions.control import ActiveControl, canny, control_hook, control_picture, image_share
+from extensions.controlnet import ControlNet, ControlNetParams, Residuals
 from model.attention import Block
-from model.controlnet import ControlNet, ControlNetParams, Residuals
-from model.errors import InputError
 from model.transformer import Flux, FluxParams
+from pipeline import Conditioning, sample
 from regional.attention import RegionalAttention, dense_attention, portable_attention
-from regional.control import ActiveControl, canny, control_hook, control_picture, image_share
-from regional.layout import Control, Layout, Region, read_layout
+from regional.layout import Control, Layout, Region
 from regional.mask import region_tokens
-from regional.pipeline import Conditioning, sample
+from regional.reader import read_layout
 from sampler.flow import image_ids, noise, pack, text_ids, unpack
 from sampler.schedule import sigmas
 
@@ -109,7 +111,7 @@ def test_files_from_diffusers_give_its_residuals_and_its_velocity(diffusers, tmp
     )
     tiny.save(tmp_path / "control" / "model.safetensors", theirs.state_dict())
     tiny.save(tmp_path / "flux.safetensors", their_flux.state_dict())
-    source = weights.find_controlnet(str(tmp_path / "control"))
+    source = loading.find_controlnet(str(tmp_path / "control"))
     ours = weights.load_controlnet(source, "cpu", F64)
     flux = weights.load_flux(weights.pick("flux", "--flux", tmp_path / "flux.safetensors"), "cpu", F64)
     assert (ours.params.modes, ours.params.hint_width) == (modes or 0, hint or 0)
@@ -188,7 +190,7 @@ def test_every_spelling_is_read_without_a_config(tmp_path, params, names):
     state = tiny.state(ControlNet(params))
     path = tiny.save(tmp_path / "any-name.safetensors", names(state))
     for place in (path, tmp_path):
-        source = weights.find_controlnet(str(place))
+        source = loading.find_controlnet(str(place))
         assert weights.controlnet_params(source) == params
         found = weights.load_controlnet(source, "cpu", torch.float32).state_dict()
         assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
@@ -201,12 +203,12 @@ def test_a_repository_can_name_one_of_its_files(tmp_path, monkeypatch):
         asked.append((repo, choices))
         return tmp_path
 
-    monkeypatch.setattr(weights, "fetch", fetch)
+    monkeypatch.setattr(loading, "fetch", fetch)
     for name in ("canny", "depth"):
         tiny.save(tmp_path / f"{name}.safetensors", xlabs_names(tiny.state(ControlNet(XLABS))))
-    assert weights.find_controlnet("org/name:depth.safetensors").path.name == "depth.safetensors"
+    assert loading.find_controlnet("org/name:depth.safetensors").path.name == "depth.safetensors"
     assert asked == [("org/name", [["depth.safetensors", "config.json"], ["depth.safetensors"]])]
-    refuse("canny.safetensors and depth.safetensors could each be", weights.find_controlnet, "org/name")
+    refuse("canny.safetensors and depth.safetensors could each be", loading.find_controlnet, "org/name")
 
 
 def spoilt(change) -> tiny.State:
@@ -238,13 +240,13 @@ WRONG = {
 @pytest.mark.parametrize("match", WRONG)
 def test_files_that_do_not_fit_are_refused(tmp_path, match):
     path = tiny.save(tmp_path / "x.safetensors", spoilt(WRONG[match]))
-    refuse(match, weights.find_controlnet, str(path))
+    refuse(match, loading.find_controlnet, str(path))
 
 
 def test_other_parts_and_nothing_are_no_controlnet(tmp_path):
     path = tiny.save(tmp_path / "x.safetensors", tiny.flux_state())
-    refuse("no FLUX.1 ControlNet in it: x.safetensors is a FLUX.1 transformer", weights.find_controlnet, str(path))
-    refuse("--controlnet .*none: there is no such file", weights.find_controlnet, str(tmp_path / "none"))
+    refuse("no FLUX.1 ControlNet in it: x.safetensors is a FLUX.1 transformer", loading.find_controlnet, str(path))
+    refuse("--controlnet .*none: there is no such file", loading.find_controlnet, str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize("names", [xlabs_names, diffusers_names])
@@ -257,9 +259,9 @@ def test_a_controlnet_for_another_base_size_is_refused(tmp_path):
     other = FluxParams(**SIZES | {"vec_in_dim": 40}, depth=1, depth_single_blocks=1)
     control = tiny.save(tmp_path / "a" / "c.safetensors", diffusers_names(tiny.state(ControlNet(UNION))))
     flux = tiny.save(tmp_path / "b" / "f.safetensors", tiny.state(Flux(other)))
-    sources = weights.find_controlnet(str(control)), weights.pick("flux", "--flux", flux)
+    sources = loading.find_controlnet(str(control)), weights.pick("flux", "--flux", flux)
     refuse(
-        "c.safetensors: .*wrong base size: its vec_in_dim is 48, that of .*f.safetensors", weights.check_base, *sources
+        "c.safetensors: .*wrong base size: its vec_in_dim is 48, that of .*f.safetensors", loading.check_base, *sources
     )
 
 

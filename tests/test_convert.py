@@ -9,9 +9,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from regional.convert import FORMS, main
-from regional.layout import read_layout
 from regional.mask import region_tokens
+from regional.reader import read_layout
+from tools.convert import FORMS, main
 
 
 @pytest.fixture(autouse=True)

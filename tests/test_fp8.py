@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 
 import generate
 import weights
-from model.errors import InputError
+from errors import InputError
+from extensions.lora import Addition, Change, LowRank, added, hooks_for, merge
+from formats import recognize
 from model.fp8 import Fp8Linear, can_multiply, to_fp8
-from model.lora import Addition, Change, LowRank, added, hooks_for, merge
-from regional import pipeline
-from regional.pipeline import choose_fp8
+from runtime import choose
+from runtime.choose import choose_fp8
 from sampler.flow import image_ids, text_ids
 
 FP8 = torch.float8_e4m3fn
@@ -72,7 +73,7 @@ def test_a_layer_in_fp8_is_near_the_layer(dtype, multiplies):
 # ------------------------------------------------------------------------------------------------ loading
 
 
-def source_of(tmp_path, state, **metadata) -> weights.Source:
+def source_of(tmp_path, state, **metadata) -> recognize.Source:
     return weights.pick("flux", "--flux", tiny.save(tmp_path / "flux.safetensors", state, metadata or None))
 
 
@@ -156,7 +157,7 @@ def test_auto_keeps_fp8_files_on_cards_that_multiply_them(tmp_path, monkeypatch,
     state |= {k: t.to(FP8) for k, t in state.items() if stored and t.ndim == 2}
     source, card = source_of(tmp_path, state), torch.device("cuda")
     for multiplies in True, False:
-        monkeypatch.setattr(pipeline, "can_multiply", lambda device, multiplies=multiplies: multiplies)
+        monkeypatch.setattr(choose, "can_multiply", lambda device, multiplies=multiplies: multiplies)
         assert choose_fp8("auto", source, card) == (stored and multiplies)
     assert not choose_fp8("auto", source, torch.device("cpu"))
     assert choose_fp8("fp8", source, torch.device("cpu")) and not choose_fp8("none", source, card)

@@ -23,9 +23,11 @@ import yaml
 from PIL import Image, PngImagePlugin
 
 import generate
-from model.errors import InputError
-from regional.layout import MAX_BYTES, MAX_PICTURE, Control, Layout, Lora, Region, RegionLora, read_layout
+from errors import InputError
+from regional.images import MAX_PICTURE
+from regional.layout import Control, Layout, Lora, Region, RegionLora
 from regional.mask import region_tokens
+from regional.reader import MAX_BYTES, read_layout
 
 ROOT = Path(__file__).parent.parent
 LAYOUTS = [ROOT / "layout.yaml", *sorted((ROOT / "examples").glob("*.yaml"))]

@@ -15,17 +15,19 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend
 
 import generate
+import pipeline
 import weights
+from errors import InputError
 from model.attention import plain_attention
 from model.clip import CLIPTextEncoder
-from model.errors import InputError
 from model.t5 import T5Encoder
 from model.transformer import Flux, FluxParams
-from regional import pipeline
 from regional.attention import dense_attention, portable_attention
 from regional.layout import Layout
 from regional.mask import RegionTokens
-from regional.outputs import EXIF_DESCRIPTION, write
+from runtime import choose
+from tools import jobs
+from tools.metadata import EXIF_DESCRIPTION, write
 
 ROOT = Path(__file__).parent.parent
 A = {
@@ -108,17 +110,17 @@ def test_auto_is_the_portable_attention_without_a_gpu(make, capsys):
 
 
 def test_which_attention_is_chosen(monkeypatch, kernel):
-    def choose(name: str, device: str):
-        return pipeline.choose_attention(name, torch.device(device), torch.bfloat16, False)
+    def chosen(name: str, device: str):
+        return choose.choose_attention(name, torch.device(device), torch.bfloat16, False)
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert choose("auto", "cuda").func is choose("kernel", "cuda").func is kernel.kernel_attention
-    assert choose("auto", "mps") is choose("auto", "cpu") is choose("portable", "cuda") is portable_attention
-    assert choose("dense", "cuda") is dense_attention
+    assert chosen("auto", "cuda").func is chosen("kernel", "cuda").func is kernel.kernel_attention
+    assert chosen("auto", "mps") is chosen("auto", "cpu") is chosen("portable", "cuda") is portable_attention
+    assert chosen("dense", "cuda") is dense_attention
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert choose("auto", "cuda") is portable_attention
+    assert chosen("auto", "cuda") is portable_attention
     with pytest.raises(InputError, match="Ampere"):
-        choose("kernel", "cuda")
+        chosen("kernel", "cuda")
 
 
 @pytest.mark.parametrize(
@@ -134,8 +136,8 @@ def test_the_librarys_fastest_attention_is_preferred(monkeypatch):
     """On a GPU; here a tensor that says it is on one. The shape that is timed is that of the base branch."""
     asked = []
     fastest = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION]
-    monkeypatch.setattr(pipeline, "timed_backends", lambda shape, *where: (asked.append((shape, *where)), fastest)[1])
-    monkeypatch.setattr(pipeline, "sdpa_kernel", lambda backends, set_priority: (backends, set_priority))
+    monkeypatch.setattr(choose, "timed_backends", lambda shape, *where: (asked.append((shape, *where)), fastest)[1])
+    monkeypatch.setattr(choose, "sdpa_kernel", lambda backends, set_priority: (backends, set_priority))
 
     class OnGPU:
         device, dtype, shape = torch.device("cuda"), torch.bfloat16, (1, 32, 8)
@@ -143,7 +145,7 @@ def test_the_librarys_fastest_attention_is_preferred(monkeypatch):
     with torch.device("meta"):
         flux = Flux(FluxParams(hidden_size=64, num_heads=2, depth=1, depth_single_blocks=1))
     layout = Layout(prompt="", width=96, height=64)
-    chosen = pipeline.library_attention(flux, layout, OnGPU(), False)
+    chosen = choose.library_attention(flux, layout, OnGPU(), False)
     assert chosen == ([*fastest, SDPBackend.MATH], True)
     assert asked == [((1, 2, 32 + 24, 32), torch.bfloat16, torch.device("cuda"))]
 
@@ -449,8 +451,8 @@ def test_dots_in_a_layouts_name_stay(make):
     assert make(A) == 0
     Path("layout.yaml").rename("scene.v2.yaml")
     args = generate.parse_args(["--layout", "scene.v2.yaml"])
-    jobs = generate.plan_jobs(args, 64, generate.Failures(args))
-    assert [str(job.output) for job in jobs] == ["scene.v2.png"]
+    planned = jobs.plan_jobs(args, 64, jobs.Failures(args))
+    assert [str(job.output) for job in planned] == ["scene.v2.png"]
 
 
 def test_a_layout_too_long_for_a_jpeg_is_left_out_with_a_warning(make, capsys):

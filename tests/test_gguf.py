@@ -1,4 +1,4 @@
-"""model/gguf.py: files by the package's own writer load as what the package makes of them; damaged ones are named."""
+"""formats/gguf.py: files by the package's own writer load as what the package makes of them; damaged ones are named."""
 
 import struct
 import subprocess
@@ -16,10 +16,11 @@ from gguf import GGMLQuantizationType as Type
 from test_weights import assert_same, load, refuse
 
 import weights
-from model import files, namings
-from model.errors import InputError
-from model.gguf import CHUNK
-from model.lora import read_lora
+from errors import InputError
+from extensions.lora_files import read_lora
+from formats import key_names as namings
+from formats import safetensors as files
+from formats.gguf import CHUNK
 from model.t5 import T5Encoder, T5Params
 from model.transformer import Flux, FluxParams
 

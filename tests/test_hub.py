@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 import generate
 import weights
-from model import hub
-from model.errors import InputError
+from errors import InputError
+from formats import hub
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "c0ffee" + "0" * 34

@@ -1,4 +1,4 @@
-"""Imports point one way: generate -> regional, sampler, weights -> model."""
+"""Imports point one way: generate -> tools -> pipeline -> extensions, runtime -> weights -> formats, model."""
 
 import ast
 from pathlib import Path
@@ -7,16 +7,23 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
-    "model": {"model"},
+    "errors.py": set(),
+    "model": {"model", "errors"},
     "sampler": {"sampler"},
-    "regional": {"regional", "model"},
-    "regional/sampling.py": {"regional", "sampler", "model"},
-    "regional/memory.py": {"regional", "weights", "model"},
-    "regional/pipeline.py": {"regional", "sampler", "weights", "model"},
-    "weights.py": {"model"},
-    "generate.py": {"regional", "sampler", "weights", "model"},
+    "formats": {"formats", "errors", "model"},
+    "regional": {"regional", "model", "errors"},
+    "regional/sampling.py": {"regional", "sampler", "model", "extensions", "runtime"},
+    "weights.py": {"formats", "model", "errors", "extensions"},
+    "extensions": {"extensions", "weights", "regional", "model", "formats", "errors", "tools"},
+    "runtime": {"runtime", "weights", "regional", "model", "formats", "errors", "extensions"},
+    "pipeline.py": {"extensions", "runtime", "weights", "regional", "sampler", "model", "formats", "errors", "tools"},
+    "tools": {"tools", "pipeline", "weights", "regional", "model", "formats", "errors"},
+    "generate.py": {"tools", "pipeline", "extensions", "runtime", "weights", "regional", "model", "formats", "errors"},
 }
-OURS = {"model", "sampler", "regional", "weights", "generate", "pocket", "benchmarks", "tests"}
+OURS = {
+    "model", "sampler", "regional", "formats", "extensions", "runtime", "tools", "weights", "pipeline", "errors",
+    "generate", "pocket", "benchmarks", "tests",
+}  # fmt: skip
 NEVER = {"diffusers", "transformers", "peft", "pickle"}
 
 

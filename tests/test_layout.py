@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.errors import InputError
-from regional.layout import Layout, Region, read_layout, read_mask
+from errors import InputError
+from regional.images import read_mask
+from regional.layout import Layout, Region
+from regional.reader import read_layout
 
 GOOD = """
 prompt: a city

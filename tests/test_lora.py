@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import generate
+from errors import InputError
+from extensions.lora import Addition, Change, Full, Kronecker, LowRank, added, hooks_for, merge
+from extensions.lora_files import read_lora
+from extensions.region_lora import can_be_regional, plain_step, regional_step, stream_of
 from model.clip import CLIPTextEncoder
-from model.errors import InputError
 from model.layers import FusedLinear
-from model.lora import Addition, Change, Full, Kronecker, LowRank, added, hooks_for, merge, read_lora
 from model.t5 import T5Encoder
 from model.transformer import Flux
-from regional.lora import can_be_regional, plain_step, regional_step, stream_of
 
 H, MLP = tiny.FLUX.hidden_size, tiny.FLUX.mlp_hidden
 with torch.device("meta"):

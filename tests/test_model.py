@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.attention import Block, apply_rope, fastest_backends, plain_attention, rope, rope_axes
+from model.attention import Block, apply_rope, plain_attention, rope, rope_axes
 from model.autoencoder import AutoEncoder, AutoEncoderParams, to_uint8
 from model.clip import CLIPParams, CLIPTextEncoder
 from model.layers import timestep_embedding
 from model.t5 import T5Encoder, T5Params
 from model.transformer import Flux, FluxParams, text_then_image
+from runtime.choose import fastest_backends
 
 KEYS = Path(__file__).parent / "fixtures" / "keys"
 SMALL = FluxParams(

@@ -17,15 +17,17 @@ from torch.utils._pytree import tree_iter
 
 import generate
 import weights
-from model import files, namings
+from formats import key_names as namings
+from formats import recognize
+from formats import safetensors as files
 from model.layers import Modulation
-from model.offload import FLUX_BLOCKS, FLUX_MODULATION, T5_BLOCKS, Streamed
 from model.transformer import Flux, FluxParams
-from regional import memory
+from pipeline import Pipeline
 from regional.attention import RegionalAttention
 from regional.layout import Layout, Region
 from regional.mask import region_tokens
-from regional.pipeline import Pipeline
+from runtime import memory, offload
+from runtime.offload import FLUX_BLOCKS, FLUX_MODULATION, T5_BLOCKS, Streamed
 from sampler.flow import image_ids, text_ids
 
 CPU = torch.device("cpu")
@@ -136,10 +138,10 @@ def test_names_on_the_host_are_those_that_are_streamed():
 def test_a_run_with_streamed_blocks_is_bit_equal(golden, tmp_path, flags):
     layout, model = golden / "regional_3boxes_full" / "layout.yaml", golden / "models" / "flux-tiny-dev"
     latents = []
-    for offload in "none", "blocks":
-        name = tmp_path / f"{offload}.safetensors"
-        args = ["--model", model, "--layout", layout, "--device", "cpu", "--offload", offload, *flags]
-        args += ["--output", tmp_path / f"{offload}.png", "--save-latents", name]
+    for how in "none", "blocks":
+        name = tmp_path / f"{how}.safetensors"
+        args = ["--model", model, "--layout", layout, "--device", "cpu", "--offload", how, *flags]
+        args += ["--output", tmp_path / f"{how}.png", "--save-latents", name]
         assert generate.main([str(arg) for arg in args]) == 0
         latents.append(load_file(name)["latents"])
     assert torch.equal(*latents)
@@ -184,7 +186,7 @@ def full_size():
     with torch.device("meta"):
         modules = {"flux": Flux(FluxParams()), "t5": tiny.T5Encoder(weights.T5Params())}
     return {
-        part: weights.Source(
+        part: recognize.Source(
             part, weights.Path(f"{part}.safetensors"), "", next(n for n in namings.NAMINGS if n.part == part),
             {name: files.Stored(weights.Path("x"), name, "BF16", tuple(t.shape), 0, 2 * t.numel())
              for name, t in module.state_dict().items()}, {}, {},
@@ -331,22 +333,22 @@ def test_files_are_read_ahead_if_they_fit(tmp_path, monkeypatch):
             thread.join()
 
     before = set(threading.enumerate())
-    monkeypatch.setattr(weights, "read_files", read.append)
+    monkeypatch.setattr(offload, "read_files", read.append)
     source = weights.find("pocket").flux
-    weights.read_ahead(source)
+    offload.read_ahead(source)
     wait()
     assert read == [{source.path}]
     huge = {"x": next(iter(source.tensors.values()))._replace(file=tmp_path / "huge")}
     with open(tmp_path / "huge", "wb") as file:
         file.truncate(1 << 43)  # a sparse file
-    weights.read_ahead(weights.Source(**{**vars(source), "tensors": huge}))
+    offload.read_ahead(recognize.Source(**{**vars(source), "tensors": huge}))
     wait()
     assert len(read) == 1
 
 
 def test_reading_ahead_survives_a_file_that_is_gone(tmp_path):
     (tmp_path / "there").write_bytes(bytes(100))
-    weights.read_files({tmp_path / "gone", tmp_path / "there"})
+    offload.read_files({tmp_path / "gone", tmp_path / "there"})
 
 
 def test_the_time_to_the_first_step_is_said_once(golden, tmp_path, capsys):

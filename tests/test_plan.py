@@ -9,9 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from model.errors import InputError
-from regional.layout import read_layout
-from regional.plan import plan, write_plan
+from errors import InputError
+from regional.reader import read_layout
+from tools.plan import plan, write_plan
 
 KEY = "sk-very-secret-0123"
 REQUEST = "a cat on the left and a dog on the right, at the sea"

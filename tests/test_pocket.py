@@ -11,15 +11,16 @@ from safetensors import safe_open
 
 import generate
 import weights
+from extensions import loading
+from extensions.lora_files import read_lora
+from extensions.region_lora import can_be_regional
 from model.autoencoder import AutoEncoder, to_uint8
-from model.lora import read_lora
 from pocket.adapters import draw_edges, draw_looks
 from pocket.detect import borders_agree, detect, look_of
 from pocket.judge import KINDS, drawn, judge, random_case
 from pocket.scenes import BACKGROUNDS, COLORS, LOOKS, PATTERNS, Scene, Thing, caption, draw, place, random_scene, split
-from regional.layout import read_layout
-from regional.lora import can_be_regional
 from regional.mask import region_tokens
+from regional.reader import read_layout
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "pocket" / "checkpoint"
@@ -114,7 +115,7 @@ def test_the_adapters_are_small_and_for_this_model():
     for look in LOOKS:
         lora = read_lora(ADAPTERS / f"{look}.safetensors", parts)
         assert lora.changes["flux"] and not lora.unknown and all(can_be_regional(c) for c in lora.changes["flux"])
-    weights.check_base(weights.find_controlnet(str(ADAPTERS / "edges")), base.flux)
+    loading.check_base(loading.find_controlnet(str(ADAPTERS / "edges")), base.flux)
     assert all(file.stat().st_size < 2e6 for file in ADAPTERS.rglob("*.safetensors"))
 
 

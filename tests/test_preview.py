@@ -17,26 +17,16 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.errors import InputError
+from errors import InputError
 from model.transformer import Flux, FluxParams
+from pipeline import Conditioning, sample
 from regional.attention import portable_attention
-from regional.layout import Layout, json_schema, read_layout
+from regional.layout import Layout
 from regional.mask import region_tokens
-from regional.pipeline import Conditioning, sample
-from regional.preview import (
-    COLORS,
-    GAP,
-    LINE,
-    color,
-    details,
-    forward_flops,
-    grid_tokens,
-    innermost,
-    plain_flops,
-    preview,
-    report,
-    stages,
-)
+from regional.reader import read_layout
+from tools.cost import forward_flops, plain_flops, stages
+from tools.preview import COLORS, GAP, LINE, color, details, grid_tokens, innermost, preview, report
+from tools.schema import json_schema
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = [ROOT / "layout.yaml", *sorted((ROOT / "examples").glob("*.yaml"))]
@@ -363,9 +353,7 @@ def test_texts_that_are_too_long_are_named():
 
 
 def test_the_schema_in_docs_is_current():
-    found = subprocess.run(
-        [sys.executable, "-m", "regional.layout"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    found = subprocess.run([sys.executable, "-m", "tools.schema"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (ROOT / "docs" / "layout.schema.json").read_text() == found.stdout
     assert json.loads(found.stdout) == json.loads(json.dumps(json_schema()))
 

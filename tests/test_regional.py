@@ -19,9 +19,9 @@ from model.attention import Block, apply_rope, plain_attention, rope, rope_axes
 from model.layers import modulate, timestep_embedding
 from model.transformer import Flux, FluxParams
 from regional.attention import RegionalAttention, Tokens, dense_attention, in_one_sequence, portable_attention
-from regional.compose import composed_velocity
 from regional.layout import Layout, Region
 from regional.mask import BACKGROUND_BIT, allowed, region_tokens
+from regional.sampling import composed_velocity
 from sampler.flow import image_ids, text_ids
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -8,11 +8,12 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from errors import InputError
 from model.attention import Block
-from model.errors import InputError
 from regional.attention import RegionalAttention, dense_attention, portable_attention
-from regional.layout import Layout, Region, blocks_of, read_layout
+from regional.layout import Layout, Region, blocks_of
 from regional.mask import BACKGROUND_BIT, feathered, in_polygons, region_tokens, regional_stages
+from regional.reader import read_layout
 
 
 def write(folder: Path, text: str) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.errors import InputError
+from errors import InputError
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures" / "tokenizers"

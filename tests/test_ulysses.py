@@ -12,7 +12,7 @@ from conftest import GOLDEN
 from safetensors.torch import load_file
 
 import generate
-from regional.outputs import made_of
+from tools.metadata import made_of
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import weights
-from model import files, namings
+from errors import InputError
+from formats import key_names as namings
+from formats import safetensors as files
 from model.autoencoder import AutoEncoder, AutoEncoderParams
 from model.clip import CLIPTextEncoder
-from model.errors import InputError
 from model.t5 import T5Encoder
 from model.transformer import Flux, FluxParams
 

@@ -12,16 +12,16 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
-from model.controlnet import ControlNet, ControlNetParams  # noqa: E402
-from model.errors import InputError  # noqa: E402
-from model.lora import Change, Lora, LowRank  # noqa: E402
+from errors import InputError  # noqa: E402
+from extensions.control import ActiveControl, image_share  # noqa: E402
+from extensions.controlnet import ControlNet, ControlNetParams  # noqa: E402
+from extensions.lora import Change, Lora, LowRank  # noqa: E402
 from model.transformer import Flux, FluxParams  # noqa: E402
 from regional.attention import portable_attention  # noqa: E402
-from regional.control import ActiveControl, image_share  # noqa: E402
 from regional.layout import Control, Layout, Region, RegionLora  # noqa: E402
 from regional.mask import region_tokens  # noqa: E402
 from regional.sampling import Conditioning, sample  # noqa: E402
-from regional.ulysses import Ulysses  # noqa: E402
+from runtime.ulysses import Ulysses  # noqa: E402
 
 SIZES = dict(
     vec_in_dim=12, context_in_dim=20, hidden_size=192, mlp_hidden=96, num_heads=6, depth=2, depth_single_blocks=3

@@ -4,7 +4,6 @@ import glob
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,16 +15,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from model.errors import InputError
+from errors import InputError, say
 from regional.layout import Layout
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
 EXIF_DESCRIPTION, EXIF_SOFTWARE = 0x010E, 0x0131
+
+
 MAX_JPEG_EXIF = 65_000  # bytes; a JPEG's segments have 16-bit lengths
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def write(path: Path, save: Callable[[Path], None]) -> None:

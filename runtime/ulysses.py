@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from errors import InputError
 from model.attention import Attention, Block
-from model.errors import InputError
 
 
 class Ulysses:

@@ -12,15 +12,24 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from model.errors import InputError
-from model.gguf import MAGIC, QUANTISED, read_gguf
+from errors import InputError
+from formats.gguf import MAGIC, QUANTISED, read_gguf
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+
+
 DTYPES = FLOATS | FP8 | {"U8": torch.uint8}
 
+
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
+
+
 PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
+
+
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # torch.save's zip file, and its older stream
 
 

@@ -1,7 +1,7 @@
 """Layouts from, and to, the forms that other programs have.
 
-    python -m regional.convert --from coco annotations.json layout.yaml --image 42
-    python -m regional.convert --to forge layout.yaml couple.json
+    python -m tools.convert --from coco annotations.json layout.yaml --image 42
+    python -m tools.convert --to forge layout.yaml couple.json
 
 published   the published script's dict: base_prompt, image_width .., "0": {description, mask: [x1, y1, x2, y2]}
 coco        instances, with boxes [x, y, w, h] or polygons, or panoptic segments and their picture; --image picks one
@@ -35,17 +35,32 @@ import yaml
 from msgspec import Meta
 from PIL import Image
 
-from model.errors import InputError
-from regional.layout import SHAPES, Layout, Region, count_of, describe, opened, read_layout, readable, value_at
+from errors import InputError, describe
+from regional.images import opened, readable
+from regional.layout import SHAPES, Layout, Region, count_of
 from regional.mask import in_polygons, region_mask
+from regional.reader import read_layout, value_at
 
 Args = argparse.Namespace
+
+
 Data = dict[str, Any]
+
+
 Files = dict[str, Any]  # name -> content: a text, a picture, or what becomes JSON; the name "" stands for TARGET
+
+
 Box = tuple[float, float, float, float]
+
+
 Side = Annotated[int, Meta(ge=1, le=16384)]
+
+
 Unit = Annotated[float, Meta(ge=0, le=1)]
+
+
 Byte = Annotated[int, Meta(ge=0, le=255)]
+
 
 PUBLISHED = {
     "base_prompt": "prompt", "background_prompt": "background_prompt", "image_width": "width",
@@ -53,9 +68,17 @@ PUBLISHED = {
     "mask_inject_steps": "mask_inject_steps", "double_inject_blocks_interval": "double_inject_interval",
     "single_inject_blocks_interval": "single_inject_interval", "base_ratio": "base_ratio",
 }  # fmt: skip
+
+
 BOUNDS = dict.fromkeys(("x_min", "y_min", "x_max", "y_max"), float)
+
+
 CORNERS = dict.fromkeys(("xmin", "ymin", "xmax", "ymax"), float)
+
+
 YAML = {"sort_keys": False, "allow_unicode": True, "width": 120}
+
+
 PALETTE = [tuple(product((0, 85, 170, 255), repeat=3))[23 * i % 64] for i in range(64)]  # black, then far apart
 
 
@@ -520,7 +543,7 @@ def write(files: Files, args: Args) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    parser = argparse.ArgumentParser("python -m regional.convert", description=__doc__)
+    parser = argparse.ArgumentParser("python -m tools.convert", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--from", dest="reads", choices=FORMS, metavar="FORM", help="SOURCE has this form, TARGET becomes a layout")

@@ -14,18 +14,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.errors import InputError
+from errors import InputError
 
 MAGIC = b"GGUF"
+
+
 QUANTISED = "GGUF "  # begins the dtype of what has to be dequantised: "GGUF Q4_K"
+
+
 VERSIONS = (2, 3)  # they differ in big-endian files alone
+
+
 ALIGNMENT = 32  # of the data, unless the metadata says otherwise
+
+
 MAX_HEADER = 100_000_000  # bytes; of safetensors too
+
+
 MAX_DIMS = 4  # ggml's
+
+
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+
+
 STRING, ARRAY = 8, 9
+
+
 U32, U64 = "<I", "<Q"
+
+
 CHUNK = 1 << 16  # numbers dequantised at once: what NumPy makes of so few stays in the cache
+
 
 Entry = tuple[str, tuple[int, ...], int, int]  # dtype, shape, and bytes [start, stop) of the file
 

@@ -1,5 +1,7 @@
 """For a research reader: where in the picture each region's text is looked at, per step and group of blocks."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
@@ -8,7 +10,8 @@ from torch import Tensor
 from model.attention import Attention, Block
 from regional.attention import RegionalAttention, added_scores, in_one_sequence
 from regional.mask import allowed
-from regional.sheets import contact_sheet
+from tools.metadata import save_tensor, write
+from tools.sheets import contact_sheet
 
 
 class AttentionMaps:
@@ -78,3 +81,10 @@ def overlay(picture: Image.Image, heat: np.ndarray) -> Image.Image:
     """The picture darkened, and lit up where the heat, (height / 16, width / 16) in [0, 1], is high."""
     light = Image.fromarray((255 * heat).astype(np.uint8)).resize(picture.size, Image.Resampling.BILINEAR)
     return Image.composite(Image.new("RGB", picture.size, "white"), picture.point(lambda v: v // 3), light)
+
+
+def save_maps(maps: AttentionMaps, path: Path, image: Image.Image, prompts: list[str], made_by: dict) -> None:
+    """A sheet for each regional step, path_step1.png and so on, and the numbers behind them, path.safetensors."""
+    for i, sheet in enumerate(maps.sheets(image, prompts)):
+        write(path.with_name(f"{path.name}_step{i + 1}.png"), sheet.save)
+    save_tensor("maps", maps.maps, made_by, path.with_name(f"{path.name}.safetensors"))

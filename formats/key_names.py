@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from model.files import Tensors
+from formats.safetensors import Tensors
 
 
 class Rows(NamedTuple):
@@ -43,6 +43,8 @@ DIFFUSERS_OUTER = {
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
 }
+
+
 DIFFUSERS_DOUBLE = {
     "img_mod.lin": "norm1.linear",
     "txt_mod.lin": "norm1_context.linear",
@@ -59,6 +61,8 @@ DIFFUSERS_DOUBLE = {
     "txt_mlp.0": "ff_context.net.0.proj",
     "txt_mlp.2": "ff_context.net.2",
 }
+
+
 DIFFUSERS_SINGLE = {
     "modulation.lin": "norm.linear",
     "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp",
@@ -160,6 +164,8 @@ DIFFUSERS_AE = {
     r"\.norm_out\.": ".conv_norm_out.",
     r"\.nin_shortcut\.": ".conv_shortcut.",
 }
+
+
 OLD_DIFFUSERS_AE = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 
 
@@ -199,6 +205,7 @@ NAMINGS = (
     Naming("controlnet", "XLabs", r"(?:pos_embed_input|input_hint_block\.0)\.", controlnet_from_xlabs),
     Naming("controlnet", "diffusers", r"controlnet_(?:x_embedder|blocks\.\d+)\.", controlnet_from_diffusers),
 )
+
 
 # Keys that a part's files may hold although its module has no use for them.
 IGNORED = {

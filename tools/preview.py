@@ -1,5 +1,6 @@
 """A layout without a model: a picture of its regions as tokens, and a report of what they hold and will cost."""
 
+import argparse
 import math
 import textwrap
 
@@ -8,10 +9,18 @@ import torch
 from msgspec.structs import replace
 from PIL import Image, ImageDraw, ImageFont
 
+import weights
+from errors import InputError, say
+from formats.hub import is_repository
 from model.transformer import FluxParams
+from pipeline import text_lengths, with_model_defaults
 from regional.layout import Layout, Region
-from regional.mask import BACKGROUND_BIT, RegionTokens, allowed, region_tokens, regional_stages, token_grid
-from regional.sheets import fitting
+from regional.mask import BACKGROUND_BIT, RegionTokens, region_tokens, token_grid
+from regional.reader import read_layout
+from tools.cost import LENGTH, cost
+from tools.jobs import flags_of, layout_files
+from tools.metadata import SUFFIXES, check_writable, made_of, write
+from tools.sheets import fitting
 
 # For 61 regions. The first seven are Okabe and Ito's, a little lighter, which color-blind people tell apart; each
 # further one lies farthest, in Oklab and as three kinds of eyes see it, from those before it, gray and white.
@@ -21,8 +30,11 @@ COLORS = """
 78005a 784b00 c3a500 693c96 ff9669 78f0c3 00874b 78c396 c3ffd2 00ffff b47878 875ab4 785a78 7896d2 698796 00e1e1
 ffc3a5 e1c3e1 c39696 b4a5ff 3c785a b49669 ffd22d 5a2d69 f0b478 5a5a2d a5b44b 963c96 693c5a
 """.split()
+
+
 SIZE, STRIPES, COLUMN, LINE, GAP = 1024, 32, 340, 18, 16  # pixels: longer side, period; columns and lines of text
-STEPS, LENGTH = 24, 512  # FLUX.1-dev's, where a layout leaves them to the model
+
+
 USUAL = {"strength": 1, "feather": 0, "base_ratio": None, "mask_inject_steps": None}
 
 
@@ -222,63 +234,36 @@ def doubts(layout: Layout, tokens: RegionTokens) -> list[str]:
     return found
 
 
-def cost(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[str]:
-    """The expected work of the transformer, beside that of the same picture by plain FLUX.1."""
-    found, start, total = stages(layout, params, tokens), 0, 0
-    plain, lines = found[-1][1], []
-    for end, flops, what in found:
-        if end > start:
-            each = f"{amount(flops)} each, {flops / plain:.2f} times a plain step"
-            lines.append(f"steps {start + 1} to {end}: {what}, {each}")
-        start, total = end, total + (end - start) * flops
-    more = layout.controlnets or any(region.loras for region in layout.regions)
-    note = "; ControlNets and regions' LoRAs come on top" if more else ""
-    return [*lines, f"altogether: {amount(total)}, {total / (start * plain):.2f} times plain FLUX.1{note}"]
+def look(args: argparse.Namespace) -> int:
+    """--check and --preview: without a model, but for its sizes and tokenizers where they are at hand."""
+    from tools.preview import preview, report
 
-
-def amount(flops: int) -> str:
-    return f"{flops / 1e12:,.1f} TFLOP" if flops >= 1e12 else f"{flops / 1e9:,.1f} GFLOP"
-
-
-def stages(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[tuple[int, int, str]]:
-    """Where each stage of equal steps ends, the FLOPs of one of its steps, and its name; the plain steps are last."""
-    steps, found = layout.steps or STEPS, []
-    for end, ratio in regional_stages(layout, steps, tokens) if layout.regions else ():
-        base = bool(ratio.any())
-        what = "composed of the regions' pictures" if layout.method == "rpg" else "regional"
-        found.append((end, regional_flops(layout, params, tokens, base), what + ("" if base else ", no base branch")))
-    return [*found, (steps, plain_flops(params, layout.max_sequence_length or LENGTH, tokens.cover.shape[1]), "plain")]
-
-
-def regional_flops(layout: Layout, params: FluxParams, tokens: RegionTokens, base: bool) -> int:
-    """FLOPs of a regional step, with or without the base branch, if attention costs just what the mask allows."""
-    length, image, regions = layout.max_sequence_length or LENGTH, tokens.cover.shape[1], len(tokens.prompts)
-    own = layout.region_length(length)
-    if layout.method == "rpg":
-        return regions * plain_flops(params, own, image) + base * plain_flops(params, length, image)
-    bits, count = tokens.bits(own).unique(return_counts=True)
-    masked = int((allowed(bits[:, None], bits) * count * count[:, None]).sum())
-    blocks = [("double", i) for i in range(params.depth)] + [("single", i) for i in range(params.depth_single_blocks)]
-    pairs = sum(masked if layout.is_masked(*block) else (own * regions + image) ** 2 for block in blocks)
-    pairs += base * len(blocks) * (length + image) ** 2
-    streams = 1 + (base and layout.base_stream == "separate")
-    return forward_flops(params, own * regions + base * length, image, pairs, streams)
-
-
-def plain_flops(params: FluxParams, text: int, image: int) -> int:
-    return forward_flops(params, text, image, (params.depth + params.depth_single_blocks) * (text + image) ** 2)
-
-
-def forward_flops(params: FluxParams, text: int, image: int, pairs: int, streams: int = 1) -> int:
-    """FLOPs of the transformer for so many text and image tokens and pairs of query and key, over all blocks, with so
-    many image streams in the single blocks. Only matrix products count; each multiplication is two, with its addition.
-    """
-    d, single = params.hidden_size, params.depth_single_blocks
-    rows = params.depth * (text + image) + single * (text + streams * image)
-    unused = text + (streams - 1) * image  # of the last single block's output
-    blocks = rows * (4 * d * d + 2 * d * params.mlp_hidden) + 2 * d * pairs
-    blocks -= unused * (d * d + 2 * d * params.mlp_hidden) if single else 0
-    ends = text * params.context_in_dim * d + image * (params.in_channels + params.out_channels) * d
-    vectors = (12 * params.depth + 3 * single + 2) * d * d  # modulation
-    embedders = (1 + params.guidance_embed) * (256 + d) * d + (params.vec_in_dim + d) * d
-    return 2 * (blocks + ends + vectors + embedders)
+    checkpoint = None if is_repository(args.model) else weights.find(args.model, args.flux, args.t5, args.clip, args.ae)
+    params = weights.flux_params(checkpoint.flux) if checkpoint else FluxParams()
+    size = int(weights.metadata_number(checkpoint.flux, "sample_size", 1024)) if checkpoint else 1024
+    valid, layouts = True, []
+    for file in layout_files(args):
+        try:
+            layout = read_layout(
+                file, flags_of(args), size, made_of(args.config_from_metadata) if args.config_from_metadata else None
+            )
+        except InputError as error:
+            say(f"generate.py: {error}")
+            valid = False
+            continue
+        layouts.append((file, layout))
+        if args.check:
+            layout = with_model_defaults(layout, checkpoint.flux) if checkpoint else layout
+            text, warnings = report(layout, params, text_lengths(layout, checkpoint) if checkpoint else None)
+            print(f"{file or 'the command line'}: valid", text, sep="\n")
+            for warning in warnings:
+                say(f"warning: {warning}")
+    if args.preview:
+        for file, layout in layouts:
+            output = args.preview.with_stem(f"{args.preview.stem}_{file.stem}") if len(layouts) > 1 else args.preview
+            if output.suffix.lower() not in SUFFIXES:
+                raise InputError(f"--preview {output}: the suffix must be one of {', '.join(SUFFIXES)}.")
+            check_writable(output, args.overwrite)
+            write(output, preview(layout).save)
+            print(output)
+    return 0 if valid else 2

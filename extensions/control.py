@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from errors import InputError
+from extensions.controlnet import ControlNet, Residuals
 from model.attention import Block
-from model.controlnet import ControlNet, Residuals
-from model.errors import InputError
 from model.transformer import FluxParams
-from regional.layout import Control, Layout, read_picture
+from regional.images import read_picture
+from regional.layout import Control, Layout
 from regional.mask import region_tokens
 
 

@@ -16,11 +16,10 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import lru_cache, partial
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,44 +29,39 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import weights
-from model.attention import fastest_backends
+from errors import InputError, say
+from extensions.attention_maps import AttentionMaps
+from extensions.controlnet import ControlNet
+from extensions.loading import ControlPlan, control_of, load_controls, merges_of, plan_controls, read_loras
+from extensions.lora import Addition, Lora, added, hooks_for
+from formats.hub import Name
+from formats.recognize import Source
 from model.autoencoder import to_uint8
-from model.controlnet import ControlNet
-from model.errors import InputError
-from model.fp8 import can_multiply
 from model.layers import Modulation
-from model.lora import Addition, Lora, added, hooks_for, merge, read_lora
-from model.offload import FLUX_BLOCKS, FLUX_MODULATION, T5_BLOCKS, Streamed
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
 from model.transformer import Flux, Modulate
-from regional.attention import MaskedAttention, Tokens, dense_attention, portable_attention
-from regional.control import ActiveControl, control_picture, image_share
-from regional.layout import Control, Layout, RegionLora, Where
-from regional.lora import can_be_regional
-from regional.maps import AttentionMaps
+from regional.attention import portable_attention
+from regional.layout import Layout, RegionLora
 from regional.mask import RegionTokens, region_tokens
-from regional.memory import stays_on_host, working_bytes
-from regional.outputs import say, write
+from regional.reader import Where
 from regional.sampling import NO_LORAS, Conditioning, Loras, modulations, sample
-from regional.ulysses import Ulysses
+from runtime.choose import (
+    ATTENTIONS,
+    DTYPES,
+    OFFLOAD,
+    QUANTIZE,
+    choose_attention,
+    choose_device,
+    choose_fp8,
+    library_attention,
+)
+from runtime.memory import stays_on_host, working_bytes
+from runtime.offload import FLUX_BLOCKS, FLUX_MODULATION, T5_BLOCKS, Streamed, read_ahead
+from runtime.ulysses import Ulysses
 from sampler.flow import pack
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # in float16 FLUX.1 overflows
-
-
-ATTENTIONS = ("kernel", "portable", "dense")
-QUANTIZE, OFFLOAD = ("auto", "none", "fp8"), ("auto", "none", "blocks")
-
-
-class ControlPlan(NamedTuple):
-    """A ControlNet before it is loaded; its picture is (1, 3, height, width), or its packed latents (1, L_img, 64)."""
-
-    source: weights.Source
-    setting: Control
-    picture: Tensor
+from tools.metadata import write
 
 
 class Prepared(NamedTuple):
@@ -90,11 +84,11 @@ class Pipeline:
 
     def __init__(
         self,
-        model: weights.Name = None,
-        flux: weights.Name = None,
-        t5: weights.Name = None,
-        clip: weights.Name = None,
-        ae: weights.Name = None,
+        model: Name = None,
+        flux: Name = None,
+        t5: Name = None,
+        clip: Name = None,
+        ae: Name = None,
         device: str = "auto",
         dtype: str = "auto",
         attention: str = "auto",
@@ -243,7 +237,7 @@ class Pipeline:
             if streamed:
                 self.streamed[name] = [Streamed(list(t5.encoder.block), self.device, pin=True)]
             if "flux" not in self.parts:
-                weights.read_ahead(self.checkpoint.flux)  # while this encodes
+                read_ahead(self.checkpoint.flux)  # while this encodes
             return t5
         on_card = self.device.type == "cuda"  # where only what comes of the modulation layers is needed all the time
         on_host = FLUX_BLOCKS if streamed else FLUX_MODULATION if on_card else weights.NEVER
@@ -332,75 +326,7 @@ def identity(file: Path) -> tuple[str, int, int]:
     return str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns
 
 
-# ------------------------------------------------------------------------------------------------ how it runs
-
-
-def choose_device(name: str) -> torch.device:
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    if not available.get(name.partition(":")[0]):
-        raise InputError(f"--device {name}: this machine, or this build of torch, has no such device.")
-    device = torch.device(name)
-    if device.type == "cuda" and device.index is None:  # as it is called where memory is asked for
-        device = torch.device("cuda", torch.cuda.current_device())
-    if device.type == "cuda":  # Triton launches on the current one
-        torch.cuda.set_device(device)
-    return device
-
-
-def choose_fp8(quantize: str, flux: weights.Source, device: torch.device) -> bool:
-    """Is the transformer kept in 8 bits? quantize: none, fp8, or auto: if its file is and the card can multiply so."""
-    if quantize != "auto":
-        if quantize == "fp8" and device.type == "mps":
-            raise InputError("--quantize fp8: Apple's GPUs have no float8; leave it out.")
-        return quantize == "fp8"
-    blocks = [tensor for key, tensor in flux.tensors.items() if re.search(r"blocks\.\d+\..*\.weight$", key)]
-    stored = sum(tensor.dtype == "F8_E4M3" for tensor in blocks) > len(blocks) / 2
-    return stored and device.type == "cuda" and can_multiply(device)
-
-
-def choose_attention(
-    name: str, device: torch.device, dtype: torch.dtype, verbose: bool = False
-) -> Callable[[Tokens], MaskedAttention]:
-    """What makes the masked attention of the regional steps. What was asked for and can't be had is an error."""
-    if name == "kernel" or name == "auto" and device.type == "cuda":
-        try:
-            from regional import kernel
-        except ImportError as error:
-            problem = f"Triton is missing here ({error}); try --attention portable."
-            raise InputError(f"--attention {name}: {problem}") from error
-    if name == "auto":
-        name = "kernel" if device.type == "cuda" and kernel.runs_on(device) else "portable"
-    if verbose:
-        say(f"masked attention: {name}")
-    if name != "kernel":
-        return {"portable": portable_attention, "dense": dense_attention}[name]
-    if not kernel.runs_on(device) and not (kernel.INTERPRETED and device.type == "cpu" and dtype == torch.float32):
-        raise InputError(
-            "--attention kernel: the kernel needs an NVIDIA GPU from Ampere on; try --attention portable. (In Triton's "
-            "interpreter, TRITON_INTERPRET=1, it runs on the CPU in float32, slowly.)"
-        )
-    return partial(kernel.kernel_attention, dtype=dtype, device=device)
-
-
-def library_attention(flux: Flux, layout: Layout, txt: Tensor, verbose: bool) -> AbstractContextManager:
-    """Makes torch prefer, on a GPU, that of its unmasked attentions which is fastest there for this picture."""
-    backends = []
-    if txt.device.type == "cuda":
-        heads, length = flux.params.num_heads, txt.shape[1] + layout.width * layout.height // 256
-        backends = timed_backends((1, heads, length, flux.params.hidden_size // heads), txt.dtype, txt.device)
-    if verbose:
-        say(f"unmasked attention: {', then '.join(backend.name for backend in backends) or 'as torch chooses'}")
-    return sdpa_kernel([*backends, SDPBackend.MATH], set_priority=True) if backends else nullcontext()
-
-
-@lru_cache
-def timed_backends(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[SDPBackend]:
-    return fastest_backends(torch.randn(shape, device=device).to(dtype))
-
-
-def with_model_defaults(layout: Layout, flux: weights.Source) -> Layout:
+def with_model_defaults(layout: Layout, flux: Source) -> Layout:
     """Fill in what the layout leaves to the model: dev takes 24 steps and 512 text tokens, schnell 4 and 256."""
     steps, length = (24, 512) if weights.flux_params(flux).guidance_embed else (4, 256)
     length = int(weights.metadata_number(flux, "max_sequence_length", length))
@@ -411,58 +337,6 @@ def with_model_defaults(layout: Layout, flux: weights.Source) -> Layout:
         max_sequence_length=length,
         region_max_sequence_length=layout.region_length(length),
     )
-
-
-# ------------------------------------------------------------------------------------------------ LoRAs
-
-
-def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras = NO_LORAS) -> Loras:
-    """All LoRAs that a layout names, by the names they have there; `known` ones are not read again. Says what is left
-    out of them."""
-    named = {f"loras[{i}].file": lora for i, lora in enumerate(layout.loras)}
-    for i, region in enumerate(layout.regions):
-        named |= {f"regions[{i}].loras[{j}].file": lora for j, lora in enumerate(region.loras)}
-    if not named:
-        return {}
-    modules, loras = {part: weights.on_meta(getattr(checkpoint, part)) for part in ("flux", "t5", "clip")}, {}
-    for key, entry in named.items():
-        known = {**known, **loras}
-        lora = known.get(entry.file) or read_lora(weights.lora_file(entry.file, f"{key} = {entry.file}"), modules)
-        if lora.unknown and entry.file not in known:
-            count, first = len(lora.unknown), lora.unknown[0]
-            say(f"warning: {lora.path}: {count} of its keys mean nothing for this model and are left out, as {first}")
-        loras[entry.file] = lora
-        left = {c.name for c in lora.changes["flux"] if not can_be_regional(c)} | {c.name for c in lora.changes["clip"]}
-        if lora.is_control != bool(getattr(entry, "image", None)):
-            needs = (
-                "is a control LoRA, for the whole picture, and needs an image" if lora.is_control else "takes no image"
-            )
-            raise InputError(f"{key} = {entry.file}: this LoRA {needs}.")
-        if left and key.startswith("regions"):
-            say(f"warning: {key} = {entry.file}: what changes the whole picture is left out: {', '.join(sorted(left))}")
-    return loras
-
-
-def control_of(layout: Layout) -> Tensor | None:
-    """The control picture of the layout's control LoRA, (1, 3, height, width) in [-1, 1]."""
-    images = [lora.image for lora in layout.loras if lora.image]
-    if len(images) > 1:
-        raise InputError(f"loras: {' and '.join(images)}: there can be only one control LoRA, with one image.")
-    for image in images:
-        picture, warnings = control_picture(image, None, layout.width, layout.height)
-        for warning in warnings:
-            say(f"warning: {warning}")
-        return picture
-    return None
-
-
-def merges_of(layout: Layout, loras: Loras, part: str) -> weights.Merges:
-    """What the layout's whole-picture LoRAs make of a part's weights."""
-    changes = {}
-    for entry in layout.loras:
-        for change in loras[entry.file].changes[part]:
-            changes.setdefault(change.name, []).append((change, entry.scale))
-    return {name: partial(merge, changes=own) for name, own in changes.items()}
 
 
 # ------------------------------------------------------------------------------------------------ what is encoded
@@ -483,48 +357,8 @@ def text_lengths(layout: Layout, checkpoint: weights.Checkpoint) -> list[int]:
     return [len(tokenizer.encode(prompt)[0]) + 1 for prompt in prompts]  # and the end token
 
 
-def check_vocabulary(highest: Tensor, size: int, tokenizer: Path, encoder: weights.Source) -> None:
+def check_vocabulary(highest: Tensor, size: int, tokenizer: Path, encoder: Source) -> None:
     if highest >= size:
         raise InputError(
             f"{tokenizer}: its ids go beyond the {size} tokens that {encoder.path} knows; they don't match."
         )
-
-
-def plan_controls(layout: Layout, flux: weights.Source, where: Where) -> list[ControlPlan]:
-    """The layout's ControlNets, each checked against the transformer and its mode, and their pictures."""
-    plans = []
-    for i, control in enumerate(layout.controlnets):
-        source = weights.find_controlnet(control.model, f"{where(f'controlnets[{i}].model')} =")
-        weights.check_base(source, flux)
-        check_mode(control, weights.controlnet_params(source).modes, source, where(f"controlnets[{i}].mode"))
-        picture, warnings = control_picture(control.image, control.preprocess, layout.width, layout.height)
-        if not any(control.acts(step, layout.steps) for step in range(layout.steps)):
-            warnings.append(f"{control.model}: no step of {layout.steps} lies within its start and end; it never acts")
-        for warning in warnings:
-            say(f"warning: {warning}")
-        plans.append(ControlPlan(source, control, picture))
-    return plans
-
-
-def check_mode(control: Control, modes: int, source: weights.Source, where: str) -> None:
-    if modes and control.mode is None:
-        raise InputError(f"{where} is missing: {source.path} is a union of {modes} modes, and needs one of them.")
-    if not modes and control.mode is not None:
-        raise InputError(f"{where} = {control.mode}: {source.path} has no modes.")
-    if modes and control.mode_index >= modes:
-        raise InputError(f"{where} = {control.mode}: {source.path} has {modes} modes, counted from 0.")
-
-
-def load_controls(
-    plans: list[ControlPlan], layout: Layout, device: torch.device, dtype: torch.dtype, nets: dict[Path, ControlNet]
-) -> list[ActiveControl]:
-    """The ControlNets, ready for this layout; each file is loaded once, into `nets`."""
-    for plan in plans:
-        if plan.source.path not in nets:
-            nets[plan.source.path] = weights.load_controlnet(plan.source, device, dtype)
-    controls = []
-    for source, setting, picture in plans:
-        net, picture = nets[source.path], picture.to(device, dtype)
-        tokens = net.read(picture) if net.params.hint_width else picture
-        controls.append(ActiveControl(net, tokens, image_share(setting, layout).to(device, dtype), setting))
-    return controls

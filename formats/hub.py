@@ -5,6 +5,7 @@ large ones are fetched into a file of a lasting name, where the next run goes on
 """
 
 import hashlib
+import re
 import shutil
 import sys
 from fnmatch import fnmatchcase
@@ -19,12 +20,12 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from huggingface_hub.errors import HTTPError as HttpxError  # of whichever httpx the hub library uses
+from huggingface_hub.errors import HTTPError as HttpxError
 from huggingface_hub.file_download import DryRunFileInfo, http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, disable_progress_bars
 from tqdm import tqdm
 
-from model.errors import InputError
+from errors import InputError
 
 
 def fetch(repo: str, choices: list[list[str]], purpose: str, instead: str) -> Path:
@@ -134,3 +135,47 @@ def hub_reason(repo: str, error: Exception) -> str:
     if isinstance(error, HttpxError):
         return f"the connection broke ({what}); what has arrived is kept, and the same command goes on from there"
     return f"the download failed ({what}); try again"
+
+
+Name = str | Path | None
+
+
+def existing(flag: str, path: str | Path) -> Path:
+    place = Path(path).expanduser()
+    if not place.is_file() and not place.is_dir():
+        others = (
+            "a model's folder, a repository (org/name) or pocket"
+            if flag == "--model"
+            else "a safetensors or GGUF file, or its folder"
+        )
+        raise InputError(f"{flag} {path}: there is no such file or folder; expected {others}.")
+    return place
+
+
+def lora_file(name: str, where: str) -> Path:
+    """The file of a LoRA: a path, or org/name of a repository with one safetensors file, or org/name:file.
+
+    `where` is what an InputError begins with.
+    """
+    path = Path(name).expanduser()
+    repo, _, file = name.partition(":")
+    if path.is_file():
+        return path
+    if path.is_dir():
+        folder = path
+    elif is_repository(repo):
+        folder = fetch(repo, [[file or "*.safetensors"]], where, "download it elsewhere and give its path")
+    else:
+        raise InputError(
+            f"{where}: there is no such file; expected a safetensors file or a repository (org/name:file)."
+        )
+    files = sorted(folder.glob(file or "*.safetensors"))
+    if len(files) != 1:
+        names = ", ".join(f.name for f in files) or "none"
+        raise InputError(f"{where}: expected one safetensors file there, found {names}; name one of them.")
+    return files[0]
+
+
+def is_repository(model: Name) -> bool:
+    """Does --model name a repository of the Hugging Face hub, org/name, and no folder that is there?"""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(model))) and not Path(model).exists()

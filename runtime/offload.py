@@ -5,16 +5,26 @@ What is computed is the same to the bit.
 """
 
 import re
+import threading
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from formats.recognize import Source
+
 ALIGNMENT = 256  # bytes, as torch's own allocations have it
+
 
 # What may stay in host memory, by its name. FLUX.1's modulation layers are called at another time than the rest of
 # their blocks, and T5's table of distances is used by all blocks.
 FLUX_BLOCKS = re.compile(r"(double|single)_blocks\.\d+\.")
+
+
 FLUX_MODULATION = re.compile(r"(double|single)_blocks\.\d+\.(img_mod|txt_mod|modulation)\.")
+
+
 T5_BLOCKS = re.compile(r"encoder\.block\.\d+\.(?!.*relative_attention_bias)")
 
 
@@ -113,3 +123,23 @@ def pinned(weights: list[Tensor]) -> list[Tensor]:
 
 def padded_size(weight: Tensor) -> int:
     return -(-weight.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def read_ahead(source: Source) -> None:
+    """Have a part's files read, in the background, into the host's memory for files, if they fit: loading it, soon,
+    will not have to wait for the disk."""
+    files = {tensor.file for tensor in source.tensors.values()}
+    try:
+        available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:  # not on Linux
+        return
+    if available and sum(file.stat().st_size for file in files) < 1024 * int(available[1]):
+        threading.Thread(target=read_files, args=(files,), daemon=True).start()
+
+
+def read_files(files: set[Path]) -> None:
+    chunk = bytearray(1 << 24)
+    for path in files:
+        with suppress(OSError), open(path, "rb", buffering=0) as file:  # loading will tell what is wrong
+            while file.readinto(chunk):
+                pass

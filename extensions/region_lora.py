@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from model.lora import Addition, Change, Lora
+from extensions.lora import Addition, Change, Lora
 from regional.layout import Region
 
 STREAMS = {"img_in": "img", "txt_in": "txt", "single_blocks": "both", "final_layer": "img"}  # by a name's first part

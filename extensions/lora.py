@@ -1,0 +1,196 @@
+"""LoRA terms: merged into weights while they are loaded, or added for some tokens by forward hooks."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.fp8 import Fp8Linear
+
+# ------------------------------------------------------------------------------------------------------------ terms
+
+
+class LowRank(NamedTuple):
+    """scale * up @ down: up (out, rank), down (rank, in)."""
+
+    up: Tensor
+    down: Tensor
+    scale: float
+
+    def delta(self) -> Tensor:
+        return self.scale * (self.up @ self.down)
+
+    def __call__(self, x: Tensor, rows: slice) -> Tensor:
+        return self.scale * F.linear(F.linear(x, self.down), self.up[rows])
+
+
+class Kronecker(NamedTuple):
+    """scale * kron(left, right): left (a, b), right (c, d), for a layer from b d to a c."""
+
+    left: Tensor
+    right: Tensor
+    scale: float
+
+    def delta(self) -> Tensor:
+        return self.scale * torch.kron(self.left, self.right)
+
+    def __call__(self, x: Tensor, rows: slice) -> Tensor:
+        x = F.linear(x.unflatten(-1, (self.left.shape[1], -1)), self.right)
+        return self.scale * torch.einsum("...bc,ab->...ac", x, self.left).flatten(-2)[..., rows]
+
+
+class Full(NamedTuple):
+    """A whole matrix (out, in), or for a bias or a norm a vector (out,)."""
+
+    matrix: Tensor
+
+    def delta(self) -> Tensor:
+        return self.matrix
+
+    def __call__(self, x: Tensor, rows: slice) -> Tensor:
+        return self.matrix[rows] if self.matrix.ndim == 1 else F.linear(x, self.matrix[rows])
+
+
+Term = LowRank | Kronecker | Full  # called as a layer is, it gives some of its rows: x (B, L, in) -> (B, L, rows)
+
+
+def converted(term: Term, device: torch.device | str, dtype: torch.dtype) -> Term:
+    return term._make(x.to(device).to(dtype) if isinstance(x, Tensor) else x for x in term)
+
+
+class Change(NamedTuple):
+    """What a file does to rows [start, stop) of the tensor `name`.
+
+    magnitude: DoRA's, (out, 1) or (1, in): the changed weight's rows, or columns, are scaled to these lengths.
+    replaces: the term stands in place of what was there.
+    """
+
+    name: str
+    start: int
+    stop: int
+    term: Term
+    magnitude: Tensor | None = None
+    replaces: bool = False
+
+    def delta(self, rows: Tensor) -> Tensor:
+        """What is added to the weight's rows (out, in), at a scale of 1."""
+        new = converted(self.term, rows.device, rows.dtype).delta()
+        if self.replaces:
+            return new - rows
+        if self.magnitude is None:
+            return new
+        changed = rows + new
+        magnitude = self.magnitude.to(rows.device).to(rows.dtype)
+        lengths = changed.norm(dim=1 if len(magnitude) == len(rows) else 0, keepdim=True)
+        return changed * magnitude / lengths - rows
+
+
+def merge(weight: Tensor, changes: list[tuple[Change, float]]) -> Tensor:
+    """A weight, float32 or wider, with changes at these scales; wider if a change has more columns (control LoRAs)."""
+    weight = weight.clone()
+    for change, scale in changes:
+        columns = change.term.down.shape[1] if isinstance(change.term, LowRank) else weight.shape[-1]
+        if columns > weight.shape[-1]:
+            weight = F.pad(weight, (0, columns - weight.shape[-1]))
+        rows = weight[change.start : change.stop]
+        rows = rows[:, :columns] if rows.ndim == 2 else rows
+        rows += scale * change.delta(rows)
+    return weight
+
+
+class Addition(NamedTuple):
+    """A change of a linear layer's weight or bias for some of its tokens: those where `tokens`, (L,) bool, is true."""
+
+    change: Change
+    scale: float
+    tokens: Tensor
+
+
+Hook = Callable[[nn.Module, tuple[Tensor], dict[str, Any], Tensor], Tensor]
+
+
+@contextmanager
+def added(module: nn.Module, hooks: dict[str, Hook]) -> Iterator[None]:
+    """While it lasts, layers give more for the tokens of `hooks`' additions (see below). For all other tokens they
+    compute just what they do without."""
+    handles = [
+        module.get_submodule(layer).register_forward_hook(hook, with_kwargs=True) for layer, hook in hooks.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def hooks_for(
+    module: nn.Module, additions: list[Addition], device: torch.device, dtype: torch.dtype
+) -> dict[str, Hook]:
+    """The hooks of a module's linear layers, by name, that make their additions; all they need is on `device`, where
+    the layers compute, in `dtype`."""
+    terms = {}
+    for change, scale, tokens in additions:
+        layer = change.name.rpartition(".")[0]
+        term = change.term
+        if change.magnitude is not None:  # a DoRA's term is the whole matrix that it comes to
+            rows, linear = slice(change.start, change.stop), module.get_submodule(layer)
+            weight = linear.widened(rows) if isinstance(linear, Fp8Linear) else linear.weight[rows]
+            term = Full(change.delta(weight.to(torch.promote_types(weight.dtype, torch.float32))))
+        term, index = converted(term, device, dtype), tokens.nonzero().flatten().to(device)
+        terms.setdefault(layer, []).append((term, scale, range(change.start, change.stop), tokens.cpu(), index))
+    return {layer: partial(add_terms, own, bool(MODULATION.search(layer))) for layer, own in terms.items()}
+
+
+MODULATION = re.compile(r"mod(ulation)?\.(lin|1)$")  # layers that see no tokens but one vector for all
+
+
+def add_terms(
+    terms: list[tuple[Term, float, range, Tensor, Tensor]],
+    of_vector: bool,
+    linear: nn.Module,
+    args: tuple[Tensor],
+    kwargs: dict[str, Any],
+    out: Tensor,
+) -> Tensor:
+    """A forward hook that adds scale * term(x) to some rows of the output of some tokens, known as (L,) bool and by
+    index.
+
+    args[0]: (B, L, in), or the last tokens alone; or `of_vector` one vector for all, (B, 1, in), where each token gets
+    an output of its own. kwargs: FusedLinear's `rows`, those that are in `out`.
+    """
+    (x,) = args
+    asked = range(linear.out_features)[kwargs.get("rows", slice(None))]
+    for term, scale, rows, tokens, index in terms:
+        start, stop = max(rows.start, asked.start), min(rows.stop, asked.stop)
+        if start >= stop:
+            continue
+        own, there = slice(start - rows.start, stop - rows.start), slice(start - asked.start, stop - asked.start)
+        if of_vector:
+            out = out.repeat(1, len(tokens), 1) if out.shape[1] == 1 else out
+            out[:, index, there] += scale * term(x, own)
+        else:
+            before = len(tokens) - x.shape[1]
+            index = index[int(tokens[:before].sum()) :] - before
+            out[:, index, there] += scale * term(x[:, index], own)
+    return out
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A file's changes to each part, "flux", "t5" and "clip"; `unknown`: keys that mean nothing for this model.
+
+    is_control: it makes the transformer read, beside the noisy latents, those of a control picture (BFL's Canny and
+    Depth LoRAs).
+    """
+
+    path: Path
+    changes: dict[str, list[Change]]
+    unknown: list[str]
+    is_control: bool = False

@@ -1,0 +1,115 @@
+"""Which device, precision and attention functions a run uses."""
+
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
+
+from errors import InputError, say
+from formats.recognize import Source
+from model.fp8 import can_multiply
+from model.transformer import Flux
+from regional.attention import MaskedAttention, Tokens, dense_attention, portable_attention
+from regional.layout import Layout
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # in float16 FLUX.1 overflows
+
+
+ATTENTIONS = ("kernel", "portable", "dense")
+
+
+QUANTIZE, OFFLOAD = ("auto", "none", "fp8"), ("auto", "none", "blocks")
+
+
+# ------------------------------------------------------------------------------------------------ how it runs
+
+
+def choose_device(name: str) -> torch.device:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available.get(name.partition(":")[0]):
+        raise InputError(f"--device {name}: this machine, or this build of torch, has no such device.")
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is None:  # as it is called where memory is asked for
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda":  # Triton launches on the current one
+        torch.cuda.set_device(device)
+    return device
+
+
+def choose_fp8(quantize: str, flux: Source, device: torch.device) -> bool:
+    """Is the transformer kept in 8 bits? quantize: none, fp8, or auto: if its file is and the card can multiply so."""
+    if quantize != "auto":
+        if quantize == "fp8" and device.type == "mps":
+            raise InputError("--quantize fp8: Apple's GPUs have no float8; leave it out.")
+        return quantize == "fp8"
+    blocks = [tensor for key, tensor in flux.tensors.items() if re.search(r"blocks\.\d+\..*\.weight$", key)]
+    stored = sum(tensor.dtype == "F8_E4M3" for tensor in blocks) > len(blocks) / 2
+    return stored and device.type == "cuda" and can_multiply(device)
+
+
+def choose_attention(
+    name: str, device: torch.device, dtype: torch.dtype, verbose: bool = False
+) -> Callable[[Tokens], MaskedAttention]:
+    """What makes the masked attention of the regional steps. What was asked for and can't be had is an error."""
+    if name == "kernel" or name == "auto" and device.type == "cuda":
+        try:
+            from regional import kernel
+        except ImportError as error:
+            problem = f"Triton is missing here ({error}); try --attention portable."
+            raise InputError(f"--attention {name}: {problem}") from error
+    if name == "auto":
+        name = "kernel" if device.type == "cuda" and kernel.runs_on(device) else "portable"
+    if verbose:
+        say(f"masked attention: {name}")
+    if name != "kernel":
+        return {"portable": portable_attention, "dense": dense_attention}[name]
+    if not kernel.runs_on(device) and not (kernel.INTERPRETED and device.type == "cpu" and dtype == torch.float32):
+        raise InputError(
+            "--attention kernel: the kernel needs an NVIDIA GPU from Ampere on; try --attention portable. (In Triton's "
+            "interpreter, TRITON_INTERPRET=1, it runs on the CPU in float32, slowly.)"
+        )
+    return partial(kernel.kernel_attention, dtype=dtype, device=device)
+
+
+def library_attention(flux: Flux, layout: Layout, txt: Tensor, verbose: bool) -> AbstractContextManager:
+    """Makes torch prefer, on a GPU, that of its unmasked attentions which is fastest there for this picture."""
+    backends = []
+    if txt.device.type == "cuda":
+        heads, length = flux.params.num_heads, txt.shape[1] + layout.width * layout.height // 256
+        backends = timed_backends((1, heads, length, flux.params.hidden_size // heads), txt.dtype, txt.device)
+    if verbose:
+        say(f"unmasked attention: {', then '.join(backend.name for backend in backends) or 'as torch chooses'}")
+    return sdpa_kernel([*backends, SDPBackend.MATH], set_priority=True) if backends else nullcontext()
+
+
+@lru_cache
+def timed_backends(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[SDPBackend]:
+    return fastest_backends(torch.randn(shape, device=device).to(dtype))
+
+
+def fastest_backends(q: Tensor) -> list[SDPBackend]:
+    """The library's attentions that work for q (B, heads, L, head_dim) on its device, timed there, the fastest first.
+
+    MATH is not among them: it stores all L x L scores. Nor is cuDNN's where torch has it switched off.
+    """
+    backends, seconds = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION], {}
+    if torch.backends.cuda.cudnn_sdp_enabled():
+        backends.append(SDPBackend.CUDNN_ATTENTION)
+    for backend in backends:
+        timer = Timer("F.scaled_dot_product_attention(q, q, q)", globals={"F": F, "q": q})
+        try:
+            with sdpa_kernel(backend):
+                seconds[backend] = timer.timeit(10).median
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # this card, or this build of torch, does not have it
+            continue
+    return sorted(seconds, key=seconds.get)
