@@ -181,8 +181,6 @@ def check_boxes(boxes: list[tuple[int, int, int, int]]) -> None:
 
 
 def write_the_plan(args: argparse.Namespace) -> int:
-    from tools.plan import plan, write_plan
-
     output = Path(args.output or "plan.yaml")
     check_writable(output, args.overwrite)
     width, height = (getattr(args, side, 1024) for side in ("width", "height"))
