@@ -231,18 +231,18 @@ def markdown(title: str, results: dict[str, dict[str, float]], regions: list[int
     return "\n".join(lines)
 
 
-ABOUT = f"""# Adapters, measured
+ABOUT = f"""# LoRA and ControlNet, measured
 
-`python benchmarks/adapters.py`: {len(SEEDS)} random layouts of boxes a row, preset control, {STEPS} steps, bfloat16,
-guidance 3.5, means with 95 % confidence intervals over layouts. own: of the regions with a LoRA, the share that show
-its look; other: of all regions, the share that show a look that is not theirs; edges: F1 of the pixels where objects
-end, against the control image's objects, within 3 pixels; the rest as in tables.md.
+`python benchmarks/adapters.py`: {len(SEEDS)} random layouts of boxes per row, preset control, {STEPS} steps, bfloat16,
+guidance 3.5, means with 95 % confidence intervals over layouts. own: fraction of the regions with a LoRA that show its
+style; other: fraction of all regions that show a style that is not theirs; edges: F1 of the pixels on object borders,
+against the control image's objects, within 3 pixels; the other measures are those of tables.md.
 
-A LoRA's look shows in its own region and not in others, two LoRAs at once. It has to act in the plain steps too
-(`plain_steps: true`): the plain steps, which know nothing of it, take it away again. What the look costs is colour and
-pattern beneath it: bars and studs leave less of both to read, and darken dark tones. The ControlNet puts the objects
-where its picture has them, and the regions keep their prompts. With both, `edges` is lower: bars and
-studs hide ends from the measure too, which is 0.53 and 0.59 for scenes drawn by hand with them."""
+A LoRA's style appears in its own region and not in others, with two LoRAs at once. It has to act in the plain steps too
+(`plain_steps: true`): the plain steps do not know it and would remove it. The style costs color and pattern beneath it:
+bars and studs leave less of both visible, and darken dark tones. The ControlNet moves the objects to where its control
+image has them, and the regions keep their prompts. With both, `edges` is lower, because bars and studs also hide object
+borders from the measure, which reads 0.53 and 0.59 for synthetic scenes with them."""
 
 
 def draw_sheet() -> None:
