@@ -17,7 +17,7 @@ from pipeline import text_lengths, with_model_defaults
 from regional.layout import Layout, Region
 from regional.mask import BACKGROUND_BIT, RegionTokens, region_tokens, token_grid
 from regional.reader import read_layout
-from tools.cost import LENGTH, cost
+from tools.cost import cost, resolved
 from tools.jobs import flags_of, layout_files
 from tools.metadata import SUFFIXES, check_writable, made_of, write
 from tools.sheets import fitting
@@ -194,12 +194,14 @@ def details(layout: Layout, tokens: RegionTokens, i: int) -> str:
 def report(layout: Layout, params: FluxParams, text_lengths: list[int] | None = None) -> tuple[str, list[str]]:
     """What the regions hold and what a picture will cost, as a text, and what may not be as it was meant, each in one
     sentence. text_lengths: tokens of the base prompt and of each prompt of region_tokens, where they are known."""
-    tokens, length = grid_tokens(layout), layout.max_sequence_length or LENGTH
+    layout = resolved(layout, params)
+    tokens = grid_tokens(layout)
     names, prompts, keys = ["base"], [layout.prompt], ["prompt"]
     if layout.regions:
         names, prompts = names + names_of(tokens), prompts + tokens.prompts
         keys += [f"regions[{name}].prompt" if name.isdigit() else "background_prompt" for name in names[1:]]
-    limits = [length] + [layout.region_length(length)] * (len(names) - 1)
+    limits = [layout.max_sequence_length]
+    limits += [layout.region_max_sequence_length] * (len(names) - 1)
     known = text_lengths or [None] * len(names)
     cover = torch.cat([torch.ones(1, tokens.cover.shape[1]), tokens.cover])
     lines = [f"{'region':<12}{'tokens':>7}{'picture':>9}{'text':>13}   prompt"]
@@ -239,12 +241,12 @@ def look(args: argparse.Namespace) -> int:
     checkpoint = None if is_repository(args.model) else weights.find(args.model, args.flux, args.t5, args.clip, args.ae)
     params = weights.flux_params(checkpoint.flux) if checkpoint else FluxParams()
     size = int(weights.metadata_number(checkpoint.flux, "sample_size", 1024)) if checkpoint else 1024
+    image = args.config_from_metadata
+    metadata = made_of(image) if image else None
     valid, layouts = True, []
-    for file in layout_files(args):
+    for file in [image] if image else layout_files(args):
         try:
-            layout = read_layout(
-                file, flags_of(args), size, made_of(args.config_from_metadata) if args.config_from_metadata else None
-            )
+            layout = read_layout(file, flags_of(args), size, metadata)
         except InputError as error:
             print_error(error)
             valid = False
