@@ -97,7 +97,7 @@ class Control(Part):
 
     model: Annotated[str, about(FILE_OR_REPOSITORY)]
     image: Annotated[str, about("the image that it follows")]
-    mode: Annotated[Index | Mode | None, about(f"of a union: a number, {', '.join(MODES)}")] = None
+    mode: Annotated[Index | Mode | None, about(f"for unions: a number, {', '.join(MODES)}")] = None
     scale: Annotated[Scale, about("how strongly it acts")] = 0.7
     start: Annotated[Ratio, about("the fraction of the steps from which it acts")] = 0.0
     end: Annotated[Ratio, about("the fraction of the steps until which it acts")] = 1.0

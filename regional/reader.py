@@ -106,36 +106,55 @@ def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024, 
 # ------------------------------------------------------------------------------------------- YAML
 
 TAG = "tag:yaml.org,2002:"
-TYPES = {TAG + name for name in ("map", "seq", "str", "int", "float", "bool", "null")}
+TYPES = {TAG + name for name in ("str", "int", "float", "bool", "null", "merge")}
 
 
 class Loader(yaml.SafeLoader):
-    """YAML with the values of JSON: no aliases, tags or merges, and no key written twice."""
+    """YAML with the values of JSON: no tags, no key written twice, of bounded size."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.sizes: dict[yaml.Node, int] = {}  # how much text each stands for, aliases written out
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         event = self.peek_event()
-        if name := event.anchor or event.tag:
-            refuse(event, f"{describe(name)}: anchors, aliases and tags are not supported")
+        if tag := getattr(event, "tag", None):
+            refuse(event, f"{describe(tag)}: tags are not supported")
         node = super().compose_node(parent, index)
-        if isinstance(node, yaml.MappingNode):
+        if isinstance(event, yaml.AliasEvent):
+            return node if node in self.sizes else refuse(event, "a value that holds itself")
+        parts = []
+        if isinstance(node, yaml.ScalarNode):
+            check_scalar(node)
+        elif isinstance(node, yaml.MappingNode):
             check_keys([key for key, _ in node.value])
-        elif isinstance(node, yaml.ScalarNode):
-            if node.tag not in TYPES:
-                kind = describe(node.tag.removeprefix(TAG))
-                refuse(node, f"{kind} is not a type of a layout's values; write text in quotes")
-            if len(node.value) > MAX_NUMBER and node.tag != TAG + "str":
-                refuse(node, f"a number of more than {MAX_NUMBER} characters")
-            pairs = node.value.encode("utf-16", "surrogatepass")  # as JSON writes an emoji
-            node.value = pairs.decode("utf-16", "surrogatepass")
+            parts = [part for pair in node.value for part in pair]
+        else:
+            parts = node.value
+        size = 1 + len(node.value) + sum(self.sizes[part] for part in parts)
+        if size > 2 * MAX_BYTES:
+            refuse(node, "too much text, with each alias counted as what it stands for")
+        self.sizes[node] = size
         return node
+
+
+def check_scalar(node: yaml.ScalarNode) -> None:
+    if node.tag not in TYPES:
+        kind = describe(node.tag.removeprefix(TAG))
+        refuse(node, f"{kind} is not a type of a layout's values; write text in quotes")
+    if len(node.value) > MAX_NUMBER and node.tag != TAG + "str":
+        refuse(node, f"a number of more than {MAX_NUMBER} characters")
+    pairs = node.value.encode("utf-16", "surrogatepass")  # as JSON writes an emoji
+    node.value = pairs.decode("utf-16", "surrogatepass")
 
 
 def check_keys(keys: list[yaml.Node]) -> None:
     seen = set()
     for key in keys:
-        if key.tag != TAG + "str" or not re.fullmatch(r"[\w .-]{1,60}", key.value):
-            is_text = isinstance(key, yaml.ScalarNode)
-            refuse(key, f"invalid key {describe(key.value) if is_text else 'that is a list'}")
+        is_word = key.tag == TAG + "str" and re.fullmatch(r"[\w .-]{1,60}", key.value)
+        if not is_word and key.tag != TAG + "merge":
+            name = describe(key.value) if isinstance(key, yaml.ScalarNode) else "that is a list"
+            refuse(key, f"invalid key {name}")
         if key.value in seen:  # YAML would take the last
             refuse(key, f"the key {key.value} is written twice")
         seen.add(key.value)
