@@ -68,7 +68,7 @@ def flag_of(key: str, overrides: dict[str, Any]) -> str | None:
     root, entry, field, rest = re.match(r"(?s)(\w*)(\[\d+\])?\.?(\w*)(.*)", key).groups()
     if root not in overrides or entry and root not in ("loras", "controlnets"):
         return None
-    flag = CONTROL_FLAGS.get(field, "lora") if entry else root
+    flag = {"loras": "lora", "controlnets": CONTROL_FLAGS.get(field, "controlnet")}.get(root, root)
     return f"--{flag.replace('_', '-')}{rest}"
 
 
@@ -90,7 +90,8 @@ def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024, 
             data = {key: value for key, value in metadata.items() if key in known}
             folder = Path()  # metadata hold paths from the working directory
         if isinstance(data, dict):
-            data = {"width": size, "height": size, **data, **overrides}
+            data = {**data, **overrides}
+            data = {**data, **{key: size for key in ("width", "height") if key not in data}}
         mistakes = Mistakes()
         with mistakes:
             check_types(data, Layout, "", mistakes)

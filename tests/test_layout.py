@@ -166,9 +166,7 @@ def test_a_mistake_gets_one_sentence_with_file_key_and_value(write, text, expect
         read_layout(file, {})
     sentence = str(caught.value)
     assert sentence.startswith(f"{file}: ") and sentence.endswith(".") and sentence.isprintable()
-    assert sentence.removeprefix(f"{file}: ").find(expected.replace("{at}", str(file.parent))) in (0, 1) or (
-        expected[0] in ":au" and expected in sentence
-    ), sentence
+    assert expected.replace("{at}", str(file.parent)) in sentence
 
 
 def test_up_to_ten_mistakes_are_found_at_once(write):
@@ -208,8 +206,5 @@ def test_errors_are_worded_once():
     assert str(InputError("steps", 0, "too few", "a.yaml")) == "a.yaml: steps = 0: too few."
     assert str(InputError("--device", "tpu", "unknown").within("a.yaml")) == "--device tpu: unknown."
     assert str(InputError(Path("a.png"), MISSING, "cut\n off").within("a.yaml")) == "a.png: cut off."
-    with (
-        pytest.raises(InputError, match=r"^a.yaml: regions\[0\]: b$".replace("b$", "bad.$")),
-        naming(Path("a.yaml"), {}),
-    ):
-        raise InputError("regions[0]", MISSING, "bad")
+    with pytest.raises(InputError, match="^a.yaml: regions: bad.$"), naming(Path("a.yaml"), {}):
+        raise InputError("regions", MISSING, "bad")
