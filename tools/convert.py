@@ -35,7 +35,7 @@ import yaml
 from msgspec import Meta
 from PIL import Image
 
-from errors import MISSING, InputError, InputErrors
+from errors import MISSING, InputError
 from regional.images import opened, readable
 from regional.layout import SHAPES, Layout, Region, count_of
 from regional.mask import in_polygons, region_mask
@@ -536,7 +536,7 @@ def write(files: Files, args: Args) -> None:
             try:
                 read_layout(made / target.name, {})
             except InputError as error:
-                for one in error.errors if isinstance(error, InputErrors) else [error]:
+                for one in getattr(error, "errors", [error]):
                     one.source = args.source
                     one.problem = one.problem.replace(f"{made}{os.sep}", "")
                 raise
