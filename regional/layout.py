@@ -38,7 +38,7 @@ Text = Annotated[str, Meta(pattern=r"\S")]
 Overlap = Literal["share", "last", "first", "smallest"]
 Mode = Literal[tuple(MODES)]
 Blocks = tuple[Index, ...] | str  # the reader has BLOCKS and colors: limits on text in a union
-Position = float | str  # pixels, or a percentage of the width or height
+Position = int | float | str  # pixels, or a percentage of the width or height
 Box = tuple[Position, Position, Position, Position]
 Polygon = Annotated[tuple[Any, ...], Meta(min_length=1)]  # the reader tells points from lists
 Color = int | str | tuple[int, int, int]  # with lists crash msgspec

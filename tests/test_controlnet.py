@@ -504,7 +504,7 @@ MISTAKES = {
     r"controlnets\[0\].image: missing": {"model": "m"},
     r"controlnets\[0\].image = layouts/none.png: there is no such file": {**CONTROL, "image": "none.png"},
     r"controlnets\[0\].image = layouts/../text.png: not an image": {**CONTROL, "image": "../text.png"},
-    r"controlnets\[0\].model = ./layouts/none: there is no such": {**CONTROL, "model": "none"},
+    r"controlnets\[0\].model = './layouts/none': there is no such": {**CONTROL, "model": "none"},
     r"controlnets\[0\].scal = 1: no such key, did you mean scale": {**CONTROL, "scal": 1},
     r"controlnets\[0\].scale = inf: expected float <= 100": {**CONTROL, "scale": math.inf},
     r"controlnets\[0\].scale = nan: expected float >= -100": {**CONTROL, "scale": math.nan},

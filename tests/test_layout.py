@@ -116,9 +116,9 @@ MISTAKES = [  # YAML, and what its sentence has behind the file's name; {at} is 
     ("prompt: 3", "prompt = 3: expected str, got int ("),
     ("prompt: no", "prompt = False: expected str, got bool (the base prompt; enough for an image without a layout); "
      "write it in quotes."),
-    (region("box: [0, 0, 140, 64]"), "regions[0].box[2] = 140.0: outside the image, expected 0 to 128 pixels."),
-    (region("box: [-1, 0, 40, 64]"), "regions[0].box[0] = -1.0: outside the image"),
-    (region("box: [40, 0, 40, 64]"), "regions[0].box = [40.0, 0.0, 40.0, 64.0]: the box is empty, x0 must be smaller"),
+    (region("box: [0, 0, 140, 64]"), "regions[0].box[2] = 140: outside the image, expected 0 to 128 pixels."),
+    (region("box: [-1, 0, 40, 64]"), "regions[0].box[0] = -1: outside the image"),
+    (region("box: [40, 0, 40, 64]"), "regions[0].box = [40, 0, 40, 64]: the box is empty, x0 must be smaller"),
     (region("box: [0, 0, 64]"), "regions[0].box = [0, 0, 64]: expected array of length 4, got 3 (x0, y0, x1, y1"),
     (region("box: [0, 0, .nan, 64]"), "regions[0].box[2] = nan: outside the image"),
     (region("box: [0, 0, a, 64]"), "regions[0].box[2] = 'a': expected pixels, or a percentage such as 25%."),

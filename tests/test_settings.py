@@ -100,7 +100,7 @@ MISTAKES = {
     "a point outside": (
         "- {prompt: a, polygon: [[0, 0], [9, 9], [65, 0]]}",
         "",
-        "polygon[2] = 65.0: outside the image, expected 0 to 64",
+        "polygon[2] = 65: outside the image, expected 0 to 64",
     ),
     "a share that is none": ("- {prompt: a, box: [0, 0, 9px, 9]}", "", "regions[0].box[2] = '9px': expected pixels"),
     "too much of a share": ("- {prompt: a, box: [0, 0, 101%, 9]}", "", "box[2] = '101%'"),

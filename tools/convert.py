@@ -135,7 +135,7 @@ def chosen(entries: list[Any], names: list[tuple[Any, ...]], image: str | None) 
     """The one that --image names, or the only one."""
     found = [entry for entry, own in zip(entries, names) if image is None or image in map(str, own)]
     if len(found) != 1:
-        raise InputError("--image", image, f"{len(found)} of its {len(entries)} pictures are meant, one is needed")
+        raise InputError("--image", image or MISSING, f"{len(found)} of its {len(entries)} pictures are meant, one is needed")
     return found[0]
 
 
@@ -145,7 +145,7 @@ def size_of(args: Args, *own: int | None) -> Data:
         has = (
             f"has a size of its own, {own[0]} x {own[1]}" if args.size else "has none, --size WIDTH HEIGHT gives it one"
         )
-        raise InputError("--size", args.size, f"the file {has}")
+        raise InputError("--size", args.size or MISSING, f"the file {has}")
     return dict(zip(("width", "height"), checked(list(args.size or own), list[Side], "size")))
 
 

@@ -84,7 +84,7 @@ def plan(
         try:
             return layout_of(answer, width, height)
         except InputError as error:
-            problem = public(re.sub("^the command line: (--)?", "", str(error)))
+            problem = public(re.sub("(?m)^the command line: (--)?", "", str(error)))
         if again:
             say(f"{public(url)}: asking again: {problem}")
         correction = f"This can't be used: {problem} Answer with the whole JSON object, corrected."
