@@ -44,6 +44,7 @@ Polygon = Annotated[tuple[Any, ...], Meta(min_length=1)]  # the reader tells poi
 Color = int | str | tuple[int, int, int]  # with lists crash msgspec
 
 FILE_OR_REPOSITORY = "a path, or a repository, org/name or org/name:file"
+MODE = f"a union's mode, a number or {', '.join(MODES)}"
 RESIDUALS = "published: none of the single blocks' for the base branch, as in the paper's code"
 WHICH_BLOCKS = 'which are masked, in place of the interval: "every 2", "0-18", "0-4, 8" or a list'
 OPEN = "open: all image tokens see each other"
@@ -97,7 +98,7 @@ class Control(Part):
 
     model: Annotated[str, about(FILE_OR_REPOSITORY)]
     image: Annotated[str, about("the image that it follows")]
-    mode: Annotated[Index | Mode | None, about(f"for unions: a number, {', '.join(MODES)}")] = None
+    mode: Annotated[Index | Mode | None, about(MODE)] = None
     scale: Annotated[Scale, about("how strongly it acts")] = 0.7
     start: Annotated[Ratio, about("the fraction of the steps from which it acts")] = 0.0
     end: Annotated[Ratio, about("the fraction of the steps until which it acts")] = 1.0

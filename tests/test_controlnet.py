@@ -515,7 +515,7 @@ MISTAKES = {
     r"controlnets\[0\].region = 1: the layout has 1 region": {**CONTROL, "region": 1},
     r"controlnets\[0\].residuals = 'some': expected all, published": {**CONTROL, "residuals": "some"},
     r"controlnets\[0\].preprocess = 'blur'": {**CONTROL, "preprocess": "blur"},
-    r"controlnets\[0\].mode = 'edges': expected for unions: a number, canny": {**UNION_CONTROL, "mode": "edges"},
+    r"controlnets\[0\].mode = 'edges': expected a union's mode, a number or canny": {**UNION_CONTROL, "mode": "edges"},
     r"controlnets\[0\].mode = -1: expected": {**UNION_CONTROL, "mode": -1},
     r"controlnets\[0\].mode: missing, .*safetensors is a union of 10 modes": UNION_CONTROL,
     r"controlnets\[0\].mode = 10: .*safetensors has 10 modes, counted from 0": {**UNION_CONTROL, "mode": 10},
