@@ -468,7 +468,7 @@ FROM_MISTAKES = {
         "empty",
     ),
     "no size": ("published", without(PUBLISHED, "image_width"), "--size", "the file has none"),
-    "a picture too many": ("coco", COCO, "--image: ", "2 of its 2 pictures"),
+    "a picture too many": ("coco", COCO, "--image: ", "2 of its 2 images"),
     "run-length encoding": (
         "coco --image 7",
         coco(segmentation={"counts": [3], "size": [9, 9]}),
@@ -520,7 +520,7 @@ TO_MISTAKES = {
     **{f"polygons to {form}": (form, POLYGONS, "regions[0]: it has a polygon", f"{form} has only boxes")
        for form in ("published", "forge", "rpg", "layoutsam", "gradio")},
     "no split": ("rpg", OVERLAPPING, "regions: their boxes", "no split"),
-    "a split with a gap": ("rpg", SPLIT.replace("[72, 24, 112, 48]", "[80, 24, 112, 48]"), "regions: their boxes", "no split"),
+    "a split with a gap": ("rpg", SPLIT.replace("[72, 24, 112, 48]", "[80, 24, 112, 48]"), "their boxes", "no split"),
     "a prompt that breaks": ("rpg", SPLIT.replace("a tree", "a BREAK tree"), "prompt = 'BREAK'", "rpg"),
     "no base prompt": ("forge", SPLIT.replace("a town", "''"), "prompt = ''", "first line"),
     "an overlap": ("seg2any", OVERLAPPING, "regions[0]: it overlaps", "each pixel can have one"),

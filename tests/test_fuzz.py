@@ -259,7 +259,7 @@ def png(width: int, height: int, chunks: list[tuple[bytes, bytes]]) -> bytes:
 TEXTS = {  # name: YAML, and what its sentence says, None where it is a layout
     "billion laughs": (laughs("[lol]"), "too much text"),
     "a billion of a long text": (laughs("k" * 1000) + "\nprompt: *j", "too much text"),
-    "a billion in a key": (laughs("[lol]") + "\n? *j\n: x", "invalid key"),
+    "a billion in a key": (laughs("[lol]") + "\n? *j\n: x", "invalid key|too much"),
     "a billion merged keys": (laughs("{x: 1}", "{{<<: [{}]}}"), "too much text"),
     "25 million LoRAs": (
         f"prompt: x\nloras: &l [{'{file: a}, ' * 5000}]\nregions: [&r {{prompt: a, loras: *l}}, {'*r, ' * 5000}]",

@@ -135,7 +135,7 @@ def chosen(entries: list[Any], names: list[tuple[Any, ...]], image: str | None) 
     """The one that --image names, or the only one."""
     found = [entry for entry, own in zip(entries, names) if image is None or image in map(str, own)]
     if len(found) != 1:
-        raise InputError("--image", image or MISSING, f"{len(found)} of its {len(entries)} pictures are meant, one is needed")
+        raise InputError("--image", image or MISSING, f"{len(found)} of its {len(entries)} images match, one is needed")
     return found[0]
 
 
