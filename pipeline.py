@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -31,7 +30,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import weights
-from errors import InputError, say
+from errors import MISSING, InputError, info, warn
 from extensions.attention_maps import AttentionMaps
 from extensions.controlnet import ControlNet
 from extensions.loading import ControlPlan, control_of, load_controls, merges_of, plan_controls, read_loras
@@ -43,9 +42,8 @@ from model.layers import Modulation
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
 from model.transformer import Flux, Modulate
 from regional.attention import portable_attention
-from regional.layout import Layout, RegionLora
+from regional.layout import FLUX_DEV, Layout, RegionLora
 from regional.mask import RegionTokens, region_tokens
-from regional.reader import Where
 from regional.sampling import NO_LORAS, Conditioning, Loras, modulations, sample
 from runtime.choose import (
     ATTENTIONS,
@@ -104,7 +102,7 @@ class Pipeline:
             ("quantize", quantize, QUANTIZE), ("offload", offload, OFFLOAD),
         ):  # fmt: skip
             if value not in choices:
-                raise InputError(f"--{name} {value}: expected one of {', '.join(choices)}.")
+                raise InputError(f"--{name}", value, f"expected one of {', '.join(choices)}")
         self.device = choose_device(device)
         if dtype == "auto":
             dtype = "float32" if self.device.type == "cpu" else "bfloat16"
@@ -115,9 +113,11 @@ class Pipeline:
         self.size = int(weights.metadata_number(self.checkpoint.flux, "sample_size", 1024))  # where a layout has none
         self.fp8, self.compile, self.offload = choose_fp8(quantize, self.checkpoint.flux, self.device), compile, offload
         if compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
-            raise InputError("--compile: torch.compile needs a C++ compiler, and there is none here; leave it out.")
+            raise InputError(
+                "--compile", MISSING, "torch.compile needs a C++ compiler, and there is none; leave it out"
+            )
         if offload == "blocks" and self.device.type == "mps":
-            raise InputError("--offload blocks: Apple's GPUs have the host's memory already; leave it out.")
+            raise InputError("--offload", "blocks", "Apple's GPUs have the host's memory already; leave it out")
         heads = weights.flux_params(self.checkpoint.flux).num_heads
         self.parallel = Ulysses(self.device, heads) if ulysses else None
         self.streamed: dict[str, list[Streamed]] = {}  # by part: what of it is on the device only in turn
@@ -134,10 +134,10 @@ class Pipeline:
         return self.decode(self.latents(prepared, seed))
 
     @torch.inference_mode()
-    def prepare(self, layout: Layout, where: Where = lambda path: path) -> Prepared:
-        """Read and encode what a layout names. `where` names its keys in messages."""
+    def prepare(self, layout: Layout) -> Prepared:
+        """Read and encode what a layout names."""
         layout = with_model_defaults(layout, self.checkpoint.flux)
-        controls = plan_controls(layout, self.checkpoint.flux, where)
+        controls = plan_controls(layout, self.checkpoint.flux)
         loras = read_loras(layout, self.checkpoint, self.loras)
         self.loras |= loras
         lora_picture = control_of(layout)
@@ -145,7 +145,7 @@ class Pipeline:
         in_plain_steps = any(lora.plain_steps for region in layout.regions for lora in region.loras)
         tokens = region_tokens(layout) if regional or in_plain_steps else None
         for warning in tokens.warnings if tokens else ():
-            say(f"warning: {warning}")
+            warn(warning)
         if regional and layout.method == "regional":  # complain before the encoders are loaded
             choose_attention(self.attention, self.device, self.dtype)
         conditioning = self.encode(layout, tokens, layout.method == "rpg", loras)
@@ -177,7 +177,7 @@ class Pipeline:
             masked_attention = choose_attention(self.attention, self.device, self.dtype, self.verbose)
         eager = self.compile and any(region.loras for region in layout.regions)
         if eager:
-            say("regions' own LoRAs: this layout's blocks run uncompiled")
+            info("regions' own LoRAs: this layout's blocks run uncompiled")
         stance = torch.compiler.set_stance("force_eager") if eager else nullcontext()
         with library_attention(flux, layout, conditioning.txt, self.verbose), stance:
             z = sample(
@@ -283,7 +283,7 @@ class Pipeline:
         region_ids = tokenize(tokenizer, regions, layout.region_max_sequence_length) if regions else []
         clip_ids, cut = CLIPTokenizer(checkpoint.clip_tokenizer)([layout.prompt] + regions * vectors)
         if cut[0]:
-            say(f"warning: CLIP reads 77 tokens of the base prompt; it does not see: {cut[0]!r}")
+            warn(f"CLIP reads 77 tokens of the base prompt; it does not see: {cut[0]!r}")
         t5_size = weights.t5_params(checkpoint.t5).vocab_size
         clip_size = weights.clip_params(checkpoint.clip).vocab_size
         for ids in [base_ids, *region_ids]:
@@ -333,13 +333,7 @@ def with_model_defaults(layout: Layout, flux: Source) -> Layout:
     """Fill in what the layout leaves to the model: dev takes 24 steps and 512 text tokens, schnell 4 and 256."""
     steps, length = (24, 512) if weights.flux_params(flux).guidance_embed else (4, 256)
     length = int(weights.metadata_number(flux, "max_sequence_length", length))
-    length = layout.max_sequence_length or length
-    return msgspec.structs.replace(
-        layout,
-        steps=layout.steps or steps,
-        max_sequence_length=length,
-        region_max_sequence_length=layout.region_length(length),
-    )
+    return layout.filled(FLUX_DEV._replace(steps=steps, max_sequence_length=length))
 
 
 # ------------------------------------------------------------------------------------------------ what is encoded
@@ -349,7 +343,7 @@ def tokenize(tokenizer: T5Tokenizer, prompts: list[str], length: int) -> Tensor:
     ids, cut = tokenizer(prompts, length)
     for prompt, rest in zip(prompts, cut):
         if rest:
-            say(f"warning: {length} text tokens do not hold {prompt[:40]!r}...; cut off: {rest!r}")
+            warn(f"{length} text tokens do not hold {prompt[:40]!r}...; cut off: {rest!r}")
     return ids
 
 
@@ -362,6 +356,4 @@ def text_lengths(layout: Layout, checkpoint: weights.Checkpoint) -> list[int]:
 
 def check_vocabulary(highest: Tensor, size: int, tokenizer: Path, encoder: Source) -> None:
     if highest >= size:
-        raise InputError(
-            f"{tokenizer}: its ids go beyond the {size} tokens that {encoder.path} knows; they don't match."
-        )
+        raise InputError(tokenizer, MISSING, f"its ids go beyond the {size} tokens of {encoder.path}; they don't match")

@@ -17,7 +17,7 @@ from errors import InputError
 from extensions.controlnet import ControlNet, Residuals
 from model.attention import Block
 from model.transformer import FluxParams
-from regional.images import read_picture
+from regional.images import read_image
 from regional.layout import Control, Layout
 from regional.mask import region_tokens
 
@@ -37,7 +37,7 @@ class ActiveControl(NamedTuple):
 
 def control_picture(image: str, preprocess: str | None, width: int, height: int) -> tuple[Tensor, list[str]]:
     """The control picture at this size, (1, 3, height, width) in [-1, 1], and warnings."""
-    picture, warnings = read_picture(image), []
+    picture, warnings = read_image(image), []
     if abs(picture.width * height - picture.height * width) > max(width, height):
         size = f"{picture.width} x {picture.height}"
         warnings.append(f"{image}: its {size} pixels are stretched to {width} x {height}, another aspect ratio")
@@ -52,9 +52,8 @@ def canny(pixels: np.ndarray) -> np.ndarray:
     try:
         import cv2
     except ImportError as error:
-        raise InputError(
-            f"preprocess = canny: needs OpenCV, which is missing here ({error}); pip install opencv-python-headless."
-        ) from error
+        problem = f"needs OpenCV, which is missing here ({error}); pip install opencv-python-headless"
+        raise InputError("preprocess", "canny", problem) from error
     edges = cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), 100, 200)
     return np.repeat(edges[:, :, None], 3, axis=2)
 

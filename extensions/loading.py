@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import weights
-from errors import InputError, say
+from errors import MISSING, InputError, warn
 from extensions.control import ActiveControl, control_picture, image_share
 from extensions.controlnet import ControlNet
 from extensions.lora import merge
@@ -17,7 +17,6 @@ from extensions.region_lora import can_be_regional
 from formats.hub import existing, fetch, is_repository, lora_file
 from formats.recognize import Source
 from regional.layout import Control, Layout
-from regional.reader import Where
 from regional.sampling import NO_LORAS, Loras
 from weights import check_loads, controlnet_params, flux_params, pick
 
@@ -44,19 +43,19 @@ def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras = NO
     modules, loras = {part: weights.on_meta(getattr(checkpoint, part)) for part in ("flux", "t5", "clip")}, {}
     for key, entry in named.items():
         known = {**known, **loras}
-        lora = known.get(entry.file) or read_lora(lora_file(entry.file, f"{key} = {entry.file}"), modules)
+        lora = known.get(entry.file) or read_lora(lora_file(entry.file, key), modules)
         if lora.unknown and entry.file not in known:
             count, first = len(lora.unknown), lora.unknown[0]
-            say(f"warning: {lora.path}: {count} of its keys mean nothing for this model and are left out, as {first}")
+            warn(f"{lora.path}: {count} of its keys mean nothing for this model and are left out, as {first}")
         loras[entry.file] = lora
         left = {c.name for c in lora.changes["flux"] if not can_be_regional(c)} | {c.name for c in lora.changes["clip"]}
         if lora.is_control != bool(getattr(entry, "image", None)):
             needs = (
                 "is a control LoRA, for the whole picture, and needs an image" if lora.is_control else "takes no image"
             )
-            raise InputError(f"{key} = {entry.file}: this LoRA {needs}.")
+            raise InputError(key, Path(entry.file), f"this LoRA {needs}")
         if left and key.startswith("regions"):
-            say(f"warning: {key} = {entry.file}: what changes the whole picture is left out: {', '.join(sorted(left))}")
+            warn(f"{key} = {entry.file}: what changes the whole picture is left out: {', '.join(sorted(left))}")
     return loras
 
 
@@ -64,11 +63,11 @@ def control_of(layout: Layout) -> Tensor | None:
     """The control picture of the layout's control LoRA, (1, 3, height, width) in [-1, 1]."""
     images = [lora.image for lora in layout.loras if lora.image]
     if len(images) > 1:
-        raise InputError(f"loras: {' and '.join(images)}: there can be only one control LoRA, with one image.")
+        raise InputError("loras", images, "there can be only one control LoRA, with one image")
     for image in images:
         picture, warnings = control_picture(image, None, layout.width, layout.height)
         for warning in warnings:
-            say(f"warning: {warning}")
+            warn(warning)
         return picture
     return None
 
@@ -82,29 +81,29 @@ def merges_of(layout: Layout, loras: Loras, part: str) -> weights.Merges:
     return {name: partial(merge, changes=own) for name, own in changes.items()}
 
 
-def plan_controls(layout: Layout, flux: Source, where: Where) -> list[ControlPlan]:
+def plan_controls(layout: Layout, flux: Source) -> list[ControlPlan]:
     """The layout's ControlNets, each checked against the transformer and its mode, and their pictures."""
     plans = []
     for i, control in enumerate(layout.controlnets):
-        source = find_controlnet(control.model, f"{where(f'controlnets[{i}].model')} =")
+        source = find_controlnet(control.model, f"controlnets[{i}].model")
         check_base(source, flux)
-        check_mode(control, weights.controlnet_params(source).modes, source, where(f"controlnets[{i}].mode"))
+        check_mode(control, weights.controlnet_params(source).modes, source, f"controlnets[{i}].mode")
         picture, warnings = control_picture(control.image, control.preprocess, layout.width, layout.height)
         if not any(control.acts(step, layout.steps) for step in range(layout.steps)):
             warnings.append(f"{control.model}: no step of {layout.steps} lies within its start and end; it never acts")
         for warning in warnings:
-            say(f"warning: {warning}")
+            warn(warning)
         plans.append(ControlPlan(source, control, picture))
     return plans
 
 
-def check_mode(control: Control, modes: int, source: Source, where: str) -> None:
+def check_mode(control: Control, modes: int, source: Source, key: str) -> None:
     if modes and control.mode is None:
-        raise InputError(f"{where} is missing: {source.path} is a union of {modes} modes, and needs one of them.")
+        raise InputError(key, MISSING, f"missing, {source.path} is a union of {modes} modes and needs one of them")
     if not modes and control.mode is not None:
-        raise InputError(f"{where} = {control.mode}: {source.path} has no modes.")
+        raise InputError(key, control.mode, f"{source.path} has no modes")
     if modes and control.mode_index >= modes:
-        raise InputError(f"{where} = {control.mode}: {source.path} has {modes} modes, counted from 0.")
+        raise InputError(key, control.mode, f"{source.path} has {modes} modes, counted from 0")
 
 
 def load_controls(
@@ -144,4 +143,4 @@ def check_base(controlnet: Source, flux: Source) -> None:
         found, expected = getattr(own, key), getattr(base, key)
         if found != expected:
             sizes = f"its {key} is {found}, that of {flux.path} is {expected}"
-            raise InputError(f"{controlnet.path}: this ControlNet is of the wrong base size: {sizes}.")
+            raise InputError(controlnet.path, MISSING, f"this ControlNet is of the wrong base size: {sizes}")

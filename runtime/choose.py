@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 
-from errors import InputError, say
+from errors import InputError, info, warn
 from formats.recognize import Source
 from model.fp8 import why_not
 from model.transformer import Flux
@@ -39,7 +39,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = next(device for device, there in available.items() if there)
     if not available.get(name.partition(":")[0]):
-        raise InputError(f"--device {name}: this machine, or this build of torch, has no such device.")
+        raise InputError("--device", name, "this machine, or this build of torch, has no such device")
     device = torch.device(name)
     if device.type == "cuda" and device.index is None:  # as it is called where memory is asked for
         device = torch.device("cuda", torch.cuda.current_device())
@@ -52,7 +52,7 @@ def choose_fp8(quantize: str, flux: Source, device: torch.device) -> bool:
     """Is the transformer kept in 8 bits? quantize: none, fp8, or auto: if its file is, and the GPU
     can multiply so. Says why a GPU cannot."""
     if quantize == "fp8" and device.type == "mps":
-        raise InputError("--quantize fp8: Apple's GPUs have no float8; leave it out.")
+        raise InputError("--quantize", "fp8", "Apple's GPUs have no float8; leave it out")
     blocks = [tensor for key, tensor in flux.tensors.items() if re.search(r"blocks\.\d+\..*\.weight$", key)]
     stored = sum(tensor.dtype == "F8_E4M3" for tensor in blocks) > len(blocks) / 2
     wanted = quantize == "fp8" or quantize == "auto" and stored and device.type == "cuda"
@@ -61,7 +61,7 @@ def choose_fp8(quantize: str, flux: Source, device: torch.device) -> bool:
         instead = f"the weights of {flux.path} are upcast when they are loaded"
         if quantize == "fp8":
             instead = "each call upcasts the weights, which saves memory but no time"
-        say(f"warning: {device} does not multiply in fp8 ({problem}): {instead}")
+        warn(f"{device} does not multiply in FP8 ({problem}): {instead}")
     return wanted and (quantize == "fp8" or not problem)
 
 
@@ -74,23 +74,21 @@ def choose_attention(
         try:
             from regional import kernel
         except ImportError as error:
-            problem = f"Triton is missing here ({error}); try --attention portable."
-            raise InputError(f"--attention {name}: {problem}") from error
+            problem = f"Triton is missing here ({error}); try --attention portable"
+            raise InputError("--attention", name, problem) from error
     if name == "auto":
         name = "kernel" if device.type == "cuda" and kernel.runs_on(device) else "portable"
     if verbose:
-        say(f"masked attention: {name}")
+        info(f"masked attention: {name}")
     if name != "kernel":
         return {"portable": portable_attention, "dense": dense_attention}[name]
     if not kernel.runs_on(device) and not (kernel.INTERPRETED and device.type == "cpu" and dtype == torch.float32):
-        raise InputError(
-            "--attention kernel: the kernel needs an NVIDIA GPU from Ampere on; try --attention portable. (In Triton's "
-            "interpreter, TRITON_INTERPRET=1, it runs on the CPU in float32, slowly.)"
-        )
+        problem = "the kernel needs an NVIDIA GPU from Ampere on; try --attention portable (in Triton's interpreter, "
+        problem += "TRITON_INTERPRET=1, it runs on the CPU in float32, slowly)"
+        raise InputError("--attention", "kernel", problem)
     if device.type == "cuda" and (lacking := lacks_for_triton()):
-        problem = f"Triton compiles its launcher with {lacking}, which this machine lacks"
-        instead = "install it, or try --attention portable."
-        raise InputError(f"--attention {asked}: {problem}; {instead}")
+        problem = f"Triton compiles its launcher with {lacking}, which this machine lacks; install it, or try "
+        raise InputError("--attention", asked, problem + "--attention portable")
     return partial(kernel.kernel_attention, dtype=dtype, device=device)
 
 
@@ -110,7 +108,7 @@ def library_attention(flux: Flux, layout: Layout, txt: Tensor, verbose: bool) ->
         heads, length = flux.params.num_heads, txt.shape[1] + layout.width * layout.height // 256
         backends = timed_backends((1, heads, length, flux.params.hidden_size // heads), txt.dtype, txt.device)
     if verbose:
-        say(f"unmasked attention: {', then '.join(backend.name for backend in backends) or 'as torch chooses'}")
+        info(f"unmasked attention: {', then '.join(backend.name for backend in backends) or 'as torch chooses'}")
     return sdpa_kernel([*backends, SDPBackend.MATH], set_priority=True) if backends else nullcontext()
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 import weights
-from errors import say
+from errors import info
 from extensions.loading import find_controlnet
 from formats.recognize import WHAT, Source
 from model.transformer import FluxParams
@@ -63,7 +63,7 @@ def place(
         what = WHAT[source.part]
         where = f"{len(streamed)} of its {len(blocks)} blocks are streamed from host memory"
         where = where if streamed else "its blocks stay on the GPU"
-        say(f"the {what} takes {needed / GB:.1f} GB, {free / GB:.1f} GB are free: {where}")
+        info(f"the {what} takes {needed / GB:.1f} GB, {free / GB:.1f} GB are free: {where}")
     return Placement(streamed, modulation > 0 and needed + modulation > free)
 
 

@@ -398,9 +398,9 @@ def test_a_worker_without_a_picture_is_content(run):
 
 def test_workers_do_not_choose_a_seed_each(run):
     ran = run("--layout", write("a.yaml", seed=None), "--shard", "0/2")
-    assert ran.code == 2 and len(ran.errors) == 1 and "a.yaml: seed is missing" in ran.errors[0]
+    assert ran.code == 2 and len(ran.errors) == 1 and "a.yaml: seed: missing" in ran.errors[0]
     ran = run("--layout", "a.yaml", write("b.yaml"), "--shard", "1/2")
-    assert ran.code == 1 and "a.yaml: seed is missing" in ran.errors[0]
+    assert ran.code == 1 and "a.yaml: seed: missing" in ran.errors[0]
     assert run("--layout", "a.yaml", "--shard", "0/2", "--seed", 1).code == 0
 
 

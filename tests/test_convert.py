@@ -468,7 +468,7 @@ FROM_MISTAKES = {
         "empty",
     ),
     "no size": ("published", without(PUBLISHED, "image_width"), "--size", "the file has none"),
-    "a picture too many": ("coco", COCO, "--image = None", "2 of its 2 pictures"),
+    "a picture too many": ("coco", COCO, "--image: ", "2 of its 2 images"),
     "run-length encoding": (
         "coco --image 7",
         coco(segmentation={"counts": [3], "size": [9, 9]}),
@@ -487,8 +487,8 @@ FROM_MISTAKES = {
     "more parts than prompts": ("rpg", "1,1,1\na BREAK b", "split ratio = '1,1,1'", "3 parts, for 2 prompts"),
     "a command": ("rpg", "1,1\na ADDCOL b", "ADDCOL", "BREAK"),
     "no ratio": ("rpg", "", "split ratio = ''", "numbers"),
-    "more boxes than captions": ("layoutsam", SAM | {"region_captions": "['a']"}, "bbox_list has 2", "for 1"),
-    "no row": ("layoutsam --image 5", [SAM], "--image = 5", "0 of its 1"),
+    "more boxes than captions": ("layoutsam", SAM | {"region_captions": "['a']"}, "bbox_list: it has 2", "for 1"),
+    "no row": ("layoutsam --image 5", [SAM], "--image 5", "0 of its 1"),
     "boxes of words": ("layoutsam", SAM | {"bbox_list": "['a']"}, "bbox_list[0] = 'a'", "array"),
     "a mask that is not there": ("invokeai", INVOKE, "mask = house.png", "no such file"),
     "a box without an end": (
@@ -497,33 +497,33 @@ FROM_MISTAKES = {
         "regions[0] = ",
         "y_max is missing",
     ),
-    "two sizes": ("layoutsam --size 9 9", SAM, "--size = [9, 9]", "128 x 64"),
+    "two sizes": ("layoutsam --size 9 9", SAM, "--size [9, 9]", "128 x 64"),
     "a size of nothing": ("gradio --size 0 9", GRADIO, "size[0] = 0", ">= 1"),
     "no label": ("gradio --size 9 9", {"boxes": [{"xmin": 0}]}, "boxes[0] = {'xmin': 0}", "label is missing"),
     "an empty label": (
         "gradio --size 32 16",
         {"boxes": [GRADIO["boxes"][0] | {"label": ""}]},
         "regions[0].prompt = ''",
-        "needs a prompt",
+        "expected what the region shows",
     ),
     "no map": ("seg2any", SEG2ANY, "in.png", "no such file"),
     "a color that no pixel has": (
         "seg2any --beside map.png",
         SEG2ANY | {"segments_info": [{"color": [1, 2, 3], "text": "a"}]},
-        "regions[0].color = [1, 2, 3]: map = layout.map.png",
+        "regions[0].color = [1, 2, 3]: ",
         "of this color",
     ),
     "a color of two": ("seg2any --beside map.png", SEG2ANY | {"segments_info": [{"color": [1, 2], "text": "a"}]},
         "segments_info[0].color = [1, 2]", "length 3"),
 }  # fmt: skip
 TO_MISTAKES = {
-    **{f"polygons to {form}": (form, POLYGONS, "regions[0] has a polygon", f"{form} has only boxes")
+    **{f"polygons to {form}": (form, POLYGONS, "regions[0]: it has a polygon", f"{form} has only boxes")
        for form in ("published", "forge", "rpg", "layoutsam", "gradio")},
-    "no split": ("rpg", OVERLAPPING, "the boxes", "no split"),
-    "a split with a gap": ("rpg", SPLIT.replace("[72, 24, 112, 48]", "[80, 24, 112, 48]"), "the boxes", "no split"),
-    "a prompt that breaks": ("rpg", SPLIT.replace("a tree", "a BREAK tree"), "BREAK in a prompt", "rpg"),
+    "no split": ("rpg", OVERLAPPING, "regions: their boxes", "no split"),
+    "a split with a gap": ("rpg", SPLIT.replace("[72, 24, 112, 48]", "[80, 24, 112, 48]"), "their boxes", "no split"),
+    "a prompt that breaks": ("rpg", SPLIT.replace("a tree", "a BREAK tree"), "prompt = 'BREAK'", "rpg"),
     "no base prompt": ("forge", SPLIT.replace("a town", "''"), "prompt = ''", "first line"),
-    "an overlap": ("seg2any", OVERLAPPING, "regions[0] overlaps", "one for each pixel"),
+    "an overlap": ("seg2any", OVERLAPPING, "regions[0]: it overlaps", "each pixel can have one"),
     "a region that others hide": (
         "seg2any", OVERLAPPING.replace("[0, 0, 112, 40.5]", "[8, 9, 30, 40]") + "overlap: last", "regions[0]", "under"),
     "a hole": ("coco", f"prompt: x\nwidth: 64\nheight: 64\nregions: [{HOLE}]", "regions[0].polygon", "hole"),
@@ -548,7 +548,8 @@ def test_a_mistake_in_a_form_gets_one_sentence_with_file_key_and_value(form, con
     form, *options = form.split()
     assert main(["--from", form, source, "layout.yaml", *options]) == 2
     sentence = sentence_of(capsys)
-    assert sentence.startswith(f"convert: {source}: ") and names in sentence and says in sentence, sentence
+    starts = tuple(f"convert: {start}" for start in (f"{source}: ", "in.txt: ", "--image", "--size"))
+    assert sentence.startswith(starts) and names in sentence and says in sentence, sentence
 
 
 @pytest.mark.parametrize("form, text, names, says", TO_MISTAKES.values(), ids=TO_MISTAKES)
@@ -571,7 +572,7 @@ def test_polygons_that_cover_each_other_are_read_with_a_warning(capsys):
 def test_nothing_is_overwritten_unasked(capsys):
     put({"in.yaml": SPLIT, "out.txt": "mine", "in": PUBLISHED})
     assert main(["--to", "forge", "in.yaml", "out.json"]) == 2
-    assert "out.txt exists already; --overwrite replaces it." in capsys.readouterr().err
+    assert "out.txt: exists already; --overwrite replaces it." in capsys.readouterr().err
     assert Path("out.txt").read_text() == "mine" and not Path("out.json").exists()
     assert main(["--to", "forge", "in.yaml", "out.json", "--overwrite"]) == 0
     assert Path("out.txt").read_text().startswith("a town\n")

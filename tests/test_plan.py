@@ -192,7 +192,7 @@ def test_an_address_that_is_none_is_not_asked_and_not_shown(ask, url):
 
 def test_the_users_own_mistakes_come_before_any_question(server):
     server.answers = [completion(GOOD)]
-    with pytest.raises(InputError, match="width = 500"):
+    with pytest.raises(InputError, match="--width 500"):
         plan(REQUEST, 500, 256, server.url)
     assert server.asked == []
 
@@ -259,9 +259,9 @@ NONSENSE = {
     "negative": ([region(-1, 0, 10, 10)], "regions[0].box = [-1, 0, 10, 10]: expected"),
     "huge": ([region(0, 0, 10**30, 10)], "regions[0].box = [0, 0, 1000"),
     "fraction": ([region(0, 0, 12.5, 10)], "Expected `int`, got `float` - at `$.regions[0].box.x1`"),
-    "62 regions": ([region(i, 0, i + 1, 9) for i in range(62)], "regions has 62 entries: at most 61 are possible"),
-    "none": ([], "prompt and regions must not be empty"),
-    "no prompt": ([region(0, 0, 9, 9, " ")], "regions[0].prompt = ' ': a region needs a prompt"),
+    "62 regions": ([region(i, 0, i + 1, 9) for i in range(62)], "expected array of length <= 61"),
+    "none": ([], "prompt, regions: they must not be empty"),
+    "no prompt": ([region(0, 0, 9, 9, " ")], "regions[0].prompt = ' ': expected what the region shows"),
     "other keys": ([{**LEFT, "mask": "/etc/passwd"}], "unknown field `mask`"),
 }
 

@@ -1,21 +1,28 @@
 """What a layout costs, in floating-point operations of the transformer."""
 
 from model.transformer import FluxParams
-from regional.layout import Layout
+from regional.layout import FLUX_DEV, Layout
 from regional.mask import RegionTokens, allowed, regional_stages
 
-STEPS, LENGTH = 24, 512  # FLUX.1-dev's, where a layout leaves them to the model
+
+def resolved(layout: Layout, params: FluxParams) -> Layout:
+    """A layout for a transformer of these sizes, by default with FLUX.1-dev's steps and lengths."""
+    depths = {"depth": params.depth, "depth_single_blocks": params.depth_single_blocks}
+    return layout.resolved(FLUX_DEV._replace(**depths))
 
 
 def cost(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[str]:
-    """The expected work of the transformer, beside that of the same picture by plain FLUX.1."""
-    found, start, total = stages(layout, params, tokens), 0, 0
-    plain, lines = found[-1][1], []
+    """The expected work of the transformer for a resolved layout, compared with plain FLUX.1."""
+    found = stages(layout, params, tokens)
+    plain = found[-1][1]
+    lines = []
+    start = total = 0
     for end, flops, what in found:
         if end > start:
             each = f"{amount(flops)} each, {flops / plain:.2f} times a plain step"
             lines.append(f"steps {start + 1} to {end}: {what}, {each}")
-        start, total = end, total + (end - start) * flops
+        total += (end - start) * flops
+        start = end
     more = layout.controlnets or any(region.loras for region in layout.regions)
     note = "; ControlNets and regions' LoRAs come on top" if more else ""
     return [*lines, f"altogether: {amount(total)}, {total / (start * plain):.2f} times plain FLUX.1{note}"]
@@ -27,25 +34,30 @@ def amount(flops: int) -> str:
 
 def stages(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[tuple[int, int, str]]:
     """Where each stage of equal steps ends, the FLOPs of one of its steps, and its name; the plain steps are last."""
-    steps, found = layout.steps or STEPS, []
-    for end, ratio in regional_stages(layout, steps, tokens) if layout.regions else ():
+    found = []
+    what = "composed of the regions' images" if layout.method == "rpg" else "regional"
+    for end, ratio in regional_stages(layout, tokens) if layout.regions else ():
         base = bool(ratio.any())
-        what = "composed of the regions' pictures" if layout.method == "rpg" else "regional"
-        found.append((end, regional_flops(layout, params, tokens, base), what + ("" if base else ", no base branch")))
-    return [*found, (steps, plain_flops(params, layout.max_sequence_length or LENGTH, tokens.cover.shape[1]), "plain")]
+        name = what if base else f"{what}, no base branch"
+        found.append((end, regional_flops(layout, params, tokens, base), name))
+    plain = plain_flops(params, layout.max_sequence_length, tokens.cover.shape[1])
+    return [*found, (layout.steps, plain, "plain")]
 
 
 def regional_flops(layout: Layout, params: FluxParams, tokens: RegionTokens, base: bool) -> int:
     """FLOPs of a regional step, with or without the base branch, if attention costs just what the mask allows."""
-    length, image, regions = layout.max_sequence_length or LENGTH, tokens.cover.shape[1], len(tokens.prompts)
-    own = layout.region_length(length)
+    length = layout.max_sequence_length
+    own = layout.region_max_sequence_length
+    image = tokens.cover.shape[1]
+    regions = len(tokens.prompts)
     if layout.method == "rpg":
         return regions * plain_flops(params, own, image) + base * plain_flops(params, length, image)
     bits, count = tokens.bits(own).unique(return_counts=True)
     masked = int((allowed(bits[:, None], bits) * count * count[:, None]).sum())
-    blocks = [("double", i) for i in range(params.depth)] + [("single", i) for i in range(params.depth_single_blocks)]
-    pairs = sum(masked if layout.is_masked(*block) else (own * regions + image) ** 2 for block in blocks)
-    pairs += base * len(blocks) * (length + image) ** 2
+    blocks = params.depth + params.depth_single_blocks
+    masked_blocks = len(layout.double_blocks) + len(layout.single_blocks)
+    pairs = masked_blocks * masked + (blocks - masked_blocks) * (own * regions + image) ** 2
+    pairs += base * blocks * (length + image) ** 2
     streams = 1 + (base and layout.base_stream == "separate")
     return forward_flops(params, own * regions + base * length, image, pairs, streams)
 

@@ -10,14 +10,14 @@ from msgspec.structs import replace
 from PIL import Image, ImageDraw, ImageFont
 
 import weights
-from errors import InputError, say
+from errors import InputError, print_error, warn
 from formats.hub import is_repository
 from model.transformer import FluxParams
 from pipeline import text_lengths, with_model_defaults
 from regional.layout import Layout, Region
 from regional.mask import BACKGROUND_BIT, RegionTokens, region_tokens, token_grid
 from regional.reader import read_layout
-from tools.cost import LENGTH, cost
+from tools.cost import cost, resolved
 from tools.jobs import flags_of, layout_files
 from tools.metadata import SUFFIXES, check_writable, made_of, write
 from tools.sheets import fitting
@@ -194,12 +194,14 @@ def details(layout: Layout, tokens: RegionTokens, i: int) -> str:
 def report(layout: Layout, params: FluxParams, text_lengths: list[int] | None = None) -> tuple[str, list[str]]:
     """What the regions hold and what a picture will cost, as a text, and what may not be as it was meant, each in one
     sentence. text_lengths: tokens of the base prompt and of each prompt of region_tokens, where they are known."""
-    tokens, length = grid_tokens(layout), layout.max_sequence_length or LENGTH
+    layout = resolved(layout, params)
+    tokens = grid_tokens(layout)
     names, prompts, keys = ["base"], [layout.prompt], ["prompt"]
     if layout.regions:
         names, prompts = names + names_of(tokens), prompts + tokens.prompts
         keys += [f"regions[{name}].prompt" if name.isdigit() else "background_prompt" for name in names[1:]]
-    limits = [length] + [layout.region_length(length)] * (len(names) - 1)
+    limits = [layout.max_sequence_length]
+    limits += [layout.region_max_sequence_length] * (len(names) - 1)
     known = text_lengths or [None] * len(names)
     cover = torch.cat([torch.ones(1, tokens.cover.shape[1]), tokens.cover])
     lines = [f"{'region':<12}{'tokens':>7}{'picture':>9}{'text':>13}   prompt"]
@@ -239,14 +241,14 @@ def look(args: argparse.Namespace) -> int:
     checkpoint = None if is_repository(args.model) else weights.find(args.model, args.flux, args.t5, args.clip, args.ae)
     params = weights.flux_params(checkpoint.flux) if checkpoint else FluxParams()
     size = int(weights.metadata_number(checkpoint.flux, "sample_size", 1024)) if checkpoint else 1024
+    image = args.config_from_metadata
+    metadata = made_of(image) if image else None
     valid, layouts = True, []
-    for file in layout_files(args):
+    for file in [image] if image else layout_files(args):
         try:
-            layout = read_layout(
-                file, flags_of(args), size, made_of(args.config_from_metadata) if args.config_from_metadata else None
-            )
+            layout = read_layout(file, flags_of(args), size, metadata)
         except InputError as error:
-            say(f"generate.py: {error}")
+            print_error(error)
             valid = False
             continue
         layouts.append((file, layout))
@@ -255,12 +257,12 @@ def look(args: argparse.Namespace) -> int:
             text, warnings = report(layout, params, text_lengths(layout, checkpoint) if checkpoint else None)
             print(f"{file or 'the command line'}: valid", text, sep="\n")
             for warning in warnings:
-                say(f"warning: {warning}")
+                warn(warning)
     if args.preview:
         for file, layout in layouts:
             output = args.preview.with_stem(f"{args.preview.stem}_{file.stem}") if len(layouts) > 1 else args.preview
             if output.suffix.lower() not in SUFFIXES:
-                raise InputError(f"--preview {output}: the suffix must be one of {', '.join(SUFFIXES)}.")
+                raise InputError("--preview", output, f"the suffix must be one of {', '.join(SUFFIXES)}")
             check_writable(output, args.overwrite)
             write(output, preview(layout).save)
             print(output)
