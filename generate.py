@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from errors import InputError, say
+from errors import MISSING, InputError, info, print_error
 from extensions.attention_maps import save_maps
 from formats.hub import is_repository
 from pipeline import Pipeline, Prepared
@@ -174,7 +174,7 @@ class Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        say("generate.py: stopping after this step")
+        info("generate.py: stopping after this step")
 
     def check(self) -> None:
         if self.asked_anywhere(self.asked):
@@ -185,7 +185,7 @@ class Stop:
         if self.steps == 1:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            say(f"the first step ended {time.perf_counter() - STARTED:.1f} s after the start")
+            info(f"the first step ended {time.perf_counter() - STARTED:.1f} s after the start")
         self.check()
 
 
@@ -198,18 +198,18 @@ def main(argv: list[str] | None = None) -> int:
             return run(args, stop)
     except InputError as error:
         if not (args.parallel and os.environ.get("RANK", "0") != "0"):  # the first process says it for all
-            say(f"generate.py: {error}")
+            print_error(error)
         return 2
     except OSError as error:
-        say(f"generate.py: {error}")
+        info(f"generate.py: {error}")
         return 1
     except torch.OutOfMemoryError as error:
         instead = {"--offload blocks": args.offload != "blocks", "--quantize fp8": args.quantize != "fp8"}
         tips = " or ".join(flag for flag, is_new in instead.items() if is_new) or "a smaller picture"
-        say(f"generate.py: out of memory: {' '.join(str(error).split())} Try {tips}.")
+        info(f"generate.py: out of memory: {' '.join(str(error).split())} Try {tips}.")
         return 1
     except KeyboardInterrupt:
-        say("generate.py: interrupted")
+        info("generate.py: interrupted")
         return 130
 
 
@@ -246,10 +246,10 @@ def draw(pipeline: Pipeline, args: argparse.Namespace, stop: Stop) -> int:
     jobs = plan_jobs(args, pipeline.size, failures)
     index, count = shard_of(args)
     if count > 1:
-        say(f"worker {index} of {count}: {len(jobs)} pictures")
-    say(f"seed {', '.join(str(seed) for seed in dict.fromkeys(job.seed for job in jobs))}")
+        info(f"worker {index} of {count}: {len(jobs)} pictures")
+    info(f"seed {', '.join(str(seed) for seed in dict.fromkeys(job.seed for job in jobs))}")
     if pipeline.checkpoint.name == "pocket":
-        say("the built-in pocket model draws; for FLUX.1-dev add --model black-forest-labs/FLUX.1-dev, or its folder")
+        info("the built-in pocket model draws; for FLUX.1-dev add --model black-forest-labs/FLUX.1-dev, or its folder")
     by_layout = [list(group) for _, group in itertools.groupby(jobs, lambda job: id(job.layout))]
     for groups in (by_layout[i : i + CHUNK] for i in range(0, len(by_layout), CHUNK)):
         prepared = []
@@ -291,7 +291,7 @@ def make(
     if maps and maps.steps:
         save_maps(maps, args.attention_maps / job.output.stem, image, prepared.tokens.prompts, made_by)
     elif maps:
-        say(f"{job.output}: no step of it is regional, so it has no attention maps")
+        info(f"{job.output}: no step of it is regional, so it has no attention maps")
 
 
 def take_run_from(made_by: dict[str, Any], args: argparse.Namespace) -> None:
@@ -310,7 +310,7 @@ def take_run_from(made_by: dict[str, Any], args: argparse.Namespace) -> None:
             value = str(made_by.get(key, "auto")).removeprefix("torch.")
             if value not in ("auto", *choices):
                 expected = f"expected one of {', '.join(choices)}"
-                raise InputError(f"{args.config_from_metadata}: {key} = {value!r}: {expected}.")
+                raise InputError(args.config_from_metadata, MISSING, f"{key} = {value!r}: {expected}")
             setattr(args, key, value)
 
 

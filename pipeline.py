@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import weights
-from errors import InputError, say
+from errors import MISSING, InputError, info, warn
 from extensions.attention_maps import AttentionMaps
 from extensions.controlnet import ControlNet
 from extensions.loading import ControlPlan, control_of, load_controls, merges_of, plan_controls, read_loras
@@ -104,7 +104,7 @@ class Pipeline:
             ("quantize", quantize, QUANTIZE), ("offload", offload, OFFLOAD),
         ):  # fmt: skip
             if value not in choices:
-                raise InputError(f"--{name} {value}: expected one of {', '.join(choices)}.")
+                raise InputError(f"--{name}", value, f"expected one of {', '.join(choices)}")
         self.device = choose_device(device)
         if dtype == "auto":
             dtype = "float32" if self.device.type == "cpu" else "bfloat16"
@@ -113,9 +113,11 @@ class Pipeline:
         self.size = int(weights.metadata_number(self.checkpoint.flux, "sample_size", 1024))  # where a layout has none
         self.fp8, self.compile, self.offload = choose_fp8(quantize, self.checkpoint.flux, self.device), compile, offload
         if compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
-            raise InputError("--compile: torch.compile needs a C++ compiler, and there is none here; leave it out.")
+            raise InputError(
+                "--compile", MISSING, "torch.compile needs a C++ compiler, and there is none; leave it out"
+            )
         if offload == "blocks" and self.device.type == "mps":
-            raise InputError("--offload blocks: Apple's GPUs have the host's memory already; leave it out.")
+            raise InputError("--offload", "blocks", "Apple's GPUs have the host's memory already; leave it out")
         heads = weights.flux_params(self.checkpoint.flux).num_heads
         self.parallel = Ulysses(self.device, heads) if ulysses else None
         self.streamed: dict[str, list[Streamed]] = {}  # by part: what of it is on the device only in turn
@@ -143,7 +145,7 @@ class Pipeline:
         in_plain_steps = any(lora.plain_steps for region in layout.regions for lora in region.loras)
         tokens = region_tokens(layout) if regional or in_plain_steps else None
         for warning in tokens.warnings if tokens else ():
-            say(f"warning: {warning}")
+            warn(warning)
         if regional and layout.method == "regional":  # complain before the encoders are loaded
             choose_attention(self.attention, self.device, self.dtype)
         conditioning = self.encode(layout, tokens, layout.method == "rpg", loras)
@@ -175,7 +177,7 @@ class Pipeline:
             masked_attention = choose_attention(self.attention, self.device, self.dtype, self.verbose)
         eager = self.compile and any(region.loras for region in layout.regions)
         if eager:
-            say("regions' own LoRAs: this layout's blocks run uncompiled")
+            info("regions' own LoRAs: this layout's blocks run uncompiled")
         stance = torch.compiler.set_stance("force_eager") if eager else nullcontext()
         with library_attention(flux, layout, conditioning.txt, self.verbose), stance:
             z = sample(
@@ -280,7 +282,7 @@ class Pipeline:
         region_ids = tokenize(tokenizer, regions, layout.region_max_sequence_length) if regions else []
         clip_ids, cut = CLIPTokenizer(checkpoint.clip_tokenizer)([layout.prompt] + regions * vectors)
         if cut[0]:
-            say(f"warning: CLIP reads 77 tokens of the base prompt; it does not see: {cut[0]!r}")
+            warn(f"CLIP reads 77 tokens of the base prompt; it does not see: {cut[0]!r}")
         t5_size = weights.t5_params(checkpoint.t5).vocab_size
         clip_size = weights.clip_params(checkpoint.clip).vocab_size
         for ids in [base_ids, *region_ids]:
@@ -346,7 +348,7 @@ def tokenize(tokenizer: T5Tokenizer, prompts: list[str], length: int) -> Tensor:
     ids, cut = tokenizer(prompts, length)
     for prompt, rest in zip(prompts, cut):
         if rest:
-            say(f"warning: {length} text tokens do not hold {prompt[:40]!r}...; cut off: {rest!r}")
+            warn(f"{length} text tokens do not hold {prompt[:40]!r}...; cut off: {rest!r}")
     return ids
 
 
@@ -359,6 +361,4 @@ def text_lengths(layout: Layout, checkpoint: weights.Checkpoint) -> list[int]:
 
 def check_vocabulary(highest: Tensor, size: int, tokenizer: Path, encoder: Source) -> None:
     if highest >= size:
-        raise InputError(
-            f"{tokenizer}: its ids go beyond the {size} tokens that {encoder.path} knows; they don't match."
-        )
+        raise InputError(tokenizer, MISSING, f"its ids go beyond the {size} tokens of {encoder.path}; they don't match")

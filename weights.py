@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errors import InputError
+from errors import MISSING, InputError
 from extensions.controlnet import ControlNet, ControlNetParams
 from formats.gguf import QUANTISED, dequantized
 from formats.hub import Name, existing, fetch, is_repository
@@ -69,12 +69,13 @@ def stacked_shape(rows: list[Rows], tensors: Tensors) -> tuple[int, ...]:
 def present(source: Source, key: str, expected: str) -> Stored:
     if key in source.tensors:
         return source.tensors[key]
-    raise InputError(f"{source.path}: {source.prefix}{key} is missing, expected with {expected}; {rest(source)}.")
+    raise InputError(source.path, MISSING, f"{source.prefix}{key} is missing, expected with {expected}; {rest(source)}")
 
 
 def misshapen(source: Source, key: str, expected: str) -> InputError:
     tensor = source.tensors[key]
-    return InputError(f"{tensor.file}: {tensor.key} has shape {tensor.shape}, expected {expected}; {rest(source)}.")
+    problem = f"{tensor.key} has shape {tensor.shape}, expected {expected}"
+    return InputError(tensor.file, MISSING, f"{problem}; {rest(source)}")
 
 
 def rest(source: Source) -> str:
@@ -139,7 +140,7 @@ def number(source: Source, where: str, values: dict, key: str, default: float) -
             return float(value)
     except (TypeError, ValueError):
         pass
-    raise InputError(f"{source.path}: {where} says {key} = {value!r}, which can't be; download it again.")
+    raise InputError(source.path, MISSING, f"{where} says {key} = {value!r}, which can't be; download it again")
 
 
 def t5_params(source: Source) -> T5Params:
@@ -163,7 +164,7 @@ def clip_params(source: Source) -> CLIPParams:
     vocab_size, hidden = shape_of(source, "text_model.embeddings.token_embedding.weight")
     heads = int(config_number(source, "num_attention_heads", max(hidden // 64, 1)))
     if heads == 0 or hidden % heads:
-        raise InputError(f"{source.path}: config.json's {heads} heads do not divide the hidden size {hidden}.")
+        raise InputError(source.path, MISSING, f"config.json's {heads} heads do not divide the hidden size {hidden}")
     return CLIPParams(
         vocab_size=vocab_size,
         hidden_size=hidden,
@@ -181,7 +182,9 @@ def ae_params(source: Source) -> AutoEncoderParams:
     ch = shape_of(source, "encoder.conv_in.weight", dims=4)[0]
     groups = int(config_number(source, "norm_num_groups", AutoEncoderParams.norm_groups))
     if not levels or groups == 0 or any(c == 0 or c % ch or c % groups for c in (ch, *channels)):
-        raise InputError(f"{source.path}: channels {ch}, {channels} do not fit {groups} norm groups; {rest(source)}.")
+        raise InputError(
+            source.path, MISSING, f"channels {ch}, {channels} do not fit {groups} norm groups; {rest(source)}"
+        )
     return AutoEncoderParams(
         ch=ch,
         ch_mult=tuple(c // ch for c in channels),
@@ -330,7 +333,8 @@ def check(shapes: dict[str, torch.Size], source: Source) -> dict[str, list[Rows]
     for name, rows in recipe.items():
         for tensor in [present(source, row.key, f"shape {tuple(shapes[name])}") for row in rows]:
             if tensor.dtype not in FLOATS | FP8 and not tensor.dtype.startswith(QUANTISED):
-                raise InputError(f"{tensor.file}: {tensor.key} is stored as {tensor.dtype}, which is not supported.")
+                problem = f"{tensor.key} is stored as {tensor.dtype}, which is not supported"
+                raise InputError(tensor.file, MISSING, problem)
         found = stacked_shape(rows, source.tensors)
         if found + (1,) * (len(shapes[name]) - len(found)) != shapes[name]:  # 1 x 1 convolutions also come as matrices
             raise misshapen(source, rows[-1].key, f"{tuple(shapes[name])} for {name}")
@@ -338,7 +342,7 @@ def check(shapes: dict[str, torch.Size], source: Source) -> dict[str, list[Rows]
     for key, tensor in source.tensors.items():
         if key not in used and not re.match(IGNORED[source.part], key):
             what = "a scale of an unknown kind" if "scale" in leaf(key) else "a key that does not belong"
-            raise InputError(f"{tensor.file}: {tensor.key}, of shape {tensor.shape}, is {what}; {rest(source)}.")
+            raise InputError(tensor.file, MISSING, f"{tensor.key}, of shape {tensor.shape}, is {what}; {rest(source)}")
     return recipe
 
 
@@ -421,7 +425,7 @@ def model_place(model: str, parts: list[str]) -> Path:
     """The folder (or all-in-one file) that --model names; of a repository, `parts` are downloaded unless cached."""
     if model == "pocket":
         if not POCKET.is_dir():
-            raise InputError(f"--model pocket: the built-in model is not in {POCKET}; name another with --model.")
+            raise InputError("--model", "pocket", f"the built-in model is not in {POCKET}; name another with --model")
         return POCKET
     if is_repository(model):
         instead = "download it elsewhere and use --model /path"
@@ -439,14 +443,14 @@ def pick(part: str, flag: str, place: Path) -> Source:
         found = [source for pile in piles if (source := recognise(pile, part))]
         if len(found) > 1:
             both = f"{found[0].path.name} and {found[1].path.name}"
-            raise InputError(f"{flag} {place}: {both} could each be the {WHAT[part]}; choose one with --{part}.")
+            raise InputError(flag, place, f"{both} could each be the {WHAT[part]}; choose one with --{part}")
         if found:
             return found[0]
         seen += [f"{pile.path.name} is {describe(pile, part)}" for pile in piles]
     others = sorted(place.iterdir()) if place.is_dir() else []
     seen += [f"{path.name} is not safetensors" for path in others if path.suffix in PICKLES]
     found = "; ".join(seen) or "no safetensors or GGUF file"
-    raise InputError(f"{flag} {place}: no {WHAT[part]} in it: {found}; name one with --{part}.")
+    raise InputError(flag, place, f"no {WHAT[part]} in it: {found}; name one with --{part}")
 
 
 def check_widths(flux: Source, t5: Source, clip: Source, ae: Source) -> None:
@@ -458,10 +462,8 @@ def check_widths(flux: Source, t5: Source, clip: Source, ae: Source) -> None:
         (clip, clip_params(clip).hidden_size, sizes.vec_in_dim),
     ):
         if width != expected:
-            raise InputError(
-                f"{source.path}: this {WHAT[source.part]} is {width} wide, but {flux.path} expects {expected}; "
-                f"name one that fits with --{source.part}."
-            )
+            problem = f"this {WHAT[source.part]} is {width} wide, but {flux.path} expects {expected}"
+            raise InputError(source.path, MISSING, f"{problem}; name one that fits with --{source.part}")
 
 
 def clip_tokenizer(clip: Source, place: Path | None) -> Path:

@@ -52,9 +52,8 @@ def canny(pixels: np.ndarray) -> np.ndarray:
     try:
         import cv2
     except ImportError as error:
-        raise InputError(
-            f"preprocess = canny: needs OpenCV, which is missing here ({error}); pip install opencv-python-headless."
-        ) from error
+        problem = f"needs OpenCV, which is missing here ({error}); pip install opencv-python-headless"
+        raise InputError("preprocess", "canny", problem) from error
     edges = cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), 100, 200)
     return np.repeat(edges[:, :, None], 3, axis=2)
 

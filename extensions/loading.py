@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import weights
-from errors import InputError, say
+from errors import MISSING, InputError, warn
 from extensions.control import ActiveControl, control_picture, image_share
 from extensions.controlnet import ControlNet
 from extensions.lora import merge
@@ -47,16 +47,16 @@ def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras = NO
         lora = known.get(entry.file) or read_lora(lora_file(entry.file, f"{key} = {entry.file}"), modules)
         if lora.unknown and entry.file not in known:
             count, first = len(lora.unknown), lora.unknown[0]
-            say(f"warning: {lora.path}: {count} of its keys mean nothing for this model and are left out, as {first}")
+            warn(f"{lora.path}: {count} of its keys mean nothing for this model and are left out, as {first}")
         loras[entry.file] = lora
         left = {c.name for c in lora.changes["flux"] if not can_be_regional(c)} | {c.name for c in lora.changes["clip"]}
         if lora.is_control != bool(getattr(entry, "image", None)):
             needs = (
                 "is a control LoRA, for the whole picture, and needs an image" if lora.is_control else "takes no image"
             )
-            raise InputError(f"{key} = {entry.file}: this LoRA {needs}.")
+            raise InputError(key, entry.file, f"this LoRA {needs}")
         if left and key.startswith("regions"):
-            say(f"warning: {key} = {entry.file}: what changes the whole picture is left out: {', '.join(sorted(left))}")
+            warn(f"{key} = {entry.file}: what changes the whole picture is left out: {', '.join(sorted(left))}")
     return loras
 
 
@@ -64,11 +64,11 @@ def control_of(layout: Layout) -> Tensor | None:
     """The control picture of the layout's control LoRA, (1, 3, height, width) in [-1, 1]."""
     images = [lora.image for lora in layout.loras if lora.image]
     if len(images) > 1:
-        raise InputError(f"loras: {' and '.join(images)}: there can be only one control LoRA, with one image.")
+        raise InputError("loras", images, "there can be only one control LoRA, with one image")
     for image in images:
         picture, warnings = control_picture(image, None, layout.width, layout.height)
         for warning in warnings:
-            say(f"warning: {warning}")
+            warn(warning)
         return picture
     return None
 
@@ -93,18 +93,18 @@ def plan_controls(layout: Layout, flux: Source, where: Where) -> list[ControlPla
         if not any(control.acts(step, layout.steps) for step in range(layout.steps)):
             warnings.append(f"{control.model}: no step of {layout.steps} lies within its start and end; it never acts")
         for warning in warnings:
-            say(f"warning: {warning}")
+            warn(warning)
         plans.append(ControlPlan(source, control, picture))
     return plans
 
 
 def check_mode(control: Control, modes: int, source: Source, where: str) -> None:
     if modes and control.mode is None:
-        raise InputError(f"{where} is missing: {source.path} is a union of {modes} modes, and needs one of them.")
+        raise InputError(where, MISSING, f"is missing, {source.path} is a union of {modes} modes and needs one of them")
     if not modes and control.mode is not None:
-        raise InputError(f"{where} = {control.mode}: {source.path} has no modes.")
+        raise InputError(where, control.mode, f"{source.path} has no modes")
     if modes and control.mode_index >= modes:
-        raise InputError(f"{where} = {control.mode}: {source.path} has {modes} modes, counted from 0.")
+        raise InputError(where, control.mode, f"{source.path} has {modes} modes, counted from 0")
 
 
 def load_controls(
@@ -144,4 +144,4 @@ def check_base(controlnet: Source, flux: Source) -> None:
         found, expected = getattr(own, key), getattr(base, key)
         if found != expected:
             sizes = f"its {key} is {found}, that of {flux.path} is {expected}"
-            raise InputError(f"{controlnet.path}: this ControlNet is of the wrong base size: {sizes}.")
+            raise InputError(controlnet.path, MISSING, f"this ControlNet is of the wrong base size: {sizes}")

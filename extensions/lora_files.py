@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from errors import InputError
+from errors import MISSING, InputError
 from extensions.lora import Change, Full, Kronecker, Lora, LowRank, Term
 from formats.key_names import flux_from_diffusers
 from formats.safetensors import FLOATS, FP8, Pile, Stored, parse, read, read_header
@@ -102,7 +102,7 @@ def read_lora(path: Path, modules: dict[str, nn.Module]) -> Lora:
     names, groups, unknown = spellings(modules), {}, []
     for key, tensor in pile.tensors.items():
         if tensor.dtype not in FLOATS | FP8:
-            raise InputError(f"{path}: {key} is stored as {tensor.dtype}, which is not supported.")
+            raise InputError(path, MISSING, f"{key} is stored as {tensor.dtype}, which is not supported")
         module, kind = take_apart(key)
         target = names.get(PREFIX.sub("", flat(module), count=1))
         if target:
@@ -111,7 +111,7 @@ def read_lora(path: Path, modules: dict[str, nn.Module]) -> Lora:
             unknown.append(key)
     if not groups:
         first = next(iter(pile.tensors), None)
-        raise InputError(f"{path}: no LoRA for this model: none of its keys is known (the first is {first}).")
+        raise InputError(path, MISSING, f"no LoRA for this model: none of its keys is known (the first is {first})")
     changes = {part: [] for part in modules}
     for (target, module), kinds in groups.items():
         layer = modules[target.part].get_submodule(target.layer)
@@ -136,7 +136,7 @@ def metadata_scale(pile: Pile, module: str, kinds: dict[str, Stored]) -> float:
         alpha = next((a for end, a in patterns.items() if f".{name}".endswith(f".{end}")), own["lora_alpha"])
         return float(alpha) / (rank**0.5 if own.get("use_rslora") else rank)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{pile.path}: the settings in its header can't be read ({error}).") from error
+        raise InputError(pile.path, MISSING, f"the settings in its header can't be read ({error})") from error
 
 
 def changes_of(target: Target, layer: nn.Module, kinds: dict[str, Stored], scale: float) -> list[Change]:
@@ -232,7 +232,7 @@ def hadamard(kinds: dict[str, Stored], rows: int, columns: int, alpha: float) ->
 def pair(kinds: dict[str, Stored], first: str, second: str) -> tuple[Stored, Stored]:
     if first not in kinds or second not in kinds:
         there = next(iter(kinds.values()))
-        raise InputError(f"{there.file}: {there.key} has no counterpart; the LoRA is incomplete, download it again.")
+        raise InputError(there.file, MISSING, f"{there.key} has no counterpart; download the LoRA again")
     return kinds[first], kinds[second]
 
 
@@ -248,7 +248,5 @@ def check(tensor: Stored, shape: tuple[int, ...]) -> None:
 
 
 def misfit(tensor: Stored, expected: str) -> InputError:
-    return InputError(
-        f"{tensor.file}: {tensor.key} has shape {tensor.shape}, expected {expected}; the LoRA was made for another "
-        "model, or is damaged."
-    )
+    problem = f"{tensor.key} has shape {tensor.shape}, expected {expected}"
+    return InputError(tensor.file, MISSING, f"{problem}; the LoRA was made for another model, or is damaged")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errors import InputError
+from errors import MISSING, InputError
 
 MAGIC = b"GGUF"
 
@@ -55,10 +55,10 @@ def read_gguf(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         header = Header(path, data)
         version, tensors, pairs = (header.number(form) for form in (U32, U64, U64))
         if version not in VERSIONS:
-            raise InputError(f"{path}: GGUF of version {version}, expected 2 or 3, little-endian.")
+            raise InputError(path, MISSING, f"GGUF of version {version}, expected 2 or 3, little-endian")
         metadata = header.table(pairs, header.value)
         if metadata.get("split.count") not in (None, 0, 1):
-            raise InputError(f"{path}: one of several parts of a GGUF file; join them by `llama-gguf-split --merge`.")
+            raise InputError(path, MISSING, "one of several parts of a GGUF; join them by `llama-gguf-split --merge`")
         infos = header.table(tensors, header.tensor)
         alignment = metadata.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
@@ -75,7 +75,7 @@ class Header:
         self.path, self.data, self.at = path, data, len(MAGIC)
 
     def damaged(self, what: str) -> InputError:
-        return InputError(f"{self.path}: {what}; download it again.")
+        return InputError(self.path, MISSING, f"{what}; download it again")
 
     def require(self, count: int) -> None:
         if self.at + count > min(len(self.data), MAX_HEADER):
@@ -139,7 +139,7 @@ def entry(header: Header, begin: int, key: str, shape: tuple[int, ...], kind: in
     try:
         kind = gguf.GGMLQuantizationType(kind)
     except ValueError as error:
-        raise InputError(f"{header.path}: {key} is of GGUF's type {kind}, which is not supported.") from error
+        raise InputError(header.path, MISSING, f"{key} is of GGUF's type {kind}, which is not supported") from error
     numbers, size = gguf.GGML_QUANT_SIZES[kind]
     if 0 in shape or math.prod(shape[-1:]) % numbers:
         raise header.damaged(f"{key} has shape {shape}, expected rows of a multiple of {numbers} in {kind.name}")

@@ -25,7 +25,7 @@ from huggingface_hub.file_download import DryRunFileInfo, http_get, repo_folder_
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, disable_progress_bars
 from tqdm import tqdm
 
-from errors import InputError
+from errors import MISSING, InputError
 
 
 def fetch(repo: str, choices: list[list[str]], purpose: str, instead: str) -> Path:
@@ -46,9 +46,9 @@ def fetch(repo: str, choices: list[list[str]], purpose: str, instead: str) -> Pa
                 download(repo, [file for file in files if file.will_download], purpose, instead)
                 return Path(snapshot(repo, patterns))
     except (HttpxError, OSError, ValueError) as error:
-        raise InputError(f"{purpose}: {hub_reason(repo, error)}, or {instead}.") from error
+        raise InputError(purpose, MISSING, f"{hub_reason(repo, error)}, or {instead}") from error
     wanted = ", nor ".join(" ".join(must) for must in needed)
-    raise InputError(f"{purpose}: the repository has not all of {wanted}; {instead}.")
+    raise InputError(purpose, MISSING, f"the repository has not all of {wanted}; {instead}")
 
 
 def cached(repo: str, patterns: list[str]) -> Path | None:
@@ -81,7 +81,7 @@ def download(repo: str, files: list[DryRunFileInfo], purpose: str, instead: str)
     amount = f"{len(files)} file{'s' * (len(files) > 1)}, {tqdm.format_sizeof(missing, 'B')}"
     if missing > free:
         room = f"{tqdm.format_sizeof(free, 'B')} are free in {cache}; make room, set HF_HUB_CACHE to another disk"
-        raise InputError(f"{purpose}: {amount}, are still to be downloaded, but only {room}, or {instead}.")
+        raise InputError(purpose, MISSING, f"{amount}, are still to be downloaded, but only {room}, or {instead}")
     print(f"{repo}: downloading {amount}, to {cache}", file=sys.stderr, flush=True)
     for path, file in large.items():
         complete(repo, file, path)
@@ -148,7 +148,7 @@ def existing(flag: str, path: str | Path) -> Path:
             if flag == "--model"
             else "a safetensors or GGUF file, or its folder"
         )
-        raise InputError(f"{flag} {path}: there is no such file or folder; expected {others}.")
+        raise InputError(flag, path, f"there is no such file or folder; expected {others}")
     return place
 
 
@@ -166,13 +166,11 @@ def lora_file(name: str, where: str) -> Path:
     elif is_repository(repo):
         folder = fetch(repo, [[file or "*.safetensors"]], where, "download it elsewhere and give its path")
     else:
-        raise InputError(
-            f"{where}: there is no such file; expected a safetensors file or a repository (org/name:file)."
-        )
+        raise InputError(where, MISSING, "there is no such file; expected a safetensors file or org/name:file")
     files = sorted(folder.glob(file or "*.safetensors"))
     if len(files) != 1:
         names = ", ".join(f.name for f in files) or "none"
-        raise InputError(f"{where}: expected one safetensors file there, found {names}; name one of them.")
+        raise InputError(where, MISSING, f"expected one safetensors file there, found {names}; name one of them")
     return files[0]
 
 

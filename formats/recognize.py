@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from errors import InputError
+from errors import MISSING, InputError
 from formats.key_names import NAMINGS, Naming
 from formats.safetensors import FLOATS, FP8, Pile, Stored, Tensors, parse, read_bytes
 
@@ -118,7 +118,7 @@ def attach_scales(path: Path, tensors: Tensors, metadata: dict[str, str]) -> Ten
     for key, form in (layers | formats).items():
         kind = form.get("format") if isinstance(form, dict) else form
         if kind not in ("float8_e4m3fn", "float8_e5m2"):
-            raise InputError(f"{path}: {key} says the format {kind}; only float8 is supported.")
+            raise InputError(path, MISSING, f"{key} says the format {kind}; only float8 is supported")
     notes = ("comfy_quant", "scaled_fp8", "scale_input", "input_scale")
     kept = {key: tensor for key, tensor in tensors.items() if leaf(key) not in notes}
     for key in [key for key in kept if leaf(key) in ("scale_weight", "weight_scale")]:
@@ -137,4 +137,4 @@ def check_scale(scale: Stored, weight: Stored) -> Stored:
     if scale.dtype in FLOATS and scale.shape in ((), (1,), rows, (*rows, 1)):
         return scale
     found = f"{scale.key} is {scale.dtype} of shape {scale.shape}"
-    raise InputError(f"{scale.file}: {found}, expected one float, or one for each row of {weight.shape}.")
+    raise InputError(scale.file, MISSING, f"{found}, expected one float, or one for each row of {weight.shape}")

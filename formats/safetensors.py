@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from errors import InputError
+from errors import MISSING, InputError
 from formats.gguf import MAGIC, QUANTISED, read_gguf
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -67,7 +67,7 @@ def parse(path: Path, text: bytes) -> dict:
     try:
         return dict(json.loads(text))
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: damaged, expected a JSON object ({error}); download it again.") from error
+        raise InputError(path, MISSING, f"damaged, expected a JSON object ({error}); download it again") from error
 
 
 def read_header(path: Path) -> Pile:
@@ -82,31 +82,31 @@ def read_header(path: Path) -> Pile:
             length = int.from_bytes(start, "little")
             text = file.read(min(length, MAX_HEADER))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
+        raise InputError(path, MISSING, f"cannot be read ({error.strerror})") from error
     refuse_other_formats(path, start + text[:64])
     if len(text) < length:
-        raise InputError(f"{path}: cut off inside the header, after {size:,} bytes; download it again.")
+        raise InputError(path, MISSING, f"cut off inside the header, after {size:,} bytes; download it again")
     header = parse(path, text)
     metadata = header.pop("__metadata__", None)
     metadata = metadata if isinstance(metadata, dict) else {}
     try:
         tensors = {key: stored(path, key, entry, 8 + length) for key, entry in header.items()}
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: the safetensors header is damaged; download the file again.") from error
+        raise InputError(path, MISSING, "the safetensors header is damaged; download the file again") from error
     end = max((tensor.stop for tensor in tensors.values()), default=0)
     if size < end:
-        raise InputError(f"{path}: cut off, only {size:,} of {end:,} bytes are there; download it again.")
+        raise InputError(path, MISSING, f"cut off, only {size:,} of {end:,} bytes are there; download it again")
     return Pile(path, tensors, metadata)
 
 
 def refuse_other_formats(path: Path, start: bytes) -> None:
     """InputError unless a file begins like safetensors: a length that is possible, and a brace."""
     if start.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` in its folder.")
+        raise InputError(path, MISSING, "a git-lfs pointer, not the file itself; run `git lfs pull` in its folder")
     if start.startswith(PICKLE_STARTS) or path.suffix in PICKLES:
-        raise InputError(f"{path}: pickled checkpoints can run code and are never read; use a safetensors file.")
+        raise InputError(path, MISSING, "pickled checkpoints can run code and are never read; use a safetensors file")
     if len(start) < 8 or int.from_bytes(start[:8], "little") > MAX_HEADER or start[8:9] not in (b"{", b""):
-        raise InputError(f"{path}: not a safetensors file, nor GGUF; it begins with {start[:16]!r}.")
+        raise InputError(path, MISSING, f"not a safetensors file, nor GGUF; it begins with {start[:16]!r}")
 
 
 def stored(path: Path, key: str, entry: dict, data: int) -> Stored:
@@ -130,7 +130,7 @@ def read_shards(index: Path) -> Pile:
     pile = Pile(index, {}, {})
     for shard in shards_of(index):
         if not shard.is_file():
-            raise InputError(f"{index}: the shard {shard.name} is missing beside it; download the folder again.")
+            raise InputError(index, MISSING, f"the shard {shard.name} is missing beside it; download the folder again")
         part = read_header(shard)
         pile.tensors.update(part.tensors)
         pile.metadata.update(part.metadata)
@@ -146,7 +146,7 @@ def piles_in(place: Path) -> list[Pile]:
     files -= {shard for index in indexes for shard in shards_of(index)}
     for file in sorted(files):
         if re.search(r"-\d{5}-of-\d{5}\.", file.name):
-            raise InputError(f"{file}: a shard without its *.safetensors.index.json; download the folder again.")
+            raise InputError(file, MISSING, "a shard without its *.safetensors.index.json; download the folder again")
     files |= {*place.glob("*.gguf")}
     return [read_shards(index) for index in indexes] + [read_header(file) for file in sorted(files)]
 

@@ -11,7 +11,7 @@ import torch
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from errors import InputError
+from errors import MISSING, InputError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 T = TypeVar("T")
@@ -30,7 +30,7 @@ class CLIPTokenizer:
         vocab_file, merges_file = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
         vocab = _parse(vocab_file, json.loads)
         if not isinstance(vocab, dict) or START not in vocab or END not in vocab:
-            raise InputError(f"{vocab_file} is not CLIP's vocabulary: it lacks {START} or {END}.")
+            raise InputError(vocab_file, MISSING, f"not CLIP's vocabulary, it lacks {START} or {END}")
         self.start, self.end = vocab[START], vocab[END]
         tokenizer = tokenizers.Tokenizer(_parse(merges_file, lambda data: _bpe(vocab, data)))
         one_blank = normalizers.Replace(Regex(r"\s+"), " ")
@@ -65,7 +65,7 @@ class T5Tokenizer:
             pieces = _parse(path, lambda data: sentencepiece.SentencePieceProcessor(model_proto=data))
             self.encode, ids = _with_decoding(pieces), [pieces.eos_id(), pieces.pad_id()]
         if None in ids or -1 in ids:
-            raise InputError(f"{path} is not T5's vocabulary: it lacks </s> or <pad>.")
+            raise InputError(path, MISSING, "not T5's vocabulary, it lacks </s> or <pad>")
         self.end, self.pad = ids
 
     def __call__(self, prompts: list[str], length: int) -> tuple[Tensor, list[str]]:
@@ -78,14 +78,14 @@ def _parse(path: Path, parse: Callable[[bytes], T]) -> T:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise InputError(f"The tokenizer file {path} can't be read: {error.strerror}.") from error
+        raise InputError(path, MISSING, f"this tokenizer file can't be read ({error.strerror})") from error
     if not data.strip():
-        raise InputError(f"The tokenizer file {path} is empty.")
+        raise InputError(path, MISSING, "this tokenizer file is empty")
     try:
         return parse(data)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
-        raise InputError(f"The tokenizer file {path} is damaged: {reason}.") from error
+        raise InputError(path, MISSING, f"this tokenizer file is damaged: {reason}") from error
 
 
 def _bpe(vocab: dict[str, int], merges: bytes) -> models.BPE:

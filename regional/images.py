@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageChops, ImageOps
 
-from errors import InputError, shown
+from errors import InputError
 
 MAX_PICTURE = 25_000_000  # pixels of a mask or map; reading so many takes up to 500 MB (WebP)
 
@@ -36,9 +36,9 @@ def readable(read: Callable[[str], Any], file: str, where: str) -> Any:
     try:
         return read(file)
     except FileNotFoundError:
-        raise InputError(f"{where} = {shown(file)}: there is no such file.") from None
+        raise InputError(where, Path(file), "there is no such file") from None
     except Exception as error:  # of broken files Pillow raises almost any: TypeError, SyntaxError, struct.error ...
-        raise InputError(f"{where} = {shown(file)}: not a picture that can be read ({shown(error)}).") from None
+        raise InputError(where, Path(file), f"not a picture that can be read ({error})") from None
 
 
 quiet = partial(warnings.catch_warnings, action="ignore")  # what matters of Pillow's warnings is an error here

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from msgspec import Struct
 
-from errors import InputError, describe, is_broken, shown
+from errors import MISSING, InputError, describe, is_broken, shown
 from regional.images import check_file, read_color, read_mask, read_picture, readable
 from regional.layout import MAX_REGIONS, MODES, PRESETS, SHAPES, SHARE, Control, Layout, Region
 
@@ -62,7 +62,7 @@ def read_layout(
     if carried is not None:
         written = {key: value for key, value in carried.items() if key in Layout.__struct_fields__}
     if not isinstance(written, dict):
-        raise InputError(f"{shown(file)}: expected a mapping of keys to values, found {describe(written)}.")
+        raise InputError(file, MISSING, f"expected a mapping of keys to values, found {describe(written)}")
     data = {"width": size, "height": size, **written, **overrides}
     name, where = shown(file or "the command line"), naming(file, overrides)
     layout = convert(data, where, name)
@@ -100,7 +100,7 @@ def in_pixels(region: Region, layout: Layout, where: str) -> Region:
         if isinstance(value, str) and re.fullmatch(SHARE, value):
             return float(Fraction(value[:-1]) * side / 100)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e9:
-            raise InputError(f"{where}.{key} = {describe(value)}: expected pixels, or a share such as 25%.")
+            raise InputError(f"{where}.{key}", value, "expected pixels, or a share such as 25%")
         return float(value)
 
     sides = (layout.width, layout.height)
@@ -126,9 +126,7 @@ def polygons_of(polygon: Any, where: str) -> list[Any]:
     polygons = [polygon] if all(map(is_point, polygon)) else polygon
     for points in polygons:
         if not isinstance(points, (list, tuple)) or len(points) < 3 or not all(map(is_point, points)):
-            raise InputError(
-                f"{where} = {describe(list(polygon))}: expected at least three points [x, y], or lists of them."
-            )
+            raise InputError(where, list(polygon), "expected at least three points [x, y], or lists of them")
     return polygons
 
 
@@ -137,7 +135,7 @@ def beside(folder: Path, name: str) -> str:
     path = folder / name
     exists = os.path.exists(path)  # False also for names that no file can have
     if is_broken(name) or exists and not (path.is_file() or path.is_dir()):
-        raise InputError(f"{shown(path)}: it is neither a file nor a folder.")
+        raise InputError(path, MISSING, "it is neither a file nor a folder")
     if exists:
         return str(path)
     if re.fullmatch(REPOSITORY, name):
@@ -162,13 +160,13 @@ def read_yaml(file: Path) -> Any:
         check_node(node, {})
         return loader.construct_document(node)
     except FileNotFoundError:
-        raise InputError(f"{shown(file)}: there is no such layout file.") from None
+        raise InputError(file, MISSING, "there is no such layout file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{shown(file)}: cannot be read as a text file ({shown(error)}).") from None
+        raise InputError(file, MISSING, f"cannot be read as a text file ({shown(error)})") from None
     except yaml.YAMLError as error:
-        raise InputError(f"{shown(file)}: {yaml_problem(error)}.") from None
+        raise InputError(file, MISSING, yaml_problem(error)) from None
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:  # values such as !!int ""
-        raise InputError(f"{shown(file)}: a value that YAML can't read ({shown(error)}).") from None
+        raise InputError(file, MISSING, f"a value that YAML can't read ({shown(error)})") from None
 
 
 def check_node(node: yaml.Node, sizes: dict[int, int]) -> int:
@@ -229,18 +227,18 @@ def convert(data: dict, where: Where, name: str) -> Layout:
         message, _, path = str(error).rpartition(" - at `$")
         message, path = (message, path) if message else (path, "")  # nothing is said of the root
     except UnicodeEncodeError as error:
-        raise InputError(f"{name}: {describe(error.object)}: half of a surrogate pair is no text.") from None
+        raise InputError(name, MISSING, f"{describe(error.object)}: half of a surrogate pair is no text") from None
     path = path.rstrip("`").lstrip(".")
     if field := re.search(r"(?s)unknown field `(.*)`", message):
         known = struct_at(path)
-        value = describe(value_at(data, path)[field[1]])
+        value = value_at(data, path)[field[1]]
         key = f"{path}.{field[1]}" if path else field[1]
-        raise InputError(f"{where(shown(key))} = {value}: no such key{hint(field[1], known)}.")
+        raise InputError(where(shown(key)), value, f"no such key{hint(field[1], known)}")
     if field := re.search(r"missing required field `(.*)`", message):
-        raise InputError(f"{name}: {path + '.' if path else ''}{field[1]} is missing.")
+        raise InputError(name, MISSING, f"{path + '.' if path else ''}{field[1]} is missing")
     value, message = value_at(data, path), shown(message[0].lower() + message[1:].replace("`", ""))
     quote = "; write it in quotes" if "expected str" in message and isinstance(value, (bool, int, float)) else ""
-    raise InputError(f"{where(path)} = {describe(value)}: {message}{quote}.")
+    raise InputError(where(path), value, f"{message}{quote}")
 
 
 def struct_at(path: str) -> type[Struct]:
@@ -268,22 +266,27 @@ def check(layout: Layout, where: Where) -> None:
     for key in ("width", "height"):
         if (value := getattr(layout, key)) % 16:
             low = value // 16 * 16
-            raise InputError(f"{where(key)} = {value}: not a multiple of 16, the nearest are {low} and {low + 16}.")
+            raise InputError(where(key), value, f"not a multiple of 16, the nearest are {low} and {low + 16}")
     check_steps(layout.mask_inject_steps, where("mask_inject_steps"))
     for key in ("double_blocks", "single_blocks"):
         try:
             layout.is_masked(key.removesuffix("_blocks"), 0)
         except ValueError as error:
             expected = 'expected "every 2", "0-18", "0-4, 8" or a list of indices'
-            raise InputError(f"{where(key)} = {describe(str(error))}: {expected}.") from None
+            raise InputError(where(key), str(error), expected) from None
     length = layout.region_max_sequence_length
     if isinstance(length, str) and not (re.fullmatch(SHARE, length) and 0 < float(length[:-1]) <= 100):
-        name = f"{where('region_max_sequence_length')} = {describe(length)}"
-        raise InputError(f"{name}: expected a count, or a share of max_sequence_length such as 25%.")
+        raise InputError(
+            where("region_max_sequence_length"),
+            length,
+            "expected a count, or a share of max_sequence_length such as 25%",
+        )
     for key in ("prompt", "background_prompt"):
         check_text(getattr(layout, key), where(key))
     if len(layout.regions) > MAX_REGIONS:
-        raise InputError(f"{where('regions')} has {len(layout.regions)} entries: at most {MAX_REGIONS} are possible.")
+        raise InputError(
+            where("regions"), MISSING, f"has {len(layout.regions)} entries; at most {MAX_REGIONS} are possible"
+        )
     if layout.map:
         readable(read_picture, layout.map, where("map"))
     for i, region in enumerate(layout.regions):
@@ -298,24 +301,24 @@ def check(layout: Layout, where: Where) -> None:
 def check_steps(value: int | str, where: str) -> None:
     if isinstance(value, str):
         if not re.fullmatch(SHARE, value) or float(value[:-1]) > 100:
-            raise InputError(f"{where} = {describe(value)}: expected a count, or a share such as 40%.")
+            raise InputError(where, value, "expected a count, or a share such as 40%")
     elif value < 0:
-        raise InputError(f"{where} = {value}: expected a count of steps from 0 on.")
+        raise InputError(where, value, "expected a count of steps from 0 on")
 
 
 def check_text(text: str, where: str) -> None:
     if is_broken(text):
-        raise InputError(f"{where} = {describe(text)}: half of a surrogate pair is no text.")
+        raise InputError(where, text, "half of a surrogate pair is no text")
 
 
 def check_region(region: Region, layout: Layout, where: str) -> None:
     if not region.prompt.strip():
-        raise InputError(f"{where}.prompt = {describe(region.prompt)}: a region needs a prompt.")
+        raise InputError(f"{where}.prompt", region.prompt, "a region needs a prompt")
     check_text(region.prompt, f"{where}.prompt")
     shapes = [key for key in SHAPES if getattr(region, key) is not None]
     if len(shapes) != 1:
         has = " and ".join(shapes) or "no shape"
-        raise InputError(f"{where} has {has}: a region needs exactly one of {', '.join(SHAPES)}.")
+        raise InputError(where, MISSING, f"has {has}; a region needs exactly one of {', '.join(SHAPES)}")
     if region.mask_inject_steps is not None:
         check_steps(region.mask_inject_steps, f"{where}.mask_inject_steps")
     if region.box:
@@ -331,17 +334,17 @@ def check_region(region: Region, layout: Layout, where: str) -> None:
 def check_polygon(polygons: Any, layout: Layout, where: str) -> None:
     for x, y in (point for points in polygons for point in points):
         if not (0 <= x <= layout.width and 0 <= y <= layout.height):
-            raise InputError(f"{where} has the point [{x:g}, {y:g}], outside {layout.width} x {layout.height}.")
+            raise InputError(where, MISSING, f"has the point [{x:g}, {y:g}], outside {layout.width} x {layout.height}")
 
 
 def check_color(color: Any, layout: Layout, where: str) -> None:
     if layout.map is None:
-        raise InputError(f"{where} = {describe(color)}: a color needs the layout's map, a picture, and there is none.")
+        raise InputError(where, color, "a color needs the layout's map, a picture, and there is none")
     shown = describe(list(color) if isinstance(color, tuple) else color)
     is_text = isinstance(color, str) and re.fullmatch("#[0-9a-fA-F]{6}", color)
     is_index = isinstance(color, int) and 0 <= color < 2**24
     if not (is_text or is_index or isinstance(color, tuple) and all(0 <= value <= 255 for value in color)):
-        raise InputError(f'{where} = {shown}: expected "#rrggbb", [r, g, b] from 0 to 255, or an index.')
+        raise InputError(where, color, 'expected "#rrggbb", [r, g, b] from 0 to 255, or an index')
     read = partial(read_color, color=color)
     check_mask(layout.map, layout, f"{where} = {shown}: map", read, "of this color")
 
@@ -354,22 +357,20 @@ def check_box(box: tuple[float, ...], layout: Layout, where: str) -> None:
         ("x1", x1, layout.width, "width"), ("y1", y1, layout.height, "height"),
     ):  # fmt: skip
         if not 0 <= value <= end:
-            raise InputError(f"{where} = {numbers}: {name} = {value:g} lies outside {side} {end}.")
+            raise InputError(where, numbers, f"{name} = {value:g} lies outside {side} {end}")
     for low, high, axis in ((x0, x1, "x"), (y0, y1, "y")):
         if low >= high:
-            raise InputError(f"{where} = {numbers}: the box is empty, {axis}0 must be smaller than {axis}1.")
+            raise InputError(where, numbers, f"the box is empty, {axis}0 must be smaller than {axis}1")
 
 
 def check_control(control: Control, layout: Layout, where: Where) -> None:
     if control.start >= control.end:
-        raise InputError(f"{where('start')} = {control.start:g}: not before its end, {control.end:g}.")
+        raise InputError(where("start"), control.start, f"not before its end, {control.end:g}")
     if isinstance(control.mode, str) and control.mode not in MODES:
-        raise InputError(
-            f"{where('mode')} = {describe(control.mode)}: expected a number, or one of {', '.join(MODES)}."
-        )
+        raise InputError(where("mode"), control.mode, f"expected a number, or one of {', '.join(MODES)}")
     if control.region is not None and control.region >= len(layout.regions):
         count = len(layout.regions)
-        raise InputError(f"{where('region')} = {control.region}: the layout has {count} regions, counted from 0.")
+        raise InputError(where("region"), control.region, f"the layout has {count} regions, counted from 0")
     readable(read_picture, control.image, where("image"))
 
 
@@ -378,8 +379,7 @@ def check_mask(mask: str, layout: Layout, where: str, read: Callable[[str], np.n
     height, width = inside.shape
     if abs(width * layout.height - height * layout.width) > max(layout.width, layout.height):
         raise InputError(
-            f"{where} = {shown(mask)}: its {width} x {height} pixels have not the aspect ratio of "
-            f"{layout.width} x {layout.height}."
+            where, Path(mask), f"aspect ratio {width} x {height} does not match {layout.width} x {layout.height}"
         )
     if not inside.any():
-        raise InputError(f"{where} = {shown(mask)}: nothing in it is {what}.")
+        raise InputError(where, Path(mask), f"nothing in it is {what}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 
-from errors import InputError, say
+from errors import InputError, info
 from formats.recognize import Source
 from model.fp8 import can_multiply
 from model.transformer import Flux
@@ -35,7 +35,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = next(device for device, there in available.items() if there)
     if not available.get(name.partition(":")[0]):
-        raise InputError(f"--device {name}: this machine, or this build of torch, has no such device.")
+        raise InputError("--device", name, "this machine, or this build of torch, has no such device")
     device = torch.device(name)
     if device.type == "cuda" and device.index is None:  # as it is called where memory is asked for
         device = torch.device("cuda", torch.cuda.current_device())
@@ -48,7 +48,7 @@ def choose_fp8(quantize: str, flux: Source, device: torch.device) -> bool:
     """Is the transformer kept in 8 bits? quantize: none, fp8, or auto: if its file is and the card can multiply so."""
     if quantize != "auto":
         if quantize == "fp8" and device.type == "mps":
-            raise InputError("--quantize fp8: Apple's GPUs have no float8; leave it out.")
+            raise InputError("--quantize", "fp8", "Apple's GPUs have no float8; leave it out")
         return quantize == "fp8"
     blocks = [tensor for key, tensor in flux.tensors.items() if re.search(r"blocks\.\d+\..*\.weight$", key)]
     stored = sum(tensor.dtype == "F8_E4M3" for tensor in blocks) > len(blocks) / 2
@@ -63,19 +63,18 @@ def choose_attention(
         try:
             from regional import kernel
         except ImportError as error:
-            problem = f"Triton is missing here ({error}); try --attention portable."
-            raise InputError(f"--attention {name}: {problem}") from error
+            problem = f"Triton is missing here ({error}); try --attention portable"
+            raise InputError("--attention", name, problem) from error
     if name == "auto":
         name = "kernel" if device.type == "cuda" and kernel.runs_on(device) else "portable"
     if verbose:
-        say(f"masked attention: {name}")
+        info(f"masked attention: {name}")
     if name != "kernel":
         return {"portable": portable_attention, "dense": dense_attention}[name]
     if not kernel.runs_on(device) and not (kernel.INTERPRETED and device.type == "cpu" and dtype == torch.float32):
-        raise InputError(
-            "--attention kernel: the kernel needs an NVIDIA GPU from Ampere on; try --attention portable. (In Triton's "
-            "interpreter, TRITON_INTERPRET=1, it runs on the CPU in float32, slowly.)"
-        )
+        problem = "the kernel needs an NVIDIA GPU from Ampere on; try --attention portable (in Triton's interpreter, "
+        problem += "TRITON_INTERPRET=1, it runs on the CPU in float32, slowly)"
+        raise InputError("--attention", "kernel", problem)
     return partial(kernel.kernel_attention, dtype=dtype, device=device)
 
 
@@ -86,7 +85,7 @@ def library_attention(flux: Flux, layout: Layout, txt: Tensor, verbose: bool) ->
         heads, length = flux.params.num_heads, txt.shape[1] + layout.width * layout.height // 256
         backends = timed_backends((1, heads, length, flux.params.hidden_size // heads), txt.dtype, txt.device)
     if verbose:
-        say(f"unmasked attention: {', then '.join(backend.name for backend in backends) or 'as torch chooses'}")
+        info(f"unmasked attention: {', then '.join(backend.name for backend in backends) or 'as torch chooses'}")
     return sdpa_kernel([*backends, SDPBackend.MATH], set_priority=True) if backends else nullcontext()
 
 

@@ -3,7 +3,7 @@
 import torch
 
 import weights
-from errors import say
+from errors import info
 from extensions.loading import find_controlnet
 from formats.recognize import WHAT, Source
 from model.transformer import FluxParams
@@ -34,7 +34,7 @@ def stays_on_host(
     free, what = free_memory(device), WHAT[source.part]
     streamed = needed > free
     where = "are streamed from host memory (--offload blocks)" if streamed else "stay on the card"
-    say(f"the {what} takes {needed / GB:.1f} GB, {free / GB:.1f} GB are free: its blocks {where}")
+    info(f"the {what} takes {needed / GB:.1f} GB, {free / GB:.1f} GB are free: its blocks {where}")
     return streamed
 
 

@@ -20,10 +20,11 @@ class Ulysses:
 
     def __init__(self, device: torch.device, heads: int):
         if not dist.is_torchelastic_launched():
-            raise InputError("--parallel ulysses: start it by torchrun --nproc-per-node N generate.py ...")
+            raise InputError("--parallel", "ulysses", "start it by torchrun --nproc-per-node N generate.py")
         size = int(os.environ["WORLD_SIZE"])
         if heads % size:
-            raise InputError(f"--parallel ulysses: the model's {heads} heads can't be shared out to {size} processes.")
+            problem = f"the model's {heads} heads can't be shared out to {size} processes"
+            raise InputError("--parallel", "ulysses", problem)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         self.rank, self.size = dist.get_rank(), size
@@ -36,7 +37,8 @@ class Ulysses:
     def part(self, x: Tensor, dim: int = 1) -> Tensor:
         """This process's part of the tokens along `dim`."""
         if x.shape[dim] < self.size:
-            raise InputError(f"--parallel ulysses: {x.shape[dim]} tokens can't be shared out to {self.size} processes.")
+            problem = f"{x.shape[dim]} tokens can't be shared out to {self.size} processes"
+            raise InputError("--parallel", "ulysses", problem)
         return x.split(self.counts(x.shape[dim]), dim)[self.rank]
 
     def whole(self, x: Tensor, length: int) -> Tensor:

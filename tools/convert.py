@@ -35,7 +35,7 @@ import yaml
 from msgspec import Meta
 from PIL import Image
 
-from errors import InputError, describe
+from errors import MISSING, InputError, InputErrors
 from regional.images import opened, readable
 from regional.layout import SHAPES, Layout, Region, count_of
 from regional.mask import in_polygons, region_mask
@@ -93,7 +93,7 @@ def read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a text file ({error}).") from None
+        raise InputError(path, MISSING, f"cannot be read as a text file ({error})") from None
 
 
 def loaded(path: Any, where: str) -> Image.Image:
@@ -109,17 +109,17 @@ def parsed(text: Any) -> Any:
             return parse(text.strip())
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             pass
-    raise InputError(f"{describe(text)} is neither JSON nor a Python literal.")
+    raise InputError("the text", text, "neither JSON nor a Python literal")
 
 
 def checked(value: Any, kind: Any, where: str) -> Any:
     try:
         return msgspec.convert(value, kind, strict=False)
     except UnicodeEncodeError:
-        raise InputError(f"{where} = {describe(value)}: half of a surrogate pair is no text.") from None
+        raise InputError(where, value, "half of a surrogate pair is no text") from None
     except msgspec.ValidationError as error:
         message, _, path = str(error).replace("`", "").partition(" - at $")
-    raise InputError(f"{where}{path} = {describe(value_at(value, path))}: {message[0].lower()}{message[1:]}.")
+    raise InputError(f"{where}{path}", value_at(value, path), f"{message[0].lower()}{message[1:]}")
 
 
 def take(data: Any, where: str, **kinds: Any) -> list[Any]:
@@ -127,7 +127,7 @@ def take(data: Any, where: str, **kinds: Any) -> list[Any]:
     data = checked(data, Data, where or "the file")
     for key, kind in kinds.items():
         if key not in data and type(None) not in get_args(kind):
-            raise InputError(f"{where or 'the file'} = {describe(data)}: {key} is missing.")
+            raise InputError(where or "the file", data, f"{key} is missing")
     return [checked(data.get(key), kind, f"{where}.{key}".lstrip(".")) for key, kind in kinds.items()]
 
 
@@ -135,7 +135,7 @@ def chosen(entries: list[Any], names: list[tuple[Any, ...]], image: str | None) 
     """The one that --image names, or the only one."""
     found = [entry for entry, own in zip(entries, names) if image is None or image in map(str, own)]
     if len(found) != 1:
-        raise InputError(f"--image = {image}: {len(found)} of its {len(entries)} pictures are meant, one is needed.")
+        raise InputError("--image", image, f"{len(found)} of its {len(entries)} pictures are meant, one is needed")
     return found[0]
 
 
@@ -145,7 +145,7 @@ def size_of(args: Args, *own: int | None) -> Data:
         has = (
             f"has a size of its own, {own[0]} x {own[1]}" if args.size else "has none, --size WIDTH HEIGHT gives it one"
         )
-        raise InputError(f"--size = {args.size}: the file {has}.")
+        raise InputError("--size", args.size, f"the file {has}")
     return dict(zip(("width", "height"), checked(list(args.size or own), list[Side], "size")))
 
 
@@ -190,7 +190,7 @@ def from_coco(text: str, args: Args) -> Data:
         for where, part in parts.items():
             category = take(part, where, category_id=int)[0]
             if category not in names:
-                raise InputError(f"{where}.category_id = {category}: there is no such category.")
+                raise InputError(f"{where}.category_id", category, "there is no such category")
             shape = coco_shape(part, where, layout, args) if part is entry else {"color": take(part, where, id=int)[0]}
             layout["regions"].append({"prompt": names[category], **shape})
     return layout
@@ -202,9 +202,9 @@ def coco_shape(part: Data, where: str, layout: Data, args: Args) -> Data:
         x, y, w, h = take(part, where, bbox=Box)[0]
         return {"box": [x, y, x + w, y + h]}
     if isinstance(outline, dict):
-        raise InputError(f"{where}.segmentation is run-length encoded, which is not read; --boxes takes the boxes.")
+        raise InputError(f"{where}.segmentation", MISSING, "run-length encoding is not read; --boxes takes the boxes")
     if not all(len(numbers) >= 6 and len(numbers) % 2 == 0 for numbers in outline):
-        raise InputError(f"{where}.segmentation = {describe(outline)}: expected lists of x1, y1, x2, y2, x3, y3 ...")
+        raise InputError(f"{where}.segmentation", outline, "expected lists of x1, y1, x2, y2, x3, y3 and so on")
     polygons = [[list(point) for point in zip(numbers[::2], numbers[1::2])] for numbers in outline]
     if overlapping(polygons, layout["width"], layout["height"]):
         say(f"{where}: its polygons overlap; in a layout what two of them cover is outside")
@@ -222,7 +222,7 @@ def from_forge(text: str, args: Args) -> Data:
     path = args.beside or args.source.with_suffix(".txt")
     lines = [line.strip() for line in read(path).splitlines() if line.strip()]
     if len(lines) != len(rows):
-        raise InputError(f"mapping has {len(rows)} rows, for {len(lines)} lines of prompts in {path}.")
+        raise InputError("mapping", MISSING, f"it has {len(rows)} rows, for {len(lines)} lines of prompts in {path}")
     layout = {"prompt": "", **(size_of(args, None) if args.size else {}), "regions": []}
     if rows and rows[0][:4] == (0, 1, 0, 1):
         layout["prompt"], weight = lines.pop(0), rows.pop(0)[4]
@@ -239,9 +239,9 @@ def from_rpg(text: str, args: Args) -> Data:
     split, prompts = found.groups() if found else text.strip().partition("\n")[::2]
     parts = [[number.strip() for number in row.split(",")] for row in split.strip("; ").split(";")]
     if not all(re.fullmatch(r"\d+(\.\d+)?", number) and float(number) for row in parts for number in row):
-        raise InputError(f"split ratio = {describe(split)}: expected numbers above 0, with , and ; between them.")
+        raise InputError("split ratio", split, "expected numbers above 0, with , and ; between them")
     if command := re.search(r"\bADD(ROW|COL|COMM)\b", prompts):
-        raise InputError(f"{command[0]} is not read, only BREAK and ADDBASE are.")
+        raise InputError("Regional Prompt", command[0], "not read, only BREAK and ADDBASE are")
     rows = [[Fraction(number) for number in row] for row in parts]
     rows = [[Fraction(1), *rows[0]]] if len(rows) == 1 else rows  # without ; there are only columns
     boxes, ys = [], borders([row[0] for row in rows])
@@ -251,7 +251,7 @@ def from_rpg(text: str, args: Args) -> Data:
     lines = [line.strip() for line in re.split(r"\b(?:BREAK|ADDBASE)\b", prompts)]
     prompt = lines.pop(0) if len(lines) == len(boxes) + 1 else ""
     if len(lines) != len(boxes):
-        raise InputError(f"split ratio = {describe(split)}: {len(boxes)} parts, for {len(lines)} prompts.")
+        raise InputError("split ratio", split, f"{len(boxes)} parts, for {len(lines)} prompts")
     regions = [{"prompt": line, "box": box} for line, box in zip(lines, boxes)]
     return {"prompt": prompt, **(size_of(args, None) if args.size else {}), "regions": regions}
 
@@ -271,7 +271,7 @@ def from_layoutsam(text: str, args: Args) -> Data:
     lines = checked(parsed(detail), list[str] | None, "detail_region_captions")
     lines = lines or checked(parsed(short), list[str], "region_captions")
     if len(lines) != len(boxes):
-        raise InputError(f"bbox_list has {len(boxes)} boxes, for {len(lines)} captions.")
+        raise InputError("bbox_list", MISSING, f"it has {len(boxes)} boxes, for {len(lines)} captions")
     regions = [{"prompt": line, "box": list(box)} for line, box in zip(lines, boxes)]
     return {"prompt": prompt, **size_of(args, *size), "regions": regions}
 
@@ -344,7 +344,7 @@ def pixel_box(region: Region, i: int) -> list[int]:
     """The box of integers that holds the same pixels."""
     x0, y0, x1, y1 = box = [math.ceil(value) for value in region.box]
     if x0 == x1 or y0 == y1:
-        raise InputError(f"regions[{i}].box = {list(region.box)}: there is no pixel in it.")
+        raise InputError(f"regions[{i}].box", list(region.box), "there is no pixel in it")
     return box
 
 
@@ -352,7 +352,7 @@ def boxes_of(layout: Layout, form: str) -> list[tuple[str, list[int]]]:
     """Each region's prompt and box."""
     for i, region in enumerate(layout.regions):
         if region.shape != "box":
-            raise InputError(f"regions[{i}] has a {region.shape}: {form} has only boxes.")
+            raise InputError(f"regions[{i}]", MISSING, f"it has a {region.shape}, {form} has only boxes")
     return [(region.prompt, pixel_box(region, i)) for i, region in enumerate(layout.regions)]
 
 
@@ -373,9 +373,9 @@ def painted(layout: Layout) -> Image.Image:
     for i, region in order if layout.overlap == "first" else order[::-1]:  # the topmost first
         pixels, free = inside(region, layout), (canvas == PALETTE[0]).all(axis=2)
         if (pixels & ~free).any() and layout.overlap not in ("first", "last"):
-            raise InputError(f"regions[{i}] overlaps another: a picture of the regions has one for each pixel.")
+            raise InputError(f"regions[{i}]", MISSING, "it overlaps another; each pixel can have one region")
         if not (pixels & free).any():
-            raise InputError(f"regions[{i}] is not to be seen: there is no pixel in it, or it lies under others.")
+            raise InputError(f"regions[{i}]", MISSING, "it is not visible: it has no pixel, or it lies under others")
         canvas[pixels & free] = PALETTE[i + 1]
     return Image.fromarray(canvas)
 
@@ -404,7 +404,7 @@ def to_coco(layout: Layout, stem: str) -> Files:
         return {"": data, f"{stem}.png": painted(layout)}
     for i, region in enumerate(layout.regions):
         if region.polygon and overlapping(region.polygon, layout.width, layout.height):
-            raise InputError(f"regions[{i}].polygon has a hole, or parts that overlap: coco fills both.")
+            raise InputError(f"regions[{i}].polygon", MISSING, "it has a hole, or parts that overlap; coco fills both")
         outline = [[value for point in points for value in point] for points in region.polygon or ()]
         xs, ys = ([v for numbers in outline or [region.box] for v in numbers[axis::2]] for axis in (0, 1))
         box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
@@ -417,7 +417,7 @@ def to_forge(layout: Layout, stem: str) -> Files:
     w, h = layout.width, layout.height
     texts = [" ".join(prompt.split()) for prompt in (layout.prompt, *(r.prompt for r in layout.regions))]
     if not texts[0]:
-        raise InputError("prompt = '': it is forge's first line, and must not be empty.")
+        raise InputError("prompt", "", "it is forge's first line, and must not be empty")
     boxes = zip(boxes_of(layout, "forge"), layout.regions)
     rows = [[x0 / w, x1 / w, y0 / h, y1 / h, region.strength] for (_, (x0, y0, x1, y1)), region in boxes]
     return {"": [[0, 1, 0, 1, 1], *rows], f"{stem}.txt": "\n".join(texts) + "\n"}
@@ -428,12 +428,12 @@ def to_rpg(layout: Layout, stem: str) -> Files:
     rows = {span: list(row) for span, row in groupby(cells, key=lambda cell: cell[:2])}
     columns = [[cell[2:4] for cell in row] for row in rows.values()]
     if not tile(rows, layout.height) or not all(tile(row, layout.width) for row in columns):
-        raise InputError("the boxes of its regions form no split into rows, and these into columns.")
+        raise InputError("regions", MISSING, "their boxes form no split into rows, and these into columns")
     widths = [[str(x1 - x0) for x0, x1 in row] for row in columns]
     split = [",".join([str(y1 - y0), *(row if len(row) > 1 else [])]) for (y0, y1), row in zip(rows, widths)]
     texts = [" ".join(prompt.split()) for prompt in (layout.prompt, *(cell[4] for cell in cells))]
     if word := re.search(r"\b(BREAK|ADD(BASE|ROW|COL|COMM))\b", " ".join(texts)):
-        raise InputError(f"{word[0]} in a prompt means something in rpg.")
+        raise InputError("prompt", word[0], "it is a keyword in rpg")
     split = ";".join(split) if len(rows) > 1 else ",".join(widths[0])
     return {"": f"Final split ratio: {split}\nRegional Prompt: {' BREAK '.join(texts)}\n"}
 
@@ -518,12 +518,12 @@ def write(files: Files, args: Args) -> None:
     """All files, or none: they are made in a folder of their own, where a layout is read once, and then moved."""
     target, folder = args.target, args.target.parent
     if target.name in files:
-        raise InputError(f"{target}: a file that belongs to it is to have this name, choose another one.")
+        raise InputError(target, MISSING, "a file that belongs to it is to have this name, choose another one")
     if not folder.is_dir():
-        raise InputError(f"{target}: there is no folder {folder}.")
+        raise InputError(target, MISSING, f"there is no folder {folder}")
     files = {name or target.name: content for name, content in files.items()}
     if taken := [folder / name for name in files if (folder / name).exists() and not args.overwrite]:
-        raise InputError(f"{taken[0]} exists already; --overwrite replaces it.")
+        raise InputError(taken[0], MISSING, "exists already; --overwrite replaces it")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".convert") as made:
         made = Path(made)
         for name, content in files.items():
@@ -536,8 +536,10 @@ def write(files: Files, args: Args) -> None:
             try:
                 read_layout(made / target.name, {})
             except InputError as error:
-                sentence = str(error).replace(str(made / target.name), str(args.source))
-                raise InputError(sentence.replace(f"{made}{os.sep}", "")) from None
+                for one in error.errors if isinstance(error, InputErrors) else [error]:
+                    one.source = args.source
+                    one.problem = one.problem.replace(f"{made}{os.sep}", "")
+                raise
         for name in files:
             os.replace(made / name, folder / name)
 
@@ -567,10 +569,11 @@ def main(argv: list[str] | None = None) -> int:
         try:
             files = to_form(source, args) if args.writes else to_layout(source, args)
         except InputError as error:
-            raise InputError(f"{args.source}: {error}") from None
+            raise error.within(args.source) from None
         write(files, args)
     except InputError as error:
-        say(str(error))
+        for line in str(error).split("\n"):
+            say(line)
         return 2
     except OSError as error:
         say(str(error))

@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
-from errors import InputError, say
+from errors import MISSING, InputError, info, print_error
 from pipeline import Pipeline, Prepared, with_model_defaults
 from regional.layout import Layout
 from regional.reader import Where, naming, read_layout
@@ -65,7 +65,7 @@ class Failures:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
         if self.alone or not isinstance(error, (InputError, OSError, torch.OutOfMemoryError)):
             return False
-        say(f"generate.py: {' '.join(str(error).split())}")
+        print_error(error)
         self.count += 1
         return True
 
@@ -88,7 +88,7 @@ def missing_of(group: list[Job], pipeline: Pipeline, args: argparse.Namespace) -
             check_files(others, args)
             missing.append((job, made_by))
         else:
-            say(f"{job.output}: exists already, made by the same settings; it is kept")
+            info(f"{job.output}: exists already, made by the same settings; it is kept")
             print(job.output)
     if not missing:
         return []
@@ -112,7 +112,7 @@ def layout_files(args: argparse.Namespace) -> list[Path | None]:
         elif found := sorted(file for kind in ("yaml", "yml") for file in path.glob(f"*.{kind}")):
             files += found
         else:
-            raise InputError(f"--layout {path}: there is no layout in this folder, no .yaml and no .yml.")
+            raise InputError("--layout", path, "there is no layout in this folder, no .yaml and no .yml")
     return files or [None]
 
 
@@ -125,7 +125,7 @@ def plan_jobs(args: argparse.Namespace, size: int, failures: Failures) -> list[J
     before any work, what could not be written."""
     sweeps = [parse_sweep(text) for text in args.sweep]
     if len(dict(sweeps)) < len(sweeps):
-        raise InputError(f"the command line: --sweep {', '.join(args.sweep)}: a key is swept twice.")
+        raise InputError("--sweep", ", ".join(args.sweep), "a key is swept twice")
     carried = made_of(args.config_from_metadata) if args.config_from_metadata else None
     index, count = shard_of(args)
     together, jobs, several = count > 1 or bool(args.parallel), [], len(layout_files(args)) > 1
@@ -140,10 +140,10 @@ def plan_jobs(args: argparse.Namespace, size: int, failures: Failures) -> list[J
     outputs = [path for job in jobs for path in (job.output, job.latents) if path]
     if len(set(outputs)) < len(outputs):
         twice = next(path for path in outputs if outputs.count(path) > 1)
-        raise InputError(f"--output {twice}: several pictures would have this name; put {{name}} or {{seed}} into it.")
+        raise InputError("--output", twice, "several images would have this name; put {name} or {seed} into it")
     read = {os.path.abspath(file) for file in layout_files(args) if file}
     for path in (path for job in jobs for path in files_of(job, args) if os.path.abspath(path) in read):
-        raise InputError(f"--output {path}: that is a layout of this run.")
+        raise InputError("--output", path, "that is a layout of this run")
     if not several:
         for job in jobs:
             # if what is there and says how it was made is to be kept is seen later
@@ -159,9 +159,9 @@ def jobs_of(
     seeds = list(dict.fromkeys(getattr(args, "seed", None) or [next(iter(layouts.values())).seed]))
     for seed in seeds:
         if seed is None and sharded:
-            raise InputError(f"{file}: seed is missing: workers that share pictures can't all choose one at random.")
+            raise InputError("seed", MISSING, "missing; workers that share images can't each choose one", file)
         if seed is not None and not 0 <= seed < 2**63:
-            raise InputError(f"the command line: --seed {seed}: expected a number from 0 to 2^63 - 1.")
+            raise InputError("--seed", seed, "expected a number from 0 to 2^63 - 1")
     name = file.stem if file else "picture"
     runs = [
         (layout, seed, Names(name, swept, (str(seed),) if len(seeds) > 1 else ()))
@@ -171,9 +171,9 @@ def jobs_of(
     names = [names for *_, names in runs] + ([Names(name, ("sheet",), ())] if args.sweep else [])
     output = args.output or ("{name}.png" if several or sharded else free_name(names))
     if not output.lower().endswith(SUFFIXES):
-        raise InputError(f"--output {output}: the suffix must be one of {', '.join(SUFFIXES)}.")
+        raise InputError("--output", output, f"the suffix must be one of {', '.join(SUFFIXES)}")
     if args.save_latents and not args.save_latents.endswith(".safetensors"):
-        raise InputError(f"--save-latents {args.save_latents}: the suffix must be .safetensors.")
+        raise InputError("--save-latents", args.save_latents, "the suffix must be .safetensors")
     where, jobs, chosen = naming(file, flags_of(args)), [], random.randrange(2**32)
     for layout, seed, names in runs:
         path = filled(output, names, chosen if seed is None else seed)
@@ -227,7 +227,7 @@ def shard_of(args: argparse.Namespace) -> tuple[int, int]:
         text = next((f"{env[rank]}/{env[size]}" for rank, size in pairs if rank in env and size in env), "0/1")
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise InputError(f"--shard {text}: expected I/N, a number from 0 on and how many there are, such as 0/4.")
+        raise InputError("--shard", text, "expected I/N, a number from 0 on and how many there are, such as 0/4")
     return int(index), int(count)
 
 
@@ -235,17 +235,17 @@ def parse_sweep(text: str) -> tuple[str, list[Any]]:
     key, _, values = text.partition("=")
     key = key.strip().replace("-", "_")
     if key not in SWEPT or not values:
-        raise InputError(f"the command line: --sweep {text}: expected one of {', '.join(SWEPT)}, then = and values.")
+        raise InputError("--sweep", text, f"expected one of {', '.join(SWEPT)}, then = and values")
     try:
         return key, [yaml.safe_load(value) for value in values.split(",")]
     except yaml.YAMLError as error:
-        raise InputError(f"the command line: --sweep {text}: its values can't be read.") from error
+        raise InputError("--sweep", text, "its values can't be read") from error
 
 
 def write_sheets(jobs: list[Job], args: argparse.Namespace) -> None:
     """Of each sweep: a column for each value of the last key, a row for each of everything else."""
     if shard_of(args)[1] > 1:
-        say("no sheet is made of a sweep that several workers share")
+        info("no sheet is made of a sweep that several workers share")
         return
     several = len({job.seed for job in jobs}) > 1
     for path in dict.fromkeys(job.sheet for job in jobs):

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from errors import InputError, say
+from errors import MISSING, InputError, warn
 from regional.layout import Layout
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -47,11 +47,11 @@ def remove_unfinished(path: Path) -> None:
 def check_writable(path: Path, overwrite: bool) -> None:
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise InputError(f"{path}: there is no folder {path.parent} to write it to.")
+        raise InputError(path, MISSING, f"there is no folder {path.parent} to write it to")
     if len(os.fsencode(path.name)) > 200 or path.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"{path}: no file of this name can be written there.")
+        raise InputError(path, MISSING, "no file of this name can be written there")
     if path.exists() and not overwrite:
-        raise InputError(f"{path}: exists already; choose another --output, or add --overwrite.")
+        raise InputError(path, MISSING, "exists already; choose another --output, or add --overwrite")
 
 
 def settings(layout: Layout, seed: int, run: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def save_picture(image: Image.Image, made_by: dict[str, Any] | None, file: Path)
     exif[EXIF_DESCRIPTION] = json.dumps(made_by)
     exif[EXIF_SOFTWARE] = line
     if file.suffix.lower() != ".webp" and len(exif.tobytes()) > MAX_JPEG_EXIF:
-        say(f"warning: the layout's {len(exif.tobytes()):,} bytes don't fit into a JPEG; this one does not carry it")
+        warn(f"the layout's {len(exif.tobytes()):,} bytes don't fit into a JPEG; this one does not carry it")
         del exif[EXIF_DESCRIPTION]
     image.save(file, exif=exif, quality=95)
 
@@ -112,11 +112,11 @@ def made_of(path: Path) -> dict[str, Any]:
             text = text or (side_car.read_text(encoding="utf-8") if side_car.exists() else None)
         made_by = json.loads(text or "null")
     except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file.") from None
+        raise InputError(path, MISSING, "there is no such file") from None
     except (OSError, ValueError, SyntaxError, SafetensorError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a picture of this program that can be read ({error}).") from None
+        raise InputError(path, MISSING, f"not a picture of this program that can be read ({error})") from None
     if not isinstance(made_by, dict) or not {"prompt", "seed", "model"} <= made_by.keys():
-        raise InputError(f"{path}: carries nothing of how it was made; its settings are not known.")
+        raise InputError(path, MISSING, "carries nothing of how it was made; its settings are not known")
     return made_by
 
 

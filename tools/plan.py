@@ -17,7 +17,7 @@ import yaml
 from huggingface_hub import get_session
 from msgspec import Struct
 
-from errors import InputError, say
+from errors import MISSING, InputError, info
 from regional.layout import MAX_REGIONS
 from regional.reader import read_layout
 from tools.metadata import check_writable
@@ -71,7 +71,7 @@ def plan(
     read_layout(None, {"prompt": prompt, "width": width, "height": height})  # the user's own mistakes come first
     url = (url or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/").removesuffix("/chat/completions")
     if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", url):  # not shown, for it may hold a password
-        raise InputError("a plan needs --llm-url or OPENAI_BASE_URL, an address such as http://localhost:8000/v1.")
+        raise InputError("--llm-url", MISSING, "a plan needs it, or OPENAI_BASE_URL, such as http://localhost:8000/v1")
     url += "/v1" * (url.count("/") == 2) + "/chat/completions"
     _, parts = msgspec.json.schema_components([Plan], ref_template="#/$defs/{name}")
     schema = {"name": "layout", "strict": True, "schema": {**parts.pop("Plan"), "$defs": parts}}
@@ -90,13 +90,14 @@ def plan(
         correction = f"This can't be used: {problem} Answer with the whole JSON object, corrected."
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": correction}]
     plainly = "" if "response_format" in body else " (without a JSON Schema, which it does not take)"
-    raise InputError(f"{public(url)}: no layout in three answers{plainly}; the last: {problem}")
+    problem = f"no layout in three answers{plainly}; the last: {problem.removesuffix('.')}"
+    raise InputError(public(url), MISSING, problem)
 
 
 def write_plan(layout: dict[str, Any], file: Path, overwrite: bool = False) -> None:
     """Write a layout file, under a temporary name first."""
     if file.exists() and not overwrite:
-        raise InputError(f"{file}: exists already; choose another --output, or add --overwrite.")
+        raise InputError(file, MISSING, "exists already; choose another --output, or add --overwrite")
     unfinished = file.with_stem(f".{file.stem}.{os.getpid()}")
     try:
         text = yaml.safe_dump(layout, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
@@ -109,7 +110,7 @@ def write_plan(layout: dict[str, Any], file: Path, overwrite: bool = False) -> N
 def key() -> str:
     found = os.environ.get("OPENAI_API_KEY", "").strip()
     if not (found.isascii() and found.isprintable()):
-        raise InputError("OPENAI_API_KEY: it has characters that no key has.")
+        raise InputError("OPENAI_API_KEY", MISSING, "it has characters that no key has")
     return found
 
 
@@ -126,16 +127,16 @@ def ask(url: str, body: dict[str, Any], timeout: float, say: Callable[[str], Non
         response = get_session().post(url, json=body, headers=headers, timeout=timeout)
     except Exception as error:  # the HTTP library's have no common base, and may hold secrets
         reason = public(str(error)) or type(error).__name__
-        raise InputError(f"{public(url)}: no answer ({reason}); the time-out is {timeout:g} s.") from None
+        raise InputError(public(url), MISSING, f"no answer ({reason}); the time-out is {timeout:g} s") from None
     status, text = response.status_code, response.text
     if not response.is_success:
         said = re.search(r'"message"\s*:\s*"((?:[^"\\]|\\.)+)"', text)
         said = public(said[1] if said else text)[:200]
-        problem = f"{public(url)}: HTTP {status} {response.reason_phrase}, {said!r}{HINTS.get(status, '')}."
+        problem = f"HTTP {status} {response.reason_phrase}, {said!r}{HINTS.get(status, '')}"
         about_schema = re.search("response_?format|schema|grammar|structured", text, re.IGNORECASE)
         if not ("response_format" in body and status in (400, 422) and about_schema):
-            raise InputError(problem)
-        say(f"{problem} Asking without a JSON Schema.")
+            raise InputError(public(url), MISSING, problem)
+        say(f"{public(url)}: {problem}. Asking without a JSON Schema.")
         del body["response_format"]
         return ask(url, body, timeout, say)
     try:
@@ -143,9 +144,10 @@ def ask(url: str, body: dict[str, Any], timeout: float, say: Callable[[str], Non
         refusal, content = message.get("refusal"), message.get("content") or ""
         content = content.rpartition("</think>")[2].partition("<think>")[0].strip()
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise InputError(f"{public(url)}: this is no chat completion: {public(text)[:200]!r}.") from None
+        raise InputError(public(url), MISSING, f"this is no chat completion: {public(text)[:200]!r}") from None
     if refusal or not content:
-        raise InputError(f"{public(url)}: the model refuses: {public(str(refusal or 'an empty answer'))[:200]!r}.")
+        refusal = public(str(refusal or "an empty answer"))[:200]
+        raise InputError(public(url), MISSING, f"the model refuses: {refusal!r}")
     return content
 
 
@@ -154,9 +156,9 @@ def layout_of(answer: str, width: int, height: int) -> dict[str, Any]:
     try:
         found = msgspec.json.decode(answer[answer.find("{") : answer.rfind("}") + 1], type=Plan, strict=False)
     except (msgspec.DecodeError, UnicodeError) as error:
-        raise InputError(f"the JSON is not as asked for: {error}.") from None
+        raise InputError("the JSON", MISSING, f"not as asked for: {error}") from None
     if not found.prompt.strip() or not found.regions:
-        raise InputError("prompt and regions must not be empty.")
+        raise InputError("prompt, regions", MISSING, "they must not be empty")
     check_boxes([msgspec.structs.astuple(region.box) for region in found.regions])
     layout = {"width": width, "height": height, **msgspec.to_builtins(found)}
     for region in layout["regions"]:
@@ -170,11 +172,11 @@ def check_boxes(boxes: list[tuple[int, int, int, int]]) -> None:
     depth = np.zeros((100, 100), dtype=int)
     for i, (x0, y0, x1, y1) in enumerate(boxes):
         if not (0 <= x0 < x1 <= 100 and 0 <= y0 < y1 <= 100):
-            raise InputError(f"regions[{i}].box = {list(boxes[i])}: expected 0 <= x0 < x1 <= 100, and y0, y1 so too.")
+            raise InputError(f"regions[{i}].box", list(boxes[i]), "expected 0 <= x0 < x1 <= 100, and y0, y1 so too")
         depth[y0:y1, x0:x1] += 1
     for i, (x0, y0, x1, y1) in enumerate(boxes):
         if depth[y0:y1, x0:x1].min() > 1:
-            raise InputError(f"regions[{i}].box = {list(boxes[i])}: other regions cover all of it.")
+            raise InputError(f"regions[{i}].box", list(boxes[i]), "other regions cover all of it")
 
 
 # ------------------------------------------------------------------------------------------------ before paying
@@ -184,6 +186,6 @@ def write_the_plan(args: argparse.Namespace) -> int:
     output = Path(args.output or "plan.yaml")
     check_writable(output, args.overwrite)
     width, height = (getattr(args, side, 1024) for side in ("width", "height"))
-    write_plan(plan(args.plan, width, height, args.llm_url, args.llm_model, say=say), output, args.overwrite)
+    write_plan(plan(args.plan, width, height, args.llm_url, args.llm_model, say=info), output, args.overwrite)
     print(output)
     return 0

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from PIL import Image, ImageDraw, ImageFont
 
 import weights
-from errors import InputError, say
+from errors import InputError, print_error, warn
 from formats.hub import is_repository
 from model.transformer import FluxParams
 from pipeline import text_lengths, with_model_defaults
@@ -246,7 +246,7 @@ def look(args: argparse.Namespace) -> int:
                 file, flags_of(args), size, made_of(args.config_from_metadata) if args.config_from_metadata else None
             )
         except InputError as error:
-            say(f"generate.py: {error}")
+            print_error(error)
             valid = False
             continue
         layouts.append((file, layout))
@@ -255,12 +255,12 @@ def look(args: argparse.Namespace) -> int:
             text, warnings = report(layout, params, text_lengths(layout, checkpoint) if checkpoint else None)
             print(f"{file or 'the command line'}: valid", text, sep="\n")
             for warning in warnings:
-                say(f"warning: {warning}")
+                warn(warning)
     if args.preview:
         for file, layout in layouts:
             output = args.preview.with_stem(f"{args.preview.stem}_{file.stem}") if len(layouts) > 1 else args.preview
             if output.suffix.lower() not in SUFFIXES:
-                raise InputError(f"--preview {output}: the suffix must be one of {', '.join(SUFFIXES)}.")
+                raise InputError("--preview", output, f"the suffix must be one of {', '.join(SUFFIXES)}")
             check_writable(output, args.overwrite)
             write(output, preview(layout).save)
             print(output)
