@@ -150,7 +150,7 @@ MISTAKES = [
             "int(index) < int(count)", "int(index) <= int(count)",
             ("test_batch.py", "shard_that_is_none")),
     Mistake("sweeps", "tools/jobs.py",
-            "for value in values.split(\",\")", "for value in values.split(\",\")[:2]",
+            "key.strip().replace(\"-\", \"_\")", "key.strip()",
             ("test_generate.py", "sweep_makes")),
     Mistake("preview", "tools/preview.py",
             "phase >= enlarged", "phase <= enlarged",
