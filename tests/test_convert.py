@@ -197,7 +197,7 @@ def test_sizes_become_the_nearest_multiples_of_16_and_shapes_and_images_are_scal
     put(map=SEG2ANY, map_png=halves(GREEN, RED, 40, 39))
     assert convert("--from seg2any map map.yaml") == 0
     with Image.open("map.map.png") as image:
-        assert image.size == (32, 32)
+        assert image.size == (32, 32) and len(image.getcolors()) == 2
     assert regions_of("map.yaml")[1] == [0b01, 0b10] * 2
 
 

@@ -414,7 +414,7 @@ def to_layoutsam(layout: Layout, stem: str) -> Files:
 
 
 def from_invokeai(source: Source) -> Data:
-    """InvokeAI's regional guidance: bounds in pixels, the upper ones exclusive, or a mask's file."""
+    """InvokeAI's regional guidance: bounds in pixels, the upper ones exclusive, or a mask."""
     data = parsed(source.text)
     prompt, entries = values(data, "", positive_prompt=str | None, regions=list[Data])
     size = values(data, "", width=Side | None, height=Side | None)
@@ -607,7 +607,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program; returns its exit code: 0, 2 for bad input, 1 for what the machine refuses."""
+    """Run the program; returns its exit code: 0, 2 for bad input, 1 for other failures."""
     args = parse_args(argv)
     stem = args.target.stem
     try:

@@ -1,69 +1,89 @@
-"""What a layout costs, in floating-point operations of the transformer."""
+"""What a layout costs, in floating-point operations of the transformer.
+
+Only matrix products count; a multiplication is two operations, with its addition.
+"""
 
 from model.transformer import FluxParams
 from regional.layout import Layout
 from regional.mask import RegionTokens, allowed, regional_stages
 
-STEPS, LENGTH = 24, 512  # FLUX.1-dev's, where a layout leaves them to the model
+STEPS = 24  # FLUX.1-dev's, where a layout leaves them to the model
+LENGTH = 512
+Stage = tuple[int, int, str]  # its last step, the FLOPs of each of its steps, its name
 
 
 def cost(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[str]:
-    """The expected work of the transformer, beside that of the same picture by plain FLUX.1."""
-    found, start, total = stages(layout, params, tokens), 0, 0
-    plain, lines = found[-1][1], []
+    """The work of the transformer, compared with that of the same image by plain FLUX.1."""
+    found = stages(layout, params, tokens)
+    plain = found[-1][1]
+    lines = []
+    start = total = 0
     for end, flops, what in found:
         if end > start:
             each = f"{amount(flops)} each, {flops / plain:.2f} times a plain step"
             lines.append(f"steps {start + 1} to {end}: {what}, {each}")
-        start, total = end, total + (end - start) * flops
+        total += (end - start) * flops
+        start = end
     more = layout.controlnets or any(region.loras for region in layout.regions)
     note = "; ControlNets and regions' LoRAs come on top" if more else ""
-    return [*lines, f"altogether: {amount(total)}, {total / (start * plain):.2f} times plain FLUX.1{note}"]
+    ratio = total / (start * plain)
+    return [*lines, f"altogether: {amount(total)}, {ratio:.2f} times plain FLUX.1{note}"]
 
 
 def amount(flops: int) -> str:
     return f"{flops / 1e12:,.1f} TFLOP" if flops >= 1e12 else f"{flops / 1e9:,.1f} GFLOP"
 
 
-def stages(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[tuple[int, int, str]]:
-    """Where each stage of equal steps ends, the FLOPs of one of its steps, and its name; the plain steps are last."""
-    steps, found = layout.steps or STEPS, []
+def stages(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[Stage]:
+    """The stages of equal steps; the plain one comes last."""
+    steps = layout.steps or STEPS
+    name = "composed of the regions' images" if layout.method == "rpg" else "regional"
+    found = []
     for end, ratio in regional_stages(layout, steps, tokens) if layout.regions else ():
-        base = bool(ratio.any())
-        what = "composed of the regions' pictures" if layout.method == "rpg" else "regional"
-        found.append((end, regional_flops(layout, params, tokens, base), what + ("" if base else ", no base branch")))
-    return [*found, (steps, plain_flops(params, layout.max_sequence_length or LENGTH, tokens.cover.shape[1]), "plain")]
+        has_base = bool(ratio.any())
+        flops = regional_flops(layout, params, tokens, has_base)
+        found.append((end, flops, name if has_base else f"{name}, no base branch"))
+    plain = plain_flops(params, layout.max_sequence_length or LENGTH, tokens.cover.shape[1])
+    return [*found, (steps, plain, "plain")]
 
 
 def regional_flops(layout: Layout, params: FluxParams, tokens: RegionTokens, base: bool) -> int:
-    """FLOPs of a regional step, with or without the base branch, if attention costs just what the mask allows."""
-    length, image, regions = layout.max_sequence_length or LENGTH, tokens.cover.shape[1], len(tokens.prompts)
-    own = layout.region_length(length)
+    """FLOPs of a regional step, if attention costs exactly what the mask allows."""
+    text = layout.max_sequence_length or LENGTH
+    own = layout.region_length(text)
+    image = tokens.cover.shape[1]
+    regions = len(tokens.prompts)
     if layout.method == "rpg":
-        return regions * plain_flops(params, own, image) + base * plain_flops(params, length, image)
+        return regions * plain_flops(params, own, image) + base * plain_flops(params, text, image)
     bits, count = tokens.bits(own).unique(return_counts=True)
     masked = int((allowed(bits[:, None], bits) * count * count[:, None]).sum())
-    blocks = [("double", i) for i in range(params.depth)] + [("single", i) for i in range(params.depth_single_blocks)]
-    pairs = sum(masked if layout.is_masked(*block) else (own * regions + image) ** 2 for block in blocks)
-    pairs += base * len(blocks) * (length + image) ** 2
-    streams = 1 + (base and layout.base_stream == "separate")
-    return forward_flops(params, own * regions + base * length, image, pairs, streams)
+    unmasked = (regions * own + image) ** 2
+    depths = {"double": params.depth, "single": params.depth_single_blocks}
+    blocks = [(kind, index) for kind, depth in depths.items() for index in range(depth)]
+    pairs = sum(masked if layout.is_masked(*block) else unmasked for block in blocks)
+    if not base:
+        return forward_flops(params, regions * own, image, pairs)
+    pairs += len(blocks) * (text + image) ** 2
+    streams = 2 if layout.base_stream == "separate" else 1
+    return forward_flops(params, regions * own + text, image, pairs, streams)
 
 
 def plain_flops(params: FluxParams, text: int, image: int) -> int:
-    return forward_flops(params, text, image, (params.depth + params.depth_single_blocks) * (text + image) ** 2)
+    pairs = (params.depth + params.depth_single_blocks) * (text + image) ** 2
+    return forward_flops(params, text, image, pairs)
 
 
 def forward_flops(params: FluxParams, text: int, image: int, pairs: int, streams: int = 1) -> int:
-    """FLOPs of the transformer for so many text and image tokens and pairs of query and key, over all blocks, with so
-    many image streams in the single blocks. Only matrix products count; each multiplication is two, with its addition.
-    """
-    d, single = params.hidden_size, params.depth_single_blocks
+    """FLOPs of a pass with so many text and image tokens, (query, key) in all blocks together, and
+    image streams in the single blocks."""
+    d = params.hidden_size
+    mlp = 2 * d * params.mlp_hidden
+    single = params.depth_single_blocks
     rows = params.depth * (text + image) + single * (text + streams * image)
-    unused = text + (streams - 1) * image  # of the last single block's output
-    blocks = rows * (4 * d * d + 2 * d * params.mlp_hidden) + 2 * d * pairs
-    blocks -= unused * (d * d + 2 * d * params.mlp_hidden) if single else 0
+    blocks = rows * (4 * d * d + mlp) + 2 * d * pairs
+    if single:  # the last block computes the rows of one image stream only
+        blocks -= (text + (streams - 1) * image) * (d * d + mlp)
     ends = text * params.context_in_dim * d + image * (params.in_channels + params.out_channels) * d
-    vectors = (12 * params.depth + 3 * single + 2) * d * d  # modulation
+    modulation = (12 * params.depth + 3 * single + 2) * d * d
     embedders = (1 + params.guidance_embed) * (256 + d) * d + (params.vec_in_dim + d) * d
-    return 2 * (blocks + ends + vectors + embedders)
+    return 2 * (blocks + ends + modulation + embedders)

@@ -35,7 +35,7 @@ HINTS = {401: CHECK_KEY, 403: CHECK_KEY, 404: "; check --llm-url and --llm-model
 # The docstrings are for the language model. Percentages are easier for it than pixels, and hold for
 # any size. Edges have names, because strict schemas know no lengths of lists.
 class Box(Struct, forbid_unknown_fields=True):
-    """Left, upper, right and lower edge in whole percent, 0 to 100, of the image's width and height."""
+    """Left, upper, right and lower edge in whole percent, 0 to 100, of the image's size."""
 
     x0: int
     y0: int
@@ -52,7 +52,7 @@ class Part(Struct, forbid_unknown_fields=True):
 
 
 class Plan(Struct, forbid_unknown_fields=True):
-    """prompt: the whole image in a few sentences. background_prompt: what is between the regions."""
+    """prompt: the whole image in a few sentences. background_prompt: what is in no region."""
 
     prompt: str
     background_prompt: str
@@ -64,7 +64,7 @@ def plan(
     timeout: float = 120,
 ) -> dict[str, Any]:  # fmt: skip
     """A layout's keys for this prompt, with boxes in percent. What is no layout is asked for again,
-    twice at most. url: by default OPENAI_BASE_URL. timeout: seconds without a byte of the answer."""
+    twice at most. url: by default OPENAI_BASE_URL. timeout: seconds without a byte."""
     read_layout(None, {"prompt": prompt, "width": width, "height": height})  # fails without asking
     url = (url or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/")
     url = url.removesuffix("/chat/completions")
