@@ -334,6 +334,7 @@ FROM_MISTAKES = [  # form and options, the file in.txt, words of the sentence
     ("gradio --size 0 9", GRADIO, "size[0] = 0: expected int >= 1"),
     ("gradio --size 9 9", {"boxes": [{"xmin": 0}]}, "boxes[0] = {'xmin': 0}: object missing required field label"),
     ("gradio --size 32 16", {"boxes": [GRADIO_BOX | {"label": ""}]}, "regions[0].prompt = '': a region needs"),
+    ("gradio --size 32 16", {"boxes": [GRADIO_BOX | {"xmax": float("nan")}]}, "regions[0].box = [0.0, 4.0, nan, 12.0]"),
     ("seg2any --beside gone.png", SEG2ANY, "segments_info = gone.png: there is no such file"),
     ("seg2any --beside map.png", SEG2ANY | {"segments_info": [{"color": [1, 2, 3], "text": "a"}]}, "layout.map.png: "),
     ("seg2any --beside map.png", SEG2ANY | {"segments_info": [{"color": [1, 2], "text": "a"}]}, "color = [1, 2]: exp"),

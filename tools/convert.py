@@ -32,7 +32,6 @@ from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 import msgspec
 import numpy as np
 import yaml
-from msgspec import Meta
 from PIL import Image
 
 from errors import MISSING, InputError, info, warn
@@ -45,9 +44,9 @@ from tools.cost import STEPS
 Data = dict[str, Any]
 Files = dict[str, Any]  # by name: a text, an image, or what becomes JSON; "" stands for TARGET
 Box = tuple[float, float, float, float]
-Side = Annotated[int, Meta(ge=1, le=16384)]
-Unit = Annotated[float, Meta(ge=0, le=1)]
-Byte = Annotated[int, Meta(ge=0, le=255)]
+Side = Annotated[int, msgspec.Meta(ge=1, le=16384)]
+Unit = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
 BOUNDS = ("x_min", "y_min", "x_max", "y_max")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 COLORS = [tuple(product((0, 85, 170, 255), repeat=3))[23 * i % 64] for i in range(64)]
@@ -93,7 +92,7 @@ def checked(value: Any, kind: Any, key: str = "") -> Any:
     try:
         return msgspec.convert(value, kind, strict=False)
     except UnicodeEncodeError:
-        raise InputError(key, value, "invalid Unicode (unpaired surrogate)") from None
+        raise InputError(key or "the file", value, "invalid Unicode (unpaired surrogate)") from None
     except msgspec.ValidationError as error:
         message, _, path = str(error).replace("`", "").partition(" - at $")
     name = (key + path).lstrip(".") or "the file"
@@ -286,9 +285,8 @@ def to_coco(layout: Layout, stem: str) -> Files:
     for i, (region, kind) in enumerate(zip(layout.regions, kinds)):
         if region.polygon and overlapping(region.polygon, layout.width, layout.height):
             raise InputError(f"regions[{i}].polygon", MISSING, "coco fills holes and overlaps")
-        outline = [
-            [value for point in points for value in point] for points in region.polygon or ()
-        ]
+        polygons = region.polygon or ()
+        outline = [[value for point in points for value in point] for points in polygons]
         xs = [x for xy in outline or [region.box] for x in xy[::2]]
         ys = [y for xy in outline or [region.box] for y in xy[1::2]]
         box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
@@ -353,9 +351,8 @@ def from_rpg(source: Source) -> Data:
     prompt = lines.pop(0) if len(lines) == len(boxes) + 1 else ""
     if len(lines) != len(boxes):
         raise InputError("split ratio", split, f"{len(boxes)} parts, for {len(lines)} prompts")
-    size = size_of(source) if source.size else {}
     regions = [{"prompt": line, "box": box} for line, box in zip(lines, boxes)]
-    return {"prompt": prompt, **size, "regions": regions}
+    return {"prompt": prompt, **(size_of(source) if source.size else {}), "regions": regions}
 
 
 def borders(numbers: list[str]) -> list[str]:
@@ -379,8 +376,8 @@ def to_rpg(layout: Layout, stem: str) -> Files:
     prompts = [" ".join(text.split()) for text in (layout.prompt, *(cell[4] for cell in cells))]
     if word := re.search(r"\b(BREAK|ADD(BASE|ROW|COL|COMM))\b", " ".join(prompts)):
         raise InputError("prompt", word[0], "it is a keyword in rpg")
-    ratio = ";".join(split)
-    return {"": f"Final split ratio: {ratio}\nRegional Prompt: {' BREAK '.join(prompts)}\n"}
+    ratio = f"Final split ratio: {';'.join(split)}"
+    return {"": f"{ratio}\nRegional Prompt: {' BREAK '.join(prompts)}\n"}
 
 
 def is_tiling(spans: Any, end: int) -> bool:
@@ -415,9 +412,8 @@ def to_layoutsam(layout: Layout, stem: str) -> Files:
 
 def from_invokeai(source: Source) -> Data:
     """InvokeAI's regional guidance: bounds in pixels, the upper ones exclusive, or a mask."""
-    data = parsed(source.text)
-    prompt, entries = values(data, "", positive_prompt=str | None, regions=list[Data])
-    size = values(data, "", width=Side | None, height=Side | None)
+    kinds = {"positive_prompt": str | None, "width": Side | None, "height": Side | None}
+    prompt, *size, entries = values(parsed(source.text), "", **kinds, regions=list[Data])
     layout = {"prompt": prompt, **size_of(source, *size), "regions": []}
     for i, entry in enumerate(entries):
         text, mask = values(entry, f"regions[{i}]", positive_prompt=str, mask=str | None)
@@ -528,7 +524,7 @@ def fitted(layout: Data, stem: str) -> Files:
                 if inside != value:
                     warn(f"regions[{i}]: {value:g} lies outside {old[0]} x {old[1]} and is cut off")
                 scaled = round(inside * new[k % 2] / old[k % 2], 6)
-                numbers[k] = int(scaled) if scaled == int(scaled) else scaled
+                numbers[k] = int(scaled) if float(scaled).is_integer() else scaled
     files = {}
     for holder, key, name in images:
         if key in holder:
