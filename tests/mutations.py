@@ -155,12 +155,10 @@ MISTAKES = [
 ]  # fmt: skip
 
 
-def failing_test(folder: Path, selections: list[tuple[str, str]]) -> str:
+def failing_test(folder: Path, file: str, words: str) -> str:
     """The test that fails first, "" if none does. RuntimeError if pytest found no test, or crashed."""
-    files = sorted({f"tests/{file}" for file, _ in selections})
-    words = " or ".join(f"({words})" for _, words in selections)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider"]
-    command += [*files, "-k", words]
+    command += [f"tests/{file}", "-k", words]
     env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode not in (0, 1):
@@ -181,7 +179,7 @@ def is_caught(mistake: Mistake, folder: Path) -> bool:
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace(mistake.old, mistake.new), encoding="utf-8")
     start = time.monotonic()
-    failed = failing_test(folder, [mistake.tests])
+    failed = failing_test(folder, *mistake.tests)
     path.write_text(text, encoding="utf-8")
     verdict = f"caught, {failed}" if failed else f"SURVIVED {' -k '.join(mistake.tests)}"
     print(f"{verdict} ({time.monotonic() - start:.0f} s)", flush=True)
@@ -196,8 +194,10 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="mutations") as made:
         folder = Path(made) / "repository"
         shutil.copytree(ROOT, folder, ignore=LEFT_OUT)
-        if failed := failing_test(folder, [mistake.tests for mistake in chosen]):
-            raise RuntimeError(f"without any mistake: {failed}")
+        for file in dict.fromkeys(mistake.tests[0] for mistake in chosen):
+            words = " or ".join(f"({m.tests[1]})" for m in chosen if m.tests[0] == file)
+            if failed := failing_test(folder, file, words):
+                raise RuntimeError(f"without any mistake: {failed}")
         for number, mistake in zip(numbers, chosen):
             print(f"{number:2} {mistake.what}: ", end="", flush=True)
             if not is_caught(mistake, folder):

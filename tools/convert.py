@@ -148,7 +148,8 @@ def pixel_box(region: Region, key: str, form: str) -> list[int]:
 
 def pixels_of(region: Region, layout: Layout) -> np.ndarray:
     """Which pixels lie in the region, (height, width) bool, as regional/mask.py sees it."""
-    x, y = np.arange(layout.width), np.arange(layout.height)
+    x = np.arange(layout.width)
+    y = np.arange(layout.height)
     if region.shape in ("box", "polygon"):
         x0, y0, x1, y1 = region.box or (0, 0, 0, 0)
         return in_polygons(region.polygon or [[(x0, y0), (x1, y0), (x1, y1), (x0, y1)]], x, y)
@@ -173,7 +174,8 @@ def color_map(layout: Layout) -> Image.Image:
 
 def overlapping(polygons: Any, width: int, height: int) -> bool:
     """Are pixels inside for COCO, in any polygon, but outside for layouts, by the even-odd rule?"""
-    x, y = np.arange(width), np.arange(height)
+    x = np.arange(width)
+    y = np.arange(height)
     covered = np.any([in_polygons([points], x, y) for points in polygons], axis=0)
     return bool((covered != in_polygons(polygons, x, y)).any())
 
@@ -321,7 +323,8 @@ def to_forge(layout: Layout, stem: str) -> Files:
     lines = [" ".join(part.prompt.split()) for part in (layout, *layout.regions)]
     if not lines[0]:
         raise InputError("prompt", layout.prompt, "forge's first line must not be empty")
-    w, h = layout.width, layout.height
+    w = layout.width
+    h = layout.height
     rows = [[0, 1, 0, 1, 1]]
     for region, (x0, y0, x1, y1) in zip(layout.regions, boxes_of(layout, "forge")):
         rows.append([x0 / w, x1 / w, y0 / h, y1 / h, region.strength])

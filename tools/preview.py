@@ -43,7 +43,8 @@ DEFAULTS = {"strength": 1, "feather": 0, "base_ratio": None, "mask_inject_steps"
 def preview(layout: Layout) -> Image.Image:
     """The tokens in the colors of their regions, striped where they belong to several, graded where
     an edge is soft; the shapes as lines; a legend at the side or below."""
-    h, w = layout.height // 16, layout.width // 16
+    h = layout.height // 16
+    w = layout.width // 16
     cell = max(1, round(SIZE / max(h, w)))
     tokens = grid_tokens(layout)
     cover = tokens.cover.numpy().reshape(-1, h, w)
