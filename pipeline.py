@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -43,9 +42,8 @@ from model.layers import Modulation
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
 from model.transformer import Flux, Modulate
 from regional.attention import portable_attention
-from regional.layout import Layout, RegionLora
+from regional.layout import FLUX_DEV, Layout, RegionLora
 from regional.mask import RegionTokens, region_tokens
-from regional.reader import Where
 from regional.sampling import NO_LORAS, Conditioning, Loras, modulations, sample
 from runtime.choose import (
     ATTENTIONS,
@@ -134,10 +132,10 @@ class Pipeline:
         return self.decode(self.latents(prepared, seed))
 
     @torch.inference_mode()
-    def prepare(self, layout: Layout, where: Where = lambda path: path) -> Prepared:
-        """Read and encode what a layout names. `where` names its keys in messages."""
+    def prepare(self, layout: Layout) -> Prepared:
+        """Read and encode what a layout names."""
         layout = with_model_defaults(layout, self.checkpoint.flux)
-        controls = plan_controls(layout, self.checkpoint.flux, where)
+        controls = plan_controls(layout, self.checkpoint.flux)
         loras = read_loras(layout, self.checkpoint, self.loras)
         self.loras |= loras
         lora_picture = control_of(layout)
@@ -332,13 +330,7 @@ def with_model_defaults(layout: Layout, flux: Source) -> Layout:
     """Fill in what the layout leaves to the model: dev takes 24 steps and 512 text tokens, schnell 4 and 256."""
     steps, length = (24, 512) if weights.flux_params(flux).guidance_embed else (4, 256)
     length = int(weights.metadata_number(flux, "max_sequence_length", length))
-    length = layout.max_sequence_length or length
-    return msgspec.structs.replace(
-        layout,
-        steps=layout.steps or steps,
-        max_sequence_length=length,
-        region_max_sequence_length=layout.region_length(length),
-    )
+    return layout.filled(FLUX_DEV._replace(steps=steps, max_sequence_length=length))
 
 
 # ------------------------------------------------------------------------------------------------ what is encoded

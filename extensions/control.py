@@ -17,7 +17,7 @@ from errors import InputError
 from extensions.controlnet import ControlNet, Residuals
 from model.attention import Block
 from model.transformer import FluxParams
-from regional.images import read_picture
+from regional.images import read_image
 from regional.layout import Control, Layout
 from regional.mask import region_tokens
 
@@ -37,7 +37,7 @@ class ActiveControl(NamedTuple):
 
 def control_picture(image: str, preprocess: str | None, width: int, height: int) -> tuple[Tensor, list[str]]:
     """The control picture at this size, (1, 3, height, width) in [-1, 1], and warnings."""
-    picture, warnings = read_picture(image), []
+    picture, warnings = read_image(image), []
     if abs(picture.width * height - picture.height * width) > max(width, height):
         size = f"{picture.width} x {picture.height}"
         warnings.append(f"{image}: its {size} pixels are stretched to {width} x {height}, another aspect ratio")

@@ -17,7 +17,6 @@ from extensions.region_lora import can_be_regional
 from formats.hub import existing, fetch, is_repository, lora_file
 from formats.recognize import Source
 from regional.layout import Control, Layout
-from regional.reader import Where
 from regional.sampling import NO_LORAS, Loras
 from weights import check_loads, controlnet_params, flux_params, pick
 
@@ -44,7 +43,7 @@ def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras = NO
     modules, loras = {part: weights.on_meta(getattr(checkpoint, part)) for part in ("flux", "t5", "clip")}, {}
     for key, entry in named.items():
         known = {**known, **loras}
-        lora = known.get(entry.file) or read_lora(lora_file(entry.file, f"{key} = {entry.file}"), modules)
+        lora = known.get(entry.file) or read_lora(lora_file(entry.file, key), modules)
         if lora.unknown and entry.file not in known:
             count, first = len(lora.unknown), lora.unknown[0]
             warn(f"{lora.path}: {count} of its keys mean nothing for this model and are left out, as {first}")
@@ -54,7 +53,7 @@ def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras = NO
             needs = (
                 "is a control LoRA, for the whole picture, and needs an image" if lora.is_control else "takes no image"
             )
-            raise InputError(key, entry.file, f"this LoRA {needs}")
+            raise InputError(key, Path(entry.file), f"this LoRA {needs}")
         if left and key.startswith("regions"):
             warn(f"{key} = {entry.file}: what changes the whole picture is left out: {', '.join(sorted(left))}")
     return loras
@@ -82,13 +81,13 @@ def merges_of(layout: Layout, loras: Loras, part: str) -> weights.Merges:
     return {name: partial(merge, changes=own) for name, own in changes.items()}
 
 
-def plan_controls(layout: Layout, flux: Source, where: Where) -> list[ControlPlan]:
+def plan_controls(layout: Layout, flux: Source) -> list[ControlPlan]:
     """The layout's ControlNets, each checked against the transformer and its mode, and their pictures."""
     plans = []
     for i, control in enumerate(layout.controlnets):
-        source = find_controlnet(control.model, f"{where(f'controlnets[{i}].model')} =")
+        source = find_controlnet(control.model, f"controlnets[{i}].model")
         check_base(source, flux)
-        check_mode(control, weights.controlnet_params(source).modes, source, where(f"controlnets[{i}].mode"))
+        check_mode(control, weights.controlnet_params(source).modes, source, f"controlnets[{i}].mode")
         picture, warnings = control_picture(control.image, control.preprocess, layout.width, layout.height)
         if not any(control.acts(step, layout.steps) for step in range(layout.steps)):
             warnings.append(f"{control.model}: no step of {layout.steps} lies within its start and end; it never acts")
@@ -98,13 +97,13 @@ def plan_controls(layout: Layout, flux: Source, where: Where) -> list[ControlPla
     return plans
 
 
-def check_mode(control: Control, modes: int, source: Source, where: str) -> None:
+def check_mode(control: Control, modes: int, source: Source, key: str) -> None:
     if modes and control.mode is None:
-        raise InputError(where, MISSING, f"is missing, {source.path} is a union of {modes} modes and needs one of them")
+        raise InputError(key, MISSING, f"missing, {source.path} is a union of {modes} modes and needs one of them")
     if not modes and control.mode is not None:
-        raise InputError(where, control.mode, f"{source.path} has no modes")
+        raise InputError(key, control.mode, f"{source.path} has no modes")
     if modes and control.mode_index >= modes:
-        raise InputError(where, control.mode, f"{source.path} has {modes} modes, counted from 0")
+        raise InputError(key, control.mode, f"{source.path} has {modes} modes, counted from 0")
 
 
 def load_controls(

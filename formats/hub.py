@@ -152,10 +152,10 @@ def existing(flag: str, path: str | Path) -> Path:
     return place
 
 
-def lora_file(name: str, where: str) -> Path:
+def lora_file(name: str, key: str) -> Path:
     """The file of a LoRA: a path, or org/name of a repository with one safetensors file, or org/name:file.
 
-    `where` is what an InputError begins with.
+    `key` is the one that names it.
     """
     path = Path(name).expanduser()
     repo, _, file = name.partition(":")
@@ -164,13 +164,13 @@ def lora_file(name: str, where: str) -> Path:
     if path.is_dir():
         folder = path
     elif is_repository(repo):
-        folder = fetch(repo, [[file or "*.safetensors"]], where, "download it elsewhere and give its path")
+        folder = fetch(repo, [[file or "*.safetensors"]], f"{key} {name}", "download it elsewhere and give its path")
     else:
-        raise InputError(where, MISSING, "there is no such file; expected a safetensors file or org/name:file")
+        raise InputError(key, Path(name), "there is no such file; expected a safetensors file or org/name:file")
     files = sorted(folder.glob(file or "*.safetensors"))
     if len(files) != 1:
         names = ", ".join(f.name for f in files) or "none"
-        raise InputError(where, MISSING, f"expected one safetensors file there, found {names}; name one of them")
+        raise InputError(key, Path(name), f"expected one safetensors file there, found {names}; name one of them")
     return files[0]
 
 

@@ -1,74 +1,109 @@
-"""The layout file: YAML in, checked and frozen dataclasses out. Below this nobody checks again."""
+"""What a layout is: frozen structs. `regional.reader` makes and checks them, and below it nobody
+checks again; `resolved` parses what is written as text, and below that nobody parses."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 MAX_REGIONS = 61
+SHAPES = ("box", "polygon", "mask", "color")
+MODES = {"canny": 0, "tile": 1, "depth": 2, "blur": 3, "pose": 4, "gray": 5, "lq": 6}  # of unions
 
+# Patterns end in $(?!\n), as $ alone lets a line break follow.
+PERCENT = r"0{0,6}(100(\.0{1,20})?|[0-9]{1,2}(\.[0-9]{1,20})?)%"  # at most 100%
+EVERY = r"\s*every\s+([1-9][0-9]{0,8})\s*"
+BLOCK_RANGE = r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?"
+BLOCKS = rf"^({EVERY}|{BLOCK_RANGE}(,{BLOCK_RANGE})*)$(?!\n)"
+HEX = r"^#[0-9a-fA-F]{6}$(?!\n)"
 
 Pixels = Annotated[int, Meta(ge=16, le=8192)]
-
-
+Steps = Annotated[int, Meta(ge=1, le=10000)]
+Guidance = Annotated[float, Meta(ge=0, le=1000)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Tokens = Annotated[int, Meta(ge=2, le=4096)]
+Interval = Annotated[int, Meta(ge=1)]
+Index = Annotated[int, Meta(ge=0)]
 Ratio = Annotated[float, Meta(ge=0, le=1)]
+Scale = Annotated[float, Meta(ge=-100, le=100)]
+Strength = Annotated[float, Meta(ge=0, le=100)]
+Feather = Annotated[float, Meta(ge=0, le=8192)]
+Percent = Annotated[str, Meta(pattern=rf"^{PERCENT}$(?!\n)")]
+SomePercent = Annotated[str, Meta(pattern=rf"^(?![0.]*%){PERCENT}$(?!\n)")]
+Count = Index | Percent
+Text = Annotated[str, Meta(pattern=r"\S")]
+Overlap = Literal["share", "last", "first", "smallest"]
+Mode = Literal[tuple(MODES)]
+Blocks = tuple[Index, ...] | str  # the reader has BLOCKS and colors: limits on text in a union
+Position = float | str  # pixels, or a percentage of the width or height
+Box = tuple[Position, Position, Position, Position]
+Polygon = Annotated[tuple[Any, ...], Meta(min_length=1)]  # the reader tells points from lists
+Color = int | str | tuple[int, int, int]  # with lists crash msgspec
+
+FILE_OR_REPOSITORY = "a path, or a repository, org/name or org/name:file"
+RESIDUALS = "published: none of the single blocks' for the base branch, as in the paper's code"
+WHICH_BLOCKS = 'which are masked, in place of the interval: "every 2", "0-18", "0-4, 8" or a list'
+OPEN = "open: all image tokens see each other"
+SHARED = "shared: one image stream in the single blocks too; cheaper, not the published method"
+REGION_TOKENS = "text tokens of each region, a count or 25% of max_sequence_length"
+PRESET = "control: defaults that suit many regions; keys that are set take precedence"
+METHOD = "rpg: blend whole images, the paper's baseline; plain: unmodified FLUX"
 
 
-Position = float | str  # pixels, or a share of the width or height such as 25%
+def about(description: str) -> Meta:
+    """What a key means, for the JSON Schema and the help of its flag."""
+    return Meta(description=description)
 
 
-Polygons = Annotated[  # msgspec can't tell a list of points from a list of lists of points; `polygons_of` can
-    tuple[Any, ...],
-    Meta(description="a list of at least three points [x, y], or several such lists", min_length=1),
-]
+class Defaults(NamedTuple):
+    """What a model decides where a layout does not: its steps, text tokens, width and height, and
+    its numbers of double and single blocks."""
+
+    steps: int
+    max_sequence_length: int
+    size: int
+    depth: int
+    depth_single_blocks: int
 
 
-Blocks = tuple[Annotated[int, Meta(ge=0)], ...] | str  # indices, or text for `blocks_of`
+FLUX_DEV = Defaults(24, 512, 1024, 19, 38)
 
 
-SHARE = r"[0-9]{1,9}(\.[0-9]{1,20})?%"  # what shares in a layout look like
+class Part(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A part of a layout file."""
 
 
-SHAPES = ("box", "polygon", "mask", "color")
+class Lora(Part):
+    """A LoRA for the whole image."""
+
+    file: Annotated[str, about(FILE_OR_REPOSITORY)]
+    scale: Annotated[Scale, about("how strongly it acts")] = 1.0
+    image: Annotated[str | None, about("the control image of a control LoRA")] = None
 
 
-class Lora(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A LoRA for the whole picture. file: a path, or a repository of the hub, org/name or org/name:file. image: the
-    control picture of a control LoRA."""
+class RegionLora(Part):
+    """A LoRA for one region."""
 
-    file: str
-    scale: Annotated[float, Meta(ge=-100, le=100)] = 1.0
-    image: str | None = None
-
-
-class RegionLora(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A LoRA for one region alone. plain_steps: act on the region's image tokens in the plain steps too."""
-
-    file: str
-    scale: Annotated[float, Meta(ge=-100, le=100)] = 1.0
-    plain_steps: bool = False
+    file: Annotated[str, about(FILE_OR_REPOSITORY)]
+    scale: Annotated[Scale, about("how strongly it acts")] = 1.0
+    plain_steps: Annotated[bool, about("act on its image tokens in the plain steps too")] = False
 
 
-class Control(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A ControlNet and the picture that it follows.
+class Control(Part):
+    """A ControlNet and the image that it follows."""
 
-    model: a file or folder, or a repository of the hub, org/name or org/name:file. mode: for union models, a number or
-    a name of MODES. start, end: the share of the steps in which it acts. region: the index of the one region that it
-    acts on. residuals: `published` leaves the base branch without those of the single blocks, as the published code
-    does. preprocess: what makes the control picture of `image`.
-    """
-
-    model: str
-    image: str
-    mode: Annotated[int, Meta(ge=0)] | str | None = None
-    scale: Annotated[float, Meta(ge=-100, le=100)] = 0.7
-    start: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    end: Annotated[float, Meta(ge=0, le=1)] = 1.0
-    region: Annotated[int, Meta(ge=0)] | None = None
-    residuals: Literal["all", "published"] = "all"
-    preprocess: Literal["canny"] | None = None
+    model: Annotated[str, about(FILE_OR_REPOSITORY)]
+    image: Annotated[str, about("the image that it follows")]
+    mode: Annotated[Index | Mode | None, about(f"for unions: a number, {', '.join(MODES)}")] = None
+    scale: Annotated[Scale, about("how strongly it acts")] = 0.7
+    start: Annotated[Ratio, about("the fraction of the steps from which it acts")] = 0.0
+    end: Annotated[Ratio, about("the fraction of the steps until which it acts")] = 1.0
+    region: Annotated[Index | None, about("the index of the one region that it acts on")] = None
+    residuals: Annotated[Literal["all", "published"], about(RESIDUALS)] = "all"
+    preprocess: Annotated[Literal["canny"] | None, about("canny: follow its edges")] = None
 
     @property
     def mode_index(self) -> int | None:
@@ -78,127 +113,136 @@ class Control(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return step / steps >= self.start and (step + 1) / steps <= self.end
 
 
-MODES = {"canny": 0, "tile": 1, "depth": 2, "blur": 3, "pose": 4, "gray": 5, "lq": 6}  # those of every union model
+class Region(Part):
+    """A region: its prompt, and exactly one shape, a box, polygon, mask or color."""
 
-
-class Region(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One region: its prompt, and exactly one shape.
-
-    box: x0, y0, x1, y1 in pixels, half-open, or in shares such as 25%. polygon: points [x, y] in the same units, or
-    several lists of them (even-odd). mask: a picture, white inside, of the aspect ratio of the layout. color: one of
-    the layout's map, [r, g, b] or "#rrggbb", or an index.
-
-    strength: the weight of the region's text for its image tokens, 1 as published. feather: over how many pixels its
-    edge is soft. mask_inject_steps, base_ratio: its own, in place of the layout's.
-    """
-
-    prompt: str
-    box: tuple[Position, Position, Position, Position] | None = None
-    polygon: Polygons | None = None
-    mask: str | None = None
-    color: int | str | tuple[int, int, int] | None = None  # msgspec crashes on limits here; check_color has them
-    strength: Annotated[float, Meta(ge=0, le=100)] = 1.0
-    feather: Annotated[float, Meta(ge=0, le=8192)] = 0.0
-    mask_inject_steps: int | str | None = None
-    base_ratio: Ratio | None = None
-    loras: tuple[RegionLora, ...] = ()
+    prompt: Annotated[Text, about("what the region shows, in words")]
+    box: Annotated[Box | None, about("x0, y0, x1, y1, half-open, in pixels or 25%")] = None
+    polygon: Annotated[Polygon | None, about("points [x, y], or lists of them (even-odd)")] = None
+    mask: Annotated[str | None, about("an image; pixels >= 128 are inside")] = None
+    color: Annotated[Color | None, about("one of the layout's map")] = None
+    strength: Annotated[Strength, about("attention weight of its prompt; published: 1")] = 1.0
+    feather: Annotated[Feather, about("over how many pixels its edge is soft")] = 0.0
+    mask_inject_steps: Annotated[Count | None, about("its own steps, a count or 40%")] = None
+    base_ratio: Annotated[Ratio | None, about("its own, in place of the layout's")] = None
+    loras: Annotated[tuple[RegionLora, ...], about("LoRAs for this region alone")] = ()
 
     @property
     def shape(self) -> str:
         return next(key for key in SHAPES if getattr(self, key) is not None)
 
 
-class Layout(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One picture. What is None takes the model's default, or for the seed a random one.
+Regions = Annotated[tuple[Region, ...], Meta(max_length=MAX_REGIONS)]
 
-    preset: what the settings are that are not written; `published`, the defaults below, or `control`, see PRESETS.
-    double_blocks, single_blocks: which blocks' attention is masked, in place of the intervals: "every 2", "0-18",
-    "0-4, 8" or a list. map: a picture of the regions that are given by color. image_attention: `open` lets all image
-    tokens see each other. base_stream: `shared` has one image stream in the single blocks too; cheaper, not the
-    published method.
-    """
 
-    prompt: str
-    background_prompt: str = "a photo"
-    width: Pixels = 1024
-    height: Pixels = 1024
-    steps: Annotated[int, Meta(ge=1, le=10000)] | None = None
-    guidance: Annotated[float, Meta(ge=0, le=1000)] = 3.5
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
-    base_ratio: Ratio = 0.3
-    mask_inject_steps: int | str = "40%"
-    double_inject_interval: Annotated[int, Meta(ge=1)] = 1
-    single_inject_interval: Annotated[int, Meta(ge=1)] = 1
-    double_blocks: Blocks | None = None
-    single_blocks: Blocks | None = None
-    image_attention: Literal["isolated", "open"] = "isolated"
-    base_stream: Literal["separate", "shared"] = "separate"
-    max_sequence_length: Annotated[int, Meta(ge=2, le=4096)] | None = None
-    region_max_sequence_length: Annotated[int, Meta(ge=2, le=4096)] | str | None = None
-    preset: Literal["published", "control"] = "published"
-    map: str | None = None
-    overlap: Literal["share", "last", "first", "smallest"] = "share"
-    method: Literal["regional", "rpg", "plain"] = "regional"
-    loras: tuple[Lora, ...] = ()
-    controlnets: tuple[Control, ...] = ()
-    regions: tuple[Region, ...] = ()
+class Layout(Part):
+    """One image. A key that is null takes the model's default; for the seed, a random number."""
 
-    def steps_and_ratios(self, steps: int) -> list[tuple[int, float]]:
-        """For each region, and last for the background: how many of `steps` are regional, and its base_ratio in them.
+    prompt: Annotated[str, about("the base prompt; enough for an image without a layout")]
+    background_prompt: Annotated[str, about("the prompt where there is no region")] = "a photo"
+    width: Annotated[Pixels, about("in pixels, a multiple of 16")] = 1024
+    height: Annotated[Pixels, about("in pixels, a multiple of 16")] = 1024
+    steps: Annotated[Steps | None, about("denoising steps; default: the model's")] = None
+    guidance: Annotated[Guidance, about("guidance of FLUX.1-dev")] = 3.5
+    seed: Annotated[Seed | None, about("of the noise; default: random")] = None
+    base_ratio: Annotated[Ratio, about("weight of the base-prompt branch in the blend")] = 0.3
+    mask_inject_steps: Annotated[Count, about("regional steps, a count or 40%")] = "40%"
+    double_inject_interval: Annotated[Interval, about("mask every N-th double block")] = 1
+    single_inject_interval: Annotated[Interval, about("mask every N-th single block")] = 1
+    double_blocks: Annotated[Blocks | None, about(WHICH_BLOCKS)] = None
+    single_blocks: Annotated[Blocks | None, about(WHICH_BLOCKS)] = None
+    image_attention: Annotated[Literal["isolated", "open"], about(OPEN)] = "isolated"
+    base_stream: Annotated[Literal["separate", "shared"], about(SHARED)] = "separate"
+    max_sequence_length: Annotated[Tokens | None, about("text tokens of the base prompt")] = None
+    region_max_sequence_length: Annotated[Tokens | SomePercent | None, about(REGION_TOKENS)] = None
+    preset: Annotated[Literal["published", "control"], about(PRESET)] = "published"
+    map: Annotated[str | None, about("an image of the regions that are given by color")] = None
+    overlap: Annotated[Overlap, about("which of its regions a token belongs to")] = "share"
+    method: Annotated[Literal["regional", "rpg", "plain"], about(METHOD)] = "regional"
+    loras: Annotated[tuple[Lora, ...], about("LoRAs for the whole image")] = ()
+    controlnets: Annotated[tuple[Control, ...], about("ControlNets for the whole image")] = ()
+    regions: Annotated[Regions, about(f"at most {MAX_REGIONS}")] = ()
 
-        None are at base_ratio 1 or by the plain method: both are plain FLUX.
+    def filled(self, defaults: Defaults) -> "Layout":
+        """The layout with what it leaves to the model; this is what metadata record."""
+        length = self.max_sequence_length or defaults.max_sequence_length
+        own = self.region_max_sequence_length
+        if isinstance(own, str):
+            own = max(2, percent_of(own, length))
+        return replace(
+            self,
+            steps=self.steps or defaults.steps,
+            max_sequence_length=length,
+            region_max_sequence_length=own or length,
+        )
+
+    def resolved(self, defaults: Defaults) -> "Layout":
+        """The filled layout with nothing left to parse: counts are ints, and each region has its
+        own. double_blocks and single_blocks are frozensets of the masked blocks' indices.
+
+        No step is regional at base_ratio 1 or by the plain method: both are plain FLUX.
         """
-        own = [(region.mask_inject_steps, region.base_ratio) for region in self.regions] + [(None, None)]
-        found = []
-        for count, ratio in own:
-            ratio = self.base_ratio if ratio is None else ratio
-            count = count_of(self.mask_inject_steps if count is None else count, steps)
-            found.append((0 if ratio == 1 or self.method == "plain" else count, ratio))
-        return found
+        layout = self.filled(defaults)
 
-    def regional_steps(self, steps: int) -> int:
-        """How many of `steps` may be regional; none are without regions."""
-        return max(count for count, _ in self.steps_and_ratios(steps)) if self.regions else 0
+        def regional(steps: int | str, ratio: float) -> int:
+            is_plain = ratio == 1 or self.method == "plain"
+            return 0 if is_plain else count_of(steps, layout.steps)
+
+        regions = []
+        for region in self.regions:
+            steps, ratio = region.mask_inject_steps, region.base_ratio
+            steps = self.mask_inject_steps if steps is None else steps
+            ratio = self.base_ratio if ratio is None else float(ratio)
+            own = regional(steps, ratio)
+            regions.append(replace(region, mask_inject_steps=own, base_ratio=ratio))
+        doubles = range(defaults.depth)
+        singles = range(defaults.depth_single_blocks)
+        return replace(
+            layout,
+            regions=tuple(regions),
+            mask_inject_steps=regional(self.mask_inject_steps, self.base_ratio),
+            double_blocks=frozenset(i for i in doubles if self.is_masked("double", i)),
+            single_blocks=frozenset(i for i in singles if self.is_masked("single", i)),
+            controlnets=tuple(replace(c, mode=c.mode_index) for c in self.controlnets),
+        )
+
+    def regional_steps(self, steps: int | None = None) -> int:
+        """How many steps of a resolved layout, or of one with `steps`, may be regional; without
+        regions none."""
+        layout = replace(self, steps=steps).resolved(FLUX_DEV) if steps else self
+        counts = [part.mask_inject_steps for part in (layout, *layout.regions)]
+        return max(counts) if self.regions else 0
 
     def is_masked(self, kind: str, index: int) -> bool:
-        """Whether the attention of this block, double or single, is masked in the regional steps."""
+        """Is the attention of this block, double or single, masked in the regional steps?"""
         blocks = getattr(self, f"{kind}_blocks")
-        return index % getattr(self, f"{kind}_inject_interval") == 0 if blocks is None else blocks_of(blocks, index)
+        if blocks is None:
+            return index % getattr(self, f"{kind}_inject_interval") == 0
+        return blocks_of(blocks, index)
 
-    def region_length(self, length: int) -> int:
-        """How many text tokens each region has where the base prompt has `length`: as many, a count or a share."""
-        if isinstance(self.region_max_sequence_length, str):
-            return max(2, share_of(self.region_max_sequence_length, length))
-        return self.region_max_sequence_length or length
+
+def percent_of(percent: str, whole: int) -> int:
+    """A percentage such as 40% of a count, rounded half up."""
+    return int(Fraction(percent.rstrip("%")) * whole / 100 + Fraction(1, 2))
 
 
 def count_of(count: int | str, whole: int) -> int:
-    """A count, or with % a share, of a whole: at most all of it."""
-    return share_of(count, whole) if isinstance(count, str) else min(count, whole)
+    """A count, or a percentage, of a whole: at most all of it."""
+    return percent_of(count, whole) if isinstance(count, str) else min(count, whole)
 
 
-BLOCK_RANGE = r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?"
-
-
-def blocks_of(blocks: tuple[int, ...] | str, index: int) -> bool:
-    """Is the block of this index among them? ValueError if the text is none of "every 2", "0-18" and "0-4, 8"."""
+def blocks_of(blocks: Collection[int] | str, index: int) -> bool:
+    """Is this block among "every 2", "0-18", "0-4, 8" or indices?"""
     if not isinstance(blocks, str):
         return index in blocks
-    if every := re.fullmatch(r"\s*every\s+([1-9][0-9]{0,8})\s*", blocks):
+    if every := re.fullmatch(EVERY, blocks):
         return index % int(every[1]) == 0
-    ranges = [re.fullmatch(BLOCK_RANGE, part) for part in blocks.split(",")]
-    if not all(ranges):
-        raise ValueError(blocks)
-    return any(int(low) <= index <= int(high or low) for low, high in (r.groups() for r in ranges))
+    ranges = re.findall(BLOCK_RANGE, blocks)
+    return any(int(low) <= index <= int(high or low) for low, high in ranges)
 
 
-def share_of(share: str, whole: int) -> int:
-    """A share such as 40% of a count, rounded half up."""
-    return int(Fraction(share.rstrip("%")) * whole / 100 + Fraction(1, 2))
-
-
-# Settings by the number of regions. `control` is what held best as regions grow, measured in docs/control: less of the
-# base prompt, more regional steps for many regions, and texts of a quarter of the base prompt's length.
+# The preset `control` held best as regions grow (measured in docs/control): less of the base
+# prompt, more regional steps for many regions, and a quarter of the base prompt's text tokens.
 PRESETS: dict[str, Callable[[int], dict[str, Any]]] = {
     "published": lambda regions: {},
     "control": lambda regions: {

@@ -106,12 +106,16 @@ def region_tokens(layout: Layout) -> RegionTokens:
     return RegionTokens(prompts, bits, *flat, strength, open_images, warnings)
 
 
-def regional_stages(layout: Layout, steps: int, tokens: RegionTokens) -> list[tuple[int, Tensor]]:
-    """The regional steps in stages of equal settings: where each ends, and the base branch's share in each of the image
-    tokens, (h w,) float64. A region whose own steps are over has all of it: it follows the base prompt."""
-    own, start, stages = layout.steps_and_ratios(steps)[: len(tokens.prompts)], 0, []
-    for end in sorted({count for count, _ in own} - {0}):
-        stages.append((end, tokens.mean([ratio if start < count else 1.0 for count, ratio in own])))
+def regional_stages(layout: Layout, tokens: RegionTokens) -> list[tuple[int, Tensor]]:
+    """The regional steps of a resolved layout in stages of equal settings: where each ends, and the
+    weight of the base branch for each image token, (h w,) float64. It is 1 for a region whose own
+    steps are over: that follows the base prompt."""
+    parts = (*layout.regions, layout)[: len(tokens.prompts)]  # the layout's are the background's
+    stages = []
+    start = 0
+    for end in sorted({part.mask_inject_steps for part in parts} - {0}):
+        ratios = [part.base_ratio if start < part.mask_inject_steps else 1.0 for part in parts]
+        stages.append((end, tokens.mean(ratios)))
         start = end
     return stages
 

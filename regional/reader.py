@@ -1,252 +1,248 @@
-"""The layout file: YAML in, a checked Layout out. Below this nobody checks again."""
+"""The layout file: YAML in, a checked Layout out."""
 
 import difflib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import msgspec
 import numpy as np
 import yaml
-from msgspec import Struct
+from msgspec import Meta
+from msgspec.structs import replace
 
-from errors import MISSING, InputError, describe, is_broken, shown
-from regional.images import check_file, read_color, read_mask, read_picture, readable
-from regional.layout import MAX_REGIONS, MODES, PRESETS, SHAPES, SHARE, Control, Layout, Region
+from errors import MISSING, InputError, InputErrors, describe
+from regional.images import check_file, read_color, read_image, read_mask, readable
+from regional.layout import BLOCKS, HEX, PERCENT, PRESETS, SHAPES, Control, Layout, Part, Position, Region
 
 MAX_BYTES = 1_000_000  # of a layout file; YAML takes up to 12 s and 280 MB for so many
-
-
 MAX_NUMBER = 100  # characters of a number in it; a file full of 1:1:1:1... would take hours
-
-
-Where = Callable[[str], str]  # the path of a key -> how messages name it
-
+MAX_MISTAKES = 10  # that are reported at once
 
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*(:.+)?"  # org/name, or one of its files
-
-
-# the command line's names of a ControlNet's keys
+Points = Annotated[tuple[tuple[Position, Position], ...], Meta(min_length=3)]
+# the flags of a ControlNet's keys
 CONTROL_FLAGS = {key: f"control_{key}" for key in ("image", "mode", "scale", "start", "end")}
-
-
 CONTROL_FLAGS |= {"model": "controlnet", "preprocess": "preprocess"}
 
 
-def naming(file: Path | None, overrides: dict[str, Any]) -> Where:
-    """How messages name a key of a layout: by its file, or by the flag that it comes from."""
-    name = shown(file or "the command line")
+class Mistakes(list[InputError]):
+    """A context that collects InputErrors, and raises them when there are MAX_MISTAKES."""
 
-    def where(path: str) -> str:
-        if path.startswith("controlnets[") and "controlnets" in overrides:
-            return f"the command line: --{CONTROL_FLAGS[path.rpartition('.')[2]].replace('_', '-')}"
-        return f"the command line: --{path.replace('_', '-')}" if path in overrides else f"{name}: {path}"
+    def __enter__(self) -> None:
+        return None
 
-    return where
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, InputError) or isinstance(error, InputErrors):
+            return False
+        self.append(error)
+        if len(self) == MAX_MISTAKES:
+            self.raise_any()
+        return True
+
+    def raise_any(self) -> None:
+        if self:
+            raise self[0] if len(self) == 1 else InputErrors(self)
 
 
-def read_layout(
-    file: Path | None, overrides: dict[str, Any], size: int = 1024, carried: dict[str, Any] | None = None
-) -> Layout:
-    """Read a layout, with `overrides` (from the command line) in place of what it says and `size` x `size` pixels
-    where neither says anything. Mask paths come out absolute or relative to the working directory. carried: in place of
-    the file, what a picture carries of how it was made.
+@contextmanager
+def naming(file: Path | None, overrides: dict[str, Any]) -> Iterator[None]:
+    """Within it, InputErrors about a layout's keys get the name of its file, or of the flag that a
+    key comes from."""
+    try:
+        yield
+    except InputError as error:
+        for mistake in error.errors if isinstance(error, InputErrors) else [error]:
+            if flag := flag_of(str(mistake.key), overrides):
+                mistake.key = flag
+                mistake.source = "the command line"
+        raise error.within(file or "the command line") from None
 
-    Raises InputError, one sentence that names the file, the key and the value.
+
+def flag_of(key: str, overrides: dict[str, Any]) -> str | None:
+    root, entry, field, rest = re.match(r"(?s)(\w*)(\[\d+\])?\.?(\w*)(.*)", key).groups()
+    if root not in overrides or entry and root not in ("loras", "controlnets"):
+        return None
+    flag = {"loras": "lora", "controlnets": CONTROL_FLAGS.get(field, "controlnet")}.get(root, root)
+    return f"--{flag.replace('_', '-')}{rest}"
+
+
+def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024, metadata: dict | None = None) -> Layout:
+    """Read a layout. Paths in it come out absolute or relative to the working directory.
+
+    overrides: keys from the command line, which take precedence. size: width and height where
+    neither gives them. metadata: those of the image `file`, in place of a layout file's keys.
+
+    Raises InputError, or InputErrors for several mistakes: one sentence each that names the file,
+    the key and the value.
     """
-    written = read_yaml(file) if file else {}
-    if carried is not None:
-        written = {key: value for key, value in carried.items() if key in Layout.__struct_fields__}
-    if not isinstance(written, dict):
-        raise InputError(file, MISSING, f"expected a mapping of keys to values, found {describe(written)}")
-    data = {"width": size, "height": size, **written, **overrides}
-    name, where = shown(file or "the command line"), naming(file, overrides)
-    layout = convert(data, where, name)
-    settings = PRESETS[layout.preset](len(layout.regions))
-    layout = msgspec.structs.replace(layout, **{key: value for key, value in settings.items() if key not in data})
-    folder = file.parent if file else Path()
-    replace = msgspec.structs.replace
-
-    def picture(file: str | None) -> str | None:
-        return None if file is None else str(folder / file)
-
-    def placed(loras: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(replace(lora, file=beside(folder, lora.file)) for lora in loras)
-
-    regions = [
-        in_pixels(replace(r, mask=picture(r.mask), loras=placed(r.loras)), layout, where(f"regions[{i}]"))
-        for i, r in enumerate(layout.regions)
-    ]
-    loras, controls = layout.loras, layout.controlnets
-    if "loras" not in overrides:
-        loras = [replace(lora, image=picture(lora.image)) for lora in placed(loras)]
-    if "controlnets" not in overrides:
-        controls = [replace(c, model=beside(folder, c.model), image=picture(c.image)) for c in controls]
-    layout = replace(
-        layout, map=picture(layout.map), loras=tuple(loras), controlnets=tuple(controls), regions=tuple(regions)
-    )
-    check(layout, where)
-    return layout
+    with naming(file, overrides):
+        if metadata is None:
+            data = read_yaml(file) if file else {}
+            folder = file.parent if file else Path()
+        else:
+            known = Layout.__struct_fields__
+            data = {key: value for key, value in metadata.items() if key in known}
+            folder = Path()  # metadata hold paths from the working directory
+        if isinstance(data, dict):
+            data = {**data, **overrides}
+            data = {**data, **{key: size for key in ("width", "height") if key not in data}}
+        mistakes = Mistakes()
+        with mistakes:
+            check_types(data, Layout, "", mistakes)
+        mistakes.raise_any()
+        layout = msgspec.convert(data, Layout)
+        preset = PRESETS[layout.preset](len(layout.regions))
+        layout = replace(layout, **{key: preset[key] for key in preset.keys() - data.keys()})
+        layout = checked(layout, folder, overrides, mistakes)
+        mistakes.raise_any()
+        return layout
 
 
-def in_pixels(region: Region, layout: Layout, where: str) -> Region:
-    """The region with its box and polygons in pixels, and its polygons a list of lists of points."""
-
-    def pixels(value: Any, side: int, key: str) -> float:
-        if isinstance(value, str) and re.fullmatch(SHARE, value):
-            return float(Fraction(value[:-1]) * side / 100)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e9:
-            raise InputError(f"{where}.{key}", value, "expected pixels, or a share such as 25%")
-        return float(value)
-
-    sides = (layout.width, layout.height)
-    box, polygon = region.box, region.polygon
-    if box is not None:
-        box = tuple(pixels(value, side, f"box[{i}]") for i, (value, side) in enumerate(zip(box, sides * 2)))
-    if polygon is not None:
-        polygon = tuple(
-            tuple(tuple(pixels(value, side, "polygon") for value, side in zip(point, sides)) for point in points)
-            for points in polygons_of(polygon, f"{where}.polygon")
-        )
-    return msgspec.structs.replace(region, box=box, polygon=polygon)
-
-
-def polygons_of(polygon: Any, where: str) -> list[Any]:
-    def is_point(value: Any) -> bool:
-        return (
-            isinstance(value, (list, tuple))
-            and len(value) == 2
-            and not any(isinstance(v, (list, tuple)) for v in value)
-        )
-
-    polygons = [polygon] if all(map(is_point, polygon)) else polygon
-    for points in polygons:
-        if not isinstance(points, (list, tuple)) or len(points) < 3 or not all(map(is_point, points)):
-            raise InputError(where, list(polygon), "expected at least three points [x, y], or lists of them")
-    return polygons
-
-
-def beside(folder: Path, name: str) -> str:
-    """A file or folder by its path from the layout's folder; as it is if it can only be a repository of the hub."""
-    path = folder / name
-    exists = os.path.exists(path)  # False also for names that no file can have
-    if is_broken(name) or exists and not (path.is_file() or path.is_dir()):
-        raise InputError(path, MISSING, "it is neither a file nor a folder")
-    if exists:
-        return str(path)
-    if re.fullmatch(REPOSITORY, name):
-        return name
-    return f"./{path}" if re.fullmatch(REPOSITORY, str(path)) else str(path)  # no repository: its error would mislead
-
+# ------------------------------------------------------------------------------------------- YAML
 
 TAG = "tag:yaml.org,2002:"
+TYPES = {TAG + name for name in ("str", "int", "float", "bool", "null", "merge")}
 
 
-TAGS = {TAG + name for name in ("map", "seq", "str", "int", "float", "bool", "null")}
+class Loader(yaml.SafeLoader):
+    """YAML with the values of JSON: no tags, no key written twice, of bounded size."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.sizes: dict[yaml.Node, int] = {}  # how much text each stands for, aliases written out
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        if tag := getattr(event, "tag", None):
+            refuse(event, f"{describe(tag)}: tags are not supported")
+        node = super().compose_node(parent, index)
+        if isinstance(event, yaml.AliasEvent):
+            return node if node in self.sizes else refuse(event, "a value that holds itself")
+        parts = []
+        if isinstance(node, yaml.ScalarNode):
+            check_scalar(node)
+        elif isinstance(node, yaml.MappingNode):
+            check_keys([key for key, _ in node.value])
+            parts = [part for pair in node.value for part in pair]
+        else:
+            parts = node.value
+        size = 1 + len(node.value) + sum(self.sizes[part] for part in parts)
+        if size > 2 * MAX_BYTES:
+            refuse(node, "too much text, with each alias counted as what it stands for")
+        self.sizes[node] = size
+        return node
 
 
-def read_yaml(file: Path) -> Any:
-    """A layout file's values: those that JSON has, of a bounded number, with no key written twice."""
-    try:
-        check_file(file, MAX_BYTES)
-        loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        check_node(node, {})
-        return loader.construct_document(node)
-    except FileNotFoundError:
-        raise InputError(file, MISSING, "there is no such layout file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(file, MISSING, f"cannot be read as a text file ({shown(error)})") from None
-    except yaml.YAMLError as error:
-        raise InputError(file, MISSING, yaml_problem(error)) from None
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:  # values such as !!int ""
-        raise InputError(file, MISSING, f"a value that YAML can't read ({shown(error)})") from None
-
-
-def check_node(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """How much text a node stands for, each alias counted as what it stands for. YAMLError for what no layout holds.
-    sizes: those of the nodes seen, by their ids; 0 while we are in one."""
-    if id(node) in sizes:
-        return sizes[id(node)] or refuse(node, "a value that holds itself")
-    sizes[id(node)] = 0
-    if node.tag not in TAGS:
-        refuse(node, f"{describe(node.tag.removeprefix(TAG))} is no kind of value of a layout; write text in quotes")
-    size = 1
-    if isinstance(node, yaml.ScalarNode):
-        size += len(node.value)
-        if size > MAX_NUMBER and node.tag != TAG + "str":
-            refuse(node, f"a number of more than {MAX_NUMBER} characters")
-        if is_broken(node.value):  # whole pairs, as JSON writes an emoji, are put together
-            node.value = node.value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
-    elif isinstance(node, yaml.MappingNode):
-        check_keys([key for key, _ in node.value])
-        size += sum(len(key.value) + check_node(value, sizes) for key, value in node.value)
-    else:
-        size += sum(check_node(value, sizes) for value in node.value)
-    if size > 2 * MAX_BYTES:
-        refuse(node, "too much text, with each alias counted as what it stands for")
-    sizes[id(node)] = size
-    return size
+def check_scalar(node: yaml.ScalarNode) -> None:
+    if node.tag not in TYPES:
+        kind = describe(node.tag.removeprefix(TAG))
+        refuse(node, f"{kind} is not a type of a layout's values; write text in quotes")
+    if len(node.value) > MAX_NUMBER and node.tag != TAG + "str":
+        refuse(node, f"a number of more than {MAX_NUMBER} characters")
+    pairs = node.value.encode("utf-16", "surrogatepass")  # as JSON writes an emoji
+    node.value = pairs.decode("utf-16", "surrogatepass")
 
 
 def check_keys(keys: list[yaml.Node]) -> None:
-    """YAMLError for keys that are no words, and for one written twice: plain YAML lets the last one win silently."""
     seen = set()
     for key in keys:
-        if key.tag not in (TAG + "str", TAG + "merge") or not re.fullmatch(r"[\w .-]{1,60}|<<", key.value):
+        is_word = key.tag == TAG + "str" and re.fullmatch(r"[\w .-]{1,60}", key.value)
+        if not is_word and key.tag != TAG + "merge":
             name = describe(key.value) if isinstance(key, yaml.ScalarNode) else "that is a list"
-            refuse(key, f"the key {name} is no word")
-        if key.value in seen:
+            refuse(key, f"invalid key {name}")
+        if key.value in seen:  # YAML would take the last
             refuse(key, f"the key {key.value} is written twice")
         seen.add(key.value)
 
 
-def refuse(node: yaml.Node, problem: str) -> NoReturn:
-    raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {problem}")
+def refuse(part: yaml.Node | yaml.Event, problem: str) -> NoReturn:
+    raise yaml.MarkedYAMLError(problem=problem, problem_mark=part.start_mark)
 
 
-def yaml_problem(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = " ".join((getattr(error, "problem", None) or str(error)).split())
-    if "'\\t'" in problem:
-        problem = "a tab is used for indentation, YAML wants spaces"
-    return f"line {mark.line + 1}, column {mark.column + 1}: {shown(problem)}" if mark else shown(problem)
-
-
-def convert(data: dict, where: Where, name: str) -> Layout:
-    """Check types, ranges and names. msgspec's error holds the path of the culprit; the value is looked up there."""
+def read_yaml(file: Path) -> Any:
     try:
-        return msgspec.convert(data, Layout)
+        check_file(file, MAX_BYTES)
+        return yaml.load(file.read_text(encoding="utf-8"), Loader)
+    except FileNotFoundError:
+        problem = "there is no such layout file"
+    except (OSError, UnicodeDecodeError) as error:
+        problem = f"cannot be read as a text file ({error})"
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problem = place + (getattr(error, "problem", None) or str(error))
+        if "'\\t'" in problem:
+            problem = f"{place}a tab is used for indentation, YAML wants spaces"
+    except (LookupError, ValueError, RecursionError) as error:  # such as 0x_ or [[[[...
+        problem = f"a value that YAML can't read ({error})"
+    raise InputError(file, MISSING, problem)
+
+
+# ------------------------------------------------------------------------------------------ types
+
+
+@cache
+def fields_of(struct: type[Part]) -> dict[str, tuple[Any, type[Part] | None]]:
+    """Each key's type, and for lists of parts that of an entry."""
+    found = {}
+    for name, kind in get_type_hints(struct, include_extras=True).items():
+        entry = next(iter(get_args(get_args(kind)[0])), None)
+        is_part = isinstance(entry, type) and issubclass(entry, Part)
+        found[name] = (Annotated[list, *kind.__metadata__], entry) if is_part else (kind, None)
+    return found
+
+
+def check_types(data: Any, struct: type[Part], path: str, mistakes: Mistakes) -> None:
+    """Check the keys of a mapping one by one, for msgspec stops at its first mistake."""
+    if not isinstance(data, dict):
+        key = path.removesuffix(".") or "the layout"
+        raise InputError(key, data, "expected a mapping of keys to values")
+    for field in msgspec.structs.fields(struct):
+        with mistakes:
+            if field.required and field.name not in data:
+                raise InputError(path + field.name, MISSING, "missing")
+    for key, value in data.items():
+        with mistakes:
+            entry = check_type(value, struct, key, path)
+            for i, part in enumerate(value if entry else ()):
+                with mistakes:
+                    check_types(part, entry, f"{path}{key}[{i}].", mistakes)
+
+
+def check_type(value: Any, struct: type[Part], key: str, path: str) -> type[Part] | None:
+    """InputError for a value not of its key's type; returns the type of its entries, if it has."""
+    known = fields_of(struct)
+    if key not in known:
+        close = difflib.get_close_matches(key, known, 1)
+        hint = f"did you mean {close[0]}" if close else f"known keys are {', '.join(known)}"
+        raise InputError(path + key, value, f"no such key, {hint}")
+    kind, entry = known[key]
+    try:
+        if isinstance(value, str):
+            value.encode()
+        msgspec.convert(value, kind)
+        return entry
+    except UnicodeEncodeError:
+        raise InputError(path + key, value, "invalid Unicode (unpaired surrogate)") from None
     except msgspec.ValidationError as error:
-        message, _, path = str(error).rpartition(" - at `$")
-        message, path = (message, path) if message else (path, "")  # nothing is said of the root
-    except UnicodeEncodeError as error:
-        raise InputError(name, MISSING, f"{describe(error.object)}: half of a surrogate pair is no text") from None
-    path = path.rstrip("`").lstrip(".")
-    if field := re.search(r"(?s)unknown field `(.*)`", message):
-        known = struct_at(path)
-        value = value_at(data, path)[field[1]]
-        key = f"{path}.{field[1]}" if path else field[1]
-        raise InputError(where(shown(key)), value, f"no such key{hint(field[1], known)}")
-    if field := re.search(r"missing required field `(.*)`", message):
-        raise InputError(name, MISSING, f"{path + '.' if path else ''}{field[1]} is missing")
-    value, message = value_at(data, path), shown(message[0].lower() + message[1:].replace("`", ""))
-    quote = "; write it in quotes" if "expected str" in message and isinstance(value, (bool, int, float)) else ""
-    raise InputError(where(path), value, f"{message}{quote}")
-
-
-def struct_at(path: str) -> type[Struct]:
-    """What stands at a path such as regions[1].loras[0]."""
-    struct = Layout
-    for key in re.findall(r"([^.\[\]]+)\[\d+\]", path):
-        struct = get_args(get_type_hints(struct)[key])[0]
-    return struct
+        problem, _, inner = str(error).partition(" - at `$")
+    inner = inner.removesuffix("`")
+    value = value_at(value, inner)
+    meaning = kind.__metadata__[-1].description
+    options = [part for part in get_args(get_args(kind)[0]) if isinstance(part, str)]
+    if "regex" in problem or problem.startswith("Invalid enum"):
+        problem = f"expected {', '.join(options) or meaning}"
+    else:
+        problem = f"{problem[0].lower()}{problem[1:].replace('`', '')} ({meaning})"
+    if "expected str" in problem and isinstance(value, (bool, int, float)):
+        problem += "; write it in quotes"
+    raise InputError(path + key + inner, value, problem)
 
 
 def value_at(data: Any, path: str) -> Any:
@@ -256,130 +252,155 @@ def value_at(data: Any, path: str) -> Any:
     return data
 
 
-def hint(key: str, known: type[Struct]) -> str:
-    close = difflib.get_close_matches(key, known.__struct_fields__, 1)
-    return f", did you mean {close[0]}" if close else f"; known keys are {', '.join(known.__struct_fields__)}"
+# ---------------------------------------------------------------------------- what types can't say
 
 
-def check(layout: Layout, where: Where) -> None:
-    """What types alone do not say."""
+def checked(layout: Layout, folder: Path, overrides: dict, mistakes: Mistakes) -> Layout:
+    """The layout with paths from the working directory and shapes in pixels."""
+    if layout.map is not None:
+        layout = replace(layout, map=str(folder / layout.map))
+        with mistakes:
+            readable(read_image, layout.map, "map")
     for key in ("width", "height"):
-        if (value := getattr(layout, key)) % 16:
-            low = value // 16 * 16
-            raise InputError(where(key), value, f"not a multiple of 16, the nearest are {low} and {low + 16}")
-    check_steps(layout.mask_inject_steps, where("mask_inject_steps"))
+        with mistakes:
+            check_side(getattr(layout, key), key)
     for key in ("double_blocks", "single_blocks"):
-        try:
-            layout.is_masked(key.removesuffix("_blocks"), 0)
-        except ValueError as error:
-            expected = 'expected "every 2", "0-18", "0-4, 8" or a list of indices'
-            raise InputError(where(key), str(error), expected) from None
-    length = layout.region_max_sequence_length
-    if isinstance(length, str) and not (re.fullmatch(SHARE, length) and 0 < float(length[:-1]) <= 100):
-        raise InputError(
-            where("region_max_sequence_length"),
-            length,
-            "expected a count, or a share of max_sequence_length such as 25%",
-        )
-    for key in ("prompt", "background_prompt"):
-        check_text(getattr(layout, key), where(key))
-    if len(layout.regions) > MAX_REGIONS:
-        raise InputError(
-            where("regions"), MISSING, f"has {len(layout.regions)} entries; at most {MAX_REGIONS} are possible"
-        )
-    if layout.map:
-        readable(read_picture, layout.map, where("map"))
-    for i, region in enumerate(layout.regions):
-        check_region(region, layout, where(f"regions[{i}]"))
-    for i, lora in enumerate(layout.loras):
-        if lora.image:
-            readable(read_picture, lora.image, where(f"loras[{i}].image"))
-    for i, control in enumerate(layout.controlnets):
-        check_control(control, layout, lambda key, i=i: where(f"controlnets[{i}].{key}"))
+        with mistakes:
+            blocks = getattr(layout, key)
+            if isinstance(blocks, str) and not re.search(BLOCKS, blocks):
+                problem = 'expected "every 2", "0-18", "0-4, 8" or a list of indices'
+                raise InputError(key, blocks, problem)
+    found = {}
+    for name, check in CHECKS.items():
+        found[name] = []
+        beside = Path() if name in overrides else folder
+        for i, part in enumerate(getattr(layout, name)):
+            with mistakes:
+                found[name].append(check(part, layout, beside, f"{name}[{i}]"))
+    return replace(layout, **{name: tuple(parts) for name, parts in found.items()})
 
 
-def check_steps(value: int | str, where: str) -> None:
-    if isinstance(value, str):
-        if not re.fullmatch(SHARE, value) or float(value[:-1]) > 100:
-            raise InputError(where, value, "expected a count, or a share such as 40%")
-    elif value < 0:
-        raise InputError(where, value, "expected a count of steps from 0 on")
+def check_side(value: int, key: str) -> None:
+    if value % 16:
+        low = value // 16 * 16
+        problem = f"not a multiple of 16, the nearest are {low} and {low + 16}"
+        raise InputError(key, value, problem)
 
 
-def check_text(text: str, where: str) -> None:
-    if is_broken(text):
-        raise InputError(where, text, "half of a surrogate pair is no text")
+def checked_lora(lora: Any, layout: Layout, folder: Path, path: str) -> Any:
+    lora = replace(lora, file=located(folder, lora.file))
+    if getattr(lora, "image", None) is not None:
+        lora = replace(lora, image=str(folder / lora.image))
+        readable(read_image, lora.image, f"{path}.image")
+    return lora
 
 
-def check_region(region: Region, layout: Layout, where: str) -> None:
-    if not region.prompt.strip():
-        raise InputError(f"{where}.prompt", region.prompt, "a region needs a prompt")
-    check_text(region.prompt, f"{where}.prompt")
+def checked_control(control: Control, layout: Layout, folder: Path, path: str) -> Control:
+    if control.start >= control.end:
+        problem = f"not before its end, {control.end:g}"
+        raise InputError(f"{path}.start", control.start, problem)
+    if control.region is not None and control.region >= len(layout.regions):
+        problem = f"the layout has {len(layout.regions)} regions, counted from 0"
+        raise InputError(f"{path}.region", control.region, problem)
+    image = str(folder / control.image)
+    readable(read_image, image, f"{path}.image")
+    return replace(control, model=located(folder, control.model), image=image)
+
+
+def located(folder: Path, name: str) -> str:
+    """A file or folder by its path from the layout's folder; a repository of the hub as it is."""
+    path = folder / name
+    if os.path.exists(path):  # False also for names that no file can have
+        if not path.is_file() and not path.is_dir():
+            raise InputError(path, MISSING, "neither a file nor a folder")
+        return str(path)
+    if re.fullmatch(REPOSITORY, name):
+        return name
+    return f"./{path}" if re.fullmatch(REPOSITORY, str(path)) else str(path)  # no repository
+
+
+def checked_region(region: Region, layout: Layout, folder: Path, path: str) -> Region:
+    loras = tuple(checked_lora(lora, layout, folder, path) for lora in region.loras)
     shapes = [key for key in SHAPES if getattr(region, key) is not None]
     if len(shapes) != 1:
         has = " and ".join(shapes) or "no shape"
-        raise InputError(where, MISSING, f"has {has}; a region needs exactly one of {', '.join(SHAPES)}")
-    if region.mask_inject_steps is not None:
-        check_steps(region.mask_inject_steps, f"{where}.mask_inject_steps")
-    if region.box:
-        check_box(region.box, layout, f"{where}.box")
-    elif region.polygon:
-        check_polygon(region.polygon, layout, f"{where}.polygon")
-    elif region.mask:
-        check_mask(region.mask, layout, f"{where}.mask", read_mask, "white, no pixel reaches 128")
+        problem = f"{has}, a region needs exactly one of {', '.join(SHAPES)}"
+        raise InputError(path, MISSING, problem)
+    (kind,) = shapes
+    shape = getattr(region, kind)
+    key = f"{path}.{kind}"
+    if kind == "mask":
+        shape = str(folder / shape)
+        inside = readable(read_mask, shape, key)
+        check_mask(inside, layout, key, Path(shape), "nothing in it is white, no pixel reaches 128")
+    elif kind == "color":
+        check_color(shape, layout, key)
     else:
-        check_color(region.color, layout, f"{where}.color")
+        shape = (box_in_pixels if kind == "box" else polygons_in_pixels)(shape, layout, key)
+    return replace(region, loras=loras, **{kind: shape})
 
 
-def check_polygon(polygons: Any, layout: Layout, where: str) -> None:
-    for x, y in (point for points in polygons for point in points):
-        if not (0 <= x <= layout.width and 0 <= y <= layout.height):
-            raise InputError(where, MISSING, f"has the point [{x:g}, {y:g}], outside {layout.width} x {layout.height}")
-
-
-def check_color(color: Any, layout: Layout, where: str) -> None:
-    if layout.map is None:
-        raise InputError(where, color, "a color needs the layout's map, a picture, and there is none")
-    shown = describe(list(color) if isinstance(color, tuple) else color)
-    is_text = isinstance(color, str) and re.fullmatch("#[0-9a-fA-F]{6}", color)
-    is_index = isinstance(color, int) and 0 <= color < 2**24
-    if not (is_text or is_index or isinstance(color, tuple) and all(0 <= value <= 255 for value in color)):
-        raise InputError(where, color, 'expected "#rrggbb", [r, g, b] from 0 to 255, or an index')
-    read = partial(read_color, color=color)
-    check_mask(layout.map, layout, f"{where} = {shown}: map", read, "of this color")
-
-
-def check_box(box: tuple[float, ...], layout: Layout, where: str) -> None:
-    numbers = [int(v) if v == int(v) else v for v in box] if all(abs(v) < 1e9 for v in box) else list(box)
-    x0, y0, x1, y1 = box
-    for name, value, end, side in (
-        ("x0", x0, layout.width, "width"), ("y0", y0, layout.height, "height"),
-        ("x1", x1, layout.width, "width"), ("y1", y1, layout.height, "height"),
-    ):  # fmt: skip
-        if not 0 <= value <= end:
-            raise InputError(where, numbers, f"{name} = {value:g} lies outside {side} {end}")
-    for low, high, axis in ((x0, x1, "x"), (y0, y1, "y")):
+def box_in_pixels(box: tuple, layout: Layout, key: str) -> tuple[float, ...]:
+    sides = (layout.width, layout.height) * 2
+    edges = [pixels(value, side, f"{key}[{i}]") for i, (value, side) in enumerate(zip(box, sides))]
+    for axis, low, high in zip("xy", edges, edges[2:]):
         if low >= high:
-            raise InputError(where, numbers, f"the box is empty, {axis}0 must be smaller than {axis}1")
+            problem = f"the box is empty, {axis}0 must be smaller than {axis}1"
+            raise InputError(key, list(box), problem)
+    return tuple(edges)
 
 
-def check_control(control: Control, layout: Layout, where: Where) -> None:
-    if control.start >= control.end:
-        raise InputError(where("start"), control.start, f"not before its end, {control.end:g}")
-    if isinstance(control.mode, str) and control.mode not in MODES:
-        raise InputError(where("mode"), control.mode, f"expected a number, or one of {', '.join(MODES)}")
-    if control.region is not None and control.region >= len(layout.regions):
-        count = len(layout.regions)
-        raise InputError(where("region"), control.region, f"the layout has {count} regions, counted from 0")
-    readable(read_picture, control.image, where("image"))
+def polygons_in_pixels(polygon: tuple, layout: Layout, key: str) -> tuple:
+    """A list of points, or several of them, as a list of lists of points."""
+    for kind in (Points, tuple[Points, ...]):
+        with suppress(msgspec.ValidationError, UnicodeEncodeError):
+            polygons = msgspec.convert(polygon, kind)
+            break
+    else:
+        problem = "expected at least three points [x, y], or lists of them"
+        raise InputError(key, list(polygon), problem)
+    sides = (layout.width, layout.height)
+    return tuple(
+        tuple(
+            tuple(pixels(value, side, f"{key}[{i}]") for value, side in zip(point, sides))
+            for i, point in enumerate(points)
+        )
+        for points in ([polygons] if kind is Points else polygons)
+    )
 
 
-def check_mask(mask: str, layout: Layout, where: str, read: Callable[[str], np.ndarray], what: str) -> None:
-    inside = readable(read, mask, where)
+def pixels(value: float | str, side: int, key: str) -> float:
+    """A position in pixels, from pixels or a percentage of the side."""
+    place = value
+    if isinstance(value, str):
+        if not re.fullmatch(PERCENT, value):
+            raise InputError(key, value, "expected pixels, or a percentage such as 25%")
+        place = Fraction(value[:-1]) * side / 100
+    if not 0 <= place <= side:
+        raise InputError(key, value, f"outside the image, expected 0 to {side} pixels")
+    return float(place)
+
+
+def check_color(color: Any, layout: Layout, key: str) -> None:
+    value = list(color) if isinstance(color, tuple) else color
+    if layout.map is None:
+        raise InputError(key, color, "a color needs the layout's map, an image, and there is none")
+    is_hex = isinstance(color, str) and re.search(HEX, color)
+    is_index = isinstance(color, int) and 0 <= color < 2**24
+    is_rgb = isinstance(color, tuple) and all(0 <= value <= 255 for value in color)
+    if not (is_hex or is_index or is_rgb):
+        raise InputError(key, value, 'expected "#rrggbb", [r, g, b] from 0 to 255, or an index')
+    inside = readable(partial(read_color, color=color), layout.map, key)
+    check_mask(inside, layout, key, value, "nothing in the map is of this color")
+
+
+def check_mask(inside: np.ndarray, layout: Layout, key: str, value: Any, empty: str) -> None:
     height, width = inside.shape
     if abs(width * layout.height - height * layout.width) > max(layout.width, layout.height):
-        raise InputError(
-            where, Path(mask), f"aspect ratio {width} x {height} does not match {layout.width} x {layout.height}"
-        )
+        size = f"{layout.width} x {layout.height}"
+        raise InputError(key, value, f"aspect ratio {width} x {height} does not match {size}")
     if not inside.any():
-        raise InputError(where, Path(mask), f"nothing in it is {what}")
+        raise InputError(key, value, empty)
+
+
+CHECKS = {"regions": checked_region, "loras": checked_lora, "controlnets": checked_control}

@@ -14,7 +14,7 @@ from extensions.region_lora import additions, all_of, plain_step, regional_step
 from model.attention import Attention, Block, plain_attention
 from model.transformer import Flux, FluxParams, Modulate
 from regional.attention import MaskedAttention, RegionalAttention, Tokens
-from regional.layout import Layout
+from regional.layout import FLUX_DEV, Layout
 from regional.mask import RegionTokens, regional_stages
 from runtime.ulysses import Ulysses
 from sampler.flow import denoise, image_ids, noise, pack, text_ids, unpack
@@ -82,7 +82,7 @@ def sample(
     img_ids, beside = image_ids(layout.width, layout.height), conditioning.control
     guidance, part = guidance_of(layout, device), parallel.part if parallel else all_of
     modulation, step = modulation or modulations(flux, layout, conditioning.y), 0
-    stages = regional_stages(layout, layout.steps, tokens) if layout.regional_steps(layout.steps) else []
+    stages = regional_stages(layout.resolved(FLUX_DEV), tokens) if layout.regional_steps(layout.steps) else []
     if stages:  # tokens of the same regions side by side, for this run
         tokens, order = tokens.sorted()
         stages = [(end, base_ratio[order]) for end, base_ratio in stages]

@@ -5,6 +5,7 @@ Whole runs against the published pipelines are in test_golden.py.
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -407,7 +408,7 @@ def test_a_depth_map_of_16_bits_keeps_its_greys(tmp_path):
 
 def test_canny_without_opencv_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cv2", None)
-    refuse("preprocess = canny: .*pip install opencv-python-headless", canny, np.zeros((4, 4, 3), np.uint8))
+    refuse("preprocess = 'canny': .*pip install opencv-python-headless", canny, np.zeros((4, 4, 3), np.uint8))
 
 
 # ---------------------------------------------------------------------------------------------- layout and command line
@@ -500,9 +501,9 @@ def test_an_xlabs_controlnet_reads_the_picture_itself(folder):
 CONTROL = {"model": "../models/controlnet", "image": "control.png"}
 UNION_CONTROL = {"model": "../models/controlnet-union", "image": "control.png"}
 MISTAKES = {
-    r"controlnets\[0\].image is missing": {"model": "m"},
+    r"controlnets\[0\].image: missing": {"model": "m"},
     r"controlnets\[0\].image = layouts/none.png: there is no such file": {**CONTROL, "image": "none.png"},
-    r"controlnets\[0\].image = layouts/../text.png: not a picture": {**CONTROL, "image": "../text.png"},
+    r"controlnets\[0\].image = layouts/../text.png: not an image": {**CONTROL, "image": "../text.png"},
     r"controlnets\[0\].model = ./layouts/none: there is no such": {**CONTROL, "model": "none"},
     r"controlnets\[0\].scal = 1: no such key, did you mean scale": {**CONTROL, "scal": 1},
     r"controlnets\[0\].scale = inf: expected float <= 100": {**CONTROL, "scale": math.inf},
@@ -512,13 +513,13 @@ MISTAKES = {
     r"controlnets\[0\].start = -1: expected `?float`? >= 0.0": {**CONTROL, "start": -1},
     r"controlnets\[0\].start = nan": {**CONTROL, "start": math.nan},
     r"controlnets\[0\].region = 1: the layout has 1 region": {**CONTROL, "region": 1},
-    r"controlnets\[0\].residuals = 'some': invalid enum value": {**CONTROL, "residuals": "some"},
+    r"controlnets\[0\].residuals = 'some': expected all, published": {**CONTROL, "residuals": "some"},
     r"controlnets\[0\].preprocess = 'blur'": {**CONTROL, "preprocess": "blur"},
-    r"controlnets\[0\].mode = 'edges': expected a number, or one of canny": {**UNION_CONTROL, "mode": "edges"},
+    r"controlnets\[0\].mode = 'edges': expected for unions: a number, canny": {**UNION_CONTROL, "mode": "edges"},
     r"controlnets\[0\].mode = -1: expected": {**UNION_CONTROL, "mode": -1},
-    r"controlnets\[0\].mode is missing: .*safetensors is a union of 10 modes": UNION_CONTROL,
+    r"controlnets\[0\].mode: missing, .*safetensors is a union of 10 modes": UNION_CONTROL,
     r"controlnets\[0\].mode = 10: .*safetensors has 10 modes, counted from 0": {**UNION_CONTROL, "mode": 10},
-    r"controlnets\[0\].mode = canny: .*safetensors has no modes": {**CONTROL, "mode": "canny"},
+    r"controlnets\[0\].mode = 'canny': .*safetensors has no modes": {**CONTROL, "mode": "canny"},
 }
 
 
@@ -528,23 +529,22 @@ def test_each_mistake_gets_one_sentence(folder, capsys, match):
     assert run(layout) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("generate.py:")]
     assert line.startswith("generate.py: layouts/layout.yaml: ") and line.endswith(".")
-    with pytest.raises(InputError, match=match):
-        raise InputError(line)
+    assert re.search(match, line), line
 
 
 FLAG_MISTAKES = {
-    "the command line: --control-image = none.png: there is no such file": ["--control-image", "none.png"],
-    "the command line: --control-start = 0.9: not before its end, 0.5": [
+    "the command line: --control-image none.png: there is no such file": ["--control-image", "none.png"],
+    "the command line: --control-start 0.9: not before its end, 0.5": [
         "--control-start",
         ".9",
         "--control-end",
         ".5",
     ],
-    "the command line: --control-scale = nan: expected float >= -100": ["--control-scale", "nan"],
-    "the command line: --control-mode = 'edges': expected a number": ["--control-mode", "edges"],
-    "--control-mode = 10: models/controlnet-union/": ["--control-mode", "10"],
-    "--controlnet = none: there is no such file": ["--controlnet", "none"],
-    "--controlnet = models/lora: no FLUX.1 ControlNet in it": ["--controlnet", "models/lora"],
+    "the command line: --control-scale nan: expected float >= -100": ["--control-scale", "nan"],
+    "the command line: --control-mode edges: expected": ["--control-mode", "edges"],
+    "--control-mode 10: models/controlnet-union/": ["--control-mode", "10"],
+    "--controlnet none: there is no such file": ["--controlnet", "none"],
+    "--controlnet models/lora: no FLUX.1 ControlNet in it": ["--controlnet", "models/lora"],
 }
 
 

@@ -308,7 +308,7 @@ FROM_MISTAKES = [  # form and options, the file in.txt, words of the sentence
     ("published", pair(), "1 = {'description': 'a'}: object missing required field mask"),
     ("published", pair(mask=[1, 2, 3]), "1.mask = [1, 2, 3]: expected array of length 4"),
     ("published", PUBLISHED | {"image_width": "wide"}, "image_width = 'wide': expected int"),
-    ("published", pair(mask=[9, 0, 9, 9]), "regions[1].box = [9, 0, 9, 9]: the box is empty"),
+    ("published", pair(mask=[9, 0, 9, 9]), "regions[1].box = [9.0, 0.0, 9.0, 9.0]: the box is empty"),
     ("published", {"base_prompt": "a town"}, "--size: needed, because the file does not state"),
     ("coco", COCO, "--image: 2 of the 2 images match"),
     ("coco --image 7", coco(segmentation={"counts": [3], "size": [9, 9]}), "annotations[0].segmentation: run-length"),
@@ -333,10 +333,18 @@ FROM_MISTAKES = [  # form and options, the file in.txt, words of the sentence
     ("invokeai", INVOKE | {"regions": [{"positive_prompt": "a", "x_min": 0}]}, "regions[0] = {"),
     ("gradio --size 0 9", GRADIO, "size[0] = 0: expected int >= 1"),
     ("gradio --size 9 9", {"boxes": [{"xmin": 0}]}, "boxes[0] = {'xmin': 0}: object missing required field label"),
-    ("gradio --size 32 16", {"boxes": [GRADIO_BOX | {"label": ""}]}, "regions[0].prompt = '': a region needs"),
-    ("gradio --size 32 16", {"boxes": [GRADIO_BOX | {"xmax": float("nan")}]}, "regions[0].box = [0.0, 4.0, nan, 12.0]"),
+    ("gradio --size 32 16", {"boxes": [GRADIO_BOX | {"label": ""}]}, "regions[0].prompt = '': expected"),
+    (
+        "gradio --size 32 16",
+        {"boxes": [GRADIO_BOX | {"xmax": float("nan")}]},
+        "regions[0].box[2] = nan: outside the image",
+    ),
     ("seg2any --beside gone.png", SEG2ANY, "segments_info = gone.png: there is no such file"),
-    ("seg2any --beside map.png", SEG2ANY | {"segments_info": [{"color": [1, 2, 3], "text": "a"}]}, "layout.map.png: "),
+    (
+        "seg2any --beside map.png",
+        SEG2ANY | {"segments_info": [{"color": [1, 2, 3], "text": "a"}]},
+        "color = [1, 2, 3]: noth",
+    ),
     ("seg2any --beside map.png", SEG2ANY | {"segments_info": [{"color": [1, 2], "text": "a"}]}, "color = [1, 2]: exp"),
 ]
 HOLE = "prompt: y, polygon: [[[0, 0], [60, 0], [60, 40]], [[30, 10], [50, 10], [50, 30]]]"

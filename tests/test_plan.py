@@ -219,9 +219,9 @@ NONSENSE = {
     "negative": ([region(-1, 0, 10, 10)], "regions[0].box = [-1, 0, 10, 10]: expected"),
     "huge": ([region(0, 0, 10**30, 10)], "regions[0].box = [0, 0, 1000"),
     "fraction": ([region(0, 0, 12.5, 10)], "Expected `int`, got `float` - at `$.regions[0].box.x1`"),
-    "62 regions": ([region(i, 0, i + 1, 9) for i in range(62)], "62 entries"),
+    "62 regions": ([region(i, 0, i + 1, 9) for i in range(62)], "at most 61"),
     "none": ([], "must not be empty"),
-    "no prompt": ([region(0, 0, 9, 9, " ")], "regions[0].prompt = ' ': a region needs a prompt"),
+    "no prompt": ([region(0, 0, 9, 9, " ")], "regions[0].prompt = ' ': expected"),
     "other keys": ([{**LEFT, "mask": "/etc/passwd"}], "unknown field `mask`"),
 }
 

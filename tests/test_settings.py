@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from errors import InputError
 from model.attention import Block
 from regional.attention import RegionalAttention, dense_attention, portable_attention
-from regional.layout import Layout, Region, blocks_of
+from regional.layout import FLUX_DEV, Layout, Region, blocks_of
 from regional.mask import BACKGROUND_BIT, feathered, in_polygons, region_tokens, regional_stages
 from regional.reader import read_layout
 
@@ -90,15 +90,27 @@ MISTAKES = {
     "a color without a map": ("- {prompt: a, color: 1}", "", "regions[0].color = 1: a color needs the layout's map"),
     "a color that is none": ("- {prompt: a, color: red}", "map: m.png", "regions[0].color = 'red': expected"),
     "a color out of range": ("- {prompt: a, color: [0, 0, 256]}", "map: m.png", "color = [0, 0, 256]: expected"),
-    "a color that is not there": ("- {prompt: a, color: [9, 9, 9]}", "map: m.png", "nothing in it is of this color"),
+    "a color that is not there": (
+        "- {prompt: a, color: [9, 9, 9]}",
+        "map: m.png",
+        "[9, 9, 9]: nothing in the map is of this color",
+    ),
     "a map that is not there": ("- {prompt: a, box: [0, 0, 9, 9]}", "map: n.png", "map = "),
     "two points": ("- {prompt: a, polygon: [[0, 0], [9, 9]]}", "", "polygon = [[0, 0], [9, 9]]: expected at least"),
-    "a point outside": ("- {prompt: a, polygon: [[0, 0], [9, 9], [65, 0]]}", "", "the point [65, 0], outside 64 x 64"),
+    "a point outside": (
+        "- {prompt: a, polygon: [[0, 0], [9, 9], [65, 0]]}",
+        "",
+        "polygon[2] = 65.0: outside the image, expected 0 to 64",
+    ),
     "a share that is none": ("- {prompt: a, box: [0, 0, 9px, 9]}", "", "regions[0].box[2] = '9px': expected pixels"),
-    "too much of a share": ("- {prompt: a, box: [0, 0, 101%, 9]}", "", "x1 = 64.64 lies outside width 64"),
+    "too much of a share": ("- {prompt: a, box: [0, 0, 101%, 9]}", "", "box[2] = '101%'"),
     "a negative strength": ("- {prompt: a, box: [0, 0, 9, 9], strength: -1}", "", "strength = -1"),
     "an infinite feather": ("- {prompt: a, box: [0, 0, 9, 9], feather: .inf}", "", "feather = inf"),
-    "steps that are none": ("- {prompt: a, box: [0, 0, 9, 9], mask_inject_steps: few}", "", "steps = 'few': expected"),
+    "steps that are none": (
+        "- {prompt: a, box: [0, 0, 9, 9], mask_inject_steps: few}",
+        "",
+        "steps = 'few': expected its own steps, a count",
+    ),
     "a ratio of 2": ("- {prompt: a, box: [0, 0, 9, 9], base_ratio: 2}", "", "base_ratio = 2"),
     "blocks that are none": (
         "- {prompt: a, box: [0, 0, 9, 9]}",
@@ -163,7 +175,7 @@ def stages(layout: Layout) -> list[tuple[int, dict[int, float]]]:
     """Where each stage ends, and the base branch's share by the bits of the tokens."""
     tokens = region_tokens(layout)
     bits = tokens.image_bits.tolist()
-    return [(end, dict(zip(bits, ratio.tolist()))) for end, ratio in regional_stages(layout, layout.steps, tokens)]
+    return [(end, dict(zip(bits, ratio.tolist()))) for end, ratio in regional_stages(layout.resolved(FLUX_DEV), tokens)]
 
 
 def test_regions_have_steps_and_ratios_of_their_own():
@@ -189,8 +201,8 @@ def test_regions_have_steps_and_ratios_of_their_own():
 def test_which_blocks_are_masked(blocks, chosen):
     assert [i for i in range(7) if blocks_of(blocks, i)] == chosen
     layout = change(LAYOUT, double_blocks=blocks, single_inject_interval=3)
-    assert [i for i in range(7) if layout.is_masked("double", i)] == chosen
-    assert [i for i in range(7) if layout.is_masked("single", i)] == [0, 3, 6]
+    layout = layout.resolved(FLUX_DEV._replace(depth=7, depth_single_blocks=7))
+    assert layout.double_blocks == set(chosen) and layout.single_blocks == {0, 3, 6}
 
 
 @pytest.mark.parametrize("regions, steps", [(0, "40%"), (6, "40%"), (7, "60%")])

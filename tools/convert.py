@@ -36,10 +36,9 @@ from PIL import Image
 
 from errors import MISSING, InputError, info, warn
 from regional.images import opened, readable
-from regional.layout import SHAPES, Layout, Region, count_of
+from regional.layout import FLUX_DEV, SHAPES, Layout, Region, count_of
 from regional.mask import in_polygons, region_mask
 from regional.reader import read_layout, value_at
-from tools.cost import STEPS
 
 Data = dict[str, Any]
 Files = dict[str, Any]  # by name: a text, an image, or what becomes JSON; "" stands for TARGET
@@ -197,7 +196,7 @@ def from_published(source: Source) -> Data:
     data = checked(parsed(source.text), Data, "the file")
     pairs = data.pop("regional_prompt_mask_pairs", None)
     pairs = pairs or {key: data.pop(key) for key in list(data) if key.isdigit()}
-    types = get_type_hints(Layout, include_extras=True)
+    types = get_type_hints(Layout, include_extras=True) | {"width": Side, "height": Side}
     layout = {"prompt": ""}
     for theirs in (key for key in PUBLISHED if key in data):
         layout[PUBLISHED[theirs]] = checked(data[theirs], types[PUBLISHED[theirs]], theirs)
@@ -210,7 +209,7 @@ def from_published(source: Source) -> Data:
 
 
 def to_published(layout: Layout, stem: str) -> Files:
-    steps = layout.steps or STEPS
+    steps = layout.steps or FLUX_DEV.steps
     data = {theirs: getattr(layout, ours) for theirs, ours in PUBLISHED.items()}
     data["num_inference_steps"] = steps
     data["mask_inject_steps"] = count_of(layout.mask_inject_steps, steps)
@@ -542,9 +541,8 @@ def to_form(layout: Layout, form: str, stem: str) -> Files:
     _, convert, kept = FORMS[form]
     files = convert(layout, stem)
     parts = [("", layout, kept | {"regions", "map", "preset"})]
-    parts += [
-        (f"regions[{i}].", r, {"prompt", *SHAPES, *kept}) for i, r in enumerate(layout.regions)
-    ]
+    own = kept | {"prompt", *SHAPES}
+    parts += [(f"regions[{i}].", region, own) for i, region in enumerate(layout.regions)]
     lost = []
     for start, part, held in parts:
         default = type(part)(prompt="")

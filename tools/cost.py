@@ -4,16 +4,20 @@ Only matrix products count; a multiplication is two operations, with its additio
 """
 
 from model.transformer import FluxParams
-from regional.layout import Layout
+from regional.layout import FLUX_DEV, Layout
 from regional.mask import RegionTokens, allowed, regional_stages
 
-STEPS = 24  # FLUX.1-dev's, where a layout leaves them to the model
-LENGTH = 512
 Stage = tuple[int, int, str]  # its last step, the FLOPs of each of its steps, its name
 
 
+def resolved(layout: Layout, params: FluxParams) -> Layout:
+    """A layout for a transformer of these sizes, with the other defaults of FLUX.1-dev."""
+    depths = {"depth": params.depth, "depth_single_blocks": params.depth_single_blocks}
+    return layout.resolved(FLUX_DEV._replace(**depths))
+
+
 def cost(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[str]:
-    """The work of the transformer, compared with that of the same image by plain FLUX.1."""
+    """The work of the transformer for a resolved layout, compared with plain FLUX.1."""
     found = stages(layout, params, tokens)
     plain = found[-1][1]
     lines = []
@@ -36,21 +40,20 @@ def amount(flops: int) -> str:
 
 def stages(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[Stage]:
     """The stages of equal steps; the plain one comes last."""
-    steps = layout.steps or STEPS
     name = "composed of the regions' images" if layout.method == "rpg" else "regional"
     found = []
-    for end, ratio in regional_stages(layout, steps, tokens) if layout.regions else ():
+    for end, ratio in regional_stages(layout, tokens) if layout.regions else ():
         has_base = bool(ratio.any())
         flops = regional_flops(layout, params, tokens, has_base)
         found.append((end, flops, name if has_base else f"{name}, no base branch"))
-    plain = plain_flops(params, layout.max_sequence_length or LENGTH, tokens.cover.shape[1])
-    return [*found, (steps, plain, "plain")]
+    plain = plain_flops(params, layout.max_sequence_length, tokens.cover.shape[1])
+    return [*found, (layout.steps, plain, "plain")]
 
 
 def regional_flops(layout: Layout, params: FluxParams, tokens: RegionTokens, base: bool) -> int:
     """FLOPs of a regional step, if attention costs exactly what the mask allows."""
-    text = layout.max_sequence_length or LENGTH
-    own = layout.region_length(text)
+    text = layout.max_sequence_length
+    own = layout.region_max_sequence_length
     image = tokens.cover.shape[1]
     regions = len(tokens.prompts)
     if layout.method == "rpg":
@@ -58,12 +61,12 @@ def regional_flops(layout: Layout, params: FluxParams, tokens: RegionTokens, bas
     bits, count = tokens.bits(own).unique(return_counts=True)
     masked = int((allowed(bits[:, None], bits) * count * count[:, None]).sum())
     unmasked = (regions * own + image) ** 2
-    depths = {"double": params.depth, "single": params.depth_single_blocks}
-    blocks = [(kind, index) for kind, depth in depths.items() for index in range(depth)]
-    pairs = sum(masked if layout.is_masked(*block) else unmasked for block in blocks)
+    blocks = params.depth + params.depth_single_blocks
+    masked_blocks = len(layout.double_blocks) + len(layout.single_blocks)
+    pairs = masked_blocks * masked + (blocks - masked_blocks) * unmasked
     if not base:
         return forward_flops(params, regions * own, image, pairs)
-    pairs += len(blocks) * (text + image) ** 2
+    pairs += blocks * (text + image) ** 2
     streams = 2 if layout.base_stream == "separate" else 1
     return forward_flops(params, regions * own + text, image, pairs, streams)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from errors import MISSING, InputError, info, print_error
 from pipeline import Pipeline, Prepared, with_model_defaults
 from regional.layout import Layout
-from regional.reader import Where, naming, read_layout
+from regional.reader import naming, read_layout
 from tools.metadata import SUFFIXES, carried_by, check_writable, is_made_by, made_of, settings, write
 from tools.sheets import contact_sheet
 
@@ -40,10 +40,10 @@ class Names(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One picture. where: how messages name its layout's keys. sheet: where the sheet of its sweep goes."""
+    """One picture. file: its layout's. sheet: where the sheet of its sweep goes."""
 
     names: Names
-    where: Where
+    file: Path | None
     layout: Layout
     seed: int
     output: Path
@@ -92,7 +92,8 @@ def missing_of(group: list[Job], pipeline: Pipeline, args: argparse.Namespace) -
             print(job.output)
     if not missing:
         return []
-    prepared = pipeline.prepare(group[0].layout, group[0].where)
+    with naming(group[0].file, flags_of(args)):
+        prepared = pipeline.prepare(group[0].layout)
     return [(job, prepared, made_by) for job, made_by in missing]
 
 
@@ -126,17 +127,18 @@ def plan_jobs(args: argparse.Namespace, size: int, failures: Failures) -> list[J
     sweeps = [parse_sweep(text) for text in args.sweep]
     if len(dict(sweeps)) < len(sweeps):
         raise InputError("--sweep", ", ".join(args.sweep), "a key is swept twice")
-    carried = made_of(args.config_from_metadata) if args.config_from_metadata else None
+    metadata = made_of(args.config_from_metadata) if args.config_from_metadata else None
     index, count = shard_of(args)
     together, jobs, several = count > 1 or bool(args.parallel), [], len(layout_files(args)) > 1
     for file in layout_files(args):
+        file = file or args.config_from_metadata
         with failures:
             layouts = {}
             for values in itertools.product(*(values for _, values in sweeps)):
                 swept = {key: value for (key, _), value in zip(sweeps, values)}
                 label = tuple(f"{key}={value}" for key, value in swept.items())
-                layouts[label] = read_layout(file, flags_of(args) | swept, size, carried)
-            jobs += jobs_of(file or args.config_from_metadata, layouts, args, several, together)
+                layouts[label] = read_layout(file, flags_of(args) | swept, size, metadata)
+            jobs += jobs_of(file, layouts, args, several, together)
     outputs = [path for job in jobs for path in (job.output, job.latents) if path]
     if len(set(outputs)) < len(outputs):
         twice = next(path for path in outputs if outputs.count(path) > 1)
@@ -174,14 +176,14 @@ def jobs_of(
         raise InputError("--output", output, f"the suffix must be one of {', '.join(SUFFIXES)}")
     if args.save_latents and not args.save_latents.endswith(".safetensors"):
         raise InputError("--save-latents", args.save_latents, "the suffix must be .safetensors")
-    where, jobs, chosen = naming(file, flags_of(args)), [], random.randrange(2**32)
+    jobs, chosen = [], random.randrange(2**32)
     for layout, seed, names in runs:
         path = filled(output, names, chosen if seed is None else seed)
         if seed is None:  # what is there already may be finished, by the seed that it has
             seed = (carried_by(path) or {"seed": chosen})["seed"]
         latents = filled(args.save_latents, names, seed) if args.save_latents else None
         sheet = filled(output, Names(name, ("sheet",), ()), seed) if args.sweep else None
-        jobs.append(Job(names, where, layout, seed, path, latents, sheet))
+        jobs.append(Job(names, file, layout, seed, path, latents, sheet))
     return jobs
 
 

@@ -17,7 +17,7 @@ from pipeline import text_lengths, with_model_defaults
 from regional.layout import Layout, Region
 from regional.mask import BACKGROUND_BIT, RegionTokens, region_tokens, token_grid
 from regional.reader import read_layout
-from tools.cost import LENGTH, cost
+from tools.cost import cost, resolved
 from tools.jobs import flags_of, layout_files
 from tools.metadata import SUFFIXES, check_writable, made_of, write
 from tools.sheets import fitting
@@ -108,9 +108,8 @@ def painted(parts: np.ndarray, several: np.ndarray, colors: np.ndarray, cell: in
 def magnified(region: Region, by: int) -> Region:
     """A region with its coordinates multiplied; masks and maps have none."""
     box = region.box and tuple(by * value for value in region.box)
-    polygon = region.polygon and [
-        [(by * x, by * y) for x, y in points] for points in region.polygon
-    ]
+    polygon = region.polygon
+    polygon = polygon and [[(by * x, by * y) for x, y in points] for points in polygon]
     return replace(region, box=box, polygon=polygon)
 
 
@@ -135,7 +134,7 @@ def innermost(inside: np.ndarray) -> tuple[float, float, float]:
 
 def write_names(
     draw: ImageDraw.ImageDraw, names: list[str], cover: np.ndarray, colors: np.ndarray, cell: int
-) -> None:
+) -> None:  # fmt: skip
     """Each name in its region's own part, or else where the fewest others are; next to other names
     if there is room."""
     zoom = 2 * (96 // max(cover.shape[1:])) + 1  # odd: a token has a middle
@@ -221,23 +220,20 @@ def details(layout: Layout, tokens: RegionTokens, i: int) -> str:
 # -------------------------------------------------------------------------- the report
 
 
-def report(
-    layout: Layout, params: FluxParams, text_lengths: list[int] | None = None
-) -> tuple[str, list[str]]:
+def report(layout: Layout, params: FluxParams, known: list[int] | None) -> tuple[str, list[str]]:
     """What the regions hold and what an image will cost, as a text, and warnings, a sentence each.
-    text_lengths: tokens of the base prompt and of each prompt of region_tokens, if known."""
+    known: the tokens of the base prompt and of each prompt of region_tokens, where they are."""
+    layout = resolved(layout, params)
     tokens = grid_tokens(layout)
-    length = layout.max_sequence_length or LENGTH
-    entries = [("base", "prompt", layout.prompt, length, torch.ones(tokens.cover.shape[1]))]
+    everywhere = torch.ones(tokens.cover.shape[1])
+    entries = [("base", "prompt", layout.prompt, layout.max_sequence_length, everywhere)]
     if layout.regions:
-        own = layout.region_length(length)
         for name, prompt, cover in zip(names_of(tokens), tokens.prompts, tokens.cover):
             key = f"regions[{name}].prompt" if name.isdigit() else "background_prompt"
-            entries.append((name, key, prompt, own, cover))
+            entries.append((name, key, prompt, layout.region_max_sequence_length, cover))
     warnings = tokens.warnings + doubts(layout, tokens)
     lines = [f"{'region':<12}{'tokens':>7}{'image':>9}{'text':>13}   prompt"]
-    known = text_lengths or [None] * len(entries)
-    for (name, key, prompt, limit, cover), count in zip(entries, known):
+    for (name, key, prompt, limit, cover), count in zip(entries, known or [None] * len(entries)):
         held = f"up to {limit}" if count is None else f"{count} of {limit}"
         size = f"{int((cover > 0).sum()):>7}{cover.mean():>9.1%}"
         prompt = textwrap.shorten(prompt, 60, placeholder=" ...")
@@ -252,50 +248,36 @@ def doubts(layout: Layout, tokens: RegionTokens) -> list[str]:
     found = []
     inside = tokens.cover > 0
     for i, region in enumerate(layout.regions):
+        name = f"regions[{i}]"
         own = inside[i]
         fraction = tokens.cover[i].mean()
         if region.strength == 0:
-            found.append(
-                f"regions[{i}] has strength 0: its prompt is not read in the masked blocks."
-            )
+            found.append(f"{name} has strength 0: its prompt is not read in the masked blocks.")
         if not own.any():  # region_tokens has a warning for it
             continue
         if fraction < 0.02:
             few = f"{counted(int(own.sum()))}, {fraction:.1%} of the image"
-            found.append(f"regions[{i}] covers only {few}, and may not show.")
+            found.append(f"{name} covers only {few}, and may not show.")
         others = [j for j in range(len(layout.regions)) if j != i]
         around = [j for j in others if not (own & ~inside[j]).any()]
         if around:
-            found.append(
-                f"regions[{i}] lies wholly in regions[{around[0]}]; both prompts count there."
-            )
+            found.append(f"{name} lies wholly in regions[{around[0]}]; both prompts count there.")
         elif (inside[:, own].sum(dim=0) > 1).all():
-            found.append(
-                f"regions[{i}] has no token of its own: all are shared with other regions."
-            )
+            found.append(f"{name} has no token of its own: each is shared with other regions.")
     return found
 
 
 def look(args: argparse.Namespace) -> int:
     """--check and --preview: without a model, but for its sizes and tokenizers where they are at hand."""
-    checkpoint = (
-        None
-        if is_repository(args.model)
-        else weights.find(args.model, args.flux, args.t5, args.clip, args.ae)
-    )
+    checkpoint = None if is_repository(args.model) else weights.find(args.model, args.flux, args.t5, args.clip, args.ae)
     params = weights.flux_params(checkpoint.flux) if checkpoint else FluxParams()
-    size = (
-        int(weights.metadata_number(checkpoint.flux, "sample_size", 1024)) if checkpoint else 1024
-    )
+    size = int(weights.metadata_number(checkpoint.flux, "sample_size", 1024)) if checkpoint else 1024
+    image = args.config_from_metadata
+    metadata = made_of(image) if image else None
     valid, layouts = True, []
-    for file in layout_files(args):
+    for file in [image] if image else layout_files(args):
         try:
-            layout = read_layout(
-                file,
-                flags_of(args),
-                size,
-                made_of(args.config_from_metadata) if args.config_from_metadata else None,
-            )
+            layout = read_layout(file, flags_of(args), size, metadata)
         except InputError as error:
             print_error(error)
             valid = False
@@ -303,23 +285,15 @@ def look(args: argparse.Namespace) -> int:
         layouts.append((file, layout))
         if args.check:
             layout = with_model_defaults(layout, checkpoint.flux) if checkpoint else layout
-            text, warnings = report(
-                layout, params, text_lengths(layout, checkpoint) if checkpoint else None
-            )
+            text, warnings = report(layout, params, text_lengths(layout, checkpoint) if checkpoint else None)
             print(f"{file or 'the command line'}: valid", text, sep="\n")
             for warning in warnings:
                 warn(warning)
     if args.preview:
         for file, layout in layouts:
-            output = (
-                args.preview.with_stem(f"{args.preview.stem}_{file.stem}")
-                if len(layouts) > 1
-                else args.preview
-            )
+            output = args.preview.with_stem(f"{args.preview.stem}_{file.stem}") if len(layouts) > 1 else args.preview
             if output.suffix.lower() not in SUFFIXES:
-                raise InputError(
-                    "--preview", output, f"the suffix must be one of {', '.join(SUFFIXES)}"
-                )
+                raise InputError("--preview", output, f"the suffix must be one of {', '.join(SUFFIXES)}")
             check_writable(output, args.overwrite)
             write(output, preview(layout).save)
             print(output)
