@@ -166,15 +166,10 @@ class Layout(Part):
     def filled(self, defaults: Defaults) -> "Layout":
         """The layout with what it leaves to the model; this is what metadata record."""
         length = self.max_sequence_length or defaults.max_sequence_length
-        own = self.region_max_sequence_length
-        if isinstance(own, str):
-            own = max(2, percent_of(own, length))
-        return replace(
-            self,
-            steps=self.steps or defaults.steps,
-            max_sequence_length=length,
-            region_max_sequence_length=own or length,
-        )
+        own = self.region_max_sequence_length or length
+        own = max(2, percent_of(own, length)) if isinstance(own, str) else own
+        lengths = {"max_sequence_length": length, "region_max_sequence_length": own}
+        return replace(self, steps=self.steps or defaults.steps, **lengths)
 
     def resolved(self, defaults: Defaults) -> "Layout":
         """The filled layout with nothing left to parse: counts are ints, and each region has its
@@ -184,25 +179,23 @@ class Layout(Part):
         """
         layout = self.filled(defaults)
 
-        def regional(steps: int | str, ratio: float) -> int:
+        def own(part: Layout | Region) -> dict[str, Any]:
+            ratio = self.base_ratio if part.base_ratio is None else part.base_ratio
+            steps = part.mask_inject_steps
+            steps = count_of(self.mask_inject_steps if steps is None else steps, layout.steps)
             is_plain = ratio == 1 or self.method == "plain"
-            return 0 if is_plain else count_of(steps, layout.steps)
+            return {"mask_inject_steps": 0 if is_plain else steps, "base_ratio": float(ratio)}
 
-        regions = []
-        for region in self.regions:
-            steps, ratio = region.mask_inject_steps, region.base_ratio
-            steps = self.mask_inject_steps if steps is None else steps
-            ratio = self.base_ratio if ratio is None else float(ratio)
-            own = regional(steps, ratio)
-            regions.append(replace(region, mask_inject_steps=own, base_ratio=ratio))
-        doubles = range(defaults.depth)
-        singles = range(defaults.depth_single_blocks)
+        doubles, singles = (
+            frozenset(i for i in range(depth) if self.is_masked(kind, i))
+            for kind, depth in (("double", defaults.depth), ("single", defaults.depth_single_blocks))
+        )
         return replace(
             layout,
-            regions=tuple(regions),
-            mask_inject_steps=regional(self.mask_inject_steps, self.base_ratio),
-            double_blocks=frozenset(i for i in doubles if self.is_masked("double", i)),
-            single_blocks=frozenset(i for i in singles if self.is_masked("single", i)),
+            **own(self),
+            regions=tuple(replace(region, **own(region)) for region in self.regions),
+            double_blocks=doubles,
+            single_blocks=singles,
             controlnets=tuple(replace(c, mode=c.mode_index) for c in self.controlnets),
         )
 

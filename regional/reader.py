@@ -22,32 +22,12 @@ from regional.layout import BLOCKS, HEX, PERCENT, PRESETS, SHAPES, Control, Layo
 
 MAX_BYTES = 1_000_000  # of a layout file; YAML takes up to 12 s and 280 MB for so many
 MAX_NUMBER = 100  # characters of a number in it; a file full of 1:1:1:1... would take hours
-MAX_MISTAKES = 10  # that are reported at once
 
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*(:.+)?"  # org/name, or one of its files
 Points = Annotated[tuple[tuple[Position, Position], ...], Meta(min_length=3)]
 # the flags of a ControlNet's keys
 CONTROL_FLAGS = {key: f"control_{key}" for key in ("image", "mode", "scale", "start", "end")}
 CONTROL_FLAGS |= {"model": "controlnet", "preprocess": "preprocess"}
-
-
-class Mistakes(list[InputError]):
-    """A context that collects InputErrors, and raises them when there are MAX_MISTAKES."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, InputError) or isinstance(error, InputErrors):
-            return False
-        self.append(error)
-        if len(self) == MAX_MISTAKES:
-            self.raise_any()
-        return True
-
-    def raise_any(self) -> None:
-        if self:
-            raise self[0] if len(self) == 1 else InputErrors(self)
 
 
 @contextmanager
@@ -57,7 +37,7 @@ def naming(file: Path | None, overrides: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        for mistake in error.errors if isinstance(error, InputErrors) else [error]:
+        for mistake in getattr(error, "errors", [error]):
             if flag := flag_of(str(mistake.key), overrides):
                 mistake.key = flag
                 mistake.source = "the command line"
@@ -86,13 +66,14 @@ def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024, 
             data = read_yaml(file) if file else {}
             folder = file.parent if file else Path()
         else:
-            known = Layout.__struct_fields__
+            known = fields_of(Layout)
             data = {key: value for key, value in metadata.items() if key in known}
             folder = Path()  # metadata hold paths from the working directory
         if isinstance(data, dict):
-            data = {**data, **overrides}
-            data = {**data, **{key: size for key in ("width", "height") if key not in data}}
-        mistakes = Mistakes()
+            data |= overrides
+            data.setdefault("width", size)
+            data.setdefault("height", size)
+        mistakes = InputErrors()
         with mistakes:
             check_types(data, Layout, "", mistakes)
         mistakes.raise_any()
@@ -198,7 +179,7 @@ def fields_of(struct: type[Part]) -> dict[str, tuple[Any, type[Part] | None]]:
     return found
 
 
-def check_types(data: Any, struct: type[Part], path: str, mistakes: Mistakes) -> None:
+def check_types(data: Any, struct: type[Part], path: str, mistakes: InputErrors) -> None:
     """Check the keys of a mapping one by one, for msgspec stops at its first mistake."""
     if not isinstance(data, dict):
         key = path.removesuffix(".") or "the layout"
@@ -255,7 +236,7 @@ def value_at(data: Any, path: str) -> Any:
 # ---------------------------------------------------------------------------- what types can't say
 
 
-def checked(layout: Layout, folder: Path, overrides: dict, mistakes: Mistakes) -> Layout:
+def checked(layout: Layout, folder: Path, overrides: dict, mistakes: InputErrors) -> Layout:
     """The layout with paths from the working directory and shapes in pixels."""
     if layout.map is not None:
         layout = replace(layout, map=str(folder / layout.map))
@@ -263,7 +244,11 @@ def checked(layout: Layout, folder: Path, overrides: dict, mistakes: Mistakes) -
             readable(read_image, layout.map, "map")
     for key in ("width", "height"):
         with mistakes:
-            check_side(getattr(layout, key), key)
+            value = getattr(layout, key)
+            low = value // 16 * 16
+            if value != low:
+                problem = f"not a multiple of 16, the nearest are {low} and {low + 16}"
+                raise InputError(key, value, problem)
     for key in ("double_blocks", "single_blocks"):
         with mistakes:
             blocks = getattr(layout, key)
@@ -278,13 +263,6 @@ def checked(layout: Layout, folder: Path, overrides: dict, mistakes: Mistakes) -
             with mistakes:
                 found[name].append(check(part, layout, beside, f"{name}[{i}]"))
     return replace(layout, **{name: tuple(parts) for name, parts in found.items()})
-
-
-def check_side(value: int, key: str) -> None:
-    if value % 16:
-        low = value // 16 * 16
-        problem = f"not a multiple of 16, the nearest are {low} and {low + 16}"
-        raise InputError(key, value, problem)
 
 
 def checked_lora(lora: Any, layout: Layout, folder: Path, path: str) -> Any:

@@ -165,6 +165,11 @@ def test_a_form_is_read_and_its_regions_survive_the_way_back(form, files, expect
     assert regions_of("back.yaml") == regions_of("layout.yaml")
 
 
+def test_a_byte_order_mark_is_skipped():
+    put(**{"in": "\ufeff" + json.dumps(SAM)})
+    assert convert("--from layoutsam in layout.yaml") == 0
+
+
 def test_every_form_has_a_hand_made_example():
     assert {form.split()[0] for form, *_ in BY_HAND.values()} == set(FORMS)
 
