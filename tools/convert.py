@@ -53,7 +53,7 @@ BACKGROUND, *PALETTE = COLORS  # black, and 63 colors that lie far apart
 
 
 class Source(NamedTuple):
-    """The file that becomes a layout, and what the flags say of it."""
+    """The file that becomes a layout, and what the flags state about it."""
 
     path: Path
     text: str

@@ -1,7 +1,4 @@
-"""What a layout costs, in floating-point operations of the transformer.
-
-Only matrix products count; a multiplication is two operations, with its addition.
-"""
+"""What a layout costs: FLOPs of the transformer's matrix products, two for each multiplication."""
 
 from model.transformer import FluxParams
 from regional.layout import FLUX_DEV, Layout
@@ -30,8 +27,8 @@ def cost(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[str]:
         start = end
     more = layout.controlnets or any(region.loras for region in layout.regions)
     note = "; ControlNets and regions' LoRAs come on top" if more else ""
-    ratio = total / (start * plain)
-    return [*lines, f"altogether: {amount(total)}, {ratio:.2f} times plain FLUX.1{note}"]
+    times = f"{total / (start * plain):.2f} times plain FLUX.1"
+    return [*lines, f"altogether: {amount(total)}, {times}{note}"]
 
 
 def amount(flops: int) -> str:
@@ -60,15 +57,12 @@ def regional_flops(layout: Layout, params: FluxParams, tokens: RegionTokens, bas
         return regions * plain_flops(params, own, image) + base * plain_flops(params, text, image)
     bits, count = tokens.bits(own).unique(return_counts=True)
     masked = int((allowed(bits[:, None], bits) * count * count[:, None]).sum())
-    unmasked = (regions * own + image) ** 2
     blocks = params.depth + params.depth_single_blocks
     masked_blocks = len(layout.double_blocks) + len(layout.single_blocks)
-    pairs = masked_blocks * masked + (blocks - masked_blocks) * unmasked
-    if not base:
-        return forward_flops(params, regions * own, image, pairs)
-    pairs += blocks * (text + image) ** 2
-    streams = 2 if layout.base_stream == "separate" else 1
-    return forward_flops(params, regions * own + text, image, pairs, streams)
+    pairs = masked_blocks * masked + (blocks - masked_blocks) * (regions * own + image) ** 2
+    pairs += base * blocks * (text + image) ** 2
+    streams = 1 + (base and layout.base_stream == "separate")
+    return forward_flops(params, regions * own + base * text, image, pairs, streams)
 
 
 def plain_flops(params: FluxParams, text: int, image: int) -> int:

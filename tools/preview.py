@@ -37,7 +37,7 @@ STRIPES = 32  # pixels of a stripe of each color
 COLUMN = 340  # pixels of a column of the legend
 LINE = 18  # pixels of a line of text
 GAP = 16
-DEFAULTS = {"strength": 1, "feather": 0, "base_ratio": None, "mask_inject_steps": None}
+DEFAULT_VALUES = {"strength": 1, "feather": 0, "base_ratio": None, "mask_inject_steps": None}
 
 
 def preview(layout: Layout) -> Image.Image:
@@ -162,7 +162,7 @@ Lines = list[tuple[str, str]]  # of text, each with its color
 
 
 def lines_of(prompt: str, about: str, letters: int, most: int) -> Lines:
-    """A prompt, cut to so many lines of so many letters, and what there is to say of it."""
+    """A prompt, cut to so many lines of so many letters, and its details."""
     lines = textwrap.wrap(prompt, letters, max_lines=most, placeholder=" ...")
     return [(x, "black") for x in lines] + [(x, "dimgray") for x in textwrap.wrap(about, letters)]
 
@@ -177,7 +177,7 @@ def with_legend(
     image: Image.Image, head: tuple[str, str], names: list[str], entries: list[tuple[str, str]],
     colors: np.ndarray,
 ) -> Image.Image:  # fmt: skip
-    """The image under its head, a prompt and what there is to say of it, with an entry of such two
+    """The image under its head, a prompt and details, with an entry, a prompt and details too,
     for each region: at the side, or below if the image is wide."""
     most = max(1, min(3, 32 // len(names)))
     entries = [lines_of(*entry, 40, most) for entry in entries]
@@ -210,7 +210,7 @@ def details(layout: Layout, tokens: RegionTokens, i: int) -> str:
     """A region's tokens and fraction of the image, and those of its settings that were changed."""
     own = layout.regions[i] if i < len(layout.regions) else None
     found = [counted(int((tokens.cover[i] > 0).sum())), f"{tokens.cover[i].mean():.1%}"]
-    for key, default in DEFAULTS.items():
+    for key, default in DEFAULT_VALUES.items():
         value = getattr(own, key, default)
         if value != default:
             found.append(f"{key} {value if isinstance(value, str) else format(value, 'g')}")
