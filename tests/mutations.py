@@ -145,7 +145,7 @@ MISTAKES = [
             ("test_plan.py", "overlap_in_part")),
     Mistake("schema", "tools/schema.py",
             "\"mask\": {\"string\": {\"minLength\": 1}},", "",
-            ("test_preview.py", "reader_and_schema_refuse")),
+            ("test_preview.py", "reader_and_schema_agree")),
     Mistake("offload order", "runtime/offload.py",
             "if index != self.fetched", "if self.fetched is None",
             ("test_offload.py", "out_of_turn")),

@@ -54,13 +54,14 @@ def most(cell: np.ndarray) -> tuple[int, ...]:
 
 
 def test_each_token_has_the_color_of_its_region_and_the_rest_is_gray():
-    of = layout({"box": [0, 0, 128, 96]}, {"box": [128, 128, 250, 256]})  # 250: the last token's centre is at 248
+    of = layout({"box": [0, 0, 128, 96]}, {"box": [128, 128, 250, 256]})  # 250: the last token's center is at 248
     drawn = canvas(of)
     for row in range(16):
         for column in range(16):
             inside = [row < 6 and column < 8, row >= 8 and column >= 8]
             expected = color(inside.index(True)) if any(inside) else GRAY
             assert most(drawn[row, column]) == expected, (row, column)
+    assert {most(cell) for row in canvas(layout()) for cell in row} == {GRAY}
 
 
 def test_a_token_whose_center_lies_outside_stays_gray_and_the_shape_is_drawn_over_it():
@@ -174,13 +175,9 @@ def test_a_legend_reports_the_settings_that_are_not_the_defaults():
     assert details(of, tokens, 2).count(",") == 1  # the background
 
 
-def test_without_regions_all_is_background():
-    drawn = canvas(layout())
-    assert {most(cell) for row in drawn for cell in row} == {GRAY}
-
-
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
-def test_all_examples_have_a_preview_and_a_report(file):
+def test_all_examples_are_valid_and_have_a_preview_and_a_report(file, is_valid):
+    assert is_valid(yaml.safe_load(file.read_text()))
     of = read_layout(file, {}, 256)
     assert min(preview(of).size) > 400
     text, _ = report(of, FluxParams(), None)
@@ -233,6 +230,11 @@ def total_flops(of: Layout, params: FluxParams) -> int:
     return sum((end - start) * flops for start, (end, flops, _) in zip(starts, found))
 
 
+def test_the_expected_work_of_schnell_has_no_guidance_to_embed():
+    schnell = dataclasses.replace(tiny.FLUX, guidance_embed=False)
+    assert total_flops(RUNS["published"], schnell) == counted_flops(RUNS["published"], schnell)
+
+
 @pytest.mark.parametrize("of", RUNS.values(), ids=RUNS)
 def test_the_expected_work_is_that_of_a_run(of):
     counted = counted_flops(of)
@@ -241,11 +243,6 @@ def test_the_expected_work_is_that_of_a_run(of):
     assert total_flops(of, tiny.FLUX) == pytest.approx(counted, rel=1e-5)  # ratios of tokens are a matrix product too
     ratio = counted / counted_flops(RUNS["plain"])
     assert f"{ratio:.2f} times plain FLUX.1" in report(of, tiny.FLUX, None)[0]
-
-
-def test_schnell_has_no_guidance_to_embed():
-    schnell = dataclasses.replace(tiny.FLUX, guidance_embed=False)
-    assert total_flops(RUNS["published"], schnell) == counted_flops(RUNS["published"], schnell)
 
 
 def grid(columns: int, rows: int) -> Layout:
@@ -277,6 +274,8 @@ def test_a_report_lists_what_each_region_holds():
     ]
     assert warnings == []
     assert "up to 32" in report(of, FluxParams(), None)[0]
+    text, _ = report(layout(HALF), FluxParams(), None)
+    assert "up to 512" in text and "steps 11 to 24: plain" in text  # FLUX.1-dev's
 
 
 STAGES = {
@@ -292,11 +291,6 @@ def test_a_report_names_the_steps_of_each_stage(name):
     found = [line.removeprefix("steps ") for line in lines if line.startswith("steps")]
     assert len(found) == len(STAGES[name])
     assert all(line.startswith(f"{stage}, ") for line, stage in zip(found, STAGES[name]))
-
-
-def test_without_numbers_a_layout_has_flux_devs():
-    text, _ = report(layout(HALF), FluxParams(), None)
-    assert "up to 512" in text and "steps 11 to 24: plain" in text
 
 
 HALF = {"box": [0, 0, 128, 256]}
@@ -369,11 +363,6 @@ def can_be_read(tmp_path_factory):
     return read
 
 
-@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
-def test_all_examples_are_valid(file, is_valid):
-    assert is_valid(yaml.safe_load(file.read_text()))
-
-
 GOOD = {"prompt": "a scene", "regions": [{"prompt": "a thing", "box": [0, 0, 128, 128]}]}
 
 
@@ -423,11 +412,6 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("written", TAKEN)
-def test_reader_and_schema_take(written, is_valid, can_be_read):
-    assert can_be_read(written) and is_valid(written)
-
-
-@pytest.mark.parametrize("written", REFUSED)
-def test_reader_and_schema_refuse(written, is_valid, can_be_read):
-    assert not can_be_read(written) and not is_valid(written)
+@pytest.mark.parametrize("written, is_taken", [(x, True) for x in TAKEN] + [(x, False) for x in REFUSED])
+def test_reader_and_schema_agree(written, is_taken, is_valid, can_be_read):
+    assert can_be_read(written) == is_valid(written) == is_taken
