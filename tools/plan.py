@@ -69,7 +69,7 @@ def plan(
     url = (url or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/")
     url = url.removesuffix("/chat/completions")
     if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", url):  # it may hold a password
-        problem = "expected it, or OPENAI_BASE_URL, such as http://localhost:8000/v1"
+        problem = "a plan needs it, or OPENAI_BASE_URL, such as http://localhost:8000/v1"
         raise InputError("--llm-url", MISSING, problem)
     url += "/v1" * (url.count("/") == 2) + "/chat/completions"
     _, parts = msgspec.json.schema_components([Plan], ref_template="#/$defs/{name}")
