@@ -233,6 +233,11 @@ def test_nonsense_is_sent_back_with_the_reason(server, ask, regions, reason):
     assert reason in correction and "command line" not in correction
 
 
+def test_a_plan_needs_a_base_prompt(server, ask):
+    ask(answer_with(LEFT, prompt=" "), GOOD)
+    assert "must not be empty" in server.contents(1)[3][1]
+
+
 def test_many_regions_may_overlap_in_part(server, ask):
     for regions in (
         [region(0, 0, 60, 100), region(40, 0, 100, 99), region(30, 30, 61, 100)],
