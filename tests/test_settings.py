@@ -205,6 +205,15 @@ def test_which_blocks_are_masked(blocks, chosen):
     assert layout.double_blocks == set(chosen) and layout.single_blocks == {0, 3, 6}
 
 
+@pytest.mark.parametrize("regions, steps", [(0, "40%"), (6, "40%"), (7, "60%")])
+def test_the_control_preset_is_what_is_not_written(regions, steps):
+    written = {"prompt": "x", "preset": "control", "regions": [{"prompt": "y", "box": [0, 0, 9, 9]}] * regions}
+    layout = read_layout(None, written)
+    found = (layout.base_ratio, layout.mask_inject_steps, layout.region_max_sequence_length)
+    assert found == (0.1, steps, "25%")
+    assert read_layout(None, written | {"base_ratio": 0.3}).base_ratio == 0.3
+
+
 # ------------------------------------------------------------------------------------------------ variants
 
 

@@ -3,17 +3,17 @@
     python -m tools.convert --from coco annotations.json layout.yaml --image 42
     python -m tools.convert --to forge layout.yaml couple.json
 
-published   the published script's dict: base_prompt, image_width .., "0": {description, mask: [x1, y1, x2, y2]}
-coco        instances, with boxes [x, y, w, h] or polygons, or panoptic segments and their picture; --image picks one
-forge       Forge Couple's advanced mapping, rows [x1, x2, y1, y2, weight], and its prompt in a .txt beside it
+published   the published script's dict: base_prompt, image_width ..., "0": {description, mask}
+coco        instances with boxes or polygons, or panoptic segments and their image
+forge       Forge Couple's advanced mapping, with its prompts in a .txt of the same name
 rpg         RPG's or Regional Prompter's split ratio, and prompts joined by BREAK
-layoutsam   a row of LayoutSAM, or a list of rows; --image picks one by its index
-invokeai    width, height, positive_prompt, and regions: positive_prompt with x_min, x_max, y_min, y_max, or with mask
-gradio      what gradio_image_annotation returns: image, and boxes [{xmin, ymin, xmax, ymax, label}]
-seg2any     Seg2Any's caption and segments_info, and the picture of their colors in a .png beside it
+layoutsam   a row of LayoutSAM, or a list of rows; --image selects one by its index
+invokeai    width, height, positive_prompt, and regions with bounds or a mask
+gradio      what gradio_image_annotation returns: image, and boxes with a label
+seg2any     Seg2Any's caption and segments_info, with its color map in a .png of the same name
 
-Sizes become the nearest multiples of 16. What belongs to TARGET, pictures or a prompt, is written beside it. What the
-other side has no place for is said on stderr, or refused where the regions would be others.
+Sizes become the nearest multiples of 16. Images and prompts that TARGET needs are written next to
+it. What the other form cannot hold is reported on stderr, or refused if the regions would change.
 """
 
 import argparse
@@ -27,81 +27,55 @@ import tempfile
 from fractions import Fraction
 from itertools import accumulate, groupby, product
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import msgspec
 import numpy as np
 import yaml
-from msgspec import Meta
 from PIL import Image
 
-from errors import MISSING, InputError
+from errors import MISSING, InputError, info, warn
 from regional.images import opened, readable
-from regional.layout import SHAPES, Layout, Region, count_of
+from regional.layout import FLUX_DEV, SHAPES, Layout, Region, count_of
 from regional.mask import in_polygons, region_mask
 from regional.reader import read_layout, value_at
 
-Args = argparse.Namespace
-
-
 Data = dict[str, Any]
-
-
-Files = dict[str, Any]  # name -> content: a text, a picture, or what becomes JSON; the name "" stands for TARGET
-
-
+Files = dict[str, Any]  # by name: a text, an image, or what becomes JSON; "" stands for TARGET
 Box = tuple[float, float, float, float]
+Side = Annotated[int, msgspec.Meta(ge=1, le=16384)]
+Unit = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
+BOUNDS = ("x_min", "y_min", "x_max", "y_max")
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+COLORS = [tuple(product((0, 85, 170, 255), repeat=3))[23 * i % 64] for i in range(64)]
+BACKGROUND, *PALETTE = COLORS  # black, and 63 colors that lie far apart
 
 
-Side = Annotated[int, Meta(ge=1, le=16384)]
+class Source(NamedTuple):
+    """The file that becomes a layout, and what the flags state about it."""
+
+    path: Path
+    text: str
+    image: str | None = None
+    boxes: bool = False
+    beside: Path | None = None
+    size: list[int] | None = None
 
 
-Unit = Annotated[float, Meta(ge=0, le=1)]
-
-
-Byte = Annotated[int, Meta(ge=0, le=255)]
-
-
-PUBLISHED = {
-    "base_prompt": "prompt", "background_prompt": "background_prompt", "image_width": "width",
-    "image_height": "height", "num_inference_steps": "steps", "guidance_scale": "guidance", "seed": "seed",
-    "mask_inject_steps": "mask_inject_steps", "double_inject_blocks_interval": "double_inject_interval",
-    "single_inject_blocks_interval": "single_inject_interval", "base_ratio": "base_ratio",
-}  # fmt: skip
-
-
-BOUNDS = dict.fromkeys(("x_min", "y_min", "x_max", "y_max"), float)
-
-
-CORNERS = dict.fromkeys(("xmin", "ymin", "xmax", "ymax"), float)
-
-
-YAML = {"sort_keys": False, "allow_unicode": True, "width": 120}
-
-
-PALETTE = [tuple(product((0, 85, 170, 255), repeat=3))[23 * i % 64] for i in range(64)]  # black, then far apart
-
-
-def say(text: str) -> None:
-    print(f"convert: {text}", file=sys.stderr)
-
-
-# ------------------------------------------------------------------------------------------------ reading with checks
-
-
-def read(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(path, MISSING, f"cannot be read as a text file ({error})") from None
 
 
-def loaded(path: Any, where: str) -> Image.Image:
-    return readable(lambda file: opened(file).copy(), str(path), where)
+def read_image(path: str | Path, key: str) -> Image.Image:
+    return readable(lambda file: opened(file).copy(), str(path), key)
 
 
 def parsed(text: Any) -> Any:
-    """What a text says in JSON or as a Python literal; anything else as it is."""
+    """The value that a text holds in JSON or as a Python literal; anything else as it is."""
     if not isinstance(text, str):
         return text
     for parse in (json.loads, ast.literal_eval):
@@ -112,253 +86,69 @@ def parsed(text: Any) -> Any:
     raise InputError("the text", text, "neither JSON nor a Python literal")
 
 
-def checked(value: Any, kind: Any, where: str) -> Any:
+def checked(value: Any, kind: Any, key: str = "") -> Any:
+    """The value as this type. InputError names the culprit by its path, which begins with `key`."""
     try:
         return msgspec.convert(value, kind, strict=False)
     except UnicodeEncodeError:
-        raise InputError(where, value, "half of a surrogate pair is no text") from None
+        raise InputError(key or "the file", value, "invalid Unicode (unpaired surrogate)") from None
     except msgspec.ValidationError as error:
         message, _, path = str(error).replace("`", "").partition(" - at $")
-    raise InputError(f"{where}{path}", value_at(value, path), f"{message[0].lower()}{message[1:]}")
+    name = (key + path).lstrip(".") or "the file"
+    raise InputError(name, value_at(value, path), message[0].lower() + message[1:])
 
 
-def take(data: Any, where: str, **kinds: Any) -> list[Any]:
-    """The values of these keys of a mapping, each of its kind; what may be None may be missing."""
-    data = checked(data, Data, where or "the file")
-    for key, kind in kinds.items():
-        if key not in data and type(None) not in get_args(kind):
-            raise InputError(where or "the file", data, f"{key} is missing")
-    return [checked(data.get(key), kind, f"{where}.{key}".lstrip(".")) for key, kind in kinds.items()]
+def values(mapping: Any, key: str, **kinds: Any) -> tuple[Any, ...]:
+    """A mapping's values under these names, of these types; what may be None may be missing."""
+    optional = {name for name, kind in kinds.items() if type(None) in get_args(kind)}
+    fields = [(*item, None) if item[0] in optional else item for item in kinds.items()]
+    record = msgspec.defstruct("Record", fields, kw_only=True)
+    return msgspec.structs.astuple(checked(mapping, record, key))
 
 
-def chosen(entries: list[Any], names: list[tuple[Any, ...]], image: str | None) -> Any:
-    """The one that --image names, or the only one."""
-    found = [entry for entry, own in zip(entries, names) if image is None or image in map(str, own)]
+def chosen(entries: list[Any], names: list[tuple[Any, ...]], source: Source) -> Any:
+    """The entry one of whose names is --image, or the only one."""
+    wanted = source.image
+    found = [e for e, own in zip(entries, names) if wanted is None or wanted in map(str, own)]
     if len(found) != 1:
-        raise InputError("--image", image or MISSING, f"{len(found)} of its {len(entries)} images match, one is needed")
+        problem = f"{len(found)} of the {len(entries)} images match, expected one"
+        raise InputError("--image", MISSING if wanted is None else wanted, problem, source.path)
     return found[0]
 
 
-def size_of(args: Args, *own: int | None) -> Data:
-    """The picture's size: the form's own, or --size where it has none."""
-    if (None in own) != bool(args.size):
-        has = (
-            f"has a size of its own, {own[0]} x {own[1]}" if args.size else "has none, --size WIDTH HEIGHT gives it one"
-        )
-        raise InputError("--size", args.size or MISSING, f"the file {has}")
-    return dict(zip(("width", "height"), checked(list(args.size or own), list[Side], "size")))
+def size_of(source: Source, *own: int | None) -> Data:
+    """The size of the image: the form's own, or --size where it has none."""
+    is_known = bool(own) and None not in own
+    if is_known == bool(source.size):
+        needed = "needed, because the file does not state the size"
+        problem = f"the file's own is {own[0]} x {own[1]}" if is_known else needed
+        raise InputError("--size", source.size or MISSING, problem, source.path)
+    return dict(zip(("width", "height"), checked(source.size or list(own), list[Side], "size")))
 
 
-def share(value: Fraction) -> str:
+def percent(fraction: Fraction) -> str:
     """1/4 -> 25%. Rounded down, so that a border stays on the same side of every pixel."""
-    return f"{math.floor(value * 10**11) / 10**9:.9f}".rstrip("0").rstrip(".") + "%"
+    return f"{math.floor(fraction * 10**11) / 10**9:.9f}".rstrip("0").rstrip(".") + "%"
 
 
-# ------------------------------------------------------------------------------------------------ from a form
+def boxes_of(layout: Layout, form: str) -> list[list[int]]:
+    return [pixel_box(region, f"regions[{i}]", form) for i, region in enumerate(layout.regions)]
 
 
-def from_published(text: str, args: Args) -> Data:
-    data = checked(parsed(text), Data, "the file")
-    pairs = data.pop("regional_prompt_mask_pairs", None) or {key: data.pop(key) for key in [*data] if key.isdigit()}
-    hints = get_type_hints(Layout, include_extras=True)
-    kinds = {key: hints[ours] for key, ours in PUBLISHED.items() if key in data}
-    layout = {"prompt": ""} | dict(zip((PUBLISHED[key] for key in kinds), take(data, "", **kinds)))
-    layout |= size_of(args, layout.get("width"), layout.get("height"))
-    if lost := sorted(set(data) - set(PUBLISHED)):
-        say(f"a layout has no place for {', '.join(lost)}")
-    pairs = [take(pair, key, description=str, mask=Box) for key, pair in checked(pairs, Data, "regions").items()]
-    return layout | {"regions": [{"prompt": prompt, "box": list(box)} for prompt, box in pairs]}
-
-
-def from_coco(text: str, args: Args) -> Data:
-    kinds = {"images": list[Data], "annotations": list[Data], "categories": list[Data] | None}
-    images, annotations, categories = take(parsed(text), "", **kinds)
-    image = chosen(images, [(i.get("id"), i.get("file_name")) for i in images], args.image)
-    number, prompt, *size = take(image, "images", id=int | str, caption=str | None, width=Side, height=Side)
-    names = dict(take(entry, f"categories[{i}]", id=int, name=str) for i, entry in enumerate(categories or ()))
-    layout = {"prompt": prompt, **size_of(args, *size), "regions": []}
-    for i, entry in enumerate(annotations):
-        if entry.get("image_id") != number:
-            continue
-        where, segments = f"annotations[{i}]", take(entry, f"annotations[{i}]", segments_info=list[Data] | None)[0]
-        parts = {where: entry}
-        if segments is not None:
-            name, folder = take(entry, where, file_name=str)[0], args.source.parent
-            found = [path for path in (folder / args.source.stem / name, folder / name) if path.is_file()]
-            layout["map"] = str(args.beside or [*found, folder / name][0])
-            parts = {f"{where}.segments_info[{j}]": segment for j, segment in enumerate(segments)}
-        for where, part in parts.items():
-            category = take(part, where, category_id=int)[0]
-            if category not in names:
-                raise InputError(f"{where}.category_id", category, "there is no such category")
-            shape = coco_shape(part, where, layout, args) if part is entry else {"color": take(part, where, id=int)[0]}
-            layout["regions"].append({"prompt": names[category], **shape})
-    return layout
-
-
-def coco_shape(part: Data, where: str, layout: Data, args: Args) -> Data:
-    outline = take(part, where, segmentation=list[list[float]] | Data | None)[0]
-    if args.boxes or not outline:
-        x, y, w, h = take(part, where, bbox=Box)[0]
-        return {"box": [x, y, x + w, y + h]}
-    if isinstance(outline, dict):
-        raise InputError(f"{where}.segmentation", MISSING, "run-length encoding is not read; --boxes takes the boxes")
-    if not all(len(numbers) >= 6 and len(numbers) % 2 == 0 for numbers in outline):
-        raise InputError(f"{where}.segmentation", outline, "expected lists of x1, y1, x2, y2, x3, y3 and so on")
-    polygons = [[list(point) for point in zip(numbers[::2], numbers[1::2])] for numbers in outline]
-    if overlapping(polygons, layout["width"], layout["height"]):
-        say(f"{where}: its polygons overlap; in a layout what two of them cover is outside")
-    return {"polygon": polygons}
-
-
-def overlapping(polygons: Any, width: int, height: int) -> bool:
-    """Do polygons cover other pixels as COCO counts, by any of them, than as layouts do, by an odd number of them?"""
-    single = [in_polygons([points], np.arange(width), np.arange(height)) for points in polygons if len(polygons) > 1]
-    return bool((np.any(single, axis=0) != np.logical_xor.reduce(single)).any())
-
-
-def from_forge(text: str, args: Args) -> Data:
-    rows = checked(parsed(text), list[tuple[Unit, Unit, Unit, Unit, float]], "mapping")
-    path = args.beside or args.source.with_suffix(".txt")
-    lines = [line.strip() for line in read(path).splitlines() if line.strip()]
-    if len(lines) != len(rows):
-        raise InputError("mapping", MISSING, f"it has {len(rows)} rows, for {len(lines)} lines of prompts in {path}")
-    layout = {"prompt": "", **(size_of(args, None) if args.size else {}), "regions": []}
-    if rows and rows[0][:4] == (0, 1, 0, 1):
-        layout["prompt"], weight = lines.pop(0), rows.pop(0)[4]
-        say(f"mapping[0], the whole picture, is the base prompt; a layout has no place for its weight {weight:g}")
-    for line, (*row, weight) in zip(lines, rows):
-        x1, x2, y1, y2 = (share(Fraction(str(value))) for value in row)
-        strength = {"strength": weight} if weight != 1 else {}
-        layout["regions"].append({"prompt": line, "box": [x1, y1, x2, y2], **strength})
-    return layout
-
-
-def from_rpg(text: str, args: Args) -> Data:
-    found = re.search(r"Final split ratio:([^\n]*).*?Regional Prompt:(.*)", text, re.DOTALL)
-    split, prompts = found.groups() if found else text.strip().partition("\n")[::2]
-    parts = [[number.strip() for number in row.split(",")] for row in split.strip("; ").split(";")]
-    if not all(re.fullmatch(r"\d+(\.\d+)?", number) and float(number) for row in parts for number in row):
-        raise InputError("split ratio", split, "expected numbers above 0, with , and ; between them")
-    if command := re.search(r"\bADD(ROW|COL|COMM)\b", prompts):
-        raise InputError("Regional Prompt", command[0], "not read, only BREAK and ADDBASE are")
-    rows = [[Fraction(number) for number in row] for row in parts]
-    rows = [[Fraction(1), *rows[0]]] if len(rows) == 1 else rows  # without ; there are only columns
-    boxes, ys = [], borders([row[0] for row in rows])
-    for (_, *columns), y0, y1 in zip(rows, ys, ys[1:]):
-        xs = borders(columns or [Fraction(1)])
-        boxes += [[share(value) for value in (x0, y0, x1, y1)] for x0, x1 in zip(xs, xs[1:])]
-    lines = [line.strip() for line in re.split(r"\b(?:BREAK|ADDBASE)\b", prompts)]
-    prompt = lines.pop(0) if len(lines) == len(boxes) + 1 else ""
-    if len(lines) != len(boxes):
-        raise InputError("split ratio", split, f"{len(boxes)} parts, for {len(lines)} prompts")
-    regions = [{"prompt": line, "box": box} for line, box in zip(lines, boxes)]
-    return {"prompt": prompt, **(size_of(args, None) if args.size else {}), "regions": regions}
-
-
-def borders(parts: list[Fraction]) -> list[Fraction]:
-    """2, 1, 1 -> 0, 1/2, 3/4, 1."""
-    return [total / sum(parts) for total in accumulate(parts, initial=Fraction(0))]
-
-
-def from_layoutsam(text: str, args: Args) -> Data:
-    data = parsed(text)
-    rows = data if isinstance(data, list) else [data]
-    row = chosen(rows, [(i,) for i in range(len(rows))], args.image)
-    prompt, *size = take(row, "", global_caption=str, width=Side, height=Side)
-    boxes, short, detail = take(row, "", bbox_list=Any, region_captions=Any, detail_region_captions=Any | None)
-    boxes = checked(parsed(boxes), list[Box], "bbox_list")
-    lines = checked(parsed(detail), list[str] | None, "detail_region_captions")
-    lines = lines or checked(parsed(short), list[str], "region_captions")
-    if len(lines) != len(boxes):
-        raise InputError("bbox_list", MISSING, f"it has {len(boxes)} boxes, for {len(lines)} captions")
-    regions = [{"prompt": line, "box": list(box)} for line, box in zip(lines, boxes)]
-    return {"prompt": prompt, **size_of(args, *size), "regions": regions}
-
-
-def from_invokeai(text: str, args: Args) -> Data:
-    kinds = {"positive_prompt": str | None, "regions": list[Data], "width": Side | None, "height": Side | None}
-    prompt, entries, *size = take(parsed(text), "", **kinds)
-    layout = {"prompt": prompt, **size_of(args, *size), "regions": []}
-    for i, entry in enumerate(entries):
-        line, mask = take(entry, f"regions[{i}]", positive_prompt=str, mask=str | None)
-        shape = {"mask": str(args.source.parent / mask)} if mask else {"box": take(entry, f"regions[{i}]", **BOUNDS)}
-        layout["regions"].append({"prompt": line, **shape})
-    return layout
-
-
-def from_gradio(text: str, args: Args) -> Data:
-    image, entries = take(parsed(text), "", image=Any | None, boxes=list[Data])
-    path = args.beside or (args.source.parent / image if isinstance(image, str) else "")
-    size = loaded(path, "image").size if args.beside or os.path.isfile(path) else [None]
-    boxes = [take(entry, f"boxes[{i}]", label=str, **CORNERS) for i, entry in enumerate(entries)]
-    return {"prompt": "", **size_of(args, *size), "regions": [{"prompt": line, "box": box} for line, *box in boxes]}
-
-
-def from_seg2any(text: str, args: Args) -> Data:
-    prompt, seed, entries = take(parsed(text), "", caption=str, seed=int | None, segments_info=list[Data])
-    path = args.beside or args.source.with_suffix(".png")
-    size = size_of(args, *loaded(path, "segments_info").size)
-    kinds = {"text": str, "color": tuple[Byte, Byte, Byte]}
-    segments = [take(entry, f"segments_info[{i}]", **kinds) for i, entry in enumerate(entries)]
-    regions = [{"prompt": line, "color": list(color)} for line, color in segments]
-    return {"prompt": prompt, "seed": seed, **size, "map": str(path), "regions": regions}
-
-
-def fitted(layout: Data, stem: str) -> Files:
-    """Scale a layout to multiples of 16 and cut it at its edges, in place; returns the pictures it needs beside it."""
-    if "width" not in layout:  # then all is in shares
-        return {}
-    old = layout["width"], layout["height"]
-    new = tuple(max(16, (side + 7) // 16 * 16) for side in old)
-    layout |= dict(zip(("width", "height"), new))
-    if new != old:
-        say(f"{old[0]} x {old[1]} are not multiples of 16: all is scaled to {new[0]} x {new[1]}")
-    files, pictures = {}, [(layout, "map", f"{stem}.map.png")]
-    for i, region in enumerate(layout["regions"]):
-        pictures.append((region, "mask", f"{stem}.{i}.png"))
-        for numbers in [point for points in region.get("polygon", ()) for point in points] + [region.get("box", [])]:
-            for k, value in enumerate(numbers):
-                if not isinstance(value, str):
-                    numbers[k] = tidy(min(max(value, 0), old[k % 2]) * new[k % 2] / old[k % 2])
-                    if value < 0 or value > old[k % 2]:
-                        say(f"regions[{i}]: {value:g} lies outside of {old[0]} x {old[1]} and is cut off")
-    for holder, key, name in pictures:
-        if key in holder:
-            picture = loaded(holder[key], key)
-            files[name] = picture if new == old else picture.resize(new, Image.Resampling.NEAREST)
-            holder[key] = name
-    return files
-
-
-def tidy(value: float) -> float:
-    """Without rounding errors, and as an integer if it is one."""
-    value = round(value, 6)
-    return int(value) if float(value).is_integer() else value
-
-
-# ------------------------------------------------------------------------------------------------ to a form
-
-
-def pixel_box(region: Region, i: int) -> list[int]:
+def pixel_box(region: Region, key: str, form: str) -> list[int]:
     """The box of integers that holds the same pixels."""
-    x0, y0, x1, y1 = box = [math.ceil(value) for value in region.box]
+    if region.shape != "box":
+        raise InputError(key, MISSING, f"it has a {region.shape}, {form} has only boxes")
+    x0, y0, x1, y1 = (math.ceil(value) for value in region.box)
     if x0 == x1 or y0 == y1:
-        raise InputError(f"regions[{i}].box", list(region.box), "there is no pixel in it")
-    return box
+        raise InputError(f"{key}.box", list(region.box), "there is no pixel in it")
+    return [x0, y0, x1, y1]
 
 
-def boxes_of(layout: Layout, form: str) -> list[tuple[str, list[int]]]:
-    """Each region's prompt and box."""
-    for i, region in enumerate(layout.regions):
-        if region.shape != "box":
-            raise InputError(f"regions[{i}]", MISSING, f"it has a {region.shape}, {form} has only boxes")
-    return [(region.prompt, pixel_box(region, i)) for i, region in enumerate(layout.regions)]
-
-
-def inside(region: Region, layout: Layout) -> np.ndarray:
-    """Which pixels lie in the region, (height, width) bool: at tokens' centres what regional/mask.py finds there."""
-    x, y = np.arange(layout.width), np.arange(layout.height)
+def pixels_of(region: Region, layout: Layout) -> np.ndarray:
+    """Which pixels lie in the region, (height, width) bool, as regional/mask.py sees it."""
+    x = np.arange(layout.width)
+    y = np.arange(layout.height)
     if region.shape in ("box", "polygon"):
         x0, y0, x1, y1 = region.box or (0, 0, 0, 0)
         return in_polygons(region.polygon or [[(x0, y0), (x1, y0), (x1, y1), (x0, y1)]], x, y)
@@ -366,117 +156,333 @@ def inside(region: Region, layout: Layout) -> np.ndarray:
     return mask[y * mask.shape[0] // layout.height][:, x * mask.shape[1] // layout.width]
 
 
-def painted(layout: Layout) -> Image.Image:
-    """One picture of all regions, the i-th in PALETTE[i + 1] and what is in none of them in PALETTE[0]."""
-    canvas = np.full((layout.height, layout.width, 3), PALETTE[0], dtype=np.uint8)
-    order = list(enumerate(layout.regions))
-    for i, region in order if layout.overlap == "first" else order[::-1]:  # the topmost first
-        pixels, free = inside(region, layout), (canvas == PALETTE[0]).all(axis=2)
-        if (pixels & ~free).any() and layout.overlap not in ("first", "last"):
-            raise InputError(f"regions[{i}]", MISSING, "it overlaps another; each pixel can have one region")
-        if not (pixels & free).any():
-            raise InputError(f"regions[{i}]", MISSING, "it is not visible: it has no pixel, or it lies under others")
-        canvas[pixels & free] = PALETTE[i + 1]
+def color_map(layout: Layout) -> Image.Image:
+    """One image of all regions, the i-th in PALETTE[i]."""
+    canvas = np.full((layout.height, layout.width, 3), BACKGROUND, dtype=np.uint8)
+    order = list(range(len(layout.regions)))
+    for i in order if layout.overlap == "first" else order[::-1]:  # the topmost first
+        pixels = pixels_of(layout.regions[i], layout)
+        visible = pixels & (canvas == BACKGROUND).all(axis=2)
+        if (pixels & ~visible).any() and layout.overlap not in ("first", "last"):
+            raise InputError(f"regions[{i}]", MISSING, "it overlaps another, a pixel has one color")
+        if not visible.any():
+            raise InputError(f"regions[{i}]", MISSING, "it has no pixel, or lies under others")
+        canvas[visible] = PALETTE[i]
     return Image.fromarray(canvas)
 
 
+def overlapping(polygons: Any, width: int, height: int) -> bool:
+    """Are pixels inside for COCO, in any polygon, but outside for layouts, by the even-odd rule?"""
+    x = np.arange(width)
+    y = np.arange(height)
+    covered = np.any([in_polygons([points], x, y) for points in polygons], axis=0)
+    return bool((covered != in_polygons(polygons, x, y)).any())
+
+
+# -------------------------------------------------------------------------- the forms
+
+PUBLISHED = {
+    "base_prompt": "prompt", "background_prompt": "background_prompt",
+    "image_width": "width", "image_height": "height", "num_inference_steps": "steps",
+    "guidance_scale": "guidance", "seed": "seed", "mask_inject_steps": "mask_inject_steps",
+    "double_inject_blocks_interval": "double_inject_interval",
+    "single_inject_blocks_interval": "single_inject_interval", "base_ratio": "base_ratio",
+}  # fmt: skip
+
+
+def from_published(source: Source) -> Data:
+    """infer_flux_regional.py of the published code: its settings, and the regions by their numbers,
+    among them or as `regional_prompt_mask_pairs`; boxes are x0, y0, x1, y1 in pixels."""
+    data = checked(parsed(source.text), Data, "the file")
+    pairs = data.pop("regional_prompt_mask_pairs", None)
+    pairs = pairs or {key: data.pop(key) for key in list(data) if key.isdigit()}
+    types = get_type_hints(Layout, include_extras=True) | {"width": Side, "height": Side}
+    layout = {"prompt": ""}
+    for theirs in (key for key in PUBLISHED if key in data):
+        layout[PUBLISHED[theirs]] = checked(data[theirs], types[PUBLISHED[theirs]], theirs)
+    layout |= size_of(source, layout.get("width"), layout.get("height"))
+    if lost := sorted(data.keys() - PUBLISHED.keys()):
+        warn(f"a layout has no place for {', '.join(lost)}")
+    pairs = checked(pairs, Data, "regions")
+    pairs = [values(pair, key, description=str, mask=Box) for key, pair in pairs.items()]
+    return layout | {"regions": [{"prompt": text, "box": list(box)} for text, box in pairs]}
+
+
 def to_published(layout: Layout, stem: str) -> Files:
-    steps = layout.steps or 24
-    settings = {theirs: getattr(layout, ours) for theirs, ours in PUBLISHED.items()}
-    settings |= {"num_inference_steps": steps, "mask_inject_steps": count_of(layout.mask_inject_steps, steps)}
-    pairs = [{"description": prompt, "mask": box} for prompt, box in boxes_of(layout, "published")]
-    known = {key: value for key, value in settings.items() if value is not None}
-    return {"": known | {str(i): pair for i, pair in enumerate(pairs)}}
-
-
-def to_coco(layout: Layout, stem: str) -> Files:
-    categories = list(dict.fromkeys(region.prompt for region in layout.regions))
-    image = {"id": 1, "file_name": f"{stem}.jpg", "width": layout.width, "height": layout.height}
-    data = {
-        "images": [image | {"caption": layout.prompt}],
-        "categories": [{"id": i + 1, "name": prompt} for i, prompt in enumerate(categories)],
-        "annotations": [],
-    }
-    kinds = [{"category_id": categories.index(region.prompt) + 1, "iscrowd": 0} for region in layout.regions]
-    if any(region.shape in ("mask", "color") for region in layout.regions):
-        segments = [{"id": r + 256 * g + 65536 * b} | kind for (r, g, b), kind in zip(PALETTE[1:], kinds)]
-        data["annotations"] = [{"image_id": 1, "file_name": f"{stem}.png", "segments_info": segments}]
-        return {"": data, f"{stem}.png": painted(layout)}
-    for i, region in enumerate(layout.regions):
-        if region.polygon and overlapping(region.polygon, layout.width, layout.height):
-            raise InputError(f"regions[{i}].polygon", MISSING, "it has a hole, or parts that overlap; coco fills both")
-        outline = [[value for point in points for value in point] for points in region.polygon or ()]
-        xs, ys = ([v for numbers in outline or [region.box] for v in numbers[axis::2]] for axis in (0, 1))
-        box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
-        own = {"id": i + 1, "image_id": 1, "bbox": box, "area": int(inside(region, layout).sum())}
-        data["annotations"].append(own | kinds[i] | ({"segmentation": outline} if outline else {}))
+    steps = layout.steps or FLUX_DEV.steps
+    data = {theirs: getattr(layout, ours) for theirs, ours in PUBLISHED.items()}
+    data["num_inference_steps"] = steps
+    data["mask_inject_steps"] = count_of(layout.mask_inject_steps, steps)
+    data = {key: value for key, value in data.items() if value is not None}
+    for i, box in enumerate(boxes_of(layout, "published")):
+        data[str(i)] = {"description": layout.regions[i].prompt, "mask": box}
     return {"": data}
 
 
+def from_coco(source: Source) -> Data:
+    """COCO's instances and panoptic segments (cocodataset.org, "data format"): boxes x, y, width,
+    height in pixels, polygons x1, y1, x2, y2 ..., or an image of colors R + 256 G + 65536 B."""
+    kinds = {"images": list[Data], "annotations": list[Data], "categories": list[Data] | None}
+    images, annotations, categories = values(parsed(source.text), "", **kinds)
+    image = chosen(images, [(i.get("id"), i.get("file_name")) for i in images], source)
+    kinds = {"id": int | str, "caption": str | None, "width": Side, "height": Side}
+    number, prompt, *size = values(image, "images", **kinds)
+    categories = list(enumerate(categories or ()))
+    names = dict(values(entry, f"categories[{i}]", id=int, name=str) for i, entry in categories)
+    layout = {"prompt": prompt, **size_of(source, *size), "regions": []}
+    for i, entry in enumerate(annotations):
+        if entry.get("image_id") != number:
+            continue
+        key = f"annotations[{i}]"
+        parts = {key: entry}
+        is_panoptic = entry.get("segments_info") is not None
+        if is_panoptic:
+            name, segments = values(entry, key, file_name=str, segments_info=list[Data])
+            inside = source.path.with_suffix("") / name  # a folder with the name of the file
+            found = inside if inside.is_file() else source.path.parent / name
+            layout["map"] = str(source.beside or found)
+            parts = {f"{key}.segments_info[{j}]": part for j, part in enumerate(segments)}
+        for key, part in parts.items():
+            category = values(part, key, category_id=int)[0]
+            if category not in names:
+                raise InputError(f"{key}.category_id", category, "there is no such category")
+            if is_panoptic:
+                shape = {"color": values(part, key, id=int)[0]}
+            else:
+                shape = coco_shape(part, key, layout, source.boxes)
+            layout["regions"].append({"prompt": names[category], **shape})
+    return layout
+
+
+def coco_shape(entry: Data, key: str, layout: Data, boxes: bool) -> Data:
+    """The polygons of an annotation; its box where it has none, or where boxes are asked for."""
+    outline = values(entry, key, segmentation=list[list[float]] | Data | None)[0]
+    if boxes or not outline:
+        x, y, w, h = values(entry, key, bbox=Box)[0]
+        return {"box": [x, y, x + w, y + h]}
+    key = f"{key}.segmentation"
+    if isinstance(outline, dict):
+        raise InputError(key, MISSING, "run-length encoding is not read; --boxes takes the boxes")
+    if not all(len(numbers) >= 6 and len(numbers) % 2 == 0 for numbers in outline):
+        raise InputError(key, outline, "expected lists of x1, y1, x2, y2, x3, y3 and so on")
+    polygons = [[list(point) for point in zip(xy[::2], xy[1::2])] for xy in outline]
+    if overlapping(polygons, layout["width"], layout["height"]):
+        warn(f"{key}: its polygons overlap; a layout leaves out what two of them cover")
+    return {"polygon": polygons}
+
+
+def to_coco(layout: Layout, stem: str) -> Files:
+    names = list(dict.fromkeys(region.prompt for region in layout.regions))
+    image = {"id": 1, "file_name": f"{stem}.jpg", "width": layout.width, "height": layout.height}
+    image["caption"] = layout.prompt
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(names)]
+    data = {"images": [image], "categories": categories, "annotations": []}
+    kinds = [{"category_id": names.index(r.prompt) + 1, "iscrowd": 0} for r in layout.regions]
+    if any(region.shape in ("mask", "color") for region in layout.regions):
+        ids = [r + 256 * g + 65536 * b for r, g, b in PALETTE]
+        segments = [{"id": number, **kind} for number, kind in zip(ids, kinds)]
+        panoptic = {"image_id": 1, "file_name": f"{stem}.png", "segments_info": segments}
+        return {"": data | {"annotations": [panoptic]}, f"{stem}.png": color_map(layout)}
+    for i, (region, kind) in enumerate(zip(layout.regions, kinds)):
+        if region.polygon and overlapping(region.polygon, layout.width, layout.height):
+            raise InputError(f"regions[{i}].polygon", MISSING, "coco fills holes and overlaps")
+        polygons = region.polygon or ()
+        outline = [[value for point in points for value in point] for points in polygons]
+        xs = [x for xy in outline or [region.box] for x in xy[::2]]
+        ys = [y for xy in outline or [region.box] for y in xy[1::2]]
+        box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+        area = int(pixels_of(region, layout).sum())
+        own = {"id": i + 1, "image_id": 1, "bbox": box, "area": area, **kind}
+        data["annotations"].append(own | ({"segmentation": outline} if outline else {}))
+    return {"": data}
+
+
+def from_forge(source: Source) -> Data:
+    """Forge Couple's advanced mapping: rows x0, x1, y0, y1, weight in fractions of the image, and
+    a line of prompt for each. A first row that is the whole image holds the base prompt."""
+    rows = checked(parsed(source.text), list[tuple[Unit, Unit, Unit, Unit, float]], "mapping")
+    path = source.beside or source.path.with_suffix(".txt")
+    prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if len(prompts) != len(rows):
+        problem = f"{len(rows)} rows, for {len(prompts)} lines of prompts in {path}"
+        raise InputError("mapping", MISSING, problem)
+    layout = {"prompt": "", **(size_of(source) if source.size else {}), "regions": []}
+    if rows and rows[0][:4] == (0, 1, 0, 1):
+        layout["prompt"] = prompts.pop(0)
+        weight = rows.pop(0)[4]
+        warn(f"mapping[0] is the base prompt; a layout has no place for its weight {weight:g}")
+    for prompt, (*edges, weight) in zip(prompts, rows):
+        x0, x1, y0, y1 = (percent(Fraction(str(edge))) for edge in edges)
+        strength = {} if weight == 1 else {"strength": weight}
+        layout["regions"].append({"prompt": prompt, "box": [x0, y0, x1, y1], **strength})
+    return layout
+
+
 def to_forge(layout: Layout, stem: str) -> Files:
-    w, h = layout.width, layout.height
-    texts = [" ".join(prompt.split()) for prompt in (layout.prompt, *(r.prompt for r in layout.regions))]
-    if not texts[0]:
-        raise InputError("prompt", "", "it is forge's first line, and must not be empty")
-    boxes = zip(boxes_of(layout, "forge"), layout.regions)
-    rows = [[x0 / w, x1 / w, y0 / h, y1 / h, region.strength] for (_, (x0, y0, x1, y1)), region in boxes]
-    return {"": [[0, 1, 0, 1, 1], *rows], f"{stem}.txt": "\n".join(texts) + "\n"}
+    lines = [" ".join(part.prompt.split()) for part in (layout, *layout.regions)]
+    if not lines[0]:
+        raise InputError("prompt", layout.prompt, "forge's first line must not be empty")
+    w = layout.width
+    h = layout.height
+    rows = [[0, 1, 0, 1, 1]]
+    for region, (x0, y0, x1, y1) in zip(layout.regions, boxes_of(layout, "forge")):
+        rows.append([x0 / w, x1 / w, y0 / h, y1 / h, region.strength])
+    return {"": rows, f"{stem}.txt": "\n".join(lines) + "\n"}
+
+
+def from_rpg(source: Source) -> Data:
+    """RPG's plan, or the two lines of Regional Prompter. Rows of the split ratio end with ; and
+    give their height, then their columns, with commas; without ; there are only columns. Prompts
+    are joined by BREAK; one more, before the others or before ADDBASE, is the base prompt."""
+    plan = r"Final split ratio:([^\n]*).*?Regional Prompt:(.*)"
+    found = re.search(plan, source.text, re.DOTALL)
+    split, prompts = found.groups() if found else source.text.strip().partition("\n")[::2]
+    rows = [[number.strip() for number in row.split(",")] for row in split.strip("; ").split(";")]
+    for number in (number for row in rows for number in row):
+        if not (re.fullmatch(r"\d+(\.\d+)?", number) and float(number)):
+            raise InputError("split ratio", split, "expected numbers above 0, with , and ; between")
+    if command := re.search(r"\bADD(ROW|COL|COMM)\b", prompts):
+        raise InputError("Regional Prompt", command[0], "not read, only BREAK and ADDBASE are")
+    rows = [["1", *rows[0]]] if len(rows) == 1 else rows
+    boxes = []
+    ys = borders([row[0] for row in rows])
+    for row, y0, y1 in zip(rows, ys, ys[1:]):
+        xs = borders(row[1:] or ["1"])
+        boxes += [[x0, y0, x1, y1] for x0, x1 in zip(xs, xs[1:])]
+    lines = [line.strip() for line in re.split(r"\b(?:BREAK|ADDBASE)\b", prompts)]
+    prompt = lines.pop(0) if len(lines) == len(boxes) + 1 else ""
+    if len(lines) != len(boxes):
+        raise InputError("split ratio", split, f"{len(boxes)} parts, for {len(lines)} prompts")
+    regions = [{"prompt": line, "box": box} for line, box in zip(lines, boxes)]
+    return {"prompt": prompt, **(size_of(source) if source.size else {}), "regions": regions}
+
+
+def borders(numbers: list[str]) -> list[str]:
+    """2, 1, 1 -> 0%, 50%, 75%, 100%."""
+    parts = [Fraction(number) for number in numbers]
+    return [percent(end / sum(parts)) for end in accumulate(parts, initial=Fraction(0))]
 
 
 def to_rpg(layout: Layout, stem: str) -> Files:
-    cells = sorted((y0, y1, x0, x1, prompt) for prompt, (x0, y0, x1, y1) in boxes_of(layout, "rpg"))
+    boxes = zip(layout.regions, boxes_of(layout, "rpg"))
+    cells = sorted((y0, y1, x0, x1, region.prompt) for region, (x0, y0, x1, y1) in boxes)
     rows = {span: list(row) for span, row in groupby(cells, key=lambda cell: cell[:2])}
     columns = [[cell[2:4] for cell in row] for row in rows.values()]
-    if not tile(rows, layout.height) or not all(tile(row, layout.width) for row in columns):
-        raise InputError("regions", MISSING, "their boxes form no split into rows, and these into columns")
-    widths = [[str(x1 - x0) for x0, x1 in row] for row in columns]
-    split = [",".join([str(y1 - y0), *(row if len(row) > 1 else [])]) for (y0, y1), row in zip(rows, widths)]
-    texts = [" ".join(prompt.split()) for prompt in (layout.prompt, *(cell[4] for cell in cells))]
-    if word := re.search(r"\b(BREAK|ADD(BASE|ROW|COL|COMM))\b", " ".join(texts)):
+    if not (is_tiling(rows, layout.height) and all(is_tiling(x, layout.width) for x in columns)):
+        raise InputError("regions", MISSING, "their boxes form no split into rows of columns")
+    split = []
+    for (y0, y1), row in zip(rows, columns):
+        widths = [str(x1 - x0) for x0, x1 in row]
+        height = [str(y1 - y0)] if len(rows) > 1 else []
+        split.append(",".join(height + (widths if len(widths) > 1 or not height else [])))
+    prompts = [" ".join(text.split()) for text in (layout.prompt, *(cell[4] for cell in cells))]
+    if word := re.search(r"\b(BREAK|ADD(BASE|ROW|COL|COMM))\b", " ".join(prompts)):
         raise InputError("prompt", word[0], "it is a keyword in rpg")
-    split = ";".join(split) if len(rows) > 1 else ",".join(widths[0])
-    return {"": f"Final split ratio: {split}\nRegional Prompt: {' BREAK '.join(texts)}\n"}
+    ratio = f"Final split ratio: {';'.join(split)}"
+    return {"": f"{ratio}\nRegional Prompt: {' BREAK '.join(prompts)}\n"}
 
 
-def tile(spans: Any, end: int) -> bool:
-    """Do spans, pairs in order, go from 0 to the end without gaps or overlaps?"""
+def is_tiling(spans: Any, end: int) -> bool:
+    """Do these (start, end), in order, go from 0 to the end without gaps or overlaps?"""
     return [low for low, _ in spans] + [end] == [0] + [high for _, high in spans]
 
 
+def from_layoutsam(source: Source) -> Data:
+    """Rows of the dataset LayoutSAM (CreatiLayout): boxes x0, y0, x1, y1 in pixels, and captions,
+    lists that are given as text. Detailed captions are preferred."""
+    data = parsed(source.text)
+    rows = data if isinstance(data, list) else [data]
+    row = chosen(rows, [(i,) for i in range(len(rows))], source)
+    prompt, *size = values(row, "", global_caption=str, width=Side, height=Side)
+    kinds = {"bbox_list": Any, "region_captions": Any, "detail_region_captions": Any | None}
+    boxes, short, detailed = values(row, "", **kinds)
+    boxes = checked(parsed(boxes), list[Box], "bbox_list")
+    prompts = checked(parsed(detailed), list[str] | None, "detail_region_captions")
+    prompts = prompts or checked(parsed(short), list[str], "region_captions")
+    if len(prompts) != len(boxes):
+        raise InputError("bbox_list", MISSING, f"{len(boxes)} boxes, for {len(prompts)} captions")
+    regions = [{"prompt": text, "box": list(box)} for text, box in zip(prompts, boxes)]
+    return {"prompt": prompt, **size_of(source, *size), "regions": regions}
+
+
 def to_layoutsam(layout: Layout, stem: str) -> Files:
-    prompts, boxes = zip(*boxes_of(layout, "layoutsam")) if layout.regions else ((), ())
     row = {"global_caption": layout.prompt, "width": layout.width, "height": layout.height}
-    captions = dict.fromkeys(("region_captions", "detail_region_captions"), str(list(prompts)))
-    return {"": row | {"bbox_list": str(list(boxes))} | captions}
+    captions = str([region.prompt for region in layout.regions])
+    row["bbox_list"] = str(boxes_of(layout, "layoutsam"))
+    return {"": row | {"region_captions": captions, "detail_region_captions": captions}}
+
+
+def from_invokeai(source: Source) -> Data:
+    """InvokeAI's regional guidance: bounds in pixels, the upper ones exclusive, or a mask."""
+    kinds = {"positive_prompt": str | None, "width": Side | None, "height": Side | None}
+    prompt, *size, entries = values(parsed(source.text), "", **kinds, regions=list[Data])
+    layout = {"prompt": prompt, **size_of(source, *size), "regions": []}
+    for i, entry in enumerate(entries):
+        text, mask = values(entry, f"regions[{i}]", positive_prompt=str, mask=str | None)
+        if mask:
+            shape = {"mask": str(source.path.parent / mask)}
+        else:
+            box = values(entry, f"regions[{i}]", **dict.fromkeys(BOUNDS, float))
+            shape = {"box": list(box)}
+        layout["regions"].append({"prompt": text, **shape})
+    return layout
 
 
 def to_invokeai(layout: Layout, stem: str) -> Files:
-    files, regions = {}, []
-    for i, region in enumerate(layout.regions):
-        shape = dict(zip(BOUNDS, pixel_box(region, i))) if region.box else {"mask": f"{stem}.{i}.png"}
-        if not region.box:
-            files[shape["mask"]] = Image.fromarray(inside(region, layout))
-        regions.append({"positive_prompt": region.prompt, **shape})
     size = {"width": layout.width, "height": layout.height}
-    return {"": {"positive_prompt": layout.prompt, **size, "regions": regions}} | files
+    files = {"": {"positive_prompt": layout.prompt, **size, "regions": []}}
+    for i, region in enumerate(layout.regions):
+        if region.box:
+            shape = dict(zip(BOUNDS, pixel_box(region, f"regions[{i}]", "invokeai")))
+        else:
+            shape = {"mask": f"{stem}.{i}.png"}
+            files[shape["mask"]] = Image.fromarray(pixels_of(region, layout))
+        files[""]["regions"].append({"positive_prompt": region.prompt, **shape})
+    return files
+
+
+def from_gradio(source: Source) -> Data:
+    """gradio_image_annotation's value: corners in pixels of an image, which may be its file."""
+    image, entries = values(parsed(source.text), "", image=Any | None, boxes=list[Data])
+    path = source.beside or source.path.parent / (image if isinstance(image, str) else "")
+    size = read_image(path, "image").size if source.beside or os.path.isfile(path) else [None]
+    kinds = {"label": str, **dict.fromkeys(CORNERS, float)}
+    boxes = [values(entry, f"boxes[{i}]", **kinds) for i, entry in enumerate(entries)]
+    regions = [{"prompt": label, "box": box} for label, *box in boxes]
+    return {"prompt": "", **size_of(source, *size), "regions": regions}
 
 
 def to_gradio(layout: Layout, stem: str) -> Files:
-    boxes = [dict(zip(CORNERS, box)) | {"label": prompt} for prompt, box in boxes_of(layout, "gradio")]
-    boxes = [box | {"color": color} for box, color in zip(boxes, PALETTE[1:])]
+    boxes = []
+    for region, box, color in zip(layout.regions, boxes_of(layout, "gradio"), PALETTE):
+        boxes.append(dict(zip(CORNERS, box)) | {"label": region.prompt, "color": color})
     blank = Image.new("RGB", (layout.width, layout.height), "white")
     return {"": {"image": f"{stem}.png", "boxes": boxes}, f"{stem}.png": blank}
 
 
+def from_seg2any(source: Source) -> Data:
+    """Seg2Any's JSON: a caption, and for each color of a map the text of its segment."""
+    kinds = {"caption": str, "seed": int | None, "segments_info": list[Data]}
+    prompt, seed, entries = values(parsed(source.text), "", **kinds)
+    path = source.beside or source.path.with_suffix(".png")
+    size = size_of(source, *read_image(path, "segments_info").size)
+    kinds = {"text": str, "color": tuple[Byte, Byte, Byte]}
+    segments = [values(entry, f"segments_info[{i}]", **kinds) for i, entry in enumerate(entries)]
+    regions = [{"prompt": text, "color": list(color)} for text, color in segments]
+    return {"prompt": prompt, "seed": seed, **size, "map": str(path), "regions": regions}
+
+
 def to_seg2any(layout: Layout, stem: str) -> Files:
-    segments = [{"color": color, "text": region.prompt} for color, region in zip(PALETTE[1:], layout.regions)]
+    pairs = zip(PALETTE, layout.regions)
+    segments = [{"color": color, "text": region.prompt} for color, region in pairs]
     seed = {} if layout.seed is None else {"seed": layout.seed}
-    return {"": {"caption": layout.prompt, **seed, "segments_info": segments}, f"{stem}.png": painted(layout)}
+    data = {"caption": layout.prompt, **seed, "segments_info": segments}
+    return {"": data, f"{stem}.png": color_map(layout)}
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# -------------------------------------------------------------------------- the command
 
-FORMS = {  # reader, writer, and the keys of layouts and regions that the form has a place for, besides shapes
+FORMS = {  # reader, writer, and the keys that the form can hold, besides shapes
     "published": (from_published, to_published, {*PUBLISHED.values()}),
     "coco": (from_coco, to_coco, {"prompt", "width", "height"}),
     "forge": (from_forge, to_forge, {"prompt", "strength"}),
@@ -488,95 +494,133 @@ FORMS = {  # reader, writer, and the keys of layouts and regions that the form h
 }
 
 
-def to_layout(text: str, args: Args) -> Files:
-    layout = FORMS[args.reads][0](text, args)
-    files = fitted(layout, args.target.stem)
+def to_layout(source: Source, form: str, stem: str) -> Files:
+    """The layout in YAML, and the images that it names."""
+    layout = FORMS[form][0](source)
+    files = fitted(layout, stem) if "width" in layout else {}  # without a size all is in percent
     if not layout["prompt"]:
         layout["prompt"] = ", ".join(region["prompt"] for region in layout["regions"])
-        say("there is no base prompt: the prompts of the regions, joined, stand in for it")
+        warn("there is no base prompt; the prompts of the regions, joined, stand in for it")
     layout = {key: value for key, value in layout.items() if value is not None}
-    return {"": yaml.safe_dump(layout, default_flow_style=None, **YAML), **files}
+    style = {"default_flow_style": None, "sort_keys": False, "allow_unicode": True, "width": 120}
+    return {"": yaml.safe_dump(layout, **style), **files}
 
 
-def to_form(layout: Layout, args: Args) -> Files:
-    _, writer, carried = FORMS[args.writes]
-    files = writer(layout, args.target.stem)
-    parts = [("", layout, Layout(prompt=""), {"regions", "map", "preset"})]  # what a preset sets is there besides it
-    parts += [(f"regions[{i}].", r, Region(prompt=""), {"prompt", *SHAPES}) for i, r in enumerate(layout.regions)]
-    lost = [
-        where + key
-        for where, part, default, besides in parts
-        for key in part.__struct_fields__
-        if key not in carried | besides and getattr(part, key) != getattr(default, key)
-    ]
-    if lost:
-        say(f"{args.writes} has no place for {', '.join(lost)}")
+def fitted(layout: Data, stem: str) -> Files:
+    """Scale a layout to multiples of 16, cut its shapes at the edges, and rename its images, all in
+    place. Returns the images."""
+    old = (layout["width"], layout["height"])
+    new = tuple(max(16, (side + 7) // 16 * 16) for side in old)
+    layout["width"], layout["height"] = new
+    if new != old:
+        warn(f"{old[0]} x {old[1]} are not multiples of 16: scaled to {new[0]} x {new[1]}")
+    images = [(layout, "map", f"{stem}.map.png")]
+    for i, region in enumerate(layout["regions"]):
+        images.append((region, "mask", f"{stem}.{i}.png"))
+        points = [point for points in region.get("polygon", ()) for point in points]
+        for numbers in [*points, region.get("box", [])]:
+            for k, value in enumerate(numbers):
+                if isinstance(value, str):  # in percent
+                    continue
+                inside = min(max(value, 0), old[k % 2])
+                if inside != value:
+                    warn(f"regions[{i}]: {value:g} lies outside {old[0]} x {old[1]} and is cut off")
+                scaled = round(inside * new[k % 2] / old[k % 2], 6)
+                numbers[k] = int(scaled) if float(scaled).is_integer() else scaled
+    files = {}
+    for holder, key, name in images:
+        if key in holder:
+            image = read_image(holder[key], key)
+            files[name] = image if new == old else image.resize(new, Image.Resampling.NEAREST)
+            holder[key] = name
     return files
 
 
-def write(files: Files, args: Args) -> None:
-    """All files, or none: they are made in a folder of their own, where a layout is read once, and then moved."""
-    target, folder = args.target, args.target.parent
+def to_form(layout: Layout, form: str, stem: str) -> Files:
+    """The files of another form. What it has no place for is reported."""
+    _, convert, kept = FORMS[form]
+    files = convert(layout, stem)
+    parts = [("", layout, kept | {"regions", "map", "preset"})]
+    own = kept | {"prompt", *SHAPES}
+    parts += [(f"regions[{i}].", region, own) for i, region in enumerate(layout.regions)]
+    lost = []
+    for start, part, held in parts:
+        default = type(part)(prompt="")
+        keys = [key for key in part.__struct_fields__ if key not in held]
+        lost += [start + key for key in keys if getattr(part, key) != getattr(default, key)]
+    if lost:
+        warn(f"{form} has no place for {', '.join(lost)}")
+    return files
+
+
+def write(files: Files, target: Path, overwrite: bool, source: Path | None) -> None:
+    """Write all files or none. A layout, made from `source`, is read once before it is there."""
+    folder = target.parent
     if target.name in files:
-        raise InputError(target, MISSING, "a file that belongs to it is to have this name, choose another one")
+        raise InputError(target, MISSING, "a file next to it needs this name, choose another one")
     if not folder.is_dir():
         raise InputError(target, MISSING, f"there is no folder {folder}")
     files = {name or target.name: content for name, content in files.items()}
-    if taken := [folder / name for name in files if (folder / name).exists() and not args.overwrite]:
+    taken = [folder / name for name in files if (folder / name).exists()]
+    if taken and not overwrite:
         raise InputError(taken[0], MISSING, "exists already; --overwrite replaces it")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".convert") as made:
-        made = Path(made)
         for name, content in files.items():
             if isinstance(content, Image.Image):
-                content.save(made / name, format="PNG")
-            else:
-                text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False) + "\n"
-                (made / name).write_text(text, encoding="utf-8")
-        if args.reads:
-            try:
-                read_layout(made / target.name, {})
-            except InputError as error:
-                for one in getattr(error, "errors", [error]):
-                    one.source = args.source
-                    one.problem = one.problem.replace(f"{made}{os.sep}", "")
-                raise
+                content.save(Path(made, name), format="PNG")
+                continue
+            is_text = isinstance(content, str)
+            text = content if is_text else json.dumps(content, ensure_ascii=False) + "\n"
+            Path(made, name).write_text(text, encoding="utf-8")
+        try:
+            if source:
+                read_layout(Path(made, target.name), {})
+        except InputError as error:
+            problem = str(error).replace(f"{Path(made, target.name)}: ", "")
+            problem = problem.replace(f"{made}{os.sep}", "").rstrip(".")
+            raise InputError(source, MISSING, problem) from None
         for name in files:
-            os.replace(made / name, folder / name)
+            os.replace(Path(made, name), folder / name)
 
 
-def parse_args(argv: list[str] | None = None) -> Args:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m tools.convert", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("--from", dest="reads", choices=FORMS, metavar="FORM", help="SOURCE has this form, TARGET becomes a layout")
-    add("--to", dest="writes", choices=FORMS, metavar="FORM", help="SOURCE is a layout, TARGET gets this form")
+    form = {"choices": FORMS, "metavar": "FORM"}
+    add("--from", dest="reads", help="SOURCE has this form, TARGET becomes a layout", **form)
+    add("--to", dest="writes", help="SOURCE is a layout, TARGET gets this form", **form)
     add = parser.add_argument
     add("source", type=Path, metavar="SOURCE")
     add("target", type=Path, metavar="TARGET")
-    add("--image", metavar="ID", help="coco, layoutsam: which picture, by id, file name or index")
-    add("--boxes", action="store_true", help="coco: the objects' boxes in place of their outlines")
-    add("--beside", type=Path, metavar="FILE", help="the prompt or picture that belongs to SOURCE, if not beside it")
-    add("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="of the picture, if SOURCE does not say it")
+    add("--image", metavar="ID", help="coco, layoutsam: which image, by id, file name or index")
+    add("--boxes", action="store_true", help="coco: the objects' boxes instead of their outlines")
+    elsewhere = "the prompts or the image of SOURCE, if they have another name"
+    add("--beside", type=Path, metavar="FILE", help=elsewhere)
+    unknown = "the size of the image, if SOURCE does not state it"
+    add("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help=unknown)
     add("--overwrite", action="store_true", help="replace existing files")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program; returns its exit code: 0, 2 for bad input, 1 for what the machine refuses."""
+    """Run the program; returns its exit code: 0, 2 for bad input, 1 for other failures."""
     args = parse_args(argv)
+    stem = args.target.stem
     try:
-        source = read_layout(args.source, {}) if args.writes else read(args.source)
-        try:
-            files = to_form(source, args) if args.writes else to_layout(source, args)
-        except InputError as error:
-            raise error.within(args.source) from None
-        write(files, args)
+        if args.writes:
+            files = to_form(read_layout(args.source, {}), args.writes, stem)
+        else:
+            text = read_text(args.source)
+            source = Source(args.source, text, args.image, args.boxes, args.beside, args.size)
+            files = to_layout(source, args.reads, stem)
+        write(files, args.target, args.overwrite, args.source if args.reads else None)
     except InputError as error:
-        for line in str(error).split("\n"):
-            say(line)
+        for line in str(error.within(args.source)).split("\n"):
+            info(f"convert: {line}")
         return 2
     except OSError as error:
-        say(str(error))
+        info(f"convert: {error}")
         return 1
     return 0
 

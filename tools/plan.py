@@ -1,13 +1,13 @@
-"""A layout from a long prompt, asked of a language model behind an OpenAI-compatible endpoint, for the user to edit.
+"""A layout from a long prompt, written by a language model behind an OpenAI-compatible endpoint.
 
-The key comes from OPENAI_API_KEY alone: a stored token of the Hugging Face hub must not go to any other place.
+The key comes from OPENAI_API_KEY alone: a stored token of the hub must not go to any other place.
 """
 
 import argparse
 import json
 import os
 import re
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +20,22 @@ from msgspec import Struct
 from errors import MISSING, InputError, info
 from regional.layout import MAX_REGIONS
 from regional.reader import read_layout
-from tools.metadata import check_writable
+from tools.metadata import check_writable, write
 
-INSTRUCTIONS = """You plan a picture of {width} x {height} pixels for a text-to-image model that draws each region from
-a prompt of its own. Answer with one JSON object of the schema below and nothing else. Plan 1 to {most} regions, one for
-each subject that has a place of its own. Boxes may overlap a little, but none may lie wholly under others. Leave out
-nothing that is asked for.
+INSTRUCTIONS = """You plan an image of {width} x {height} pixels for a text-to-image model that
+generates each region from a prompt of its own. Answer with one JSON object of the schema below and
+nothing else. Plan 1 to {most} regions, one for each subject that has a place of its own. Boxes may
+overlap a little, but none may lie wholly under others. Leave out nothing that is asked for.
 {schema}"""
-
-
 HEADER = "# A plan to edit: boxes are x0, y0, x1, y1. Then: python generate.py --layout FILE\n"
+CHECK_KEY = "; check OPENAI_API_KEY"
+HINTS = {401: CHECK_KEY, 403: CHECK_KEY, 404: "; check --llm-url and --llm-model"}
 
 
-HINTS = {401: "; check OPENAI_API_KEY", 403: "; check OPENAI_API_KEY", 404: "; check --llm-url and --llm-model"}
-
-
-# Their docstrings are for the language model. Per cent are easier for it than pixels, and hold for any size; names
-# instead of a list, because strict schemas know no lengths of lists.
+# The docstrings are for the language model. Percentages are easier for it than pixels, and hold for
+# any size. Edges have names, because strict schemas know no lengths of lists.
 class Box(Struct, forbid_unknown_fields=True):
-    """Left, upper, right and lower edge in whole per cent, 0 to 100, of the picture's width and height."""
+    """Left, upper, right and lower edge in whole percent, 0 to 100, of the image's size."""
 
     x0: int
     y0: int
@@ -47,15 +44,15 @@ class Box(Struct, forbid_unknown_fields=True):
 
 
 class Part(Struct, forbid_unknown_fields=True):
-    """A region. prompt: complete in itself, its subject with all that is asked of it, fitting details, and the light
-    and style of the picture; no other region's subject. box: where, in the size and proportions of the subject."""
+    """A region. prompt: its subject alone, with all that is asked of it, fitting details, and the
+    light and style of the image. box: where, in the size and proportions of the subject."""
 
     prompt: str
     box: Box
 
 
 class Plan(Struct, forbid_unknown_fields=True):
-    """prompt: the whole picture in a few sentences. background_prompt: what is to be seen where no region is."""
+    """prompt: the whole image in a few sentences. background_prompt: what is in no region."""
 
     prompt: str
     background_prompt: str
@@ -63,48 +60,40 @@ class Plan(Struct, forbid_unknown_fields=True):
 
 
 def plan(
-    prompt: str, width: int, height: int, url: str | None = None, model: str | None = None, timeout: float = 120,
-    say: Callable[[str], None] = lambda text: None,
+    prompt: str, width: int, height: int, url: str | None = None, model: str | None = None,
+    timeout: float = 120,
 ) -> dict[str, Any]:  # fmt: skip
-    """A layout's keys for this prompt, boxes in shares. What is no layout is asked for again, twice at most; `say`
-    hears of it. `url`: by default OPENAI_BASE_URL. `timeout`: seconds without a word from the endpoint."""
-    read_layout(None, {"prompt": prompt, "width": width, "height": height})  # the user's own mistakes come first
-    url = (url or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/").removesuffix("/chat/completions")
-    if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", url):  # not shown, for it may hold a password
-        raise InputError("--llm-url", MISSING, "a plan needs it, or OPENAI_BASE_URL, such as http://localhost:8000/v1")
+    """A layout's keys for this prompt, with boxes in percent. What is no layout is asked for again,
+    twice at most. url: by default OPENAI_BASE_URL. timeout: seconds without a byte."""
+    read_layout(None, {"prompt": prompt, "width": width, "height": height})  # fails without asking
+    url = (url or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/")
+    url = url.removesuffix("/chat/completions")
+    if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", url):  # it may hold a password
+        problem = "a plan needs it, or OPENAI_BASE_URL, such as http://localhost:8000/v1"
+        raise InputError("--llm-url", MISSING, problem)
     url += "/v1" * (url.count("/") == 2) + "/chat/completions"
     _, parts = msgspec.json.schema_components([Plan], ref_template="#/$defs/{name}")
-    schema = {"name": "layout", "strict": True, "schema": {**parts.pop("Plan"), "$defs": parts}}
-    system = INSTRUCTIONS.format(width=width, height=height, most=MAX_REGIONS, schema=json.dumps(schema["schema"]))
+    schema = {**parts.pop("Plan"), "$defs": parts}
+    text = json.dumps(schema)  # for servers that ignore or refuse response_format
+    system = INSTRUCTIONS.format(width=width, height=height, most=MAX_REGIONS, schema=text)
     messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
-    body = {"messages": messages, "response_format": {"type": "json_schema", "json_schema": schema}}
-    body |= {"model": model} if model else {}
-    for again in (True, True, False):
-        answer = ask(url, body, timeout, say)
+    strict = {"name": "layout", "strict": True, "schema": schema}
+    form = {"type": "json_schema", "json_schema": strict}
+    body = {"messages": messages, "response_format": form} | ({"model": model} if model else {})
+    for is_last in (False, False, True):
+        answer = ask(url, body, timeout)
         try:
             return layout_of(answer, width, height)
         except InputError as error:
-            problem = public(re.sub("(?m)^the command line: (--)?", "", str(error)))
-        if again:
-            say(f"{public(url)}: asking again: {problem}")
+            problem = public(re.sub("^the command line: (--)?", "", str(error)))
+        if not is_last:
+            info(f"{public(url)}: asking again: {problem}")
         correction = f"This can't be used: {problem} Answer with the whole JSON object, corrected."
-        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": correction}]
-    plainly = "" if "response_format" in body else " (without a JSON Schema, which it does not take)"
-    problem = f"no layout in three answers{plainly}; the last: {problem.removesuffix('.')}"
+        messages += [{"role": "assistant", "content": answer}]
+        messages += [{"role": "user", "content": correction}]
+    how = "" if "response_format" in body else " (without a JSON Schema, which it does not take)"
+    problem = f"no layout in three answers{how}; the last: {problem.removesuffix('.')}"
     raise InputError(public(url), MISSING, problem)
-
-
-def write_plan(layout: dict[str, Any], file: Path, overwrite: bool = False) -> None:
-    """Write a layout file, under a temporary name first."""
-    if file.exists() and not overwrite:
-        raise InputError(file, MISSING, "exists already; choose another --output, or add --overwrite")
-    unfinished = file.with_stem(f".{file.stem}.{os.getpid()}")
-    try:
-        text = yaml.safe_dump(layout, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
-        unfinished.write_text(HEADER + text, encoding="utf-8")
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def key() -> str:
@@ -120,41 +109,45 @@ def public(text: str) -> str:
     return " ".join(text.split())
 
 
-def ask(url: str, body: dict[str, Any], timeout: float, say: Callable[[str], None]) -> str:
-    """The model's answer without its thoughts. A schema that is not taken goes out of `body`, for good."""
+def ask(url: str, body: dict[str, Any], timeout: float) -> str:
+    """The model's answer without its thoughts. A schema that is refused is removed from `body`."""
     headers = {"Authorization": f"Bearer {key()}"} if key() else {}
     try:
         response = get_session().post(url, json=body, headers=headers, timeout=timeout)
     except Exception as error:  # the HTTP library's have no common base, and may hold secrets
         reason = public(str(error)) or type(error).__name__
-        raise InputError(public(url), MISSING, f"no answer ({reason}); the time-out is {timeout:g} s") from None
-    status, text = response.status_code, response.text
+        raise InputError(public(url), MISSING, f"no answer ({reason}) in {timeout:g} s") from None
+    status = response.status_code
+    text = response.text
     if not response.is_success:
-        said = re.search(r'"message"\s*:\s*"((?:[^"\\]|\\.)+)"', text)
-        said = public(said[1] if said else text)[:200]
-        problem = f"HTTP {status} {response.reason_phrase}, {said!r}{HINTS.get(status, '')}"
+        message = re.search(r'"message"\s*:\s*"((?:[^"\\]|\\.)+)"', text)
+        message = public(message[1] if message else text)[:200]
+        problem = f"HTTP {status} {response.reason_phrase}, {message!r}{HINTS.get(status, '')}"
         about_schema = re.search("response_?format|schema|grammar|structured", text, re.IGNORECASE)
         if not ("response_format" in body and status in (400, 422) and about_schema):
             raise InputError(public(url), MISSING, problem)
-        say(f"{public(url)}: {problem}. Asking without a JSON Schema.")
+        info(f"{public(url)}: {problem}. Asking without a JSON Schema.")
         del body["response_format"]
-        return ask(url, body, timeout, say)
+        return ask(url, body, timeout)
     try:
         message = response.json()["choices"][0]["message"]
-        refusal, content = message.get("refusal"), message.get("content") or ""
+        content = message.get("content") or ""
         content = content.rpartition("</think>")[2].partition("<think>")[0].strip()
+        refusal = message.get("refusal") or ("" if content else "an empty answer")
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise InputError(public(url), MISSING, f"this is no chat completion: {public(text)[:200]!r}") from None
-    if refusal or not content:
-        refusal = public(str(refusal or "an empty answer"))[:200]
+        problem = f"not a chat completion: {public(text)[:200]!r}"
+        raise InputError(public(url), MISSING, problem) from None
+    if refusal:
+        refusal = public(str(refusal))[:200]
         raise InputError(public(url), MISSING, f"the model refuses: {refusal!r}")
     return content
 
 
 def layout_of(answer: str, width: int, height: int) -> dict[str, Any]:
-    """The keys of the layout that the JSON in an answer means; InputError if it means none."""
+    """The layout's keys by the JSON in an answer; InputError if there is none that fits."""
+    text = answer[answer.find("{") : answer.rfind("}") + 1]
     try:
-        found = msgspec.json.decode(answer[answer.find("{") : answer.rfind("}") + 1], type=Plan, strict=False)
+        found = msgspec.json.decode(text, type=Plan, strict=False)
     except (msgspec.DecodeError, UnicodeError) as error:
         raise InputError("the JSON", MISSING, f"not as asked for: {error}") from None
     if not found.prompt.strip() or not found.regions:
@@ -168,24 +161,31 @@ def layout_of(answer: str, width: int, height: int) -> dict[str, Any]:
 
 
 def check_boxes(boxes: list[tuple[int, int, int, int]]) -> None:
-    """Boxes in per cent lie in the picture, and each has a part that no other covers."""
+    """Boxes in percent lie in the image, and each has a part that no other covers."""
     depth = np.zeros((100, 100), dtype=int)
     for i, (x0, y0, x1, y1) in enumerate(boxes):
         if not (0 <= x0 < x1 <= 100 and 0 <= y0 < y1 <= 100):
-            raise InputError(f"regions[{i}].box", list(boxes[i]), "expected 0 <= x0 < x1 <= 100, and y0, y1 so too")
+            problem = "expected 0 <= x0 < x1 <= 100, and likewise for y"
+            raise InputError(f"regions[{i}].box", list(boxes[i]), problem)
         depth[y0:y1, x0:x1] += 1
     for i, (x0, y0, x1, y1) in enumerate(boxes):
         if depth[y0:y1, x0:x1].min() > 1:
             raise InputError(f"regions[{i}].box", list(boxes[i]), "other regions cover all of it")
 
 
-# ------------------------------------------------------------------------------------------------ before paying
+def write_plan(layout: dict[str, Any], file: Path, overwrite: bool = False) -> None:
+    """Write a layout's keys as a file, whole or not at all."""
+    check_writable(file, overwrite)
+    style = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None, "width": 110}
+    text = HEADER + yaml.safe_dump(layout, **style)
+    write(file, partial(Path.write_text, data=text, encoding="utf-8"))
 
 
 def write_the_plan(args: argparse.Namespace) -> int:
     output = Path(args.output or "plan.yaml")
     check_writable(output, args.overwrite)
     width, height = (getattr(args, side, 1024) for side in ("width", "height"))
-    write_plan(plan(args.plan, width, height, args.llm_url, args.llm_model, say=info), output, args.overwrite)
+    layout = plan(args.plan, width, height, args.llm_url, args.llm_model)
+    write_plan(layout, output, args.overwrite)
     print(output)
     return 0
