@@ -313,7 +313,7 @@ FROM_MISTAKES = [  # form and options, the file in.txt, words of the sentence
     ("published", pair(), "1 = {'description': 'a'}: object missing required field mask"),
     ("published", pair(mask=[1, 2, 3]), "1.mask = [1, 2, 3]: expected array of length 4"),
     ("published", PUBLISHED | {"image_width": "wide"}, "image_width = 'wide': expected int"),
-    ("published", pair(mask=[9, 0, 9, 9]), "regions[1].box = [9.0, 0.0, 9.0, 9.0]: the box is empty"),
+    ("published", pair(mask=[9, 0, 9, 9]), "regions[1].box = [9, 0, 9, 9]: the box is empty"),
     ("published", {"base_prompt": "a town"}, "--size: needed, because the file does not state"),
     ("coco", COCO, "--image: 2 of the 2 images match"),
     ("coco --image 7", coco(segmentation={"counts": [3], "size": [9, 9]}), "annotations[0].segmentation: run-length"),
