@@ -34,7 +34,15 @@ import weights
 from errors import InputError, say
 from extensions.attention_maps import AttentionMaps
 from extensions.controlnet import ControlNet
-from extensions.loading import ControlPlan, control_of, load_controls, merges_of, plan_controls, read_loras
+from extensions.loading import (
+    ControlPlan,
+    control_of,
+    controlnet_params,
+    load_controls,
+    merges_of,
+    plan_controls,
+    read_loras,
+)  # fmt: skip
 from extensions.lora import Addition, Lora, added, hooks_for
 from formats.hub import Name
 from formats.recognize import Source
@@ -110,7 +118,7 @@ class Pipeline:
             dtype = "float32" if self.device.type == "cpu" else "bfloat16"
         self.dtype, self.attention, self.cache, self.verbose = DTYPES[dtype], attention, cache, verbose
         self.checkpoint = weights.find(model, flux, t5, clip, ae)
-        self.size = int(weights.metadata_number(self.checkpoint.flux, "sample_size", 1024))  # where a layout has none
+        self.size = weights.model_defaults(self.checkpoint.flux)["size"]  # where a layout has none
         self.fp8, self.compile, self.offload = choose_fp8(quantize, self.checkpoint.flux, self.device), compile, offload
         if compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
             raise InputError("--compile: torch.compile needs a C++ compiler, and there is none here; leave it out.")
@@ -149,7 +157,7 @@ class Pipeline:
         conditioning = self.encode(layout, tokens, layout.method == "rpg", loras)
         if lora_picture is not None:
             conditioning = conditioning._replace(control=self.latents_of(lora_picture))
-        as_latents = [not weights.controlnet_params(plan.source).hint_width for plan in controls]
+        as_latents = [not controlnet_params(plan.source).hint_width for plan in controls]
         controls = [
             plan._replace(picture=self.latents_of(plan.picture)) if encode else plan
             for plan, encode in zip(controls, as_latents)
@@ -227,21 +235,21 @@ class Pipeline:
 
     def load(self, name: str, merges: weights.Merges, layout: Layout | None) -> nn.Module:
         source, where = getattr(self.checkpoint, name), (self.device, self.dtype)
-        if name == "ae":
-            return weights.load_autoencoder(source, *where)
-        if name == "clip":
-            return weights.load_clip(source, *where, merges)
+        if name in ("ae", "clip"):
+            return weights.load(source, *where, merges)
         streamed = stays_on_host(source, self.offload, *where, self.fp8 and name == "flux", layout)
         if name == "t5":
-            t5 = weights.load_t5(source, *where, merges, T5_BLOCKS if streamed else weights.NEVER)
+            placement = weights.Placement(on_host=T5_BLOCKS.search) if streamed else weights.ON_DEVICE
+            t5 = weights.load(source, *where, merges, placement)
             if streamed:
                 self.streamed[name] = [Streamed(list(t5.encoder.block), self.device, pin=True)]
             if "flux" not in self.parts:
                 read_ahead(self.checkpoint.flux)  # while this encodes
             return t5
         on_card = self.device.type == "cuda"  # where only what comes of the modulation layers is needed all the time
-        on_host = FLUX_BLOCKS if streamed else FLUX_MODULATION if on_card else weights.NEVER
-        flux = weights.load_flux(source, *where, merges, on_host, self.fp8)
+        on_host = FLUX_BLOCKS.search if streamed else FLUX_MODULATION.search if on_card else weights.nothing
+        in_fp8 = weights.FP8_LAYERS.search if self.fp8 else weights.nothing
+        flux = weights.load(source, *where, merges, weights.Placement(on_host, in_fp8))
         layers = [layer for layer in flux.modules() if isinstance(layer, Modulation)]
         self.streamed[name] = [Streamed(layers, self.device)] if on_card else []
         if streamed:
@@ -328,12 +336,11 @@ def identity(file: Path) -> tuple[str, int, int]:
 
 def with_model_defaults(layout: Layout, flux: Source) -> Layout:
     """Fill in what the layout leaves to the model: dev takes 24 steps and 512 text tokens, schnell 4 and 256."""
-    steps, length = (24, 512) if weights.flux_params(flux).guidance_embed else (4, 256)
-    length = int(weights.metadata_number(flux, "max_sequence_length", length))
-    length = layout.max_sequence_length or length
+    defaults = weights.model_defaults(flux)
+    length = layout.max_sequence_length or defaults["max_sequence_length"]
     return msgspec.structs.replace(
         layout,
-        steps=layout.steps or steps,
+        steps=layout.steps or defaults["steps"],
         max_sequence_length=length,
         region_max_sequence_length=layout.region_length(length),
     )

@@ -1,7 +1,7 @@
-"""Files of a Hugging Face repository: those in the cache, or else downloaded there, and a sentence if that fails.
+"""From a model's name to its files: a path, or a Hugging Face repository, downloaded unless it is in the cache.
 
-The hub's library finds, links and fetches; what it does not do is done here: it throws an unfinished file away, so the
-large ones are fetched into a file of a lasting name, where the next run goes on.
+huggingface_hub lists, links and downloads. But its 2.4 deletes an unfinished file when a download
+breaks, so large files are downloaded here, under a lasting name from which the next run resumes.
 """
 
 import hashlib
@@ -27,14 +27,48 @@ from tqdm import tqdm
 
 from errors import InputError
 
+Name = str | Path | None
+
+
+def is_repository(name: Name) -> bool:
+    """Is it the name of a repository, org/name, and not of a path that exists?"""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name))) and not Path(name).exists()
+
+
+def locate(
+    name: str | Path,
+    choices: list[list[str]],
+    purpose: str,
+    instead: str = "download it elsewhere and give its path",
+) -> Path:
+    """The file or folder that a name means: a path, org/name, or org/name:file.
+
+    choices: lists of patterns; of a repository, the first list that is complete there is downloaded.
+    A named file takes the place of a list's patterns but for those of *.json. With no choices a
+    repository is an error. purpose and instead: how messages begin and end.
+    """
+    path = Path(name).expanduser()
+    if path.is_file() or path.is_dir():
+        return path
+    repo, _, file = str(name).partition(":")
+    if choices and is_repository(repo):
+        if file:
+            choices = [[file, *(pattern for pattern in choices[0] if is_optional(pattern))]]
+        return fetch(repo, choices, purpose, instead) / file
+    expected = "a file, a folder or a repository (org/name or org/name:file)" if choices else "a file or a folder"
+    raise InputError(f"{purpose}: there is no such file or folder; expected {expected}.")
+
+
+def is_optional(pattern: str) -> bool:
+    return pattern.endswith(".json")
+
 
 def fetch(repo: str, choices: list[list[str]], purpose: str, instead: str) -> Path:
-    """A repository's folder in the cache with all files of one choice of patterns, downloaded if they are not there.
+    """A repository's folder in the cache with the files of the first complete choice of patterns.
 
-    A pattern that ends in *.json may match nothing. An InputError begins with `purpose` and ends with `instead`,
-    another way to reach the same.
+    A pattern that ends in .json may match nothing.
     """
-    needed = [[pattern for pattern in patterns if not pattern.endswith("*.json")] for patterns in choices]
+    needed = [[pattern for pattern in patterns if not is_optional(pattern)] for patterns in choices]
     try:
         for patterns, must in zip(choices, needed):
             folder = cached(repo, patterns)
@@ -63,12 +97,12 @@ def snapshot(repo: str, patterns: list[str], **how: bool) -> str | list[DryRunFi
     """The hub library's snapshot_download, in which no * of a pattern reaches into a folder below."""
     depth = max(pattern.count("/") for pattern in patterns)
     deeper = "*/" * (depth + 1) + "*"
-    with disable_progress_bars():  # of what takes no time: the large files are downloaded elsewhere
+    with disable_progress_bars():  # they are for small files; `complete` downloads the large ones
         return huggingface_hub.snapshot_download(repo, allow_patterns=patterns, ignore_patterns=[deeper], **how)
 
 
 def download(repo: str, files: list[DryRunFileInfo], purpose: str, instead: str) -> None:
-    """Say how much is missing, check that there is room, and download the large files, those in git-lfs."""
+    """Print the size of what is missing, check free disk space and download the large files, those in git-lfs."""
     if not files:
         return
     cache = Path(constants.HF_HUB_CACHE)
@@ -88,8 +122,9 @@ def download(repo: str, files: list[DryRunFileInfo], purpose: str, instead: str)
 
 
 def complete(repo: str, file: DryRunFileInfo, path: Path) -> None:
-    """Download what is missing of a large file, and make it a blob of the cache, which is named by its checksum."""
-    blob, storage = path.with_suffix(""), path.parents[1]
+    """Download the rest of a large file, and make it a blob of the cache, whose name is its checksum."""
+    blob = path.with_suffix("")
+    storage = path.parents[1]
     lock = storage.parent / ".locks" / storage.name / f"{blob.name}.lock"  # the library's
     for folder in (path.parent, lock.parent):
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,12 +154,12 @@ def digest(path: Path) -> str:
 
 
 def hub_reason(repo: str, error: Exception) -> str:
-    """What went wrong, and what to do."""
+    """What is wrong, and what to do."""
     if isinstance(error, DryRunError | LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         error = error.__cause__
     if isinstance(error, GatedRepoError):  # before its parent, RepositoryNotFoundError
         page = f"https://huggingface.co/{repo}"
-        return f"the repository asks for a licence: accept it at {page}, then run `hf auth login` or set HF_TOKEN"
+        return f"the repository is gated: accept its license at {page}, then run `hf auth login` or set HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError):
         return "there is no such repository, nor a folder of that name; a private one needs `hf auth login` or HF_TOKEN"
     if isinstance(error, DryRunError | LocalEntryNotFoundError):
@@ -133,49 +168,5 @@ def hub_reason(repo: str, error: Exception) -> str:
         return f"{constants.ENDPOINT} answers with status {error.response.status_code}; try again later"
     what = f"{type(error).__name__}: {' '.join(str(error).split())}"
     if isinstance(error, HttpxError):
-        return f"the connection broke ({what}); what has arrived is kept, and the same command goes on from there"
+        return f"the connection broke ({what}); what has arrived is kept, and the same command resumes there"
     return f"the download failed ({what}); try again"
-
-
-Name = str | Path | None
-
-
-def existing(flag: str, path: str | Path) -> Path:
-    place = Path(path).expanduser()
-    if not place.is_file() and not place.is_dir():
-        others = (
-            "a model's folder, a repository (org/name) or pocket"
-            if flag == "--model"
-            else "a safetensors or GGUF file, or its folder"
-        )
-        raise InputError(f"{flag} {path}: there is no such file or folder; expected {others}.")
-    return place
-
-
-def lora_file(name: str, where: str) -> Path:
-    """The file of a LoRA: a path, or org/name of a repository with one safetensors file, or org/name:file.
-
-    `where` is what an InputError begins with.
-    """
-    path = Path(name).expanduser()
-    repo, _, file = name.partition(":")
-    if path.is_file():
-        return path
-    if path.is_dir():
-        folder = path
-    elif is_repository(repo):
-        folder = fetch(repo, [[file or "*.safetensors"]], where, "download it elsewhere and give its path")
-    else:
-        raise InputError(
-            f"{where}: there is no such file; expected a safetensors file or a repository (org/name:file)."
-        )
-    files = sorted(folder.glob(file or "*.safetensors"))
-    if len(files) != 1:
-        names = ", ".join(f.name for f in files) or "none"
-        raise InputError(f"{where}: expected one safetensors file there, found {names}; name one of them.")
-    return files[0]
-
-
-def is_repository(model: Name) -> bool:
-    """Does --model name a repository of the Hugging Face hub, org/name, and no folder that is there?"""
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(model))) and not Path(model).exists()

@@ -1,5 +1,7 @@
 """What fits on the card: whether a part's blocks stay in host memory, by the sizes in its file and what is free."""
 
+import math
+
 import torch
 
 import weights
@@ -61,7 +63,8 @@ def working_bytes(source: Source, layout: Layout | None, dtype: torch.dtype, fp8
         tokens += pixels // 256 + (regions + 1) * layout.region_max_sequence_length
     activations = tokens * (VALUES_PER_TOKEN_IN_FP8 if fp8 else VALUES_PER_TOKEN) * params.hidden_size
     values = max(activations, VALUES_PER_PIXEL * pixels)
-    return sum(resident_bytes(net, dtype, modulation=True) for net in nets) + values * dtype.itemsize
+    values += sum(math.prod(tensor.shape) for net in nets for tensor in net.tensors.values())
+    return values * dtype.itemsize
 
 
 def free_memory(device: torch.device) -> int:

@@ -115,7 +115,7 @@ def test_a_merge_gets_the_numbers_in_float32(tmp_path):
     seen = []
     merges = {"img_in.weight": lambda weight: seen.append(weight) or weight + 1}
     source = weights.pick("flux", "--flux", save(tmp_path / "flux.gguf", stored))
-    module = weights.load_flux(source, "cpu", torch.bfloat16, merges)
+    module = weights.load(source, "cpu", torch.bfloat16, merges)
     assert torch.equal(seen[0], numbers(stored)["img_in.weight"]) and seen[0].dtype == torch.float32
     assert torch.equal(module.img_in.weight, (seen[0] + 1).bfloat16())
 
@@ -171,9 +171,9 @@ def test_t5_in_llama_cpps_names_computes_what_the_safetensors_do(tmp_path, kind)
     params = T5Params(vocab_size=96, d_model=32, d_ff=96, d_kv=16, num_heads=4, num_layers=2)
     stored = quantise(tiny.state(T5Encoder(params)), kind)
     source = weights.pick("t5", "--t5", save(tmp_path / "t5.gguf", to_llama_cpp(stored, 2)))
-    assert weights.t5_params(source) == params and source.naming.name == "llama.cpp"
+    assert weights.t5_params(source) == params and source.key_names.name == "llama.cpp"
     ids = torch.arange(96).reshape(2, 48)
-    ours = weights.load_t5(source, "cpu", torch.float32)
+    ours = weights.load(source, "cpu", torch.float32)
     assert_same(ours, numbers(stored))
     assert torch.equal(ours(ids), load("t5", tiny.save(tmp_path / "t5.safetensors", numbers(stored)))(ids))
 
@@ -200,8 +200,8 @@ def test_a_model_may_be_made_of_gguf_files(tmp_path):
         weights.find(model, flux=flux_file, t5=t5_file),
         weights.find(model, flux=tmp_path, t5=tmp_path / "t5"),
     ):
-        assert_same(weights.load_flux(found.flux, "cpu", torch.float32), numbers(flux))
-        assert_same(weights.load_t5(found.t5, "cpu", torch.float32), numbers(t5))
+        assert_same(weights.load(found.flux, "cpu", torch.float32), numbers(flux))
+        assert_same(weights.load(found.t5, "cpu", torch.float32), numbers(t5))
     refuse("flux.gguf and flux1-dev.safetensors could each be", weights.find, moved(flux_file, model))
     (model / "flux1-dev.safetensors").unlink()
     assert weights.find(model).flux.path.name == "flux.gguf"
@@ -385,9 +385,9 @@ def status(name):
     return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if name in line).split()[1])
 
 small, source = (weights.pick("flux", "--flux", Path(name)) for name in sys.argv[1:])
-weights.load_flux(small, "cpu", torch.bfloat16)  # what is needed once; little enough to be no room for the other
+weights.load(small, "cpu", torch.bfloat16)  # what is needed once; little enough to be no room for the other
 before = status("VmRSS")
-model = weights.load_flux(source, "cpu", torch.bfloat16)
+model = weights.load(source, "cpu", torch.bfloat16)
 print(1024 * (status("VmHWM") - before))
 """
 

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import weights
 from errors import InputError
+from formats import hub as hub_files
 from formats import key_names as namings
+from formats import recognize
 from formats import safetensors as files
 from model.autoencoder import AutoEncoder, AutoEncoderParams
 from model.clip import CLIPTextEncoder
@@ -23,17 +25,11 @@ from model.transformer import Flux, FluxParams
 CPU = "cpu"
 F32, BF16, FP8 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
 
-LOAD = {
-    "flux": weights.load_flux,
-    "t5": weights.load_t5,
-    "clip": weights.load_clip,
-    "ae": weights.load_autoencoder,
-}
 STATE = {"flux": tiny.flux_state, "t5": tiny.t5_state, "clip": tiny.clip_state, "ae": tiny.ae_state}
 
 
 def load(part, path, dtype=F32):
-    return LOAD[part](weights.pick(part, f"--{part}", Path(path)), CPU, dtype)
+    return weights.load(weights.pick(part, f"--{part}", Path(path)), CPU, dtype)
 
 
 def assert_same(module, expected):
@@ -86,7 +82,7 @@ def test_names_and_shapes_are_those_of_the_published_checkpoints(name, layout, k
     file = published(name)
     recipe = {key: layout(key, file) for key in full_size(kind, params)}
     for key, shape in full_size(kind, params).items():
-        found = weights.stacked_shape(recipe[key], file)
+        found = recognize.stacked_shape(recipe[key], file)
         assert found + (1,) * (len(shape) - len(found)) == shape, key
     used = {row.key for rows in recipe.values() for row in rows}
     assert file.keys() - used <= {"encoder.embed_tokens.weight"}
@@ -97,18 +93,18 @@ def test_names_and_shapes_are_those_of_the_published_checkpoints(name, layout, k
 
 def test_the_official_single_files_load_as_they_are(tmp_path):
     found = weights.find(tiny.save_model(tmp_path / "model"))
-    for part, load_part in LOAD.items():
-        module = load_part(getattr(found, part), CPU, F32)
+    for part in STATE:
+        module = weights.load(getattr(found, part), CPU, F32)
         assert_same(module, STATE[part]())
         assert not module.training and not any(p.requires_grad for p in module.parameters())
-    assert found.flux.naming.name == "BFL"
+    assert found.flux.key_names.name == "BFL"
 
 
 def test_a_diffusers_folder_gives_the_same_weights(tmp_path):
     found = weights.find(tiny.save_diffusers_model(tmp_path / "model"))
-    for part, load_part in LOAD.items():
-        assert_same(load_part(getattr(found, part), CPU, F32), STATE[part]())
-    assert found.flux.naming.name == found.ae.naming.name == "diffusers"
+    for part in STATE:
+        assert_same(weights.load(getattr(found, part), CPU, F32), STATE[part]())
+    assert found.flux.key_names.name == found.ae.key_names.name == "diffusers"
 
 
 def test_sizes_come_from_shapes_and_what_they_do_not_tell_from_config(tmp_path):
@@ -132,7 +128,7 @@ def test_metadata_gives_theta_and_reaches_the_caller(tmp_path):
     path = tiny.save(tmp_path / "flux.safetensors", tiny.flux_state(), {"theta": "500", "sample_size": "256"})
     source = weights.pick("flux", "--flux", path)
     assert weights.flux_params(source).theta == 500
-    assert weights.metadata_number(source, "sample_size", 0) == 256
+    assert source.metadata_number("sample_size", 0) == 256
 
 
 def test_both_files_of_a_wide_table_or_either_serve_t5(tmp_path):
@@ -191,7 +187,7 @@ def all_in_one():
 def test_an_all_in_one_file_serves_all_parts(tmp_path):
     config = tiny.AE_CONFIG | {"num_attention_heads": 3}
     path = tiny.save(tmp_path / "all.safetensors", all_in_one(), config=config)
-    for part in LOAD:
+    for part in STATE:
         assert_same(load(part, path), STATE[part]())
     tiny.save_encoders(tmp_path)
     assert weights.find(path).t5.prefix == weights.find(tmp_path, clip=tmp_path / "text_encoder").t5.prefix
@@ -213,7 +209,7 @@ def test_changing_a_loaded_weight_leaves_the_file_alone(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_weights_go_to_the_gpu(tmp_path):
     tiny.save_diffusers_model(tmp_path)
-    module = weights.load_flux(weights.find(tmp_path).flux, "cuda", BF16)
+    module = weights.load(weights.find(tmp_path).flux, "cuda", BF16)
     assert all(p.is_cuda for p in module.parameters())
     assert_same(module.cpu(), {key: t.bfloat16() for key, t in tiny.flux_state().items()})
 
@@ -337,7 +333,7 @@ def test_a_misshapen_key_is_named_with_what_was_expected(tmp_path, shape):
 def test_all_keys_are_checked_before_a_weight_is_read(tmp_path, monkeypatch):
     path = tiny.save(tmp_path / "flux.safetensors", tiny.flux_state() | {"surplus": torch.zeros(1)})
     for reading in "read", "view":
-        monkeypatch.setattr(weights, reading, lambda tensor: pytest.fail("a weight was read"))
+        monkeypatch.setattr(files, reading, lambda tensor: pytest.fail("a weight was read"))
     refuse("surplus", load, "flux", path)
 
 
@@ -392,7 +388,7 @@ def test_another_models_autoencoder_is_named_by_its_channels(tmp_path):
 def test_a_folder_that_diffusers_quantised_is_named(tmp_path):
     tiny.save_diffusers_model(tmp_path)
     (tmp_path / "transformer" / "config.json").write_text('{"quantization_config": {"quant_method": "torchao"}}')
-    refuse(r"quantised by diffusers \(torchao\)", weights.find, tmp_path)
+    refuse(r"quantized by diffusers \(torchao\)", weights.find, tmp_path)
 
 
 def test_a_truncated_file_is_named_with_its_size(tmp_path):
@@ -443,7 +439,7 @@ def test_single_files_come_before_diffusers_folders(tmp_path):
     found = weights.find(tmp_path)
     assert (found.flux.path.name, found.ae.path.name) == ("flux1-dev.safetensors", "ae.safetensors")
     found = weights.find(tmp_path, flux=tmp_path / "transformer", ae=tmp_path / "vae")
-    assert found.flux.naming.name == found.ae.naming.name == "diffusers"
+    assert found.flux.key_names.name == found.ae.key_names.name == "diffusers"
 
 
 def test_two_transformers_in_a_folder_have_to_be_told_apart(tmp_path):
@@ -468,7 +464,7 @@ def test_file_names_do_not_matter(tmp_path):
     tiny.save(tmp_path / "t5xxl.safetensors", tiny.flux_state())
     tiny.save(tmp_path / "flux1-dev.safetensors", tiny.clip_state())
     tiny.save(tmp_path / "clip_l.safetensors", tiny.ae_state(), config=tiny.AE_CONFIG | {"num_attention_heads": 3})
-    for part in LOAD:
+    for part in STATE:
         assert_same(load(part, tmp_path), STATE[part]())
 
 
@@ -507,7 +503,7 @@ def test_a_damaged_index_is_named(tmp_path):
 def test_a_path_that_is_not_there_is_named_with_its_flag(tmp_path):
     refuse(f"--model {tmp_path}/no: there is no such", weights.find, f"{tmp_path}/no")
     tiny.save_model(tmp_path / "model")
-    for part in LOAD:
+    for part in STATE:
         refuse(f"--{part} /nowhere: there is no such", weights.find, tmp_path / "model", **{part: "/nowhere"})
 
 
@@ -569,7 +565,7 @@ def test_absent_tokenizers_are_fetched_from_schnell(tmp_path, monkeypatch):
         calls.append((repo, choices))
         return hub
 
-    monkeypatch.setattr(weights, "fetch", fetch)
+    monkeypatch.setattr(hub_files, "fetch", fetch)
     for name in ("vocab.json", "merges.txt"):
         (model / "tokenizer" / name).unlink()
     assert weights.find(model).clip_tokenizer == hub / "tokenizer"
@@ -594,9 +590,9 @@ def status(name):
     return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if name in line).split()[1])
 
 source = weights.pick("flux", "--flux", Path(sys.argv[1]))
-weights.load_flux(source, "meta", torch.bfloat16)  # what torch needs once
+weights.load(source, "meta", torch.bfloat16)  # what torch needs once
 before = status("VmRSS")
-model = weights.load_flux(source, "cpu", torch.bfloat16)
+model = weights.load(source, "cpu", torch.bfloat16)
 for tensor in model.parameters():
     tensor.flatten().view(torch.uint8)[::4096].sum()
 print(1024 * (status("VmHWM") - before))
