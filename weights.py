@@ -2,13 +2,13 @@
 
 A header describes what a file stores (formats/safetensors.py), key names which of its rows make up
 each tensor of a module (formats/key_names.py). Below, in this order: sizes of the networks from the
-shapes of a recognized component (`Source`); `load`, which fills a network; `find`, which collects the
-components and tokenizers of a model (`Checkpoint`). File names never decide what a file is.
+shapes of a recognized component (`Source`); `load`, which fills a network; `find`, which collects
+the components and tokenizers of a model (`Checkpoint`). File names never decide what a file is.
 """
 
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,9 @@ from formats.gguf import QUANTIZED
 from formats.hub import Name, locate
 from formats.key_names import IGNORED, Rows, count
 from formats.recognize import SUBFOLDER, WHAT, Source, describe, leaf, recognize, stacked_shape
-from formats.safetensors import DTYPES, FLOATS, FP8, PICKLES, Stored, Tensors, checkpoint_files, read, values, whole
+from formats.safetensors import FLOATS, FP8, PICKLES, Stored, Tensors, checkpoint_files, read, values, whole
 from model.autoencoder import AutoEncoder, AutoEncoderParams
 from model.clip import CLIPParams, CLIPTextEncoder
-from model.fp8 import FP8 as FP8_DTYPE
 from model.fp8 import Fp8Linear, can_multiply, to_fp8
 from model.t5 import T5Encoder, T5Params
 from model.transformer import Flux, FluxParams
@@ -35,8 +34,6 @@ TOKENIZERS = ["tokenizer/*", "tokenizer_2/*"]
 DIFFUSERS_FOLDERS = {part: [f"{name}/*.safetensors", f"{name}/*.json"] for part, name in SUBFOLDER.items()}
 SINGLE_FILES = DIFFUSERS_FOLDERS | {"flux": ["flux1-*.safetensors"], "ae": ["ae.safetensors"]}
 TOKENIZER_REPOSITORY = "black-forest-labs/FLUX.1-schnell"  # Apache-2.0; all FLUX.1 models share the tokenizers
-
-# ------------------------------------------------------------------------------------------------------------ sizes
 
 
 def flux_params(source: Source) -> FluxParams:
@@ -68,10 +65,10 @@ def stream_sizes(source: Source) -> dict[str, Any]:
 def model_defaults(source: Source) -> dict[str, int]:
     """What a layout leaves to the model: steps, prompt tokens, size in pixels; and its block counts."""
     sizes = flux_params(source)
-    steps, length = (24, 512) if sizes.guidance_embed else (4, 256)  # dev, schnell
+    is_dev = sizes.guidance_embed  # schnell has none
     return dict(
-        steps=steps,
-        max_sequence_length=int(source.metadata_number("max_sequence_length", length)),
+        steps=24 if is_dev else 4,
+        max_sequence_length=int(source.metadata_number("max_sequence_length", 512 if is_dev else 256)),
         size=int(source.metadata_number("sample_size", 1024)),
         depth=sizes.depth,
         depth_single_blocks=sizes.depth_single_blocks,
@@ -193,8 +190,8 @@ def load(
         """The tensor of this name, and its scales where it is a weight in FP8."""
         stays = placement.on_host(name)
         layer = name.removesuffix(".weight")
-        if layer in fp8:  # converted on the device even where it stays: a GPU is much faster
-            loaded = loader.fp8(name)
+        if layer in fp8:
+            loaded = loader.fp8(name)  # on the device even if it stays: a GPU converts much faster
         else:
             loaded = [loader.tensor(name, "cpu" if stays else device)]
         named = dict(zip((name, f"{layer}.scale"), loaded))
@@ -229,7 +226,7 @@ class Loader(NamedTuple):
     def fp8(self, name: str) -> tuple[Tensor, ...]:
         """A weight (out, in) in FP8 and its scales (out, 1); numbers stored so are kept."""
         rows = self.recipe[name]
-        is_stored = all(DTYPES.get(self.tensors[row.key].dtype) == FP8_DTYPE for row in rows)
+        is_stored = all(self.tensors[row.key].dtype == "F8_E4M3" for row in rows)
         if is_stored and name not in self.merges:
             pieces = [stored_fp8(self.tensors[row.key], row, self.device) for row in rows]
         else:  # in pieces, because a large matrix would take several times its memory at once
@@ -251,20 +248,19 @@ class Loader(NamedTuple):
         return out
 
 
-def stored_fp8(tensor: Stored, row: Rows, device: Device) -> tuple[Tensor, Tensor]:
+def stored_fp8(tensor: Stored, rows: Rows, device: Device) -> tuple[Tensor, Tensor]:
     """Rows of a matrix stored in FP8, and a scale for each, (rows, 1)."""
     scale = torch.ones(()) if tensor.scale is None else read(tensor.scale).float()
     scales = scale.reshape(-1, 1).expand(tensor.shape[0], 1)
-    own = slice(row.start, row.stop)
-    return read(tensor)[own].to(device), scales[own].to(device)
+    return tuple(x[rows.start : rows.stop].to(device) for x in (read(tensor), scales))
 
 
 def fit_layers(module: nn.Module, fp8: set[str], state: dict[str, Tensor], device: torch.device) -> None:
     """Replace the layers that become FP8, and the img_in that a control LoRA gave more columns."""
     with torch.device("meta"):
         for name in fp8:
-            linear = module.get_submodule(name)
-            layer = Fp8Linear(linear.in_features, linear.out_features, can_multiply(device))
+            layer = module.get_submodule(name)
+            layer = Fp8Linear(layer.in_features, layer.out_features, can_multiply(device))
             module.set_submodule(name, layer)
         weight = state.get("img_in.weight")
         if weight is not None and weight.shape != module.img_in.weight.shape:
@@ -294,7 +290,7 @@ def check(module: nn.Module, source: Source) -> dict[str, list[Rows]]:
             raise source.misshapen(rows[-1].key, f"{tuple(shapes[name])} for {name}")
     used = {row.key for rows in recipe.values() for row in rows}
     for key, tensor in source.tensors.items():
-        if key not in used and not re.match(IGNORED[source.part], key):
+        if key not in used and not re.match(IGNORED.get(source.part, r"(?!)"), key):
             what = "a scale of an unknown kind" if "scale" in leaf(key) else "a key that does not belong"
             raise InputError(f"{tensor.file}: {tensor.key}, of shape {tensor.shape}, is {what}; {source.rest()}.")
     return recipe
@@ -310,19 +306,15 @@ def check_dtype(tensor: Stored) -> None:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where the components of a model are. `name` is what the user called it.
+    """Where the components of a model are."""
 
-    `clip_tokenizer` is a folder with vocab.json and merges.txt, `t5_tokenizer` a tokenizer.json or
-    else a spiece.model.
-    """
-
-    name: str
+    name: str  # what the user called it
     flux: Source
     t5: Source
     clip: Source
     ae: Source
-    clip_tokenizer: Path
-    t5_tokenizer: Path
+    clip_tokenizer: Path  # a folder with vocab.json and merges.txt
+    t5_tokenizer: Path  # a tokenizer.json or else a spiece.model
 
 
 def find(model: Name = None, flux: Name = None, t5: Name = None, clip: Name = None, ae: Name = None) -> Checkpoint:
@@ -344,14 +336,11 @@ def find(model: Name = None, flux: Name = None, t5: Name = None, clip: Name = No
     # the default model's tokenizers are for its own encoders alone
     near_clip = place if model or not clip else None
     near_t5 = place if model or not t5 else None
-    t5_files = (["tokenizer.json"], ["spiece.model"])
-    t5_folder = tokenizer_folder("tokenizer_2", t5_files, sources["t5"], near_t5)
-    return Checkpoint(
-        name=str(flux or model or "pocket"),
-        **sources,
-        clip_tokenizer=tokenizer_folder("tokenizer", (["vocab.json", "merges.txt"],), sources["clip"], near_clip),
-        t5_tokenizer=next(t5_folder / file for (file,) in t5_files if (t5_folder / file).is_file()),
-    )
+    clip_folder = tokenizer_folder("tokenizer", [["vocab.json", "merges.txt"]], sources["clip"], near_clip)
+    files = ["tokenizer.json"], ["spiece.model"]
+    t5_folder = tokenizer_folder("tokenizer_2", files, sources["t5"], near_t5)
+    t5_file = next(t5_folder / file for (file,) in files if (t5_folder / file).is_file())
+    return Checkpoint(str(flux or model or "pocket"), *sources.values(), clip_folder, t5_file)
 
 
 def check_loads(source: Source, kind: Kind | None = None) -> None:
@@ -365,14 +354,13 @@ def locate_model(model: str, parts: list[str]) -> Path:
         if not POCKET.is_dir():
             raise InputError(f"--model pocket: the built-in model is not in {POCKET}; name another with --model.")
         return POCKET
-    choices = []
-    for files in (SINGLE_FILES, DIFFUSERS_FOLDERS):
-        choices.append([pattern for part in parts for pattern in files[part]] + TOKENIZERS)
+    formats = (SINGLE_FILES, DIFFUSERS_FOLDERS)
+    choices = [sum((files[part] for part in parts), TOKENIZERS) for files in formats]
     return locate(model, choices, f"--model {model}", "download it elsewhere and use --model /path")
 
 
 def pick(part: str, flag: str, place: Path) -> Source:
-    """The one `part` in a file, or in a folder: at its top, else in the subfolder where diffusers keeps that part."""
+    """The one `part` in a file, or in a folder: at its top, else in diffusers' subfolder for it."""
     seen = []
     for spot in [place] if place.is_file() else [place, place / SUBFOLDER[part]]:
         files = checkpoint_files(spot)
@@ -383,8 +371,8 @@ def pick(part: str, flag: str, place: Path) -> Source:
         if found:
             return found[0]
         seen += [f"{file.path.name} is {describe(file, part)}" for file in files]
-    others = sorted(place.iterdir()) if place.is_dir() else []
-    seen += [f"{path.name} is not safetensors" for path in others if path.suffix in PICKLES]
+    others = [path.name for path in sorted(place.glob("*")) if path.suffix in PICKLES]
+    seen += [f"{name} is not safetensors" for name in others]
     found = "; ".join(seen) or "no safetensors or GGUF file"
     raise InputError(f"{flag} {place}: no {WHAT[part]} in it: {found}; name one with --{part}.")
 
@@ -402,15 +390,11 @@ def check_widths(flux: Source, t5: Source, clip: Source, ae: Source) -> None:
             raise InputError(f"{source.path}: {problem}; name one that fits with --{source.part}.")
 
 
-def tokenizer_folder(name: str, choices: tuple[list[str], ...], source: Source, place: Path | None) -> Path:
-    """The folder with all files of one choice: near the encoder, else in the model's folder, else from the hub."""
+def tokenizer_folder(name: str, choices: Sequence[list[str]], source: Source, place: Path | None) -> Path:
+    """The folder with all files of one choice: near the encoder, in the model's folder, or from the hub."""
     base = source.path.parent
-    nearby = [base / name, base, base.parent / name]
-    if place:
-        nearby.append(place / name)
-    for folder in nearby:
+    for folder in [base / name, base, base.parent / name] + ([place / name] if place else []):
         if any(all((folder / file).is_file() for file in files) for files in choices):
             return folder
     purpose = f"{source.path}: no {name}/ with {' and '.join(choices[0])} is near, and {TOKENIZER_REPOSITORY}"
-    instead = f"copy {name}/ of any FLUX.1 into {base}"
-    return locate(TOKENIZER_REPOSITORY, [TOKENIZERS], purpose, instead) / name
+    return locate(TOKENIZER_REPOSITORY, [TOKENIZERS], purpose, f"copy {name}/ of any FLUX.1 into {base}") / name

@@ -93,11 +93,9 @@ def pieces(layer: str, rows: int, hidden: int) -> dict[str, Target]:
 
 
 def lora_file(name: str, where: str) -> Path:
-    """The file of a LoRA: a path, org/name with one safetensors file, or org/name:file; `where` begins messages."""
+    """The file of a LoRA: a file, a folder or org/name with one, or org/name:file; `where` begins messages."""
     path = locate(name, [["*.safetensors"]], where)
-    if not path.is_dir():
-        return path
-    files = sorted(path.glob("*.safetensors"))
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
         raise InputError(f"{where}: expected one safetensors file there, found {names}; name one of them.")
@@ -120,8 +118,8 @@ def read_lora(path: Path, modules: dict[str, nn.Module]) -> Lora:
         else:
             unknown.append(key)
     if not groups:
-        first = next(iter(file.tensors), None)
-        raise InputError(f"{path}: no LoRA for this model: none of its keys is known (the first is {first}).")
+        keys = f"none of its keys is known (the first is {next(iter(file.tensors), None)})"
+        raise InputError(f"{path}: no LoRA for this model: {keys}.")
     changes = {part: [] for part in modules}
     for (target, module), kinds in groups.items():
         layer = modules[target.part].get_submodule(target.layer)
@@ -176,13 +174,12 @@ def as_column(magnitude: Tensor | None, rows: int) -> Tensor | None:
 
 def swap_halves(change: Change) -> Change:
     """diffusers' last modulation is (scale, shift), ours (shift, scale)."""
-    term = change.term
     magnitude = change.magnitude
     half = (change.stop - change.start) // 2
-    if isinstance(term, LowRank):
-        term = term._replace(up=term.up.roll(half, 0))
+    if isinstance(change.term, LowRank):
+        term = change.term._replace(up=change.term.up.roll(half, 0))
     else:
-        term = Full(term.delta().roll(half, 0))
+        term = Full(change.term.delta().roll(half, 0))
     if magnitude is not None and len(magnitude) == 2 * half:
         magnitude = magnitude.roll(half, 0)
     return change._replace(term=term, magnitude=magnitude)

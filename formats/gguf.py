@@ -17,7 +17,6 @@ from torch import Tensor
 
 MAGIC = b"GGUF"
 QUANTIZED = "GGUF "  # begins the dtype of what has to be dequantized: "GGUF Q4_K"
-VERSIONS = (2, 3)  # they differ in big-endian files alone
 ALIGNMENT = 32  # of the data, unless the metadata specifies another
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format, too
 MAX_DIMS = 4  # ggml's limit
@@ -27,7 +26,6 @@ ARRAY = 9
 U32 = "<I"
 U64 = "<Q"
 CHUNK = 1 << 16  # numbers dequantized at once; NumPy's intermediate results stay in the cache
-
 Entry = tuple[str, tuple[int, ...], int, int]  # dtype, shape, and bytes [start, stop) of the file
 
 
@@ -36,7 +34,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         header = Header(data)
         version = header.number(U32)
-        if version not in VERSIONS:
+        if version not in (2, 3):  # they differ in big-endian files alone
             raise ValueError(f"GGUF of version {version}, expected 2 or 3, little-endian")
         tensors = header.number(U64)
         pairs = header.number(U64)

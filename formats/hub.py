@@ -1,4 +1,4 @@
-"""From a model's name to its files: a path, or a Hugging Face repository, downloaded unless it is in the cache.
+"""From a name to files: a path, or a Hugging Face repository, downloaded unless it is in the cache.
 
 huggingface_hub lists, links and downloads. But its 2.4 deletes an unfinished file when a download
 breaks, so large files are downloaded here, under a lasting name from which the next run resumes.
@@ -8,19 +8,14 @@ import hashlib
 import re
 import shutil
 import sys
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import (
-    DryRunError,
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.errors import HTTPError as HttpxError
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 from huggingface_hub.file_download import DryRunFileInfo, http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, disable_progress_bars
 from tqdm import tqdm
@@ -35,17 +30,16 @@ def is_repository(name: Name) -> bool:
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name))) and not Path(name).exists()
 
 
-def locate(
-    name: str | Path,
-    choices: list[list[str]],
-    purpose: str,
-    instead: str = "download it elsewhere and give its path",
-) -> Path:
+OPTIONAL = ".json"  # patterns that end so may match nothing
+ELSEWHERE = "download it elsewhere and give its path"
+
+
+def locate(name: str | Path, choices: list[list[str]], purpose: str, instead: str = ELSEWHERE) -> Path:
     """The file or folder that a name means: a path, org/name, or org/name:file.
 
-    choices: lists of patterns; of a repository, the first list that is complete there is downloaded.
-    A named file takes the place of a list's patterns but for those of *.json. With no choices a
-    repository is an error. purpose and instead: how messages begin and end.
+    choices: lists of patterns. Of a repository, the first list that is complete there is downloaded;
+    a named file replaces its patterns, except *.json. With no choices a repository is an error.
+    purpose and instead: how messages begin and end.
     """
     path = Path(name).expanduser()
     if path.is_file() or path.is_dir():
@@ -53,44 +47,30 @@ def locate(
     repo, _, file = str(name).partition(":")
     if choices and is_repository(repo):
         if file:
-            choices = [[file, *(pattern for pattern in choices[0] if is_optional(pattern))]]
+            choices = [[file, *(pattern for pattern in choices[0] if pattern.endswith(OPTIONAL))]]
         return fetch(repo, choices, purpose, instead) / file
-    expected = "a file, a folder or a repository (org/name or org/name:file)" if choices else "a file or a folder"
+    expected = "a file, a folder" + ", org/name or org/name:file" * bool(choices)
     raise InputError(f"{purpose}: there is no such file or folder; expected {expected}.")
 
 
-def is_optional(pattern: str) -> bool:
-    return pattern.endswith(".json")
-
-
 def fetch(repo: str, choices: list[list[str]], purpose: str, instead: str) -> Path:
-    """A repository's folder in the cache with the files of the first complete choice of patterns.
-
-    A pattern that ends in .json may match nothing.
-    """
-    needed = [[pattern for pattern in patterns if not is_optional(pattern)] for patterns in choices]
+    """A repository's folder in the cache with the files of the first complete choice of patterns."""
+    needed = [[pattern for pattern in patterns if not pattern.endswith(OPTIONAL)] for patterns in choices]
     try:
         for patterns, must in zip(choices, needed):
-            folder = cached(repo, patterns)
-            if folder and all(any(folder.glob(pattern)) for pattern in must):
-                return folder
+            with suppress(LocalEntryNotFoundError):
+                folder = Path(snapshot(repo, patterns, local_files_only=True))
+                if all(any(folder.glob(pattern)) for pattern in must):
+                    return folder
         for patterns, must in zip(choices, needed):
             files = snapshot(repo, patterns, dry_run=True)
             if all(any(fnmatchcase(file.filename, pattern) for file in files) for pattern in must):
                 download(repo, [file for file in files if file.will_download], purpose, instead)
                 return Path(snapshot(repo, patterns))
-    except (HttpxError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         raise InputError(f"{purpose}: {hub_reason(repo, error)}, or {instead}.") from error
     wanted = ", nor ".join(" ".join(must) for must in needed)
     raise InputError(f"{purpose}: the repository has not all of {wanted}; {instead}.")
-
-
-def cached(repo: str, patterns: list[str]) -> Path | None:
-    """The repository's folder in the cache; None if files that are known to match the patterns are not there."""
-    try:
-        return Path(snapshot(repo, patterns, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
 
 
 def snapshot(repo: str, patterns: list[str], **how: bool) -> str | list[DryRunFileInfo]:
@@ -155,18 +135,19 @@ def digest(path: Path) -> str:
 
 def hub_reason(repo: str, error: Exception) -> str:
     """What is wrong, and what to do."""
-    if isinstance(error, DryRunError | LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+    unreachable = hub_errors.DryRunError | LocalEntryNotFoundError
+    if isinstance(error, unreachable) and isinstance(error.__cause__, HfHubHTTPError):
         error = error.__cause__
-    if isinstance(error, GatedRepoError):  # before its parent, RepositoryNotFoundError
+    if isinstance(error, hub_errors.GatedRepoError):  # before its parent, RepositoryNotFoundError
         page = f"https://huggingface.co/{repo}"
         return f"the repository is gated: accept its license at {page}, then run `hf auth login` or set HF_TOKEN"
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, hub_errors.RepositoryNotFoundError):
         return "there is no such repository, nor a folder of that name; a private one needs `hf auth login` or HF_TOKEN"
-    if isinstance(error, DryRunError | LocalEntryNotFoundError):
+    if isinstance(error, unreachable):
         return f"not in the cache, and {constants.ENDPOINT} is out of reach; go online (and unset HF_HUB_OFFLINE)"
     if isinstance(error, HfHubHTTPError):
         return f"{constants.ENDPOINT} answers with status {error.response.status_code}; try again later"
     what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    if isinstance(error, HttpxError):
+    if isinstance(error, HTTPError):
         return f"the connection broke ({what}); what has arrived is kept, and the same command resumes there"
     return f"the download failed ({what}); try again"

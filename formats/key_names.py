@@ -43,8 +43,6 @@ DIFFUSERS_OUTER = {
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
 }
-
-
 DIFFUSERS_DOUBLE = {
     "img_mod.lin": "norm1.linear",
     "txt_mod.lin": "norm1_context.linear",
@@ -61,8 +59,6 @@ DIFFUSERS_DOUBLE = {
     "txt_mlp.0": "ff_context.net.0.proj",
     "txt_mlp.2": "ff_context.net.2",
 }
-
-
 DIFFUSERS_SINGLE = {
     "modulation.lin": "norm.linear",
     "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp",
@@ -90,8 +86,7 @@ def controlnet_from_diffusers(name: str, tensors: Tensors) -> list[Rows]:
     if name.startswith("controlnet_"):
         return [Rows(name)]
     if hint := re.fullmatch(r"input_hint_block\.(\d+)\.(.+)", name):
-        index = int(hint[1])
-        their = {0: "conv_in", 14: "conv_out"}.get(index, f"blocks.{index // 2 - 1}")
+        their = {"0": "conv_in", "14": "conv_out"}.get(hint[1], f"blocks.{int(hint[1]) // 2 - 1}")
         return [Rows(f"input_hint_block.{their}.{hint[2]}")]
     return flux_from_diffusers(name, tensors)
 
@@ -164,8 +159,6 @@ DIFFUSERS_AE = {
     r"\.norm_out\.": ".conv_norm_out.",
     r"\.nin_shortcut\.": ".conv_shortcut.",
 }
-
-
 OLD_DIFFUSERS_AE = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 
 
@@ -206,12 +199,8 @@ KEY_NAMES = (
     KeyNames("controlnet", "diffusers", r"controlnet_(?:x_embedder|blocks\.\d+)\.", controlnet_from_diffusers),
 )
 
-
 # Keys that a component's files may hold although its module has no use for them.
 IGNORED = {
-    "flux": r"(?!)",
     "t5": r"encoder\.embed_tokens\.|decoder\.|lm_head\.|dec\.|output\.weight$",
     "clip": r"(embeddings\.)?position_ids$|text_projection|logit_scale$|vision_model\.|visual",
-    "ae": r"(?!)",
-    "controlnet": r"(?!)",
 }

@@ -9,20 +9,15 @@ from errors import InputError
 from formats.key_names import KEY_NAMES, KeyNames, Rows
 from formats.safetensors import FLOATS, FP8, CheckpointFile, Stored, Tensors, parse, read_bytes
 
-WHAT = {
-    "flux": "FLUX.1 transformer",
-    "t5": "T5 encoder",
-    "clip": "CLIP text encoder",
-    "ae": "FLUX.1 autoencoder",
-    "controlnet": "FLUX.1 ControlNet",
+COMPONENTS = {  # what each is, and its subfolder in diffusers' format
+    "flux": ("FLUX.1 transformer", "transformer"),
+    "t5": ("T5 encoder", "text_encoder_2"),
+    "clip": ("CLIP text encoder", "text_encoder"),
+    "ae": ("FLUX.1 autoencoder", "vae"),
+    "controlnet": ("FLUX.1 ControlNet", "controlnet"),
 }
-SUBFOLDER = {  # in diffusers' format
-    "flux": "transformer",
-    "t5": "text_encoder_2",
-    "clip": "text_encoder",
-    "ae": "vae",
-    "controlnet": "controlnet",
-}
+WHAT = {part: what for part, (what, _) in COMPONENTS.items()}
+SUBFOLDER = {part: folder for part, (_, folder) in COMPONENTS.items()}
 
 
 @dataclass(frozen=True)
@@ -56,21 +51,20 @@ class Source:
 
     def misshapen(self, key: str, expected: str) -> InputError:
         tensor = self.tensors[key]
-        problem = f"{tensor.key} has shape {tensor.shape}, expected {expected}"
-        return InputError(f"{tensor.file}: {problem}; {self.rest()}.")
+        problem = f"{tensor.key} has shape {tensor.shape}, expected {expected}; {self.rest()}"
+        return InputError(f"{tensor.file}: {problem}.")
 
     def rest(self) -> str:
         return f"the rest looks like a {WHAT[self.part]} in {self.key_names.name} names"
 
     def metadata_number(self, key: str, default: float) -> float:
-        """A number in the file's `__metadata__`, as the pocket model has some, or the default."""
         return self.number("the metadata", self.metadata, key, default)
 
     def config_number(self, key: str, default: float) -> float:
-        """A number in the config.json beside the weights, or the default."""
         return self.number("config.json", self.config, key, default)
 
     def number(self, where: str, values: dict, key: str, default: float) -> float:
+        """A number that the file's metadata or the config.json beside it has, or the default."""
         value = default if values.get(key) is None else values[key]
         with suppress(TypeError, ValueError):
             low = -1e9 if key == "shift_factor" else 0

@@ -1,7 +1,7 @@
-"""What checkpoint files store, by their headers: safetensors, single or in shards, and GGUF. Pickles are never read.
+"""What checkpoint files store, by their headers: safetensors, single or in shards, and GGUF.
 
-The headers are parsed here and not by safetensors' `safe_open`, because so all tensors share one
-mapping of their file, and what is wrong with a file is reported in one sentence.
+Headers are parsed here, not by safetensors' `safe_open`, so that all tensors share one mapping of
+their file and a problem is reported in one sentence. Pickles are never read.
 """
 
 import json
@@ -69,12 +69,16 @@ def read_header(path: Path) -> CheckpointFile:
         with open(path, "rb") as file:
             start = file.read(8)
             if start.startswith(MAGIC):
-                return read_gguf_header(path)
+                entries, metadata = read_gguf(path)
+                tensors = {key: Stored(path, key, *entry) for key, entry in entries.items()}
+                return CheckpointFile(path, tensors, metadata)
             length = int.from_bytes(start, "little")
             text = file.read(min(length, MAX_HEADER))
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
+    except ValueError as error:  # of a GGUF file
+        raise InputError(f"{path}: {error}.") from error
     refuse_other_formats(path, start + text[:64])
     if len(text) < length:
         raise InputError(f"{path}: cut off inside the header, after {size:,} bytes; download it again.")
@@ -88,15 +92,6 @@ def read_header(path: Path) -> CheckpointFile:
     end = max((tensor.stop for tensor in tensors.values()), default=0)
     if size < end:
         raise InputError(f"{path}: cut off, only {size:,} of {end:,} bytes are there; download it again.")
-    return CheckpointFile(path, tensors, metadata)
-
-
-def read_gguf_header(path: Path) -> CheckpointFile:
-    try:
-        entries, metadata = read_gguf(path)
-    except ValueError as error:
-        raise InputError(f"{path}: {error}.") from error
-    tensors = {key: Stored(path, key, *entry) for key, entry in entries.items()}
     return CheckpointFile(path, tensors, metadata)
 
 

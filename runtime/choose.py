@@ -19,15 +19,9 @@ from regional.attention import MaskedAttention, Tokens, dense_attention, portabl
 from regional.layout import Layout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # in float16 FLUX.1 overflows
-
-
 ATTENTIONS = ("kernel", "portable", "dense")
-
-
-QUANTIZE, OFFLOAD = ("auto", "none", "fp8"), ("auto", "none", "blocks")
-
-
-# ------------------------------------------------------------------------------------------------ how it runs
+QUANTIZE = ("auto", "none", "fp8")
+OFFLOAD = ("auto", "none", "blocks")
 
 
 def choose_device(name: str) -> torch.device:
@@ -37,7 +31,7 @@ def choose_device(name: str) -> torch.device:
     if not available.get(name.partition(":")[0]):
         raise InputError(f"--device {name}: this machine, or this build of torch, has no such device.")
     device = torch.device(name)
-    if device.type == "cuda" and device.index is None:  # as it is called where memory is asked for
+    if device.type == "cuda" and device.index is None:  # torch.cuda's memory functions need it
         device = torch.device("cuda", torch.cuda.current_device())
     if device.type == "cuda":  # Triton launches on the current one
         torch.cuda.set_device(device)
@@ -45,7 +39,8 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_fp8(quantize: str, flux: Source, device: torch.device) -> bool:
-    """Is the transformer kept in 8 bits? quantize: none, fp8, or auto: if its file is and the card can multiply so."""
+    """Whether the transformer's weights are kept in FP8. quantize: none, fp8, or auto, which keeps
+    those of an FP8 file where the GPU has FP8 matmul support."""
     if quantize != "auto":
         if quantize == "fp8" and device.type == "mps":
             raise InputError("--quantize fp8: Apple's GPUs have no float8; leave it out.")
@@ -58,7 +53,7 @@ def choose_fp8(quantize: str, flux: Source, device: torch.device) -> bool:
 def choose_attention(
     name: str, device: torch.device, dtype: torch.dtype, verbose: bool = False
 ) -> Callable[[Tokens], MaskedAttention]:
-    """What makes the masked attention of the regional steps. What was asked for and can't be had is an error."""
+    """What makes the masked attention of the regional steps. InputError if `name` cannot be had here."""
     if name == "kernel" or name == "auto" and device.type == "cuda":
         try:
             from regional import kernel
@@ -80,11 +75,13 @@ def choose_attention(
 
 
 def library_attention(flux: Flux, layout: Layout, txt: Tensor, verbose: bool) -> AbstractContextManager:
-    """Makes torch prefer, on a GPU, that of its unmasked attentions which is fastest there for this picture."""
+    """Makes torch prefer, on a GPU, the unmasked attention that is fastest there for this image."""
     backends = []
     if txt.device.type == "cuda":
-        heads, length = flux.params.num_heads, txt.shape[1] + layout.width * layout.height // 256
-        backends = timed_backends((1, heads, length, flux.params.hidden_size // heads), txt.dtype, txt.device)
+        heads = flux.params.num_heads
+        length = txt.shape[1] + layout.width * layout.height // 256
+        shape = (1, heads, length, flux.params.hidden_size // heads)
+        backends = timed_backends(shape, txt.dtype, txt.device)
     if verbose:
         say(f"unmasked attention: {', then '.join(backend.name for backend in backends) or 'as torch chooses'}")
     return sdpa_kernel([*backends, SDPBackend.MATH], set_priority=True) if backends else nullcontext()
@@ -96,11 +93,12 @@ def timed_backends(shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
 
 
 def fastest_backends(q: Tensor) -> list[SDPBackend]:
-    """The library's attentions that work for q (B, heads, L, head_dim) on its device, timed there, the fastest first.
+    """torch's SDPA backends that work for q (B, heads, L, head_dim) on its device, the fastest first.
 
-    MATH is not among them: it stores all L x L scores. Nor is cuDNN's where torch has it switched off.
+    MATH is not among them, because it stores all L x L scores, nor is cuDNN's where torch has it switched off.
     """
-    backends, seconds = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION], {}
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    seconds = {}
     if torch.backends.cuda.cudnn_sdp_enabled():
         backends.append(SDPBackend.CUDNN_ATTENTION)
     for backend in backends:
@@ -110,6 +108,6 @@ def fastest_backends(q: Tensor) -> list[SDPBackend]:
                 seconds[backend] = timer.timeit(10).median
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # this card, or this build of torch, does not have it
+        except RuntimeError:  # this GPU, or this build of torch, does not have it
             continue
     return sorted(seconds, key=seconds.get)
