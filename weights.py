@@ -355,7 +355,7 @@ def locate_model(model: str, parts: list[str]) -> Path:
             raise InputError(f"--model pocket: the built-in model is not in {POCKET}; name another with --model.")
         return POCKET
     formats = (SINGLE_FILES, DIFFUSERS_FOLDERS)
-    choices = [sum((files[part] for part in parts), TOKENIZERS) for files in formats]
+    choices = [sum((files[part] for part in parts), []) + TOKENIZERS for files in formats]
     return locate(model, choices, f"--model {model}", "download it elsewhere and use --model /path")
 
 

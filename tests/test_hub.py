@@ -185,7 +185,7 @@ def test_a_repository_without_all_single_files_gives_its_diffusers_folders(fake,
     assert fake.sent() == below(folder, "transformer/*", "vae/*", *ENCODERS)
 
 
-def test_parts_that_are_given_are_not_downloaded(fake, folder):
+def test_components_that_are_given_are_not_downloaded(fake, folder):
     weights.find(REPO, flux=folder / "flux1-dev.safetensors", t5=folder / "text_encoder_2")
     assert fake.sent() == below(folder, "ae.safetensors", "text_encoder/*", "tokenizer/*", "tokenizer_2/*")
 
@@ -205,14 +205,31 @@ def test_a_repository_without_tokenizers_is_refused_before_anything_is_downloade
     assert fake.sent() == set()
 
 
+def test_a_name_is_a_repository_one_of_its_files_or_a_path(fake, folder):
+    place = hub.locate(REPO, [["text_encoder/*.safetensors", "text_encoder/*.json"]], "--model")
+    assert below(place, "*/*") == fake.sent() == {"text_encoder/model.safetensors", "text_encoder/config.json"}
+    assert (
+        hub.locate(f"{REPO}:ae.safetensors", [["*.safetensors", "config.json"]], "--lora") == place / "ae.safetensors"
+    )
+    assert fake.sent() == {"text_encoder/model.safetensors", "text_encoder/config.json", "ae.safetensors"}
+    assert hub.locate(folder, [], "--t5") == folder
+    for name, choices in ("org/none:x", []), (folder / "none", [["*.safetensors"]]):
+        with pytest.raises(
+            InputError, match=r"^--lora: there is no such file or folder; expected a file, a folder.*\.$"
+        ):
+            hub.locate(name, choices, "--lora")
+    with pytest.raises(InputError, match="^--lora: the repository has not all of none.safetensors; instead.$"):
+        hub.locate(f"{REPO}:none.safetensors", [["*.safetensors"]], "--lora", "instead")
+
+
 def test_configs_may_be_missing(fake):
     del fake.files["text_encoder/config.json"]
-    place = hub.fetch(REPO, [["text_encoder/*.safetensors", "text_encoder/*.json"]], "--model", "instead")
+    place = hub.locate(REPO, [["text_encoder/*.safetensors", "text_encoder/*.json"]], "--model")
     assert below(place, "*/*") == fake.sent() == {"text_encoder/model.safetensors"}
 
 
 def test_a_file_beside_others_is_downloaded_alone(fake):
-    place = hub.fetch(REPO, [["*.safetensors"]], "--lora org/name", "download it elsewhere")
+    place = hub.locate(REPO, [["*.safetensors"]], "--lora org/name")
     assert {file.name for file in place.iterdir()} == {"flux1-dev.safetensors", "ae.safetensors"} == fake.sent()
 
 
