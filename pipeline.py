@@ -33,7 +33,15 @@ import weights
 from errors import MISSING, InputError, info, warn
 from extensions.attention_maps import AttentionMaps
 from extensions.controlnet import ControlNet
-from extensions.loading import ControlPlan, control_of, load_controls, merges_of, plan_controls, read_loras
+from extensions.loading import (
+    ControlPlan,
+    control_of,
+    controlnet_params,
+    load_controls,
+    merges_of,
+    plan_controls,
+    read_loras,
+)  # fmt: skip
 from extensions.lora import Addition, Lora, added, hooks_for
 from formats.hub import Name
 from formats.recognize import Source
@@ -110,7 +118,7 @@ class Pipeline:
         if self.dtype == torch.float32:  # TF32 in cuDNN's convolutions makes the VAE err by 3e-4
             torch.backends.cudnn.allow_tf32 = False
         self.checkpoint = weights.find(model, flux, t5, clip, ae)
-        self.size = int(weights.metadata_number(self.checkpoint.flux, "sample_size", 1024))  # where a layout has none
+        self.size = weights.model_defaults(self.checkpoint.flux)["size"]  # where a layout has none
         self.fp8, self.compile, self.offload = choose_fp8(quantize, self.checkpoint.flux, self.device), compile, offload
         if compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
             raise InputError(
@@ -151,7 +159,7 @@ class Pipeline:
         conditioning = self.encode(layout, tokens, layout.method == "rpg", loras)
         if lora_picture is not None:
             conditioning = conditioning._replace(control=self.latents_of(lora_picture))
-        as_latents = [not weights.controlnet_params(plan.source).hint_width for plan in controls]
+        as_latents = [not controlnet_params(plan.source).hint_width for plan in controls]
         controls = [
             plan._replace(picture=self.latents_of(plan.picture)) if encode else plan
             for plan, encode in zip(controls, as_latents)
@@ -230,28 +238,28 @@ class Pipeline:
 
     def load(self, name: str, merges: weights.Merges, layout: Layout | None) -> nn.Module:
         source, where = getattr(self.checkpoint, name), (self.device, self.dtype)
-        if name == "ae":
-            return weights.load_autoencoder(source, *where)
-        if name == "clip":
-            return weights.load_clip(source, *where, merges)
-        fp8 = self.fp8 and name == "flux"
-        placement = place(source, self.offload, *where, fp8, layout)
+        if name in ("ae", "clip"):
+            return weights.load(source, *where, merges)
+        streamed = stays_on_host(source, self.offload, *where, self.fp8 and name == "flux", layout)
         if name == "t5":
-            module = weights.load_t5(source, *where, merges, placement.on_host)
-        else:
-            module = weights.load_flux(source, *where, merges, placement.on_host, fp8)
-        self.streamed[name] = []
-        if placement.blocks:
-            blocks = [module.get_submodule(block) for block in placement.blocks]
-            self.streamed[name].append(Streamed(blocks, self.device, pin=True))
-        if placement.modulation:
-            layers = [layer for layer in module.modules() if isinstance(layer, Modulation)]
-            self.streamed[name].append(Streamed(layers, self.device))
-        if name == "t5" and "flux" not in self.parts:
-            read_ahead(self.checkpoint.flux)  # while this encodes
-        if name == "flux" and self.compile:
-            module.compile_blocks()
-        return module
+            placement = weights.Placement(on_host=T5_BLOCKS.search) if streamed else weights.ON_DEVICE
+            t5 = weights.load(source, *where, merges, placement)
+            if streamed:
+                self.streamed[name] = [Streamed(list(t5.encoder.block), self.device, pin=True)]
+            if "flux" not in self.parts:
+                read_ahead(self.checkpoint.flux)  # while this encodes
+            return t5
+        on_card = self.device.type == "cuda"  # where only what comes of the modulation layers is needed all the time
+        on_host = FLUX_BLOCKS.search if streamed else FLUX_MODULATION.search if on_card else weights.nothing
+        in_fp8 = weights.FP8_LAYERS.search if self.fp8 else weights.nothing
+        flux = weights.load(source, *where, merges, weights.Placement(on_host, in_fp8))
+        layers = [layer for layer in flux.modules() if isinstance(layer, Modulation)]
+        self.streamed[name] = [Streamed(layers, self.device)] if on_card else []
+        if streamed:
+            self.streamed[name].append(Streamed([*flux.double_blocks, *flux.single_blocks], self.device, pin=True))
+        if self.compile:
+            flux.compile_blocks()
+        return flux
 
     def modulation(self, flux: Flux, prepared: Prepared) -> list[list[Modulate]]:
         """What modulates the blocks in each step of a layout; made once for all its seeds."""
@@ -331,9 +339,14 @@ def identity(file: Path) -> tuple[str, int, int]:
 
 def with_model_defaults(layout: Layout, flux: Source) -> Layout:
     """Fill in what the layout leaves to the model: dev takes 24 steps and 512 text tokens, schnell 4 and 256."""
-    steps, length = (24, 512) if weights.flux_params(flux).guidance_embed else (4, 256)
-    length = int(weights.metadata_number(flux, "max_sequence_length", length))
-    return layout.filled(FLUX_DEV._replace(steps=steps, max_sequence_length=length))
+    defaults = weights.model_defaults(flux)
+    length = layout.max_sequence_length or defaults["max_sequence_length"]
+    return msgspec.structs.replace(
+        layout,
+        steps=layout.steps or defaults["steps"],
+        max_sequence_length=length,
+        region_max_sequence_length=layout.region_length(length),
+    )
 
 
 # ------------------------------------------------------------------------------------------------ what is encoded

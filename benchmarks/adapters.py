@@ -94,9 +94,9 @@ class Model:
         cpu = torch.device("cpu")
         self.checkpoint = weights.find("pocket")
         self.encoders = pipeline.Pipeline("pocket", device="cpu", dtype="float32")
-        self.flux = weights.load_flux(self.checkpoint.flux, cpu, DTYPE)
-        self.autoencoder = weights.load_autoencoder(self.checkpoint.ae, cpu, torch.float32)
-        self.net = weights.load_controlnet(loading.find_controlnet(str(ADAPTERS / "edges")), cpu, DTYPE)
+        self.flux = weights.load(self.checkpoint.flux, cpu, DTYPE)
+        self.autoencoder = weights.load(self.checkpoint.ae, cpu, torch.float32)
+        self.net = weights.load(loading.find_controlnet(str(ADAPTERS / "edges")), cpu, DTYPE, kind=loading.CONTROLNET)
         self.encode = functools.lru_cache(maxsize=4)(self.encode)
 
     @torch.inference_mode()

@@ -102,8 +102,8 @@ class Model:
         cpu = torch.device("cpu")
         self.checkpoint = weights.find("pocket")
         self.encoders = pipeline.Pipeline("pocket", device="cpu", dtype="float32")
-        self.flux = weights.load_flux(self.checkpoint.flux, cpu, dtype)
-        self.autoencoder = weights.load_autoencoder(self.checkpoint.ae, cpu, torch.float32)
+        self.flux = weights.load(self.checkpoint.flux, cpu, dtype)
+        self.autoencoder = weights.load(self.checkpoint.ae, cpu, torch.float32)
         self.encode = functools.lru_cache(maxsize=4)(self.encode)  # a case has the same prompts in all its settings
 
     @torch.inference_mode()

@@ -77,7 +77,7 @@ def write_shards(folder: Path, shapes: Shapes) -> int:
 
 
 def load_ours(path: Path) -> Flux:
-    return weights.load_flux(weights.pick("flux", "--flux", path), "cpu", torch.bfloat16)
+    return weights.load(weights.pick("flux", "--flux", path), "cpu", torch.bfloat16)
 
 
 def load_rival(path: Path) -> Flux:

@@ -73,7 +73,7 @@ def random_lora(flux: Flux, rank: int) -> Lora:
 def measure(masks: int, method: str, full: bool, region_length: int, repeats: int, rank: int) -> dict[str, float]:
     """In this process: seconds a picture, and the peak memory in bytes beyond the model."""
     device = torch.device("cuda" if full else "cpu")
-    flux = random_full_size(device) if full else weights.load_flux(weights.find("pocket").flux, device, torch.float32)
+    flux = random_full_size(device) if full else weights.load(weights.find("pocket").flux, device, torch.float32)
     size, text_length = (1024, 512) if full else (256, 64)
     loras = {"random": random_lora(flux, rank)} if method.endswith("LoRAs") else {}
     method = method.split()[0]

@@ -24,7 +24,7 @@ from model.transformer import FluxParams, Streams
 
 @dataclass(frozen=True)
 class ControlNetParams(FluxParams):
-    """Sizes of a ControlNet; weights.py reads them off the file.
+    """Sizes of a ControlNet; extensions/loading.py reads them from the file.
 
     modes: how many a union model knows, 0 for the others. hint_width: channels inside the input_hint_block, 0 without.
     """

@@ -10,15 +10,15 @@ from torch import Tensor
 import weights
 from errors import MISSING, InputError, warn
 from extensions.control import ActiveControl, control_picture, image_share
-from extensions.controlnet import ControlNet
+from extensions.controlnet import ControlNet, ControlNetParams
 from extensions.lora import merge
-from extensions.lora_files import read_lora
+from extensions.lora_files import lora_file, read_lora
 from extensions.region_lora import can_be_regional
-from formats.hub import existing, fetch, is_repository, lora_file
+from formats.hub import locate
 from formats.recognize import Source
 from regional.layout import Control, Layout
 from regional.sampling import NO_LORAS, Loras
-from weights import check_loads, controlnet_params, flux_params, pick
+from weights import Kind, check_loads, flux_params, pick, stream_sizes
 
 
 class ControlPlan(NamedTuple):
@@ -87,7 +87,7 @@ def plan_controls(layout: Layout, flux: Source) -> list[ControlPlan]:
     for i, control in enumerate(layout.controlnets):
         source = find_controlnet(control.model, f"controlnets[{i}].model")
         check_base(source, flux)
-        check_mode(control, weights.controlnet_params(source).modes, source, f"controlnets[{i}].mode")
+        check_mode(control, controlnet_params(source).modes, source, where(f"controlnets[{i}].mode"))
         picture, warnings = control_picture(control.image, control.preprocess, layout.width, layout.height)
         if not any(control.acts(step, layout.steps) for step in range(layout.steps)):
             warnings.append(f"{control.model}: no step of {layout.steps} lies within its start and end; it never acts")
@@ -112,7 +112,7 @@ def load_controls(
     """The ControlNets, ready for this layout; each file is loaded once, into `nets`."""
     for plan in plans:
         if plan.source.path not in nets:
-            nets[plan.source.path] = weights.load_controlnet(plan.source, device, dtype)
+            nets[plan.source.path] = weights.load(plan.source, device, dtype, kind=CONTROLNET)
     controls = []
     for source, setting, picture in plans:
         net, picture = nets[source.path], picture.to(device, dtype)
@@ -121,18 +121,31 @@ def load_controls(
     return controls
 
 
+def controlnet_params(source: Source) -> ControlNetParams:
+    """Sizes of a ControlNet from the header's shapes; a config.json would add nothing."""
+    sizes = stream_sizes(source)
+    width = source.shape("controlnet_x_embedder.weight")[1]
+    if width != sizes["in_channels"]:
+        key = source.key_names.rows("controlnet_x_embedder.weight", source.tensors)[0].key
+        expected = f"{sizes['in_channels']} columns; inpainting ControlNets are not supported"
+        raise source.misshapen(key, expected)
+    union = "controlnet_mode_embedder.weight"
+    has_hint = any(key.startswith("input_hint_block.") for key in source.tensors)
+    return ControlNetParams(
+        **sizes,
+        modes=source.shape(union)[0] if union in source.tensors else 0,
+        hint_width=source.shape("input_hint_block.0.weight", dims=4)[0] if has_hint else 0,
+    )
+
+
+CONTROLNET = Kind(ControlNet, controlnet_params)
+
+
 def find_controlnet(name: str, flag: str = "--controlnet") -> Source:
-    """A ControlNet, from its header alone: `name` is a file, a folder, or a repository, org/name or org/name:file."""
-    repository, _, file = name.partition(":")
-    if is_repository(repository):
-        weight = [file or "*.safetensors"]
-        instead = "download it elsewhere and name its folder"
-        place = fetch(repository, [[*weight, "config.json"], weight], f"{flag} {name}", instead)
-        place = place / file if file else place
-    else:
-        place = existing(flag, name)
+    """A ControlNet, from its header alone: `name` is a file, a folder, org/name or org/name:file."""
+    place = locate(name, [["*.safetensors", "config.json"]], f"{flag} {name}")
     source = pick("controlnet", flag, place)
-    check_loads(source)
+    check_loads(source, CONTROLNET)
     return source
 
 

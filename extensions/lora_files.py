@@ -1,4 +1,4 @@
-"""LoRA files of every family, known by their keys alone."""
+"""LoRA files of every family, recognized by their keys alone."""
 
 import re
 from functools import partial
@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from errors import MISSING, InputError
 from extensions.lora import Change, Full, Kronecker, Lora, LowRank, Term
+from formats.hub import locate
 from formats.key_names import flux_from_diffusers
-from formats.safetensors import FLOATS, FP8, Pile, Stored, parse, read, read_header
+from formats.safetensors import FLOATS, FP8, CheckpointFile, Stored, parse, read, read_header
 from model.layers import RMSNorm
-
-# ---------------------------------------------------------------------------------------------------------- reading
 
 
 class Target(NamedTuple):
@@ -31,8 +30,6 @@ PREFIX = re.compile(
     r"(base_model_model_|(model_)?diffusion_model_|lora_(unet|transformer|te\d?)_|lycoris_|transformer_(?!blocks)"
     r"|text_encoders?_(2_)?|clip_l_|t5xxl_)*"
 )
-
-
 # What it may end with -> its kind. The adapter's name, as in lora_A.default.weight, is left out.
 SUFFIXES = {
     r"[._]lora_down\.weight|\.lora_A(\.\w+)?\.weight|([._]lora)?(_linear_layer)?\.down\.weight": "down",
@@ -44,8 +41,6 @@ SUFFIXES = {
     r"\.set_weight|(?<=_norm)\.scale": "set",
     r"\.reshape_weight": "shape",  # of the padded weight; the other factors say it too
 }
-
-
 FACTORS = r"\.(lokr_w[12](?:_[ab])?|hada_w[12]_[ab])"
 
 
@@ -91,16 +86,29 @@ def pieces(layer: str, rows: int, hidden: int) -> dict[str, Target]:
         number = {"img": 1, "txt": 2}[double[2]]
         found[flat(f"{double[1]}.processor.{double[3]}_lora{number}")] = Target("flux", layer, 0, rows)
     if single := re.fullmatch(r"(single_blocks\.\d+)\.linear([12])", layer):
-        name, stop = ("qkv", 3 * hidden) if single[2] == "1" else ("proj", rows)
-        found[flat(f"{single[1]}.processor.{name}")] = Target("flux", layer, 0, stop)
+        is_first = single[2] == "1"
+        name = flat(f"{single[1]}.processor.{'qkv' if is_first else 'proj'}")
+        found[name] = Target("flux", layer, 0, 3 * hidden if is_first else rows)
     return found
+
+
+def lora_file(name: str, where: str) -> Path:
+    """The file of a LoRA: a file, a folder or org/name with one, or org/name:file; `where` begins messages."""
+    path = locate(name, [["*.safetensors"]], where)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        raise InputError(f"{where}: expected one safetensors file there, found {names}; name one of them.")
+    return files[0]
 
 
 def read_lora(path: Path, modules: dict[str, nn.Module]) -> Lora:
     """What a file does to a model with these parts (on the meta device will do). InputError if nothing in it fits."""
-    pile = read_header(path)
-    names, groups, unknown = spellings(modules), {}, []
-    for key, tensor in pile.tensors.items():
+    file = read_header(path)
+    names = spellings(modules)
+    groups = {}
+    unknown = []
+    for key, tensor in file.tensors.items():
         if tensor.dtype not in FLOATS | FP8:
             raise InputError(path, MISSING, f"{key} is stored as {tensor.dtype}, which is not supported")
         module, kind = take_apart(key)
@@ -110,23 +118,24 @@ def read_lora(path: Path, modules: dict[str, nn.Module]) -> Lora:
         else:
             unknown.append(key)
     if not groups:
-        first = next(iter(pile.tensors), None)
-        raise InputError(path, MISSING, f"no LoRA for this model: none of its keys is known (the first is {first})")
+        keys = f"none of its keys is known (the first is {next(iter(file.tensors), None)})"
+        raise InputError(f"{path}: no LoRA for this model: {keys}.")
     changes = {part: [] for part in modules}
     for (target, module), kinds in groups.items():
         layer = modules[target.part].get_submodule(target.layer)
-        changes[target.part] += changes_of(target, layer, kinds, metadata_scale(pile, module, kinds))
+        changes[target.part] += changes_of(target, layer, kinds, metadata_scale(file, module, kinds))
     inputs = [change.term for change in changes["flux"] if change.name == "img_in.weight"]
     width = modules["flux"].img_in.in_features
     is_control = any(isinstance(term, LowRank) and term.down.shape[1] > width for term in inputs)
     return Lora(path, changes, unknown, is_control)
 
 
-def metadata_scale(pile: Pile, module: str, kinds: dict[str, Stored]) -> float:
+def metadata_scale(file: CheckpointFile, module: str, kinds: dict[str, Stored]) -> float:
     """alpha / rank as peft's settings in the header say it, for files without alpha keys; 1 without such settings."""
-    settings = parse(pile.path, pile.metadata.get("lora_adapter_metadata", "{}").encode())
+    settings = parse(file.path, file.metadata.get("lora_adapter_metadata", "{}").encode())
     part = re.match(r"(transformer|text_encoder(_2)?)\.", module)
-    part, name = (part[0], module[part.end() :]) if part else ("", module)
+    part = part[0] if part else ""
+    name = module.removeprefix(part)
     own = {key.removeprefix(part): value for key, value in settings.items() if key.startswith(part)}
     if "down" not in kinds or "lora_alpha" not in own:
         return 1.0
@@ -136,14 +145,15 @@ def metadata_scale(pile: Pile, module: str, kinds: dict[str, Stored]) -> float:
         alpha = next((a for end, a in patterns.items() if f".{name}".endswith(f".{end}")), own["lora_alpha"])
         return float(alpha) / (rank**0.5 if own.get("use_rslora") else rank)
     except (TypeError, ValueError) as error:
-        raise InputError(pile.path, MISSING, f"the settings in its header can't be read ({error})") from error
+        raise InputError(f"{file.path}: the settings in its header can't be read ({error}).") from error
 
 
 def changes_of(target: Target, layer: nn.Module, kinds: dict[str, Stored], scale: float) -> list[Change]:
     """The changes of one module of a file: of its weight, and of its bias or norm."""
     rows = target.stop - target.start
     change = partial(Change, start=target.start, stop=target.stop)
-    found, weight = [], f"{target.layer}.{'scale' if isinstance(layer, RMSNorm) else 'weight'}"
+    found = []
+    weight = f"{target.layer}.{'scale' if isinstance(layer, RMSNorm) else 'weight'}"
     if term := weight_term(kinds, rows, layer, scale, widens=target.layer == "img_in"):
         magnitude = read(kinds["magnitude"]).float().reshape(kinds["magnitude"].shape) if "magnitude" in kinds else None
         found.append(change(weight, term=term, magnitude=as_column(magnitude, rows)))
@@ -164,12 +174,12 @@ def as_column(magnitude: Tensor | None, rows: int) -> Tensor | None:
 
 def swap_halves(change: Change) -> Change:
     """diffusers' last modulation is (scale, shift), ours (shift, scale)."""
-    term, magnitude = change.term, change.magnitude
+    magnitude = change.magnitude
     half = (change.stop - change.start) // 2
-    if isinstance(term, LowRank):
-        term = term._replace(up=term.up.roll(half, 0))
+    if isinstance(change.term, LowRank):
+        term = change.term._replace(up=change.term.up.roll(half, 0))
     else:
-        term = Full(term.delta().roll(half, 0))
+        term = Full(change.term.delta().roll(half, 0))
     if magnitude is not None and len(magnitude) == 2 * half:
         magnitude = magnitude.roll(half, 0)
     return change._replace(term=term, magnitude=magnitude)
@@ -201,7 +211,8 @@ def weight_term(kinds: dict[str, Stored], rows: int, layer: nn.Module, scale: fl
 
 def kronecker(kinds: dict[str, Stored], rows: int, columns: int, alpha: float) -> Kronecker:
     """LyCORIS' LoKr: kron(w1, w2), either of them a product of two; alpha counts only then."""
-    factors, rank = [], None
+    factors = []
+    rank = None
     for i in (1, 2):
         if f"lokr_w{i}" in kinds:
             factors.append(matrix(kinds[f"lokr_w{i}"]))

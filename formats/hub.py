@@ -1,74 +1,88 @@
-"""Files of a Hugging Face repository: those in the cache, or else downloaded there, and a sentence if that fails.
+"""From a name to files: a path, or a Hugging Face repository, downloaded unless it is in the cache.
 
-The hub's library finds, links and fetches; what it does not do is done here: it throws an unfinished file away, so the
-large ones are fetched into a file of a lasting name, where the next run goes on.
+huggingface_hub lists, links and downloads. But its 2.4 deletes an unfinished file when a download
+breaks, so large files are downloaded here, under a lasting name from which the next run resumes.
 """
 
 import hashlib
 import re
 import shutil
 import sys
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import (
-    DryRunError,
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.errors import HTTPError as HttpxError
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 from huggingface_hub.file_download import DryRunFileInfo, http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, disable_progress_bars
 from tqdm import tqdm
 
 from errors import MISSING, InputError
 
+Name = str | Path | None
+
+
+def is_repository(name: Name) -> bool:
+    """Is it the name of a repository, org/name, and not of a path that exists?"""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name))) and not Path(name).exists()
+
+
+OPTIONAL = ".json"  # patterns that end so may match nothing
+ELSEWHERE = "download it elsewhere and give its path"
+
+
+def locate(name: str | Path, choices: list[list[str]], purpose: str, instead: str = ELSEWHERE) -> Path:
+    """The file or folder that a name means: a path, org/name, or org/name:file.
+
+    choices: lists of patterns. Of a repository, the first list that is complete there is downloaded;
+    a named file replaces its patterns, except *.json. With no choices a repository is an error.
+    purpose and instead: how messages begin and end.
+    """
+    path = Path(name).expanduser()
+    if path.is_file() or path.is_dir():
+        return path
+    repo, _, file = str(name).partition(":")
+    if choices and is_repository(repo):
+        if file:
+            choices = [[file, *(pattern for pattern in choices[0] if pattern.endswith(OPTIONAL))]]
+        return fetch(repo, choices, purpose, instead) / file
+    expected = "a file, a folder" + ", org/name or org/name:file" * bool(choices)
+    raise InputError(f"{purpose}: there is no such file or folder; expected {expected}.")
+
 
 def fetch(repo: str, choices: list[list[str]], purpose: str, instead: str) -> Path:
-    """A repository's folder in the cache with all files of one choice of patterns, downloaded if they are not there.
-
-    A pattern that ends in *.json may match nothing. An InputError begins with `purpose` and ends with `instead`,
-    another way to reach the same.
-    """
-    needed = [[pattern for pattern in patterns if not pattern.endswith("*.json")] for patterns in choices]
+    """A repository's folder in the cache with the files of the first complete choice of patterns."""
+    needed = [[pattern for pattern in patterns if not pattern.endswith(OPTIONAL)] for patterns in choices]
     try:
         for patterns, must in zip(choices, needed):
-            folder = cached(repo, patterns)
-            if folder and all(any(folder.glob(pattern)) for pattern in must):
-                return folder
+            with suppress(LocalEntryNotFoundError):
+                folder = Path(snapshot(repo, patterns, local_files_only=True))
+                if all(any(folder.glob(pattern)) for pattern in must):
+                    return folder
         for patterns, must in zip(choices, needed):
             files = snapshot(repo, patterns, dry_run=True)
             if all(any(fnmatchcase(file.filename, pattern) for file in files) for pattern in must):
                 download(repo, [file for file in files if file.will_download], purpose, instead)
                 return Path(snapshot(repo, patterns))
-    except (HttpxError, OSError, ValueError) as error:
-        raise InputError(purpose, MISSING, f"{hub_reason(repo, error)}, or {instead}") from error
+    except (HTTPError, OSError, ValueError) as error:
+        raise InputError(f"{purpose}: {hub_reason(repo, error)}, or {instead}.") from error
     wanted = ", nor ".join(" ".join(must) for must in needed)
     raise InputError(purpose, MISSING, f"the repository has not all of {wanted}; {instead}")
-
-
-def cached(repo: str, patterns: list[str]) -> Path | None:
-    """The repository's folder in the cache; None if files that are known to match the patterns are not there."""
-    try:
-        return Path(snapshot(repo, patterns, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
 
 
 def snapshot(repo: str, patterns: list[str], **how: bool) -> str | list[DryRunFileInfo]:
     """The hub library's snapshot_download, in which no * of a pattern reaches into a folder below."""
     depth = max(pattern.count("/") for pattern in patterns)
     deeper = "*/" * (depth + 1) + "*"
-    with disable_progress_bars():  # of what takes no time: the large files are downloaded elsewhere
+    with disable_progress_bars():  # they are for small files; `complete` downloads the large ones
         return huggingface_hub.snapshot_download(repo, allow_patterns=patterns, ignore_patterns=[deeper], **how)
 
 
 def download(repo: str, files: list[DryRunFileInfo], purpose: str, instead: str) -> None:
-    """Say how much is missing, check that there is room, and download the large files, those in git-lfs."""
+    """Print the size of what is missing, check free disk space and download the large files, those in git-lfs."""
     if not files:
         return
     cache = Path(constants.HF_HUB_CACHE)
@@ -88,8 +102,9 @@ def download(repo: str, files: list[DryRunFileInfo], purpose: str, instead: str)
 
 
 def complete(repo: str, file: DryRunFileInfo, path: Path) -> None:
-    """Download what is missing of a large file, and make it a blob of the cache, which is named by its checksum."""
-    blob, storage = path.with_suffix(""), path.parents[1]
+    """Download the rest of a large file, and make it a blob of the cache, whose name is its checksum."""
+    blob = path.with_suffix("")
+    storage = path.parents[1]
     lock = storage.parent / ".locks" / storage.name / f"{blob.name}.lock"  # the library's
     for folder in (path.parent, lock.parent):
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,61 +134,20 @@ def digest(path: Path) -> str:
 
 
 def hub_reason(repo: str, error: Exception) -> str:
-    """What went wrong, and what to do."""
-    if isinstance(error, DryRunError | LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+    """What is wrong, and what to do."""
+    unreachable = hub_errors.DryRunError | LocalEntryNotFoundError
+    if isinstance(error, unreachable) and isinstance(error.__cause__, HfHubHTTPError):
         error = error.__cause__
-    if isinstance(error, GatedRepoError):  # before its parent, RepositoryNotFoundError
+    if isinstance(error, hub_errors.GatedRepoError):  # before its parent, RepositoryNotFoundError
         page = f"https://huggingface.co/{repo}"
-        return f"the repository asks for a licence: accept it at {page}, then run `hf auth login` or set HF_TOKEN"
-    if isinstance(error, RepositoryNotFoundError):
+        return f"the repository is gated: accept its license at {page}, then run `hf auth login` or set HF_TOKEN"
+    if isinstance(error, hub_errors.RepositoryNotFoundError):
         return "there is no such repository, nor a folder of that name; a private one needs `hf auth login` or HF_TOKEN"
-    if isinstance(error, DryRunError | LocalEntryNotFoundError):
+    if isinstance(error, unreachable):
         return f"not in the cache, and {constants.ENDPOINT} is out of reach; go online (and unset HF_HUB_OFFLINE)"
     if isinstance(error, HfHubHTTPError):
         return f"{constants.ENDPOINT} answers with status {error.response.status_code}; try again later"
     what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    if isinstance(error, HttpxError):
-        return f"the connection broke ({what}); what has arrived is kept, and the same command goes on from there"
+    if isinstance(error, HTTPError):
+        return f"the connection broke ({what}); what has arrived is kept, and the same command resumes there"
     return f"the download failed ({what}); try again"
-
-
-Name = str | Path | None
-
-
-def existing(flag: str, path: str | Path) -> Path:
-    place = Path(path).expanduser()
-    if not place.is_file() and not place.is_dir():
-        others = (
-            "a model's folder, a repository (org/name) or pocket"
-            if flag == "--model"
-            else "a safetensors or GGUF file, or its folder"
-        )
-        raise InputError(flag, path, f"there is no such file or folder; expected {others}")
-    return place
-
-
-def lora_file(name: str, key: str) -> Path:
-    """The file of a LoRA: a path, or org/name of a repository with one safetensors file, or org/name:file.
-
-    `key` is the one that names it.
-    """
-    path = Path(name).expanduser()
-    repo, _, file = name.partition(":")
-    if path.is_file():
-        return path
-    if path.is_dir():
-        folder = path
-    elif is_repository(repo):
-        folder = fetch(repo, [[file or "*.safetensors"]], f"{key} {name}", "download it elsewhere and give its path")
-    else:
-        raise InputError(key, Path(name), "there is no such file; expected a safetensors file or org/name:file")
-    files = sorted(folder.glob(file or "*.safetensors"))
-    if len(files) != 1:
-        names = ", ".join(f.name for f in files) or "none"
-        raise InputError(key, Path(name), f"expected one safetensors file there, found {names}; name one of them")
-    return files[0]
-
-
-def is_repository(model: Name) -> bool:
-    """Does --model name a repository of the Hugging Face hub, org/name, and no folder that is there?"""
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(model))) and not Path(model).exists()

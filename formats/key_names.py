@@ -1,10 +1,10 @@
-"""How files name the tensors of each part, and which of their rows make which tensor of our modules."""
+"""How files name the tensors of each component, and which of their rows make up which tensor of our modules."""
 
 import re
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-from formats.safetensors import Tensors
+Tensors = Mapping[str, Any]  # by key, anything that has a `shape`
 
 
 class Rows(NamedTuple):
@@ -15,10 +15,10 @@ class Rows(NamedTuple):
     stop: int | None = None
 
 
-class Naming(NamedTuple):
-    """A way to name a part's tensors, known by a `pattern` that some of its keys match, after any prefix.
+class KeyNames(NamedTuple):
+    """A way to name a component's tensors, known by a `pattern` that some of its keys match, after any prefix.
 
-    `rows(name, tensors)` says which rows of a file make the module's tensor `name`, stacked along dimension 0.
+    `rows(name, tensors)` lists the rows of a file that make up the module's tensor `name`, stacked along dimension 0.
     """
 
     part: str
@@ -43,8 +43,6 @@ DIFFUSERS_OUTER = {
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
 }
-
-
 DIFFUSERS_DOUBLE = {
     "img_mod.lin": "norm1.linear",
     "txt_mod.lin": "norm1_context.linear",
@@ -61,8 +59,6 @@ DIFFUSERS_DOUBLE = {
     "txt_mlp.0": "ff_context.net.0.proj",
     "txt_mlp.2": "ff_context.net.2",
 }
-
-
 DIFFUSERS_SINGLE = {
     "modulation.lin": "norm.linear",
     "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp",
@@ -90,8 +86,7 @@ def controlnet_from_diffusers(name: str, tensors: Tensors) -> list[Rows]:
     if name.startswith("controlnet_"):
         return [Rows(name)]
     if hint := re.fullmatch(r"input_hint_block\.(\d+)\.(.+)", name):
-        index = int(hint[1])
-        their = {0: "conv_in", 14: "conv_out"}.get(index, f"blocks.{index // 2 - 1}")
+        their = {"0": "conv_in", "14": "conv_out"}.get(hint[1], f"blocks.{int(hint[1]) // 2 - 1}")
         return [Rows(f"input_hint_block.{their}.{hint[2]}")]
     return flux_from_diffusers(name, tensors)
 
@@ -164,8 +159,6 @@ DIFFUSERS_AE = {
     r"\.norm_out\.": ".conv_norm_out.",
     r"\.nin_shortcut\.": ".conv_shortcut.",
 }
-
-
 OLD_DIFFUSERS_AE = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 
 
@@ -193,25 +186,21 @@ def count(tensors: Tensors, pattern: str) -> int:
     return min(1 + last, len(tensors))
 
 
-NAMINGS = (
-    Naming("flux", "BFL", r"double_blocks\.\d+\.img_attn\.", same_name),
-    Naming("flux", "diffusers", r"transformer_blocks\.\d+\.attn\.", flux_from_diffusers),
-    Naming("t5", "Hugging Face", r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.", t5_from_hf),
-    Naming("t5", "llama.cpp", r"enc\.blk\.\d+\.attn_q\.", t5_from_llama_cpp),
-    Naming("clip", "Hugging Face", r"encoder\.layers\.\d+\.self_attn\.", clip_from_hf),
-    Naming("clip", "OpenAI", r"transformer\.resblocks\.\d+\.attn\.", clip_from_openai),
-    Naming("ae", "BFL", r"decoder\.up\.\d+\.block\.", same_name),
-    Naming("ae", "diffusers", r"decoder\.up_blocks\.\d+\.resnets\.", ae_from_diffusers),
-    Naming("controlnet", "XLabs", r"(?:pos_embed_input|input_hint_block\.0)\.", controlnet_from_xlabs),
-    Naming("controlnet", "diffusers", r"controlnet_(?:x_embedder|blocks\.\d+)\.", controlnet_from_diffusers),
+KEY_NAMES = (
+    KeyNames("flux", "BFL", r"double_blocks\.\d+\.img_attn\.", same_name),
+    KeyNames("flux", "diffusers", r"transformer_blocks\.\d+\.attn\.", flux_from_diffusers),
+    KeyNames("t5", "Hugging Face", r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.", t5_from_hf),
+    KeyNames("t5", "llama.cpp", r"enc\.blk\.\d+\.attn_q\.", t5_from_llama_cpp),
+    KeyNames("clip", "Hugging Face", r"encoder\.layers\.\d+\.self_attn\.", clip_from_hf),
+    KeyNames("clip", "OpenAI", r"transformer\.resblocks\.\d+\.attn\.", clip_from_openai),
+    KeyNames("ae", "BFL", r"decoder\.up\.\d+\.block\.", same_name),
+    KeyNames("ae", "diffusers", r"decoder\.up_blocks\.\d+\.resnets\.", ae_from_diffusers),
+    KeyNames("controlnet", "XLabs", r"(?:pos_embed_input|input_hint_block\.0)\.", controlnet_from_xlabs),
+    KeyNames("controlnet", "diffusers", r"controlnet_(?:x_embedder|blocks\.\d+)\.", controlnet_from_diffusers),
 )
 
-
-# Keys that a part's files may hold although its module has no use for them.
+# Keys that a component's files may hold although its module has no use for them.
 IGNORED = {
-    "flux": r"(?!)",
     "t5": r"encoder\.embed_tokens\.|decoder\.|lm_head\.|dec\.|output\.weight$",
     "clip": r"(embeddings\.)?position_ids$|text_projection|logit_scale$|vision_model\.|visual",
-    "ae": r"(?!)",
-    "controlnet": r"(?!)",
 }

@@ -1,53 +1,91 @@
 """What a checkpoint file is, by the names and shapes of its tensors; file names never decide it."""
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from errors import MISSING, InputError
-from formats.key_names import NAMINGS, Naming
-from formats.safetensors import FLOATS, FP8, Pile, Stored, Tensors, parse, read_bytes
+from errors import InputError
+from formats.key_names import KEY_NAMES, KeyNames, Rows
+from formats.safetensors import FLOATS, FP8, CheckpointFile, Stored, Tensors, parse, read_bytes
 
-WHAT = {
-    "flux": "FLUX.1 transformer",
-    "t5": "T5 encoder",
-    "clip": "CLIP text encoder",
-    "ae": "FLUX.1 autoencoder",
-    "controlnet": "FLUX.1 ControlNet",
+COMPONENTS = {  # what each is, and its subfolder in diffusers' format
+    "flux": ("FLUX.1 transformer", "transformer"),
+    "t5": ("T5 encoder", "text_encoder_2"),
+    "clip": ("CLIP text encoder", "text_encoder"),
+    "ae": ("FLUX.1 autoencoder", "vae"),
+    "controlnet": ("FLUX.1 ControlNet", "controlnet"),
 }
-
-
-SUBFOLDER = {  # diffusers'
-    "flux": "transformer",
-    "t5": "text_encoder_2",
-    "clip": "text_encoder",
-    "ae": "vae",
-    "controlnet": "controlnet",
-}
-
-
-# ------------------------------------------------------------------------------------------------------ recognition
+WHAT = {part: what for part, (what, _) in COMPONENTS.items()}
+SUBFOLDER = {part: folder for part, (_, folder) in COMPONENTS.items()}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where one part's tensors are: a file or an index of shards, the prefix of its keys there, and their naming.
+    """Where the tensors of a component are: a file or an index of shards, and how its keys are named.
 
-    `tensors` is the header, the prefix taken off; `config` is the config.json beside the weights, {} if there is none.
+    `tensors` is the header without the `prefix` of its keys; `config` the config.json beside the
+    weights, {} if there is none.
     """
 
     part: str
     path: Path
     prefix: str
-    naming: Naming
+    key_names: KeyNames
     tensors: Tensors = field(repr=False)
     metadata: dict[str, str] = field(repr=False)
     config: dict = field(repr=False)
 
+    def shape(self, name: str, dims: int = 2) -> tuple[int, ...]:
+        """The shape in the file of a module's tensor. InputError unless it is there and has `dims` dimensions."""
+        rows = self.key_names.rows(name, self.tensors)
+        for row in rows:
+            if len(self.present(row.key, f"{dims} dimensions").shape) != dims:
+                raise self.misshapen(row.key, f"{dims} dimensions")
+        return stacked_shape(rows, self.tensors)
 
-# What else a file may be, by a key that gives it away. In this order: LoRAs and ControlNets can also have a
-# transformer's keys.
-STRANGERS = {
+    def present(self, key: str, expected: str) -> Stored:
+        if key in self.tensors:
+            return self.tensors[key]
+        raise InputError(f"{self.path}: {self.prefix}{key} is missing, expected with {expected}; {self.rest()}.")
+
+    def misshapen(self, key: str, expected: str) -> InputError:
+        tensor = self.tensors[key]
+        problem = f"{tensor.key} has shape {tensor.shape}, expected {expected}; {self.rest()}"
+        return InputError(f"{tensor.file}: {problem}.")
+
+    def rest(self) -> str:
+        return f"the rest looks like a {WHAT[self.part]} in {self.key_names.name} names"
+
+    def metadata_number(self, key: str, default: float) -> float:
+        return self.number("the metadata", self.metadata, key, default)
+
+    def config_number(self, key: str, default: float) -> float:
+        return self.number("config.json", self.config, key, default)
+
+    def number(self, where: str, values: dict, key: str, default: float) -> float:
+        """A number that the file's metadata or the config.json beside it has, or the default."""
+        value = default if values.get(key) is None else values[key]
+        with suppress(TypeError, ValueError):
+            low = -1e9 if key == "shift_factor" else 0
+            if low <= float(value) < 1e9:
+                return float(value)
+        raise InputError(f"{self.path}: {where} says {key} = {value!r}, which can't be; download it again.")
+
+
+def stacked_shape(rows: list[Rows], tensors: Tensors) -> tuple[int, ...]:
+    """The shape of these rows, one piece below the other."""
+    shapes = [tensors[row.key].shape for row in rows]
+    length = 0
+    for row, shape in zip(rows, shapes):
+        if shape:
+            length += len(range(shape[0])[row.start : row.stop])
+    return (length, *shapes[0][1:])
+
+
+# Other formats, by a key that identifies each. The order matters: LoRAs and ControlNets can also have
+# a transformer's keys.
+FOREIGN = {
     r"lora_(down|up|A|B|linear_layer)\b|_lora\d?\.(down|up)\.|\.lora\.|lokr_|hada_": "a LoRA; those belong to --lora",
     r"ip_adapter": "an XLabs IP-Adapter, which is not supported",
     r"controlnet_blocks\.\d+\.linear\.": "a Mistoline ControlNet, which is not supported",
@@ -56,61 +94,59 @@ STRANGERS = {
     r"distilled_guidance_layer\.": "Chroma, which is not supported",
     r"redux_(up|down)\.": "FLUX.1 Redux, which is not supported",
     r"^blk\.\d+\.": "a language model in llama.cpp's names, which is no part of FLUX.1",
-    r"\.quant_state\.bitsandbytes|\.absmax$|\.quant_map$": "quantised by bitsandbytes, which is not supported",
-    r"\.qweight$|\.wscales$|\.smooth_factor$": "quantised by nunchaku, which is not supported",
+    r"\.quant_state\.bitsandbytes|\.absmax$|\.quant_map$": "quantized by bitsandbytes, which is not supported",
+    r"\.qweight$|\.wscales$|\.smooth_factor$": "quantized by nunchaku, which is not supported",
 }
-
-
 VARIANTS = {128: "FLUX.1 Canny or Depth", 384: "FLUX.1 Fill"}  # by the transformer's input channels
 
 
-def stranger(pile: Pile, part: str) -> str | None:
-    """What a pile is, in words that follow "is", if it can't be taken for this part."""
-    for pattern, name in STRANGERS.items():
+def foreign_format(file: CheckpointFile, part: str) -> str | None:
+    """What a file is, in words that follow "is", if it can't be this component."""
+    for pattern, name in FOREIGN.items():
         own = part == "controlnet" and name.startswith("a ControlNet")
-        if not own and any(re.search(pattern, key) for key in pile.tensors):
+        if not own and any(re.search(pattern, key) for key in file.tensors):
             return name
-    for key, tensor in pile.tensors.items():
+    for key, tensor in file.tensors.items():
         width = tensor.shape[1] if len(tensor.shape) > 1 else 0
         if re.search(r"(^|\.)(img_in|x_embedder)\.weight$", key) and width in VARIANTS:
             return f"{VARIANTS[width]} ({key} takes {width} channels), which is not supported yet"
         if re.search(r"(^|\.)decoder\.conv_in\.weight$", key) and width != 16:
             return f"an autoencoder of {width} latent channels; FLUX.1's has 16, Stable Diffusion 1.5's and XL's have 4"
-    if method := pile.config.get("quantization_config"):
+    if method := file.config.get("quantization_config"):
         kind = method.get("quant_method") if isinstance(method, dict) else method
-        return f"quantised by diffusers ({kind}), which is not supported"
+        return f"quantized by diffusers ({kind}), which is not supported"
     return None
 
 
-def prefix_of(pile: Pile, naming: Naming) -> str | None:
-    """What stands before the naming's keys, such as `model.diffusion_model.`; None if the pile has no such keys."""
-    pattern = re.compile(rf"(?!.*(?:vision_model|visual)\.)((?:.*\.)?){naming.pattern}")
-    return next((found[1] for key in pile.tensors if (found := pattern.match(key))), None)
+def prefix_of(file: CheckpointFile, names: KeyNames) -> str | None:
+    """What stands before these names in the keys, such as `model.diffusion_model.`; None if no key has them."""
+    pattern = re.compile(rf"(?!.*(?:vision_model|visual)\.)((?:.*\.)?){names.pattern}")
+    return next((found[1] for key in file.tensors if (found := pattern.match(key))), None)
 
 
-def describe(pile: Pile, part: str) -> str:
-    names = [
-        f"a {WHAT[naming.part]} in {naming.name} names" for naming in NAMINGS if prefix_of(pile, naming) is not None
-    ]
-    unknown = f"unknown (one of its keys is {next(iter(pile.tensors), None)})"
-    return stranger(pile, part) or " and ".join(names) or unknown
+def describe(file: CheckpointFile, part: str) -> str:
+    found = [names for names in KEY_NAMES if prefix_of(file, names) is not None]
+    known = " and ".join(f"a {WHAT[names.part]} in {names.name} names" for names in found)
+    return foreign_format(file, part) or known or f"unknown (one of its keys is {next(iter(file.tensors), None)})"
 
 
-def recognise(pile: Pile, part: str) -> Source | None:
-    for naming in NAMINGS:
-        prefix = prefix_of(pile, naming) if naming.part == part else None
-        if prefix is not None and not stranger(pile, part):
-            own = {key[len(prefix) :]: tensor for key, tensor in pile.tensors.items() if key.startswith(prefix)}
-            tensors = attach_scales(pile.path, own, pile.metadata)
-            return Source(part, pile.path, prefix, naming, tensors, pile.metadata, pile.config)
+def recognize(file: CheckpointFile, part: str) -> Source | None:
+    """This component in a file; None if it is not there."""
+    for names in KEY_NAMES:
+        prefix = prefix_of(file, names) if names.part == part else None
+        if prefix is not None and not foreign_format(file, part):
+            own = {key[len(prefix) :]: tensor for key, tensor in file.tensors.items() if key.startswith(prefix)}
+            tensors = attach_scales(file.path, own, file.metadata)
+            return Source(part, file.path, prefix, names, tensors, file.metadata, file.config)
     return None
 
 
 def attach_scales(path: Path, tensors: Tensors, metadata: dict[str, str]) -> Tensors:
-    """Give each fp8 weight its scale, `X.scale_weight` or, newer, `X.weight_scale`; drop what only describes.
+    """Give each fp8 weight its scale, `X.scale_weight` or, newer, `X.weight_scale`; drop descriptions.
 
-    Input scales are for products in fp8 and leave the weights as they are. Any other scale stays among the tensors,
-    where the strict check reports it: to ignore one would give wrong pictures without an error.
+    Input scales are for products in fp8 and leave the weights as they are. Any other scale stays
+    among the tensors, where the strict check reports it: to ignore one would give wrong images
+    without an error.
     """
     layers = parse(path, metadata.get("_quantization_metadata", "{}").encode()).get("layers")
     layers = layers if isinstance(layers, dict) else {}

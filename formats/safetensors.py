@@ -1,4 +1,8 @@
-"""What files of tensors store, by their headers: safetensors, single or in shards, and GGUF. Pickles are never read."""
+"""What checkpoint files store, by their headers: safetensors, single or in shards, and GGUF.
+
+Headers are parsed here, not by safetensors' `safe_open`, so that all tensors share one mapping of
+their file and a problem is reported in one sentence. Pickles are never read.
+"""
 
 import json
 import math
@@ -12,24 +16,13 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from errors import MISSING, InputError
-from formats.gguf import MAGIC, QUANTISED, read_gguf
+from errors import InputError
+from formats.gguf import MAGIC, MAX_HEADER, QUANTIZED, dequantized, read_gguf
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-
-
 DTYPES = FLOATS | FP8 | {"U8": torch.uint8}
-
-
-MAX_HEADER = 100_000_000  # bytes; the format's own limit
-
-
 PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
-
-
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # torch.save's zip file, and its older stream
 
 
@@ -48,7 +41,7 @@ class Stored(NamedTuple):
 Tensors = dict[str, Stored]
 
 
-class Pile(NamedTuple):
+class CheckpointFile(NamedTuple):
     """What is loaded together: one file, or all the shards of one index (then `path` is the index)."""
 
     path: Path
@@ -70,19 +63,22 @@ def parse(path: Path, text: bytes) -> dict:
         raise InputError(path, MISSING, f"damaged, expected a JSON object ({error}); download it again") from error
 
 
-def read_header(path: Path) -> Pile:
-    """What a file stores, GGUF or safetensors: the header's length in 8 bytes, the header in JSON, then the data."""
+def read_header(path: Path) -> CheckpointFile:
+    """What a file in either format stores. InputError if it is damaged, cut off or of another format."""
     try:
-        size = path.stat().st_size
         with open(path, "rb") as file:
             start = file.read(8)
             if start.startswith(MAGIC):
-                tensors, metadata = read_gguf(path)
-                return Pile(path, {key: Stored(path, key, *entry) for key, entry in tensors.items()}, metadata)
+                entries, metadata = read_gguf(path)
+                tensors = {key: Stored(path, key, *entry) for key, entry in entries.items()}
+                return CheckpointFile(path, tensors, metadata)
             length = int.from_bytes(start, "little")
             text = file.read(min(length, MAX_HEADER))
+            size = os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise InputError(path, MISSING, f"cannot be read ({error.strerror})") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
+    except ValueError as error:  # of a GGUF file
+        raise InputError(f"{path}: {error}.") from error
     refuse_other_formats(path, start + text[:64])
     if len(text) < length:
         raise InputError(path, MISSING, f"cut off inside the header, after {size:,} bytes; download it again")
@@ -95,12 +91,12 @@ def read_header(path: Path) -> Pile:
         raise InputError(path, MISSING, "the safetensors header is damaged; download the file again") from error
     end = max((tensor.stop for tensor in tensors.values()), default=0)
     if size < end:
-        raise InputError(path, MISSING, f"cut off, only {size:,} of {end:,} bytes are there; download it again")
-    return Pile(path, tensors, metadata)
+        raise InputError(f"{path}: cut off, only {size:,} of {end:,} bytes are there; download it again.")
+    return CheckpointFile(path, tensors, metadata)
 
 
 def refuse_other_formats(path: Path, start: bytes) -> None:
-    """InputError unless a file begins like safetensors: a length that is possible, and a brace."""
+    """InputError unless a file begins like safetensors: a possible length, and a brace."""
     if start.startswith(b"version https://git-lfs"):
         raise InputError(path, MISSING, "a git-lfs pointer, not the file itself; run `git lfs pull` in its folder")
     if start.startswith(PICKLE_STARTS) or path.suffix in PICKLES:
@@ -114,8 +110,8 @@ def stored(path: Path, key: str, entry: dict, data: int) -> Stored:
     begin, end = entry["data_offsets"]
     tensor = Stored(path, key, str(entry["dtype"]), tuple(entry["shape"]), data + begin, data + end)
     itemsize = DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else None
-    foreign = tensor.dtype.startswith(QUANTISED)  # whose size nobody has checked
-    if begin < 0 or foreign or (itemsize and math.prod(tensor.shape) * itemsize != end - begin):
+    is_foreign = tensor.dtype.startswith(QUANTIZED)  # nobody has checked its size
+    if begin < 0 or is_foreign or (itemsize and math.prod(tensor.shape) * itemsize != end - begin):
         raise ValueError(key)
     return tensor
 
@@ -125,22 +121,23 @@ def shards_of(index: Path) -> list[Path]:
     return [index.parent / name for name in sorted(set(names))]
 
 
-def read_shards(index: Path) -> Pile:
-    """All the shards that a `*.safetensors.index.json` names, as one pile."""
-    pile = Pile(index, {}, {})
+def read_shards(index: Path) -> CheckpointFile:
+    """All the shards that a `*.safetensors.index.json` names, as one file."""
+    joined = CheckpointFile(index, {}, {})
     for shard in shards_of(index):
         if not shard.is_file():
-            raise InputError(index, MISSING, f"the shard {shard.name} is missing beside it; download the folder again")
-        part = read_header(shard)
-        pile.tensors.update(part.tensors)
-        pile.metadata.update(part.metadata)
-    return pile
+            raise InputError(f"{index}: the shard {shard.name} is missing beside it; download the folder again.")
+        file = read_header(shard)
+        joined.tensors.update(file.tensors)
+        joined.metadata.update(file.metadata)
+    return joined
 
 
-def piles_in(place: Path) -> list[Pile]:
-    """A file's pile, or those at a folder's top: an index with its shards is one, any other file with tensors too."""
+def checkpoint_files(place: Path) -> list[CheckpointFile]:
+    """A file, or those at a folder's top level; an index with its shards counts as one."""
     if place.is_file():
-        return [read_shards(place) if place.name.endswith(".safetensors.index.json") else read_header(place)]
+        is_index = place.name.endswith(".safetensors.index.json")
+        return [read_shards(place) if is_index else read_header(place)]
     indexes = sorted(place.glob("*.safetensors.index.json"))
     files = {*place.glob("*.safetensors"), *place.glob("*.sft")}
     files -= {shard for index in indexes for shard in shards_of(index)}
@@ -151,7 +148,7 @@ def piles_in(place: Path) -> list[Pile]:
     return [read_shards(index) for index in indexes] + [read_header(file) for file in sorted(files)]
 
 
-MAPPED: WeakValueDictionary[tuple, mmap.mmap] = WeakValueDictionary()  # files that there are views of, in which state
+MAPPED: WeakValueDictionary[tuple, mmap.mmap] = WeakValueDictionary()  # by file and its state
 
 
 def view(tensor: Stored) -> Tensor:
@@ -165,8 +162,8 @@ def view(tensor: Stored) -> Tensor:
 
 
 def read(tensor: Stored) -> Tensor:
-    """The tensor as it is stored, to be converted or moved: only its own pages are mapped, and they are unmapped with
-    it, so that it is never held in memory twice."""
+    """The tensor as it is stored, to be converted or moved: only its own pages are mapped, and they
+    are unmapped with it, so that it is never held in memory twice."""
     page = tensor.start - tensor.start % mmap.ALLOCATIONGRANULARITY
     with open(tensor.file, "rb") as file:
         view = mmap.mmap(file.fileno(), tensor.stop - page, access=mmap.ACCESS_COPY, offset=page)
@@ -175,3 +172,24 @@ def read(tensor: Stored) -> Tensor:
 
 def read_bytes(tensor: Stored) -> Tensor:
     return read(tensor._replace(dtype="U8", shape=(-1,)))
+
+
+def values(tensor: Stored, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """The numbers that a stored tensor stands for."""
+    if tensor.dtype.startswith(QUANTIZED):
+        return dequantized(read_bytes(tensor), tensor.dtype, tensor.shape, dtype).to(device)
+    # Apple's GPUs know neither FP8 nor float64
+    place = "cpu" if torch.device(device).type == "mps" else device
+    numbers = read(tensor).to(place)
+    if tensor.scale is not None:
+        scale = read(tensor.scale).to(place).float()
+        numbers = numbers.float() * scale.reshape(-1, *[1] * (numbers.ndim - 1))
+    return numbers.to(dtype).to(device)
+
+
+def whole(tensor: Stored, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """All of a stored tensor; a view of its file where nothing has to be converted or moved."""
+    is_ready = DTYPES.get(tensor.dtype) == dtype and tensor.scale is None
+    if is_ready and torch.device(device).type == "cpu":
+        return view(tensor)
+    return values(tensor, device, dtype)

@@ -167,12 +167,12 @@ class Model:
 
     def __init__(self):
         found, cpu = weights.find("pocket"), torch.device("cpu")
-        self.flux: Flux = weights.load_flux(found.flux, cpu, torch.float32)
+        self.flux: Flux = weights.load(found.flux, cpu, torch.float32)
         self.t5, self.clip = (
-            weights.load_t5(found.t5, cpu, torch.float32),
-            weights.load_clip(found.clip, cpu, torch.float32),
+            weights.load(found.t5, cpu, torch.float32),
+            weights.load(found.clip, cpu, torch.float32),
         )
-        self.autoencoder = weights.load_autoencoder(found.ae, cpu, torch.float32)
+        self.autoencoder = weights.load(found.ae, cpu, torch.float32)
         self.t5_tokenizer, self.clip_tokenizer = T5Tokenizer(found.t5_tokenizer), CLIPTokenizer(found.clip_tokenizer)
 
     def encode(self, pictures: Iterable[np.ndarray]) -> Tensor:

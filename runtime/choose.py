@@ -23,15 +23,9 @@ from regional.attention import MaskedAttention, Tokens, dense_attention, portabl
 from regional.layout import Layout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # in float16 FLUX.1 overflows
-
-
 ATTENTIONS = ("kernel", "portable", "dense")
-
-
-QUANTIZE, OFFLOAD = ("auto", "none", "fp8"), ("auto", "none", "blocks")
-
-
-# ------------------------------------------------------------------------------------------------ how it runs
+QUANTIZE = ("auto", "none", "fp8")
+OFFLOAD = ("auto", "none", "blocks")
 
 
 def choose_device(name: str) -> torch.device:
@@ -41,7 +35,7 @@ def choose_device(name: str) -> torch.device:
     if not available.get(name.partition(":")[0]):
         raise InputError("--device", name, "this machine, or this build of torch, has no such device")
     device = torch.device(name)
-    if device.type == "cuda" and device.index is None:  # as it is called where memory is asked for
+    if device.type == "cuda" and device.index is None:  # torch.cuda's memory functions need it
         device = torch.device("cuda", torch.cuda.current_device())
     if device.type == "cuda":  # Triton launches on the current one
         torch.cuda.set_device(device)
@@ -49,10 +43,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_fp8(quantize: str, flux: Source, device: torch.device) -> bool:
-    """Is the transformer kept in 8 bits? quantize: none, fp8, or auto: if its file is, and the GPU
-    can multiply so. Says why a GPU cannot."""
-    if quantize == "fp8" and device.type == "mps":
-        raise InputError("--quantize", "fp8", "Apple's GPUs have no float8; leave it out")
+    """Whether the transformer's weights are kept in FP8. quantize: none, fp8, or auto, which keeps
+    those of an FP8 file where the GPU has FP8 matmul support."""
+    if quantize != "auto":
+        if quantize == "fp8" and device.type == "mps":
+            raise InputError("--quantize fp8: Apple's GPUs have no float8; leave it out.")
+        return quantize == "fp8"
     blocks = [tensor for key, tensor in flux.tensors.items() if re.search(r"blocks\.\d+\..*\.weight$", key)]
     stored = sum(tensor.dtype == "F8_E4M3" for tensor in blocks) > len(blocks) / 2
     wanted = quantize == "fp8" or quantize == "auto" and stored and device.type == "cuda"
@@ -68,8 +64,7 @@ def choose_fp8(quantize: str, flux: Source, device: torch.device) -> bool:
 def choose_attention(
     name: str, device: torch.device, dtype: torch.dtype, verbose: bool = False
 ) -> Callable[[Tokens], MaskedAttention]:
-    """What makes the masked attention of the regional steps. What was asked for and can't be had is an error."""
-    asked = name
+    """What makes the masked attention of the regional steps. InputError if `name` cannot be had here."""
     if name == "kernel" or name == "auto" and device.type == "cuda":
         try:
             from regional import kernel
@@ -102,11 +97,13 @@ def lacks_for_triton() -> str:
 
 
 def library_attention(flux: Flux, layout: Layout, txt: Tensor, verbose: bool) -> AbstractContextManager:
-    """Makes torch prefer, on a GPU, that of its unmasked attentions which is fastest there for this picture."""
+    """Makes torch prefer, on a GPU, the unmasked attention that is fastest there for this image."""
     backends = []
     if txt.device.type == "cuda":
-        heads, length = flux.params.num_heads, txt.shape[1] + layout.width * layout.height // 256
-        backends = timed_backends((1, heads, length, flux.params.hidden_size // heads), txt.dtype, txt.device)
+        heads = flux.params.num_heads
+        length = txt.shape[1] + layout.width * layout.height // 256
+        shape = (1, heads, length, flux.params.hidden_size // heads)
+        backends = timed_backends(shape, txt.dtype, txt.device)
     if verbose:
         info(f"unmasked attention: {', then '.join(backend.name for backend in backends) or 'as torch chooses'}")
     return sdpa_kernel([*backends, SDPBackend.MATH], set_priority=True) if backends else nullcontext()
@@ -118,14 +115,13 @@ def timed_backends(shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
 
 
 def fastest_backends(q: Tensor) -> list[SDPBackend]:
-    """The library's attentions that work for q (B, heads, L, head_dim) on its device, timed there, the fastest first.
+    """torch's SDPA backends that work for q (B, heads, L, head_dim) on its device, the fastest first.
 
-    MATH is not among them: it stores all L x L scores. Nor is cuDNN's where torch has it switched
-    off, or up to version 9.15.0, which reads out of bounds if L is not a multiple of 128 (pytorch
-    issue 169849).
+    MATH is not among them, because it stores all L x L scores, nor is cuDNN's where torch has it switched off.
     """
-    backends, seconds = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION], {}
-    if torch.backends.cuda.cudnn_sdp_enabled() and (torch.backends.cudnn.version() or 0) > 91500:
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    seconds = {}
+    if torch.backends.cuda.cudnn_sdp_enabled():
         backends.append(SDPBackend.CUDNN_ATTENTION)
     for backend in backends:
         timer = Timer("F.scaled_dot_product_attention(q, q, q)", globals={"F": F, "q": q})
@@ -134,6 +130,6 @@ def fastest_backends(q: Tensor) -> list[SDPBackend]:
                 seconds[backend] = timer.timeit(10).median
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # this card, or this build of torch, does not have it
+        except RuntimeError:  # this GPU, or this build of torch, does not have it
             continue
     return sorted(seconds, key=seconds.get)

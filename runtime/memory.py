@@ -3,6 +3,8 @@ what is free."""
 
 from typing import NamedTuple
 
+import math
+
 import torch
 
 import weights
@@ -110,7 +112,8 @@ def working_bytes(source: Source, layout: Layout | None, dtype: torch.dtype, fp8
         tokens += pixels // 256 + (regions + 1) * layout.region_max_sequence_length
     activations = tokens * (VALUES_PER_TOKEN_IN_FP8 if fp8 else VALUES_PER_TOKEN) * params.hidden_size
     values = max(activations, VALUES_PER_PIXEL * pixels)
-    return sum(sum(weight_bytes(net, dtype).values()) for net in nets) + values * dtype.itemsize
+    values += sum(math.prod(tensor.shape) for net in nets for tensor in net.tensors.values())
+    return values * dtype.itemsize
 
 
 def free_memory(device: torch.device) -> int:

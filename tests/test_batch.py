@@ -39,7 +39,7 @@ A = {
     "regions": [{"prompt": "a red boat", "box": [0, 0, 32, 64]}, {"prompt": "a lighthouse", "box": [32, 16, 64, 48]}],
 }
 WORKER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-PARTS = ("load_t5", "load_clip", "load_flux", "load_autoencoder")
+PARTS = ("t5", "clip", "flux", "ae")
 
 
 def write(path: str | Path, **changes) -> str:
@@ -188,9 +188,8 @@ def test_two_pictures_of_one_name_are_refused(run, flags):
 
 def test_the_model_is_loaded_once(run, monkeypatch):
     loaded = []
-    for name in PARTS:
-        load = getattr(weights, name)
-        monkeypatch.setattr(weights, name, lambda *a, name=name, load=load: (loaded.append(name), load(*a))[1])
+    load = weights.load
+    monkeypatch.setattr(weights, "load", lambda source, *a: (loaded.append(source.part), load(source, *a))[1])
     layouts = [write(f"{name}.yaml", prompt=f"the letter {name}") for name in "abc"]
     assert len(run("--layout", *layouts, "--seed", 1, 2).made) == 6
     assert sorted(loaded) == sorted(PARTS)
@@ -200,8 +199,13 @@ def test_the_model_is_loaded_once(run, monkeypatch):
 
 
 def refuse_to_load(monkeypatch, *parts: str) -> None:
-    for name in parts:
-        monkeypatch.setattr(weights, name, lambda *_: pytest.fail("a part of the model is loaded"))
+    load = weights.load
+
+    def refusing(source, *args):
+        assert source.part not in parts, "a component of the model is loaded"
+        return load(source, *args)
+
+    monkeypatch.setattr(weights, "load", refusing)
 
 
 def test_finished_pictures_are_kept(run, monkeypatch):
@@ -754,7 +758,7 @@ def test_cached_prompts_need_no_encoder(run, encoded, monkeypatch):
     assert torch.equal(latents_of(run, "--layout", "a.yaml", "--prompt-cache", "cache"), without)
     assert len(encoded) == 2 * len(list(Path("cache").glob("t5-*"))) == 8  # the prompt, two regions', the background's
     assert not list(Path("cache").glob(".*"))
-    refuse_to_load(monkeypatch, "load_t5", "load_clip")
+    refuse_to_load(monkeypatch, "t5", "clip")
     assert torch.equal(latents_of(run, "--layout", "a.yaml", "--prompt-cache", "cache"), without)
 
 

@@ -24,6 +24,7 @@ from errors import InputError
 from extensions import loading
 from extensions.control import ActiveControl, canny, control_hook, control_picture, image_share
 from extensions.controlnet import ControlNet, ControlNetParams, Residuals
+from formats import hub
 from model.attention import Block
 from model.transformer import Flux, FluxParams
 from pipeline import Conditioning, sample
@@ -113,8 +114,8 @@ def test_files_from_diffusers_give_its_residuals_and_its_velocity(diffusers, tmp
     tiny.save(tmp_path / "control" / "model.safetensors", theirs.state_dict())
     tiny.save(tmp_path / "flux.safetensors", their_flux.state_dict())
     source = loading.find_controlnet(str(tmp_path / "control"))
-    ours = weights.load_controlnet(source, "cpu", F64)
-    flux = weights.load_flux(weights.pick("flux", "--flux", tmp_path / "flux.safetensors"), "cpu", F64)
+    ours = weights.load(source, "cpu", F64, kind=loading.CONTROLNET)
+    flux = weights.load(weights.pick("flux", "--flux", tmp_path / "flux.safetensors"), "cpu", F64)
     assert (ours.params.modes, ours.params.hint_width) == (modes or 0, hint or 0)
     assert ours.params.guidance_embed is guided
 
@@ -192,8 +193,8 @@ def test_every_spelling_is_read_without_a_config(tmp_path, params, names):
     path = tiny.save(tmp_path / "any-name.safetensors", names(state))
     for place in (path, tmp_path):
         source = loading.find_controlnet(str(place))
-        assert weights.controlnet_params(source) == params
-        found = weights.load_controlnet(source, "cpu", torch.float32).state_dict()
+        assert loading.controlnet_params(source) == params
+        found = weights.load(source, "cpu", torch.float32, kind=loading.CONTROLNET).state_dict()
         assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
 
 
@@ -204,11 +205,11 @@ def test_a_repository_can_name_one_of_its_files(tmp_path, monkeypatch):
         asked.append((repo, choices))
         return tmp_path
 
-    monkeypatch.setattr(loading, "fetch", fetch)
+    monkeypatch.setattr(hub, "fetch", fetch)
     for name in ("canny", "depth"):
         tiny.save(tmp_path / f"{name}.safetensors", xlabs_names(tiny.state(ControlNet(XLABS))))
     assert loading.find_controlnet("org/name:depth.safetensors").path.name == "depth.safetensors"
-    assert asked == [("org/name", [["depth.safetensors", "config.json"], ["depth.safetensors"]])]
+    assert asked == [("org/name", [["depth.safetensors", "config.json"]])]
     refuse("canny.safetensors and depth.safetensors could each be", loading.find_controlnet, "org/name")
 
 

@@ -20,6 +20,7 @@ from runtime.choose import choose_fp8
 from sampler.flow import image_ids, text_ids
 
 FP8 = torch.float8_e4m3fn
+IN_FP8 = weights.Placement(in_fp8=weights.FP8_LAYERS.search)
 
 
 def test_whether_a_device_multiplies_is_tried(monkeypatch):
@@ -102,7 +103,7 @@ def fp8_layers(flux) -> dict[str, Fp8Linear]:
 
 
 def test_the_blocks_matrices_and_no_others_become_fp8(tmp_path):
-    flux = weights.load_flux(source_of(tmp_path, tiny.flux_state()), "cpu", torch.float32, fp8=True)
+    flux = weights.load(source_of(tmp_path, tiny.flux_state()), "cpu", torch.float32, placement=IN_FP8)
     names = set(fp8_layers(flux))
     double = [f"{s}_{leaf}" for s in ("img", "txt") for leaf in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")]
     expected = {f"double_blocks.{i}.{leaf}" for i in range(2) for leaf in double}
@@ -127,7 +128,7 @@ def test_numbers_that_are_stored_in_fp8_are_kept(tmp_path, shape):
         scaled |= {name: numbers, name.replace("weight", "scale_weight"): stored.contiguous()}
         state[name] = (numbers, scale)
     others = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
-    flux = weights.load_flux(source_of(tmp_path, others | scaled), "cpu", torch.float32, fp8=True)
+    flux = weights.load(source_of(tmp_path, others | scaled), "cpu", torch.float32, placement=IN_FP8)
     for name, layer in fp8_layers(flux).items():
         if name.endswith(("linear1", "linear2")):
             numbers, scale = state[f"{name}.weight"]
@@ -142,7 +143,9 @@ def test_joined_projections_keep_the_scales_of_their_parts(tmp_path):
     scales = {name: torch.tensor(0.25 * 2**i) for i, name in enumerate(parts)}
     state |= {name: state[name].to(FP8) for name in parts}
     state |= {name.replace("weight", "weight_scale"): scale for name, scale in scales.items()}
-    layer = weights.load_flux(source_of(tmp_path, state), "cpu", torch.float32, fp8=True).double_blocks[0].img_attn.qkv
+    layer = (
+        weights.load(source_of(tmp_path, state), "cpu", torch.float32, placement=IN_FP8).double_blocks[0].img_attn.qkv
+    )
     assert torch.equal(layer.weight.float(), torch.cat([state[name].float() for name in parts]))
     assert layer.scale.flatten().tolist() == [s for scale in scales.values() for s in [scale.item()] * 64]
 
@@ -153,7 +156,7 @@ def test_a_merged_lora_is_in_the_8_bits(tmp_path, stored):
     state = tiny.flux_state()
     state[name] = state[name].to(stored)
     merges = {name: lambda weight: weight + delta}
-    flux = weights.load_flux(source_of(tmp_path, state), "cpu", torch.float32, merges, fp8=True)
+    flux = weights.load(source_of(tmp_path, state), "cpu", torch.float32, merges, placement=IN_FP8)
     assert error(flux.single_blocks[1].linear2.widened(), state[name].float() + delta) < 0.03
 
 
@@ -210,7 +213,7 @@ def test_a_picture_in_fp8_is_near_and_says_so(golden, tmp_path):
 @torch.inference_mode()
 def test_a_forward_pass_in_fp8_is_near_on_the_pocket_model():
     source = weights.find("pocket").flux
-    exact, small = (weights.load_flux(source, "cpu", torch.float32, fp8=fp8) for fp8 in (False, True))
+    exact, small = (weights.load(source, "cpu", torch.float32, placement=p) for p in (weights.ON_DEVICE, IN_FP8))
     torch.manual_seed(0)
     img, txt, y = torch.randn(1, 64, 64), torch.randn(1, 64, exact.params.context_in_dim), torch.randn(1, 96)
     given = img, image_ids(128, 128), txt, text_ids(64), torch.tensor([0.7]), y[:, : exact.params.vec_in_dim]

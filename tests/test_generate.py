@@ -407,20 +407,18 @@ def test_defaults_of_steps_and_text_length_come_from_the_model(make, golden, mon
 def test_the_encoders_are_gone_before_the_transformer_is_loaded_and_it_before_the_autoencoder(make, monkeypatch):
     alive, before = {}, {id(o) for o in gc.get_objects()}  # other tests' models, kept by their fixtures
 
-    def watch(name: str, kinds: tuple) -> None:
-        load = getattr(weights, name)
+    gone = {"flux": (T5Encoder, CLIPTextEncoder), "ae": (T5Encoder, CLIPTextEncoder, Flux)}
+    load = weights.load
 
-        def loading(*args):
-            gc.collect()
-            alive[name] = [type(o).__name__ for o in gc.get_objects() if type(o) in kinds and id(o) not in before]
-            return load(*args)
+    def watched(source, *args):
+        gc.collect()
+        kinds = gone.get(source.part, ())
+        alive[source.part] = [type(o).__name__ for o in gc.get_objects() if type(o) in kinds and id(o) not in before]
+        return load(source, *args)
 
-        monkeypatch.setattr(weights, name, loading)
-
-    watch("load_flux", (T5Encoder, CLIPTextEncoder))
-    watch("load_autoencoder", (T5Encoder, CLIPTextEncoder, Flux))
+    monkeypatch.setattr(weights, "load", watched)
     latents(make, A)
-    assert alive == {"load_flux": [], "load_autoencoder": []}
+    assert alive == {"t5": [], "clip": [], "flux": [], "ae": []}
 
 
 # ------------------------------------------------------------------------------------------------ files

@@ -181,11 +181,11 @@ def test_of_a_repository_with_both_layouts_the_single_files_are_downloaded(fake,
 @pytest.mark.parametrize("missing", ["flux1-dev.safetensors", "ae.safetensors"])
 def test_a_repository_without_all_single_files_gives_its_diffusers_folders(fake, folder, missing):
     del fake.files[missing]
-    assert weights.find(REPO).flux.naming.name == "diffusers"
+    assert weights.find(REPO).flux.key_names.name == "diffusers"
     assert fake.sent() == below(folder, "transformer/*", "vae/*", *ENCODERS)
 
 
-def test_parts_that_are_given_are_not_downloaded(fake, folder):
+def test_components_that_are_given_are_not_downloaded(fake, folder):
     weights.find(REPO, flux=folder / "flux1-dev.safetensors", t5=folder / "text_encoder_2")
     assert fake.sent() == below(folder, "ae.safetensors", "text_encoder/*", "tokenizer/*", "tokenizer_2/*")
 
@@ -205,14 +205,31 @@ def test_a_repository_without_tokenizers_is_refused_before_anything_is_downloade
     assert fake.sent() == set()
 
 
+def test_a_name_is_a_repository_one_of_its_files_or_a_path(fake, folder):
+    place = hub.locate(REPO, [["text_encoder/*.safetensors", "text_encoder/*.json"]], "--model")
+    assert below(place, "*/*") == fake.sent() == {"text_encoder/model.safetensors", "text_encoder/config.json"}
+    assert (
+        hub.locate(f"{REPO}:ae.safetensors", [["*.safetensors", "config.json"]], "--lora") == place / "ae.safetensors"
+    )
+    assert fake.sent() == {"text_encoder/model.safetensors", "text_encoder/config.json", "ae.safetensors"}
+    assert hub.locate(folder, [], "--t5") == folder
+    for name, choices in ("org/none:x", []), (folder / "none", [["*.safetensors"]]):
+        with pytest.raises(
+            InputError, match=r"^--lora: there is no such file or folder; expected a file, a folder.*\.$"
+        ):
+            hub.locate(name, choices, "--lora")
+    with pytest.raises(InputError, match="^--lora: the repository has not all of none.safetensors; instead.$"):
+        hub.locate(f"{REPO}:none.safetensors", [["*.safetensors"]], "--lora", "instead")
+
+
 def test_configs_may_be_missing(fake):
     del fake.files["text_encoder/config.json"]
-    place = hub.fetch(REPO, [["text_encoder/*.safetensors", "text_encoder/*.json"]], "--model", "instead")
+    place = hub.locate(REPO, [["text_encoder/*.safetensors", "text_encoder/*.json"]], "--model")
     assert below(place, "*/*") == fake.sent() == {"text_encoder/model.safetensors"}
 
 
 def test_a_file_beside_others_is_downloaded_alone(fake):
-    place = hub.fetch(REPO, [["*.safetensors"]], "--lora org/name", "download it elsewhere")
+    place = hub.locate(REPO, [["*.safetensors"]], "--lora org/name")
     assert {file.name for file in place.iterdir()} == {"flux1-dev.safetensors", "ae.safetensors"} == fake.sent()
 
 
@@ -264,7 +281,7 @@ def test_a_connection_that_breaks_once_goes_on_in_the_same_run(fake, monkeypatch
 
 def test_a_download_that_broke_goes_on_in_the_next_run(fake, capsys):
     fake.cut["flux1-dev.safetensors"] = 3_005_000
-    refuse("--model org/name: the connection broke .*; what has arrived is kept, .*goes on from there", REPO)
+    refuse("--model org/name: the connection broke .*; what has arrived is kept, .*resumes there", REPO)
     fake.cut.clear()
     before = fake.sent() - {"flux1-dev.safetensors"}
     fake.requests.clear()
@@ -328,8 +345,11 @@ def no_server(fake):
 @pytest.mark.parametrize(
     "spoil, match",
     [
-        (lambda fake: gated(fake, 401), "accept it at https://huggingface.co/org/name, then run `hf auth login`"),
-        (lambda fake: gated(fake, 403), "asks for a licence: accept it at https://huggingface.co/org/name"),
+        (
+            lambda fake: gated(fake, 401),
+            "accept its license at https://huggingface.co/org/name, then run `hf auth login`",
+        ),
+        (lambda fake: gated(fake, 403), "is gated: accept its license at https://huggingface.co/org/name"),
         (lambda fake: setattr(fake, "refusal", (503, None)), "http://127.0.0.1:[0-9]+ answers with status 503"),
         (lambda fake: setattr(fake, "refusal", (404, "EntryNotFound")), "answers with status 404"),
         (no_server, "not in the cache, and http://127.0.0.1:9 is out of reach; go online"),
@@ -362,7 +382,7 @@ def test_a_repository_that_is_not_there_is_one_sentence(fake, name, match):
 def test_a_gated_repository_ends_the_program_with_code_two(fake, capsys):
     gated(fake, 403)
     assert generate.main(["--model", REPO, "--prompt", "a fox", "--device", "cpu"]) == 2
-    assert re.fullmatch(r"generate\.py: --model org/name: .* licence.*HF_TOKEN.*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"generate\.py: --model org/name: .* license.*HF_TOKEN.*\n", capsys.readouterr().err)
 
 
 def test_a_picture_is_drawn_from_a_repository_and_again_offline(fake, golden, tmp_path):

@@ -262,7 +262,7 @@ def full_size():
         modules = {"flux": Flux(FluxParams()), "t5": tiny.T5Encoder(weights.T5Params())}
     return {
         part: recognize.Source(
-            part, weights.Path(f"{part}.safetensors"), "", next(n for n in namings.NAMINGS if n.part == part),
+            part, weights.Path(f"{part}.safetensors"), "", next(n for n in namings.KEY_NAMES if n.part == part),
             {name: files.Stored(weights.Path("x"), name, "BF16", tuple(t.shape), 0, 2 * t.numel())
              for name, t in module.state_dict().items()}, {}, {},
         )

@@ -61,7 +61,7 @@ def there_and_back(model: AutoEncoder, picture: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def test_the_autoencoder_keeps_what_is_measured():
-    model = weights.load_autoencoder(weights.find("pocket").ae, "cpu", torch.float32)
+    model = weights.load(weights.find("pocket").ae, "cpu", torch.float32)
 
     color, pattern, shape = read_objects(lambda picture: there_and_back(model, picture), seed=1)
     assert color > 0.95 and pattern > 0.97 and shape > 0.9
@@ -97,7 +97,7 @@ def test_the_detector_tells_the_looks_apart(look):
 @pytest.mark.parametrize("look", [*LOOKS, None])
 @torch.inference_mode()
 def test_the_autoencoder_keeps_the_looks(look):
-    model = weights.load_autoencoder(weights.find("pocket").ae, "cpu", torch.float32)
+    model = weights.load(weights.find("pocket").ae, "cpu", torch.float32)
     seen = seen_looks(look, lambda picture: there_and_back(model, picture), FOUR_BOXES, 10)
     assert np.mean([s == look for s in seen]) > 0.85
 

@@ -1,6 +1,8 @@
 """A model with all its parts, small and random, written in the layouts that checkpoints come in."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -183,3 +185,26 @@ def clip_to_openai(state: State) -> State:
             inner = inner.replace("fc1", "c_fc").replace("fc2", "c_proj")
             theirs[f"transformer.resblocks.{words[3]}.{inner}"] = tensor
     return theirs
+
+
+PEAK = """
+import sys, torch, weights
+from pathlib import Path
+
+def status(name):
+    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if name in line).split()[1])
+
+small, source = (weights.pick("flux", "--flux", Path(name)) for name in sys.argv[1:])
+weights.load(small, "cpu", torch.bfloat16)  # what is needed once; too small to leave room for the other
+before = status("VmRSS")
+model = weights.load(source, "cpu", torch.bfloat16)
+for tensor in model.parameters():
+    tensor.flatten().view(torch.uint8)[::4096].sum()
+print(1024 * (status("VmHWM") - before))
+"""
+
+
+def peak_memory(small: Path, file: Path) -> int:
+    """Bytes at the peak of loading a transformer's file in bfloat16, in a process that has loaded a small one."""
+    command = [sys.executable, "-c", PEAK, small, file]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

@@ -271,9 +271,7 @@ def look(args: argparse.Namespace) -> int:
     """--check and --preview: without a model, but for its sizes and tokenizers where they are at hand."""
     checkpoint = None if is_repository(args.model) else weights.find(args.model, args.flux, args.t5, args.clip, args.ae)
     params = weights.flux_params(checkpoint.flux) if checkpoint else FluxParams()
-    size = int(weights.metadata_number(checkpoint.flux, "sample_size", 1024)) if checkpoint else 1024
-    image = args.config_from_metadata
-    metadata = made_of(image) if image else None
+    size = weights.model_defaults(checkpoint.flux)["size"] if checkpoint else 1024
     valid, layouts = True, []
     for file in [image] if image else layout_files(args):
         try:
