@@ -50,7 +50,7 @@ from model.layers import Modulation
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
 from model.transformer import Flux, Modulate
 from regional.attention import portable_attention
-from regional.layout import FLUX_DEV, Layout, RegionLora
+from regional.layout import Layout, RegionLora
 from regional.mask import RegionTokens, region_tokens
 from regional.sampling import NO_LORAS, Conditioning, Loras, modulations, sample
 from runtime.choose import (
@@ -63,7 +63,7 @@ from runtime.choose import (
     choose_fp8,
     library_attention,
 )
-from runtime.memory import place, working_bytes
+from runtime.memory import working_bytes
 from runtime.offload import Streamed, read_ahead
 from runtime.ulysses import Ulysses
 from sampler.flow import pack

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from errors import InputError
+from errors import MISSING, InputError
 from formats.gguf import QUANTIZED
 from formats.hub import Name, locate
 from formats.key_names import IGNORED, Rows, count
@@ -114,7 +114,7 @@ def ae_params(source: Source) -> AutoEncoderParams:
     ch = source.shape("encoder.conv_in.weight", dims=4)[0]
     groups = int(source.config_number("norm_num_groups", AutoEncoderParams.norm_groups))
     if not levels or groups == 0 or any(c == 0 or c % ch or c % groups for c in (ch, *channels)):
-        raise InputError(f"{source.path}: channels {ch}, {channels} do not fit {groups} norm groups; {source.rest()}.")
+        raise InputError(source.path, MISSING, f"channels {ch}, {channels} do not fit {groups} norm groups; {source.rest()}")
     return AutoEncoderParams(
         ch=ch,
         ch_mult=tuple(c // ch for c in channels),
@@ -292,13 +292,13 @@ def check(module: nn.Module, source: Source) -> dict[str, list[Rows]]:
     for key, tensor in source.tensors.items():
         if key not in used and not re.match(IGNORED.get(source.part, r"(?!)"), key):
             what = "a scale of an unknown kind" if "scale" in leaf(key) else "a key that does not belong"
-            raise InputError(f"{tensor.file}: {tensor.key}, of shape {tensor.shape}, is {what}; {source.rest()}.")
+            raise InputError(tensor.file, MISSING, f"{tensor.key}, of shape {tensor.shape}, is {what}; {source.rest()}")
     return recipe
 
 
 def check_dtype(tensor: Stored) -> None:
     if tensor.dtype not in FLOATS | FP8 and not tensor.dtype.startswith(QUANTIZED):
-        raise InputError(f"{tensor.file}: {tensor.key} is stored as {tensor.dtype}, which is not supported.")
+        raise InputError(tensor.file, MISSING, f"{tensor.key} is stored as {tensor.dtype}, which is not supported")
 
 
 # ----------------------------------------------------------------------------------------------------------- finding
@@ -387,7 +387,7 @@ def check_widths(flux: Source, t5: Source, clip: Source, ae: Source) -> None:
     ):
         if width != expected:
             problem = f"this {WHAT[source.part]} is {width} wide, but {flux.path} expects {expected}"
-            raise InputError(f"{source.path}: {problem}; name one that fits with --{source.part}.")
+            raise InputError(source.path, MISSING, f"{problem}; name one that fits with --{source.part}")
 
 
 def tokenizer_folder(name: str, choices: Sequence[list[str]], source: Source, place: Path | None) -> Path:

@@ -87,7 +87,7 @@ def plan_controls(layout: Layout, flux: Source) -> list[ControlPlan]:
     for i, control in enumerate(layout.controlnets):
         source = find_controlnet(control.model, f"controlnets[{i}].model")
         check_base(source, flux)
-        check_mode(control, controlnet_params(source).modes, source, where(f"controlnets[{i}].mode"))
+        check_mode(control, controlnet_params(source).modes, source, f"controlnets[{i}].mode")
         picture, warnings = control_picture(control.image, control.preprocess, layout.width, layout.height)
         if not any(control.acts(step, layout.steps) for step in range(layout.steps)):
             warnings.append(f"{control.model}: no step of {layout.steps} lies within its start and end; it never acts")

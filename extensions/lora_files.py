@@ -98,7 +98,7 @@ def lora_file(name: str, where: str) -> Path:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
-        raise InputError(f"{where}: expected one safetensors file there, found {names}; name one of them.")
+        raise InputError(where, MISSING, f"expected one safetensors file there, found {names}; name one of them")
     return files[0]
 
 
@@ -119,7 +119,7 @@ def read_lora(path: Path, modules: dict[str, nn.Module]) -> Lora:
             unknown.append(key)
     if not groups:
         keys = f"none of its keys is known (the first is {next(iter(file.tensors), None)})"
-        raise InputError(f"{path}: no LoRA for this model: {keys}.")
+        raise InputError(path, MISSING, f"no LoRA for this model: {keys}")
     changes = {part: [] for part in modules}
     for (target, module), kinds in groups.items():
         layer = modules[target.part].get_submodule(target.layer)
@@ -145,7 +145,7 @@ def metadata_scale(file: CheckpointFile, module: str, kinds: dict[str, Stored]) 
         alpha = next((a for end, a in patterns.items() if f".{name}".endswith(f".{end}")), own["lora_alpha"])
         return float(alpha) / (rank**0.5 if own.get("use_rslora") else rank)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{file.path}: the settings in its header can't be read ({error}).") from error
+        raise InputError(file.path, MISSING, f"the settings in its header can't be read ({error})") from error
 
 
 def changes_of(target: Target, layer: nn.Module, kinds: dict[str, Stored], scale: float) -> list[Change]:

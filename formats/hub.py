@@ -50,7 +50,7 @@ def locate(name: str | Path, choices: list[list[str]], purpose: str, instead: st
             choices = [[file, *(pattern for pattern in choices[0] if pattern.endswith(OPTIONAL))]]
         return fetch(repo, choices, purpose, instead) / file
     expected = "a file, a folder" + ", org/name or org/name:file" * bool(choices)
-    raise InputError(f"{purpose}: there is no such file or folder; expected {expected}.")
+    raise InputError(purpose, MISSING, f"there is no such file or folder; expected {expected}")
 
 
 def fetch(repo: str, choices: list[list[str]], purpose: str, instead: str) -> Path:
@@ -68,7 +68,7 @@ def fetch(repo: str, choices: list[list[str]], purpose: str, instead: str) -> Pa
                 download(repo, [file for file in files if file.will_download], purpose, instead)
                 return Path(snapshot(repo, patterns))
     except (HTTPError, OSError, ValueError) as error:
-        raise InputError(f"{purpose}: {hub_reason(repo, error)}, or {instead}.") from error
+        raise InputError(purpose, MISSING, f"{hub_reason(repo, error)}, or {instead}") from error
     wanted = ", nor ".join(" ".join(must) for must in needed)
     raise InputError(purpose, MISSING, f"the repository has not all of {wanted}; {instead}")
 

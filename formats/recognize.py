@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from errors import InputError
+from errors import MISSING, InputError
 from formats.key_names import KEY_NAMES, KeyNames, Rows
 from formats.safetensors import FLOATS, FP8, CheckpointFile, Stored, Tensors, parse, read_bytes
 
@@ -47,12 +47,12 @@ class Source:
     def present(self, key: str, expected: str) -> Stored:
         if key in self.tensors:
             return self.tensors[key]
-        raise InputError(f"{self.path}: {self.prefix}{key} is missing, expected with {expected}; {self.rest()}.")
+        raise InputError(self.path, MISSING, f"{self.prefix}{key} is missing, expected with {expected}; {self.rest()}")
 
     def misshapen(self, key: str, expected: str) -> InputError:
         tensor = self.tensors[key]
         problem = f"{tensor.key} has shape {tensor.shape}, expected {expected}; {self.rest()}"
-        return InputError(f"{tensor.file}: {problem}.")
+        return InputError(tensor.file, MISSING, f"{problem}")
 
     def rest(self) -> str:
         return f"the rest looks like a {WHAT[self.part]} in {self.key_names.name} names"
@@ -70,7 +70,7 @@ class Source:
             low = -1e9 if key == "shift_factor" else 0
             if low <= float(value) < 1e9:
                 return float(value)
-        raise InputError(f"{self.path}: {where} says {key} = {value!r}, which can't be; download it again.")
+        raise InputError(self.path, MISSING, f"{where} says {key} = {value!r}, which can't be; download it again")
 
 
 def stacked_shape(rows: list[Rows], tensors: Tensors) -> tuple[int, ...]:

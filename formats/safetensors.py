@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from errors import InputError
+from errors import MISSING, InputError
 from formats.gguf import MAGIC, MAX_HEADER, QUANTIZED, dequantized, read_gguf
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -76,9 +76,9 @@ def read_header(path: Path) -> CheckpointFile:
             text = file.read(min(length, MAX_HEADER))
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
+        raise InputError(path, MISSING, f"cannot be read ({error.strerror})") from error
     except ValueError as error:  # of a GGUF file
-        raise InputError(f"{path}: {error}.") from error
+        raise InputError(path, MISSING, f"{error}") from error
     refuse_other_formats(path, start + text[:64])
     if len(text) < length:
         raise InputError(path, MISSING, f"cut off inside the header, after {size:,} bytes; download it again")
@@ -91,7 +91,7 @@ def read_header(path: Path) -> CheckpointFile:
         raise InputError(path, MISSING, "the safetensors header is damaged; download the file again") from error
     end = max((tensor.stop for tensor in tensors.values()), default=0)
     if size < end:
-        raise InputError(f"{path}: cut off, only {size:,} of {end:,} bytes are there; download it again.")
+        raise InputError(path, MISSING, f"cut off, only {size:,} of {end:,} bytes are there; download it again")
     return CheckpointFile(path, tensors, metadata)
 
 
@@ -126,7 +126,7 @@ def read_shards(index: Path) -> CheckpointFile:
     joined = CheckpointFile(index, {}, {})
     for shard in shards_of(index):
         if not shard.is_file():
-            raise InputError(f"{index}: the shard {shard.name} is missing beside it; download the folder again.")
+            raise InputError(index, MISSING, f"the shard {shard.name} is missing beside it; download the folder again")
         file = read_header(shard)
         joined.tensors.update(file.tensors)
         joined.metadata.update(file.metadata)

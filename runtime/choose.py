@@ -23,6 +23,7 @@ from regional.attention import MaskedAttention, Tokens, dense_attention, portabl
 from regional.layout import Layout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # in float16 FLUX.1 overflows
+
 ATTENTIONS = ("kernel", "portable", "dense")
 QUANTIZE = ("auto", "none", "fp8")
 OFFLOAD = ("auto", "none", "blocks")
@@ -44,11 +45,9 @@ def choose_device(name: str) -> torch.device:
 
 def choose_fp8(quantize: str, flux: Source, device: torch.device) -> bool:
     """Whether the transformer's weights are kept in FP8. quantize: none, fp8, or auto, which keeps
-    those of an FP8 file where the GPU has FP8 matmul support."""
-    if quantize != "auto":
-        if quantize == "fp8" and device.type == "mps":
-            raise InputError("--quantize fp8: Apple's GPUs have no float8; leave it out.")
-        return quantize == "fp8"
+    those of an FP8 file where the GPU has FP8 matmul support. A warning says why it has not."""
+    if quantize == "fp8" and device.type == "mps":
+        raise InputError("--quantize", "fp8", "Apple's GPUs have no float8; leave it out")
     blocks = [tensor for key, tensor in flux.tensors.items() if re.search(r"blocks\.\d+\..*\.weight$", key)]
     stored = sum(tensor.dtype == "F8_E4M3" for tensor in blocks) > len(blocks) / 2
     wanted = quantize == "fp8" or quantize == "auto" and stored and device.type == "cuda"
@@ -65,6 +64,7 @@ def choose_attention(
     name: str, device: torch.device, dtype: torch.dtype, verbose: bool = False
 ) -> Callable[[Tokens], MaskedAttention]:
     """What makes the masked attention of the regional steps. InputError if `name` cannot be had here."""
+    asked = name
     if name == "kernel" or name == "auto" and device.type == "cuda":
         try:
             from regional import kernel
@@ -115,13 +115,15 @@ def timed_backends(shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
 
 
 def fastest_backends(q: Tensor) -> list[SDPBackend]:
-    """torch's SDPA backends that work for q (B, heads, L, head_dim) on its device, the fastest first.
+    """torch's SDPA backends that work for q (B, heads, L, head_dim) on its device, fastest first.
 
-    MATH is not among them, because it stores all L x L scores, nor is cuDNN's where torch has it switched off.
+    MATH is not among them, because it stores all L x L scores, nor is cuDNN's where torch has it
+    switched off, or up to version 9.15.0, which reads out of bounds if L is not a multiple of 128 (pytorch
+    issue 169849).
     """
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     seconds = {}
-    if torch.backends.cuda.cudnn_sdp_enabled():
+    if torch.backends.cuda.cudnn_sdp_enabled() and (torch.backends.cudnn.version() or 0) > 91500:
         backends.append(SDPBackend.CUDNN_ATTENTION)
     for backend in backends:
         timer = Timer("F.scaled_dot_product_attention(q, q, q)", globals={"F": F, "q": q})

@@ -1,9 +1,8 @@
 """What fits on the GPU: which of a part's weights stay in host memory, by the sizes in its file and
 what is free."""
 
-from typing import NamedTuple
-
 import math
+from typing import NamedTuple
 
 import torch
 

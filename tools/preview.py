@@ -19,7 +19,7 @@ from regional.mask import BACKGROUND_BIT, RegionTokens, region_tokens, token_gri
 from regional.reader import read_layout
 from tools.cost import cost, resolved
 from tools.jobs import flags_of, layout_files
-from tools.metadata import SUFFIXES, check_writable, made_of, write
+from tools.metadata import SUFFIXES, check_writable, write
 from tools.sheets import fitting
 
 # For 61 regions. The first seven are Okabe and Ito's, a little lighter, which color-blind people
