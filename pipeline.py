@@ -33,20 +33,22 @@ from torch import Tensor, nn
 import weights
 from errors import InputError, say
 from extensions.attention_maps import AttentionMaps
+from extensions.control import control_lora, controlnets
 from extensions.controlnet import ControlNet
-from extensions.loading import ControlPlan, control_of, load_controls, merges_of, plan_controls, read_loras
-from extensions.lora import Addition, Lora, added, hooks_for
+from extensions.loading import check_controls, control_of, load_controls, merges_of, read_loras
+from extensions.lora import NO_LORAS, Addition, Lora, Loras, added, hooks_for
+from extensions.region_lora import all_of, region_loras
 from formats.hub import Name
 from formats.recognize import Source
 from model.autoencoder import to_uint8
 from model.layers import Modulation
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
-from model.transformer import Flux, Modulate
+from model.transformer import Flux
 from regional.attention import portable_attention
 from regional.layout import Layout, RegionLora
 from regional.mask import RegionTokens, region_tokens
 from regional.reader import Where
-from regional.sampling import NO_LORAS, Conditioning, Loras, modulations, sample
+from regional.sampling import Conditioning, Extension, Modulations, modulations, sample
 from runtime.choose import (
     ATTENTIONS,
     DTYPES,
@@ -65,13 +67,18 @@ from tools.metadata import write
 
 
 class Prepared(NamedTuple):
-    """A layout with the model's defaults in it, and all that is encoded and read for it, once for all seeds."""
+    """A layout with the model's defaults in it, and all that is encoded and read for it, once for all seeds.
+
+    controls: each ControlNet's file and control image, as load_controls takes them; control_latents: those of a control
+    LoRA's image, packed, (1, L_img, 64).
+    """
 
     layout: Layout
     tokens: RegionTokens | None
     conditioning: Conditioning
     loras: Loras
-    controls: list[ControlPlan]
+    controls: list[tuple[Source, Tensor]]
+    control_latents: Tensor | None
 
 
 class Pipeline:
@@ -120,7 +127,7 @@ class Pipeline:
         self.parallel = Ulysses(self.device, heads) if ulysses else None
         self.streamed: dict[str, list[Streamed]] = {}  # by part: what of it is on the device only in turn
         self.flux_room = 0  # bytes that were counted on for working with the transformer when it was loaded
-        self.modulated: tuple[Prepared | None, list[list[Modulate]]] = None, []  # of the last layout
+        self.modulated: tuple[Prepared | None, Modulations] = None, []  # of the last layout
         self.nets: dict[Path, ControlNet] = {}  # ControlNets, by their files
         self.loras: dict[str, Lora] = {}  # all that were read, by their names in layouts
         self.parts: dict[str, tuple[Any, nn.Module]] = {}  # by name: which LoRAs are merged into it, and the part
@@ -135,7 +142,7 @@ class Pipeline:
     def prepare(self, layout: Layout, where: Where = lambda path: path) -> Prepared:
         """Read and encode what a layout names. `where` names its keys in messages."""
         layout = with_model_defaults(layout, self.checkpoint.flux)
-        controls = plan_controls(layout, self.checkpoint.flux, where)
+        controls = check_controls(layout, self.checkpoint.flux, where)
         loras = read_loras(layout, self.checkpoint, self.loras)
         self.loras |= loras
         lora_picture = control_of(layout)
@@ -147,29 +154,27 @@ class Pipeline:
         if regional and layout.method == "regional":  # complain before the encoders are loaded
             choose_attention(self.attention, self.device, self.dtype)
         conditioning = self.encode(layout, tokens, layout.method == "rpg", loras)
-        if lora_picture is not None:
-            conditioning = conditioning._replace(control=self.latents_of(lora_picture))
-        as_latents = [not weights.controlnet_params(plan.source).hint_width for plan in controls]
+        control_latents = None if lora_picture is None else self.latents_of(lora_picture)
         controls = [
-            plan._replace(picture=self.latents_of(plan.picture)) if encode else plan
-            for plan, encode in zip(controls, as_latents)
+            (source, image if weights.controlnet_params(source).hint_width else self.latents_of(image))
+            for source, image in controls
         ]
-        return Prepared(layout, tokens, conditioning, loras, controls)
+        return Prepared(layout, tokens, conditioning, loras, controls, control_latents)
 
     @torch.inference_mode()
     def latents(
         self,
         prepared: Prepared,
         seed: int,
-        maps: AttentionMaps | None = None,
+        extensions: Sequence[Extension] = (),
         on_step: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """Latents (1, 16, height / 8, width / 8), float32."""
-        layout, tokens, conditioning, loras, plans = prepared
+        """Latents (1, 16, height / 8, width / 8), float32. extensions: of this call, beside the layout's."""
+        layout, tokens, conditioning, loras, *_ = prepared
         flux = self.part("flux", layout, loras)
-        controls = load_controls(plans, layout, self.device, self.dtype, self.nets)
-        modulation = self.modulation(flux, prepared)
         conditioning = Conditioning(*(x if x is None else x.to(self.device) for x in conditioning))
+        extensions = self.extensions(flux, prepared, conditioning, extensions)
+        modulation = self.modulation(flux, prepared)
         masked_attention = portable_attention
         if layout.regional_steps(layout.steps) and layout.method == "regional":
             masked_attention = choose_attention(self.attention, self.device, self.dtype, self.verbose)
@@ -179,21 +184,42 @@ class Pipeline:
         stance = torch.compiler.set_stance("force_eager") if eager else nullcontext()
         with library_attention(flux, layout, conditioning.txt, self.verbose), stance:
             z = sample(
-                flux, layout, tokens, conditioning, seed, masked_attention, maps, loras=loras, controls=controls,
-                on_step=on_step, modulation=modulation, parallel=self.parallel,
+                flux, layout, tokens, conditioning, seed, masked_attention, extensions, on_step, modulation
             )  # fmt: skip
         self.release()  # room for the VAE
         return z
+
+    def extensions(
+        self, flux: Flux, prepared: Prepared, conditioning: Conditioning, own: Sequence[Extension]
+    ) -> list[Extension]:
+        """The layout's extensions and a call's own, the innermost first.
+
+        LoRAs of regions see a process's part of the tokens, the others all of them; ControlNets, the outermost, see the
+        image without a control LoRA's.
+        """
+        layout, found = prepared.layout, []
+        part = self.parallel.part if self.parallel else all_of
+        if any(region.loras for region in layout.regions):
+            found.append(region_loras(flux, layout, prepared.loras, self.device, self.dtype, partial(part, dim=0)))
+        if self.parallel:
+            found.append(self.parallel.extend)
+        if prepared.control_latents is not None:
+            found.append(control_lora(prepared.control_latents.to(self.device)))
+        found += own
+        if prepared.controls:
+            controls = load_controls(layout, prepared.controls, self.device, self.dtype, self.nets)
+            found.append(controlnets(controls, flux.params, layout.steps, conditioning, part))
+        return found
 
     @torch.inference_mode()
     def decode(self, z: Tensor) -> Image.Image:
         autoencoder = self.part("ae")
         return Image.fromarray(to_uint8(autoencoder.decode(z.to(self.device, self.dtype)))[0].cpu().numpy())
 
-    def maps(self) -> AttentionMaps:
-        """For `latents`: what watches the attention."""
+    def maps(self, layout: Layout) -> AttentionMaps:
+        """What watches the attention, by its `extend`, one of the extensions of `latents`."""
         params = weights.flux_params(self.checkpoint.flux)
-        return AttentionMaps(params.depth, params.depth_single_blocks)
+        return AttentionMaps(layout, params.depth, params.depth_single_blocks)
 
     def drop(self, *names: str) -> None:
         """Let go of parts: t5, clip, flux, ae."""
@@ -250,7 +276,7 @@ class Pipeline:
             flux.compile_blocks()
         return flux
 
-    def modulation(self, flux: Flux, prepared: Prepared) -> list[list[Modulate]]:
+    def modulation(self, flux: Flux, prepared: Prepared) -> Modulations:
         """What modulates the blocks in each step of a layout; made once for all its seeds."""
         if self.modulated[0] is not prepared:
             y = prepared.conditioning.y.to(self.device)

@@ -2,33 +2,22 @@
 
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import weights
 from errors import InputError, say
-from extensions.control import ActiveControl, control_picture, image_share
+from extensions.control import LoadedControl, control_image, scale_of
 from extensions.controlnet import ControlNet
-from extensions.lora import merge
+from extensions.lora import NO_LORAS, Loras, merge
 from extensions.lora_files import read_lora
 from extensions.region_lora import can_be_regional
 from formats.hub import existing, fetch, is_repository, lora_file
 from formats.recognize import Source
 from regional.layout import Control, Layout
 from regional.reader import Where
-from regional.sampling import NO_LORAS, Loras
 from weights import check_loads, controlnet_params, flux_params, pick
-
-
-class ControlPlan(NamedTuple):
-    """A ControlNet before it is loaded; its picture is (1, 3, height, width), or its packed latents (1, L_img, 64)."""
-
-    source: Source
-    setting: Control
-    picture: Tensor
-
 
 # ------------------------------------------------------------------------------------------------ LoRAs
 
@@ -61,20 +50,16 @@ def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras = NO
 
 
 def control_of(layout: Layout) -> Tensor | None:
-    """The control picture of the layout's control LoRA, (1, 3, height, width) in [-1, 1]."""
-    images = [lora.image for lora in layout.loras if lora.image]
-    if len(images) > 1:
-        raise InputError(f"loras: {' and '.join(images)}: there can be only one control LoRA, with one image.")
-    for image in images:
-        picture, warnings = control_picture(image, None, layout.width, layout.height)
-        for warning in warnings:
-            say(f"warning: {warning}")
-        return picture
-    return None
+    """The image of the layout's control LoRA, (1, 3, height, width) in [-1, 1]."""
+    files = [lora.image for lora in layout.loras if lora.image]
+    if len(files) > 1:
+        names = " and ".join(files)
+        raise InputError(f"loras: {names}: there can be only one control LoRA, with one image.")
+    return control_image(files[0], None, layout) if files else None
 
 
 def merges_of(layout: Layout, loras: Loras, part: str) -> weights.Merges:
-    """What the layout's whole-picture LoRAs make of a part's weights."""
+    """By tensor, what merges the layout's LoRAs for the whole image into a component's weights."""
     changes = {}
     for entry in layout.loras:
         for change in loras[entry.file].changes[part]:
@@ -82,20 +67,20 @@ def merges_of(layout: Layout, loras: Loras, part: str) -> weights.Merges:
     return {name: partial(merge, changes=own) for name, own in changes.items()}
 
 
-def plan_controls(layout: Layout, flux: Source, where: Where) -> list[ControlPlan]:
-    """The layout's ControlNets, each checked against the transformer and its mode, and their pictures."""
-    plans = []
+def check_controls(layout: Layout, flux: Source, where: Where) -> list[tuple[Source, Tensor]]:
+    """For each of the layout's ControlNets its file, checked against the transformer and the mode,
+    and its control image, (1, 3, height, width) in [-1, 1]."""
+    found = []
     for i, control in enumerate(layout.controlnets):
         source = find_controlnet(control.model, f"{where(f'controlnets[{i}].model')} =")
         check_base(source, flux)
-        check_mode(control, weights.controlnet_params(source).modes, source, where(f"controlnets[{i}].mode"))
-        picture, warnings = control_picture(control.image, control.preprocess, layout.width, layout.height)
+        modes = weights.controlnet_params(source).modes
+        check_mode(control, modes, source, where(f"controlnets[{i}].mode"))
+        found.append((source, control_image(control.image, control.preprocess, layout)))
         if not any(control.acts(step, layout.steps) for step in range(layout.steps)):
-            warnings.append(f"{control.model}: no step of {layout.steps} lies within its start and end; it never acts")
-        for warning in warnings:
-            say(f"warning: {warning}")
-        plans.append(ControlPlan(source, control, picture))
-    return plans
+            never = f"no step of {layout.steps} lies within its start and end; it never acts"
+            say(f"warning: {control.model}: {never}")
+    return found
 
 
 def check_mode(control: Control, modes: int, source: Source, where: str) -> None:
@@ -108,17 +93,23 @@ def check_mode(control: Control, modes: int, source: Source, where: str) -> None
 
 
 def load_controls(
-    plans: list[ControlPlan], layout: Layout, device: torch.device, dtype: torch.dtype, nets: dict[Path, ControlNet]
-) -> list[ActiveControl]:
-    """The ControlNets, ready for this layout; each file is loaded once, into `nets`."""
-    for plan in plans:
-        if plan.source.path not in nets:
-            nets[plan.source.path] = weights.load_controlnet(plan.source, device, dtype)
+    layout: Layout,
+    found: list[tuple[Source, Tensor]],
+    device: torch.device,
+    dtype: torch.dtype,
+    nets: dict[Path, ControlNet],
+) -> list[LoadedControl]:
+    """The layout's ControlNets. found: what `check_controls` gives, with packed latents (1, L_img, 64) in
+    place of the images that are not read as pixels. nets: those that are loaded; new ones are added."""
     controls = []
-    for source, setting, picture in plans:
-        net, picture = nets[source.path], picture.to(device, dtype)
-        tokens = net.read(picture) if net.params.hint_width else picture
-        controls.append(ActiveControl(net, tokens, image_share(setting, layout).to(device, dtype), setting))
+    for setting, (source, image) in zip(layout.controlnets, found):
+        if source.path not in nets:
+            nets[source.path] = weights.load_controlnet(source, device, dtype)
+        net = nets[source.path]
+        image = image.to(device, dtype)
+        tokens = net.read(image) if net.params.hint_width else image
+        scale = scale_of(setting, layout).to(device, dtype)
+        controls.append(LoadedControl(net, tokens, scale, setting))
     return controls
 
 

@@ -1,7 +1,7 @@
 """LoRA terms: merged into weights while they are loaded, or added for some tokens by forward hooks."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -186,11 +186,15 @@ def add_terms(
 class Lora:
     """A file's changes to each part, "flux", "t5" and "clip"; `unknown`: keys that mean nothing for this model.
 
-    is_control: it makes the transformer read, beside the noisy latents, those of a control picture (BFL's Canny and
-    Depth LoRAs).
+    is_control: it makes the transformer read, next to the noisy latents, those of a control image
+    (BFL's Canny and Depth LoRAs).
     """
 
     path: Path
     changes: dict[str, list[Change]]
     unknown: list[str]
     is_control: bool = False
+
+
+Loras = Mapping[str, Lora]  # by their names in the layout
+NO_LORAS: Loras = {}

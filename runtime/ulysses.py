@@ -1,8 +1,12 @@
-"""One picture on several GPUs: every process has a part of the tokens, and in attention a part of the heads.
+"""One image on several GPUs: every process has a part of the tokens, and in attention a part of the heads.
 
-Sequence parallelism as in DeepSpeed-Ulysses (arXiv 2309.14509). Before attention the processes exchange, all to all,
-their tokens' q, k and v, so that each has all tokens of its own heads, in the usual order; after it they exchange back.
-Attention itself, the regional mask with it, is untouched, and the result is that of one process.
+Sequence parallelism as in DeepSpeed-Ulysses (arXiv 2309.14509), as an extension of sampling. Before
+attention the processes exchange, all to all, their tokens' q, k and v, so that each has all tokens of its
+own heads, in the usual order; after it they exchange back. Attention itself, the regional mask with it,
+is untouched, and the result is that of one process.
+
+Extensions inside it (before it in the list) see a process's part of the tokens, those outside all of
+them; both may ask `part` which tokens a process has.
 """
 
 import os
@@ -13,6 +17,7 @@ from torch import Tensor
 
 from errors import InputError
 from model.attention import Attention, Block
+from regional.sampling import Branches, Forward, Pass
 
 
 class Ulysses:
@@ -26,8 +31,21 @@ class Ulysses:
             raise InputError(f"--parallel ulysses: the model's {heads} heads can't be shared out to {size} processes.")
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        self.rank, self.size = dist.get_rank(), size
+        self.rank = dist.get_rank()
+        self.size = size
         self.on_hosts = dist.new_group(backend="gloo")
+
+    def extend(self, forward: Forward, branches: Branches) -> Forward:
+        """The extension: every process computes its part of the tokens, and gets the whole velocity."""
+
+        def split(given: Pass, step: int) -> Tensor:
+            tokens = given.img, given.img_ids, given.txt, given.txt_ids
+            img = given.img.shape[1]
+            attention = self.attention(given.attention, given.txt.shape[1], img, branches.streams)
+            local = Pass(*map(self.part, tokens), *given[4:])._replace(attention=attention)
+            return self.whole(forward(local, step), img)
+
+        return split
 
     def counts(self, length: int) -> list[int]:
         """How many of `length` tokens each process has."""
