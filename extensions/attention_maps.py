@@ -14,10 +14,9 @@ from regional.sampling import Branches, Forward, Pass
 class AttentionMaps:
     """Watches the attention of one image's regional steps.
 
-    For every image token, the fraction of its attention in the regional branch that goes to each region's
-    prompt tokens; the mean over the heads, and over the blocks of a group: thirds of the double blocks and
-    of the single blocks. The scores are computed a second time for it, for one distinct value of the region
-    bits after the other.
+    For every image token, the fraction of its attention in the regional branch that goes to each
+    region's prompt tokens; the mean over the heads, and over the blocks of a group: thirds of the double
+    and of the single blocks. The scores are computed once more for it, by values of the region bits.
     """
 
     def __init__(self, layout: Layout, depth: int, depth_single_blocks: int):
@@ -50,9 +49,7 @@ class AttentionMaps:
         text_length = start // self.steps[-1].shape[1]
         every = torch.arange(len(bits), device=bits.device)
         no_base = torch.zeros(len(order), device=bits.device)
-        log_weights = branches.log_weights
-        log_weights = log_weights if log_weights is None else log_weights.to(bits.device)
-        weighed = in_one_sequence(bits, 0, text_length, no_base, log_weights)
+        weighed = in_one_sequence(bits, 0, text_length, no_base, branches.log_weights)
 
         def watched(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
             group, blocks = self.group_of[block]

@@ -1,8 +1,8 @@
-"""ControlNets as an extension of sampling: which steps, image tokens and streams their residuals reach.
+"""ControlNets and control LoRAs as extensions of sampling.
 
-In the double blocks there is one image stream. In the single blocks of a regional step with a base branch
-there are two, [..., base img, img]; both get the residuals, unless `residuals: published` asks for the
-last one alone. In every step a ControlNet is given the base prompt.
+In the double blocks there is one image stream. In the single blocks of a regional step with a base
+branch there are two, [..., base img, img]; both get a ControlNet's residuals, unless `residuals:
+published` asks for the last one alone. In every step a ControlNet is given the base prompt.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,51 +25,44 @@ from sampler.flow import text_ids
 
 
 class LoadedControl(NamedTuple):
-    """tokens: (1, L_img, in_channels), what the net reads of the control image; scale: (L_img, 1), of
-    the residuals of each image token. Both are row by row."""
+    """tokens: (1, L_img, in_channels), the control image as the net reads it; scale: (L_img, 1), that
+    of each image token's residuals. Both are row by row."""
 
     net: ControlNet
     tokens: Tensor
     scale: Tensor
     setting: Control
 
-    def residuals(self, given: Pass, conditioning: Conditioning, order: Tensor) -> Residuals:
-        """Those for image tokens in this order, scaled."""
-        txt, y = conditioning.txt, conditioning.y[:1]
-        modulation = self.net.modulation(given.timesteps, y, given.guidance)
-        tokens = given.img, given.img_ids, txt, text_ids(txt.shape[1])
-        control = self.tokens[:, order]
-        found = self.net(*tokens, modulation, control, self.setting.mode_index)
-        return found.scaled(self.scale[order])
-
 
 def controlnets(
-    controls: Sequence[LoadedControl],
-    params: FluxParams,
-    steps: int,
-    conditioning: Conditioning,
+    controls: Sequence[LoadedControl], params: FluxParams, steps: int, conditioning: Conditioning,
     part: Callable[[Tensor], Tensor] = lambda x: x,
-) -> Extension:
-    """params: the transformer's; steps: the layout's; part: which of an image stream's tokens, along
+) -> Extension:  # fmt: skip
+    """params: the transformer's; steps: the layout's; part: which of a stream's tokens, along
     dimension 1, this process has."""
     depths = {"double": params.depth, "single": params.depth_single_blocks}
+    txt = conditioning.txt
+    y = conditioning.y[:1]
+
+    def residuals_of(control: LoadedControl, given: Pass, order: Tensor) -> Residuals:
+        net, tokens, scale, setting = control
+        modulation = net.modulation(given.timesteps, y, given.guidance)
+        inputs = given.img, given.img_ids, txt, text_ids(txt.shape[1]), modulation
+        found = net(*inputs, tokens[:, order], setting.mode_index)
+        return found.each(lambda residual: part(residual * scale[order]))
 
     def extend(forward: Forward, branches: Branches) -> Forward:
         def with_residuals(given: Pass, step: int) -> Tensor:
             acting = [control for control in controls if control.setting.acts(step, steps)]
-            found = []
-            for control in acting:
-                whole = control.residuals(given, conditioning, branches.order)
-                found.append(Residuals(*([part(x) for x in kind] for kind in whole)))
+            found = [residuals_of(control, given, branches.order) for control in acting]
 
             def after_block(x: Tensor, block: Block) -> Tensor:
                 x = given.after_block(x, block)
-                for control, residuals in zip(acting, found):
-                    in_turn = control.net.params.hint_width > 0
-                    residual = residuals.after(block, depths[block.kind], in_turn)
+                for (net, *_, setting), residuals in zip(acting, found):
+                    residual = residuals.after(block, depths[block.kind], net.params.hint_width > 0)
                     if residual is not None:
-                        published = control.setting.residuals == "published"
-                        add(x, residual, 1 if published else branches.streams)
+                        alone = setting.residuals == "published"
+                        add(x, residual, 1 if alone else branches.streams)
                 return x
 
             return forward(given._replace(after_block=after_block), step)
@@ -80,8 +73,8 @@ def controlnets(
 
 
 def add(x: Tensor, residual: Tensor, streams: int) -> None:
-    """Add a residual (B, L_img, D) to each of the last so many image streams of x (B, L, D), or to the
-    only one that double blocks and the last block give, in place: x is the block's own result."""
+    """Add a residual (B, L_img, D) to each of the last `streams` image streams of x (B, L, D), or to
+    the one that double blocks and the last block give; in place, as x is the block's own result."""
     length = residual.shape[1]
     streams = min(streams, x.shape[1] // length)
     x[:, x.shape[1] - streams * length :].unflatten(1, (streams, length)).add_(residual[:, None])
@@ -119,8 +112,8 @@ def canny(pixels: np.ndarray) -> np.ndarray:
     try:
         import cv2
     except ImportError as error:
-        remedy = "pip install opencv-python-headless"
-        raise InputError(f"preprocess = canny: needs OpenCV, which is missing here ({error}); {remedy}.") from error
+        problem = f"needs OpenCV ({error}); pip install opencv-python-headless"
+        raise InputError(f"preprocess = canny: {problem}.") from error
     edges = cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), 100, 200)
     return np.repeat(edges[:, :, None], 3, axis=2)
 

@@ -1,15 +1,16 @@
 """ControlNets for FLUX.1: copies of its first blocks that read a control image and give residuals.
 
 Two families, with one network behind both:
-- InstantX and Shakker-Labs: the control image as latents; a few double and perhaps single blocks, whose
-  residuals are spread over FLUX's in groups; a mode tells `union` models the kind of control image.
-- XLabs: the control image's pixels, read by eight convolutions (`input_hint_block`); two double blocks,
-  whose residuals take turns.
+- InstantX and Shakker-Labs: the control image as latents; a few double and perhaps single blocks,
+  whose residuals are spread over FLUX's in groups; a mode tells `union` models the kind of image.
+- XLabs: the control image's pixels, read by eight convolutions (`input_hint_block`); two double
+  blocks, whose residuals take turns.
 
 Names are the files': the official ones for what FLUX has too, else diffusers' (InstantX) or XLabs'.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from model.transformer import FluxParams, Streams
 class ControlNetParams(FluxParams):
     """Sizes of a ControlNet; weights.py reads them off the file.
 
-    modes: how many a union model knows, 0 for the others. hint_width: channels inside the input_hint_block, 0 without.
+    modes: those of a union model, else 0. hint_width: channels in the input_hint_block, 0 without.
     """
 
     modes: int = 0
@@ -40,19 +41,16 @@ class Residuals(NamedTuple):
     single: list[Tensor]
 
     def after(self, block: Block, depth: int, in_turn: bool) -> Tensor | None:
-        """The residual for this block of a FLUX with `depth` blocks of its kind; None if there are none of the kind.
-
-        They are spread over groups of ceil(depth / n) neighbours (InstantX), or taken `in_turn` (XLabs).
-        """
+        """That for this block, of `depth` of its kind; None if there are none of the kind. They are
+        spread over groups of ceil(depth / n) neighbors (InstantX), or taken `in_turn` (XLabs)."""
         residuals = getattr(self, block.kind)
         if not residuals:
             return None
-        index = block.index % len(residuals) if in_turn else block.index // math.ceil(depth / len(residuals))
-        return residuals[index]
+        count = len(residuals)
+        return residuals[block.index % count if in_turn else block.index // math.ceil(depth / count)]
 
-    def scaled(self, factor: float | Tensor) -> "Residuals":
-        """All of them times a number, or times one for each token, (L_img, 1)."""
-        return Residuals(*([residual * factor for residual in residuals] for residuals in self))
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Residuals":
+        return Residuals(*([function(residual) for residual in kind] for kind in self))
 
 
 def hint_block(width: int, out_channels: int) -> nn.Sequential:
@@ -82,20 +80,13 @@ class ControlNet(Streams):
         return rearrange(hint, "B c (h ph) (w pw) -> B (h w) (c ph pw)", ph=2, pw=2)
 
     def forward(
-        self,
-        img: Tensor,
-        img_ids: Tensor,
-        txt: Tensor,
-        txt_ids: Tensor,
-        modulation: list[Vectors],
-        control: Tensor,
-        mode: int | None = None,
-    ) -> Residuals:
+        self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, modulation: list[Vectors],
+        control: Tensor, mode: int | None = None,
+    ) -> Residuals:  # fmt: skip
         """The residuals for the image tokens, each (B, L_img, D).
 
-        The first five are those of Flux.forward. control: (B, L_img, in_channels), the control image's
-        packed latents, or what `read` gives. mode: for union models alone; it becomes one more token
-        before the text, at position 0.
+        The first five as in Flux.forward. control: (B, L_img, in_channels), the control image's
+        packed latents, or `read`. mode: for union models alone, one more token before the text.
         """
         length = img.shape[1]
         hidden = self.embed(img, img_ids, txt, txt_ids)
@@ -103,8 +94,8 @@ class ControlNet(Streams):
         if self.params.modes:
             token = self.controlnet_mode_embedder.weight[mode].expand(len(txt), 1, -1)
             origin = self.positions(torch.zeros_like(txt_ids[:, :1]), token)
-            pe = torch.cat([origin, hidden.pe], dim=1)
-            hidden = hidden._replace(txt=torch.cat([token, hidden.txt], dim=1), pe=pe)
+            txt = torch.cat([token, hidden.txt], dim=1)
+            hidden = hidden._replace(txt=txt, pe=torch.cat([origin, hidden.pe], dim=1))
         residuals = Residuals([], [])
         heads = {"double": self.controlnet_blocks, "single": self.controlnet_single_blocks}
 

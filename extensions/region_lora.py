@@ -1,12 +1,11 @@
 """LoRAs of single regions, an extension of sampling: which tokens they act on.
 
-A region's LoRA is never merged. What it adds is computed for the region's text tokens and for its image
-tokens, in every stream that has them, and where regions overlap the additions add up. The base prompt's
-tokens belong to no region: only a LoRA whose region is the whole image acts on them, and so it is the
-same as one that is merged.
+A region's LoRA is never merged. What it adds is computed for the region's text and image tokens, in
+every stream that has them, and where regions overlap the additions add up. Only a LoRA whose region is
+the whole image acts on the base prompt's tokens too, and so it is the same as one that is merged.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,8 +21,8 @@ STREAMS = {"img_in": "img", "txt_in": "txt", "single_blocks": "both", "final_lay
 
 
 def stream_of(name: str) -> str | None:
-    """Which tokens a tensor of Flux works on: "img", "txt", or "both" in a single block; None for what has no tokens
-    (the time, guidance and CLIP vectors)."""
+    """Which tokens a tensor of Flux works on: "img", "txt", or "both" in a single block; None for the
+    embedders of time, guidance and CLIP's embedding."""
     first, *rest = name.split(".")
     return rest[1][:3] if first == "double_blocks" else STREAMS.get(first)
 
@@ -36,7 +35,7 @@ def can_be_regional(change: Change) -> bool:
     return stream_of(change.name) is not None and not change.name.endswith("_norm.scale")
 
 
-class OwnModulation(Sequence):
+class OwnModulation:
     """A modulation whose entries are computed when they are read: with vectors for each token, all
     of them at once would take gigabytes."""
 
@@ -44,30 +43,21 @@ class OwnModulation(Sequence):
         self.modules = flux.modulated
         self.vec = flux.conditioning(given.timesteps, given.y, given.guidance)
 
-    def __len__(self) -> int:
-        return len(self.modules)
-
     def __getitem__(self, index: int) -> Vectors:
         return self.modules[index].vectors([self.vec])[0]
 
 
 def region_loras(
-    flux: Flux,
-    layout: Layout,
-    loras: Loras,
-    device: torch.device,
-    dtype: torch.dtype,
+    flux: Flux, layout: Layout, loras: Loras, device: torch.device, dtype: torch.dtype,
     part: Callable[[Tensor], Tensor] = all_of,
-) -> Extension:
-    """The regions' own LoRAs; in plain steps those of them that ask for it.
-
-    device, dtype: where and in what the layers compute. part: which of a stream's tokens, along
-    dimension 0, this process has.
-    """
+) -> Extension:  # fmt: skip
+    """The regions' own LoRAs; in plain steps those of them that ask for it. device, dtype: of the
+    layers' inputs. part: which of a stream's tokens, along dimension 0, this process has."""
 
     def extend(forward: Forward, branches: Branches) -> Forward:
         is_plain = branches.base_ratio is None and branches.prompt == 0
-        hooks = hooks_for(flux, additions(layout, loras, branches, is_plain, part), device, dtype)
+        own = additions(layout, loras, branches, is_plain, part)
+        hooks = hooks_for(flux, own, device, dtype)
         changes_modulation = any(MODULATION.search(layer) for layer in hooks)
 
         def with_loras(given: Pass, step: int) -> Tensor:
@@ -87,24 +77,20 @@ def additions(
     """What the regions' LoRAs add in passes of this kind."""
     found = []
     for i, region in enumerate(layout.regions):
-        chosen = [lora for lora in region.loras if lora.plain_steps or not is_plain]
         mine = branches.region_bits.cpu() & (1 << i) != 0
-        if not chosen or not mine.any():
-            continue
         streams = tokens_of(mine, branches, part)
-        for lora in chosen:
-            for change in loras[lora.file].changes["flux"]:
-                if can_be_regional(change):
-                    tokens = streams[stream_of(change.name)]
-                    found.append(Addition(change, lora.scale, tokens))
+        for lora in region.loras if mine.any() else ():
+            changes = loras[lora.file].changes["flux"] if lora.plain_steps or not is_plain else ()
+            for change in filter(can_be_regional, changes):
+                found.append(Addition(change, lora.scale, streams[stream_of(change.name)]))
     return found
 
 
-def tokens_of(mine: Tensor, branches: Branches, part: Callable[[Tensor], Tensor] = all_of) -> dict[str, Tensor]:
-    """A region's tokens in each stream of regional/attention.py's sequences, (L,) bool each.
-
-    mine: (L,) bool, which of the tokens that branches.region_bits describes are the region's.
-    """
+def tokens_of(
+    mine: Tensor, branches: Branches, part: Callable[[Tensor], Tensor] = all_of
+) -> dict[str, Tensor]:  # fmt: skip
+    """A region's tokens in each stream of regional/attention.py's sequences, (L,) bool each. mine:
+    (L,) bool, which of the tokens in branches.region_bits are the region's."""
     length = len(branches.order)
     texts, img = mine.split([len(mine) - length, length])
     base = img.all().expand(branches.text_length * branches.has_base)

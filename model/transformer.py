@@ -47,10 +47,8 @@ def as_it_is(x: Tensor, block: Block) -> Tensor:
 
 class Hidden(NamedTuple):
     """The tokens between two blocks: img (B, L_img, D), txt (B, L_txt, D), their rotary embeddings
-    pe (B, L_txt + L_img, d / 2, 2), and length, which is L_img.
-
-    From the first single block on img is the whole sequence that `join` made, and txt is None.
-    """
+    pe (B, L_txt + L_img, d / 2, 2), and length, L_img. After the double blocks, img is the sequence
+    that `join` made, and txt is None."""
 
     img: Tensor
     txt: Tensor | None
@@ -90,7 +88,7 @@ class Streams(nn.Module):
 
     @property
     def modulated(self) -> list[nn.Module]:
-        """The modules that have an entry in the modulation, in its order."""
+        """The modules of the modulation's entries."""
         return [*self.double_blocks, *self.single_blocks]
 
     def conditioning(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
@@ -101,11 +99,8 @@ class Streams(nn.Module):
         return vec
 
     def modulation(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> list[Vectors]:
-        """The modulation of each of the modules in `modulated`, as `forward` takes it.
-
-        timesteps: (B,) in [0, 1]; y: (B, vec), the pooled CLIP embedding; guidance: (B,), None for
-        checkpoints without a guidance embedder.
-        """
+        """That of each of the modules in `modulated`. timesteps: (B,) in [0, 1]; y: (B, vec), the
+        pooled CLIP embedding; guidance: (B,), None for checkpoints without a guidance embedder."""
         vec = self.conditioning(timesteps, y, guidance)
         return [module.vectors([vec])[0] for module in self.modulated]
 
@@ -119,13 +114,13 @@ class Streams(nn.Module):
         return [list(x) for x in zip(*(module.vectors(vecs) for module in self.modulated))]
 
     def positions(self, ids: Tensor, x: Tensor) -> Tensor:
-        """Rotary embeddings of ids (B, L, 3): (B, L, d / 2, 2), float32 or wider, on x's device."""
+        """Rotary embeddings of ids (B, L, 3), (B, L, d / 2, 2) in float32 or more, where x is."""
         precise = torch.promote_types(x.dtype, torch.float32)
         key = ids.cpu().numpy().tobytes(), ids.shape, ids.dtype, self.params
         return known_rope(*key, precise, x.device)
 
     def embed(self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor) -> Hidden:
-        """What the first block takes; the arguments are those of Flux.forward."""
+        """What the first block takes, of the arguments of Flux.forward."""
         img = self.img_in(img)
         txt = self.txt_in(txt)
         pe = torch.cat([self.positions(txt_ids, img), self.positions(img_ids, img)], dim=1)
@@ -137,7 +132,7 @@ class Streams(nn.Module):
         first: int = 0, last: int | None = None,
     ) -> Hidden:  # fmt: skip
         """The blocks from `first` up to `last`, the double blocks counted first; all by default.
-        The very last one computes only the last L_img rows: nothing reads the others."""
+        The very last one computes only L_img rows: nothing reads the others."""
         img, txt, pe, length = hidden
         del hidden  # its tensors must not stay in memory while the blocks run
         depth = len(self.double_blocks)
@@ -148,7 +143,7 @@ class Streams(nn.Module):
                 img, txt = modules[i](img, txt, modulation[i], pe, attention, block)
             else:
                 block = Block("single", i - depth)
-                if txt is not None:
+                if i == depth:
                     img = join(txt, img)
                     pe = join(*pe.split([txt.shape[1], length], dim=1))
                     txt = None
@@ -187,7 +182,7 @@ class Flux(Streams):
         return self.decode(hidden, modulation)
 
     def decode(self, hidden: Hidden, modulation: list[Vectors]) -> Tensor:
-        """The velocity, (B, L_img, out_channels), from what the last block gives."""
+        """The velocity, (B, L_img, out_channels)."""
         return self.final_layer(hidden.img[:, -hidden.length :], modulation[-1])
 
     def compile_blocks(self) -> None:

@@ -1,6 +1,6 @@
 """The denoising of one image: noise in, latents out; first the regional steps, then plain FLUX.
 
-Whatever can be absent from an image (LoRAs of regions, ControlNets, sequence parallelism ...) is an
+Whatever an image can do without (ControlNets, LoRAs of regions, sequence parallelism ...) is an
 extension, a function that wraps the forward pass; docs/extensions.md shows how to write one.
 """
 
@@ -23,8 +23,8 @@ from sampler.schedule import sigmas
 
 
 class Conditioning(NamedTuple):
-    """The encoded prompts: txt (1, L_txt, context), the base prompt; regions (R, L_region, context),
-    if there are any; y (1, vec), CLIP's embedding of the base prompt, for rpg (1 + R, vec)."""
+    """The encoded prompts: txt (1, L_txt, context), the base prompt; regions (R, L_region, context)
+    or None; y (1, vec), the base prompt's pooled CLIP embedding, for rpg (1 + R, vec)."""
 
     txt: Tensor
     regions: Tensor | None
@@ -69,6 +69,7 @@ class Branches(NamedTuple):
 
 Forward = Callable[[Pass, int], Tensor]  # a pass and the step's index -> velocity (1, L_img, 64)
 Extension = Callable[[Forward, Branches], Forward]
+MakeAttention = Callable[[Tokens], MaskedAttention]
 Modulations = list[dict[float, list[Vectors]]]  # by the prompt's row in y and by t
 
 
@@ -97,18 +98,15 @@ def sample(
     tokens: RegionTokens | None,
     conditioning: Conditioning,
     seed: int,
-    masked_attention: Callable[[Tokens], MaskedAttention],
+    masked_attention: MakeAttention,
     extensions: Sequence[Extension] = (),
     on_step: Callable[[], None] = lambda: None,
     modulation: Modulations | None = None,
 ) -> Tensor:
-    """Latents (1, 16, height / 8, width / 8), float32.
-
-    extensions: the first is the innermost. on_step: called after every step. modulation: what
-    `modulations` gives, if it is known; timesteps that are missing in it are added.
-    """
-    steps = layout.steps
+    """Latents (1, 16, height / 8, width / 8), float32. extensions: the first is the innermost.
+    on_step: called after every step. modulation: `modulations`, if known; more may be added."""
     txt = conditioning.txt
+    steps = layout.steps
     levels = noise_levels(layout, flux.params)
     img = pack(noise(layout.width, layout.height, seed)).to(txt.device, txt.dtype).float()
     order = torch.arange(img.shape[1])
@@ -117,7 +115,8 @@ def sample(
         tokens, order = tokens.sorted()
     modulation = modulation or modulations(flux, layout, conditioning.y)
     run = Run(flux, layout, tokens, conditioning, order, modulation, extensions)
-    plain = run.plain()
+    bits = tokens.image_bits if tokens else torch.zeros_like(order)
+    plain = run.velocity(txt, Branches(bits.to(txt.device), order, txt.shape[1]))
     img = img[:, order]
     start = 0
     with tqdm(total=steps, desc=f"seed {seed}", disable=None) as bar:
@@ -126,14 +125,14 @@ def sample(
             bar.update()
             on_step()
 
-        for end, ratio in [*stages, (steps, None)]:
-            velocity = plain
-            if ratio is not None and layout.method == "rpg":
+        for end, ratio in stages:
+            if layout.method == "rpg":
                 velocity = composed(run, ratio[order], plain)
-            elif ratio is not None:
+            else:
                 velocity = regional(run, ratio[order], masked_attention)
             img = denoise(velocity, img, levels, range(start, end), after_step)
             start = end
+        img = denoise(plain, img, levels, range(start, steps), after_step)
     return unpack(img[:, order.argsort()], layout.width, layout.height)
 
 
@@ -148,12 +147,6 @@ class Run:
     order: Tensor
     modulation: Modulations
     extensions: Sequence[Extension]
-
-    def plain(self) -> Velocity:
-        """Plain FLUX with the base prompt."""
-        txt = self.conditioning.txt
-        bits = self.tokens.image_bits if self.tokens else torch.zeros_like(self.order)
-        return self.velocity(txt, Branches(bits.to(txt.device), self.order, txt.shape[1]))
 
     def velocity(
         self, txt: Tensor, branches: Branches, attention: Attention = plain_attention,
@@ -183,47 +176,36 @@ class Run:
         return velocity
 
 
-def regional(
-    run: Run, base_ratio: Tensor, masked_attention: Callable[[Tokens], MaskedAttention]
-) -> Velocity:  # fmt: skip
+def regional(run: Run, base_ratio: Tensor, masked_attention: MakeAttention) -> Velocity:
     """Every region's prompt in its region, blended with the base prompt: base_ratio (L_img,)."""
     txt, regions, _ = run.conditioning
+    length = txt.shape[1]
     bits = run.tokens.bits(regions.shape[1]).to(txt.device)
-    log_weights = run.tokens.log_weights()
+    weights = run.tokens.log_weights()
+    weights = weights if weights is None else weights.to(txt.device)
     attention = RegionalAttention(
-        masked_attention, bits, txt.shape[1], len(run.order), base_ratio,
-        lambda block: run.layout.is_masked(block.kind, block.index), log_weights,
-        shared=run.layout.base_stream == "shared",
+        masked_attention, bits, length, len(run.order), base_ratio,
+        lambda block: run.layout.is_masked(*block), weights, run.layout.base_stream == "shared",
     )  # fmt: skip
     texts = [regions.flatten(0, 1)[None]] + [txt] * attention.has_base
-    branches = Branches(
-        bits, run.order, txt.shape[1], 0, attention.has_base, attention.streams, base_ratio, log_weights
-    )
+    of_base = attention.has_base, attention.streams, base_ratio
+    branches = Branches(bits, run.order, length, 0, *of_base, weights)
     return run.velocity(torch.cat(texts, dim=1), branches, attention, attention.join)
 
 
 def composed(run: Run, base_ratio: Tensor, plain: Velocity) -> Velocity:
-    """The method rpg: every region's prompt over the whole image, and their velocities composed."""
-    found = []
+    """The method rpg: each region's prompt over the whole image, their velocities put together and
+    blended with the base prompt's. Where regions overlap, their mean counts, by cover."""
+    regions = []
     for i, txt in enumerate(run.conditioning.regions):
         bits = torch.full_like(run.order, 1 << run.tokens.prompt_bits[i]).to(txt.device)
-        found.append(run.velocity(txt[None], Branches(bits, run.order, len(txt), prompt=1 + i)))
-    return composed_velocity(found, plain, run.tokens, base_ratio)
-
-
-def composed_velocity(
-    regions: list[Velocity], base: Velocity, tokens: RegionTokens, base_ratio: Tensor
-) -> Velocity:  # fmt: skip
-    """(1 - base_ratio) * the velocity of a token's regions + base_ratio * that of the base prompt.
-
-    regions: the velocities of tokens.prompts; where regions overlap, their mean counts, by cover.
-    """
-    fractions = (tokens.cover / tokens.cover.sum(0))[:, :, None]
+        regions.append(run.velocity(txt[None], Branches(bits, run.order, len(txt), prompt=1 + i)))
+    fractions = (run.tokens.cover / run.tokens.cover.sum(0))[:, :, None]
     ratio = base_ratio[:, None].float()
 
     def velocity(img: Tensor, t: float, step: int) -> Tensor:
         pairs = zip(fractions, regions)
         mean = sum(fraction.to(img) * region(img, t, step) for fraction, region in pairs)
-        return torch.lerp(mean, base(img, t, step), ratio.to(mean)) if ratio.any() else mean
+        return torch.lerp(mean, plain(img, t, step), ratio.to(mean)) if ratio.any() else mean
 
     return velocity

@@ -146,7 +146,7 @@ def test_files_from_diffusers_give_its_residuals_and_its_velocity(diffusers, tmp
         return_dict=False,
         **shared,
     )
-    got = residuals_of(ours, **x, control=tokens, mode=mode).scaled(0.7)
+    got = residuals_of(ours, **x, control=tokens, mode=mode).each(lambda residual: 0.7 * residual)
     assert (len(got.double), len(got.single)) == (double, single)
     for our, their in zip(got.double + got.single, [*wanted_double, *(wanted_single or [])]):
         assert largest_difference(our, their) < 1e-9

@@ -106,7 +106,8 @@ def test_heun_takes_the_modulation_by_its_timestep(flux, ratio):
         return lambda given, step: (asked.append(step), forward(given, step))[1]
 
     run = Run(flux, LAYOUT, tokens, CONDITIONING, order, known, (watch,))
-    velocity, txt, more = run.plain(), CONDITIONING.txt, {}
+    txt, more = CONDITIONING.txt, {}
+    velocity = run.velocity(txt, Branches(tokens.image_bits, order, TEXT))
     if ratio:
         ratios = torch.full((IMAGE,), ratio)
         velocity = regional(run, ratios, dense_attention)

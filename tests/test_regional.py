@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -22,7 +23,7 @@ from model.transformer import Flux, FluxParams
 from regional.attention import RegionalAttention, Tokens, dense_attention, in_one_sequence, portable_attention
 from regional.layout import Layout, Region
 from regional.mask import BACKGROUND_BIT, allowed, region_tokens
-from regional.sampling import composed_velocity
+from regional.sampling import composed
 from sampler.flow import image_ids, text_ids
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -460,9 +461,11 @@ def test_composition_takes_each_token_from_its_regions(ratio):
     def constant(value: float):
         return lambda img, t, step: (asked.append(value), torch.full_like(img, value))[1]
 
-    composition = composed_velocity(
-        [constant(v) for v in (1.0, 2.0, 3.0, 4.0)], constant(100.0), tokens, torch.full((24,), ratio)
-    )
+    run = SimpleNamespace(
+        tokens=tokens, order=torch.arange(24), conditioning=SimpleNamespace(regions=torch.zeros(4, 5, 20)),
+        velocity=lambda txt, branches: constant(float(branches.prompt)),
+    )  # fmt: skip
+    composition = composed(run, torch.full((24,), ratio), constant(100.0))
     out = composition(torch.zeros(1, IMAGE, 64), 1.0, 0)
     of_bits = {0b1: 1, 0b10: 2, 0b11: 1.5, 0b111: 2, 0b101: 2, 0b110: 2.5, 0b100: 3, 1 << BACKGROUND_BIT: 4}
     expected = torch.tensor([of_bits[bits] for bits in tokens.image_bits.tolist()])
