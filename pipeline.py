@@ -78,7 +78,7 @@ class Prepared(NamedTuple):
     conditioning: Conditioning
     loras: Loras
     controls: list[tuple[Source, Tensor]]
-    control_latents: Tensor | None
+    control_latents: Tensor | None = None
 
 
 class Pipeline:
@@ -169,7 +169,7 @@ class Pipeline:
         extensions: Sequence[Extension] = (),
         on_step: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """Latents (1, 16, height / 8, width / 8), float32. extensions: of this call, beside the layout's."""
+        """Latents (1, 16, height / 8, width / 8), float32. extensions: further ones than the layout's."""
         layout, tokens, conditioning, loras, *_ = prepared
         flux = self.part("flux", layout, loras)
         conditioning = Conditioning(*(x if x is None else x.to(self.device) for x in conditioning))
@@ -197,7 +197,8 @@ class Pipeline:
         LoRAs of regions see a process's part of the tokens, the others all of them; ControlNets, the outermost, see the
         image without a control LoRA's.
         """
-        layout, found = prepared.layout, []
+        layout = prepared.layout
+        found = []
         part = self.parallel.part if self.parallel else all_of
         if any(region.loras for region in layout.regions):
             found.append(region_loras(flux, layout, prepared.loras, self.device, self.dtype, partial(part, dim=0)))

@@ -15,8 +15,8 @@ class AttentionMaps:
     """Watches the attention of one image's regional steps.
 
     For every image token, the fraction of its attention in the regional branch that goes to each
-    region's prompt tokens; the mean over the heads, and over the blocks of a group: thirds of the double
-    and of the single blocks. The scores are computed once more for it, by values of the region bits.
+    region's prompt tokens; the mean over the heads, and over the blocks of a group: thirds of the
+    double and of the single blocks. The scores are computed once more, by values of the region bits.
     """
 
     def __init__(self, layout: Layout, depth: int, depth_single_blocks: int):
@@ -25,8 +25,10 @@ class AttentionMaps:
         self.groups = []
         for kind, count in ("double", depth), ("single", depth_single_blocks):
             for blocks in np.array_split(np.arange(count), min(3, count)):
-                self.group_of |= {Block(kind, int(i)): (len(self.groups), len(blocks)) for i in blocks}
-                self.groups.append(f"{kind} {blocks[0]}" + (f"-{blocks[-1]}" if len(blocks) > 1 else ""))
+                group = len(self.groups), len(blocks)
+                self.group_of |= {Block(kind, int(i)): group for i in blocks}
+                last = f"-{blocks[-1]}" if len(blocks) > 1 else ""
+                self.groups.append(f"{kind} {blocks[0]}{last}")
         self.steps = []
 
     def extend(self, forward: Forward, branches: Branches) -> Forward:
@@ -49,7 +51,10 @@ class AttentionMaps:
         text_length = start // self.steps[-1].shape[1]
         every = torch.arange(len(bits), device=bits.device)
         no_base = torch.zeros(len(order), device=bits.device)
-        weighed = in_one_sequence(bits, 0, text_length, no_base, branches.log_weights)
+        log_weights = branches.log_weights
+        if log_weights is not None:
+            log_weights = log_weights.to(bits.device)
+        weighed = in_one_sequence(bits, 0, text_length, no_base, log_weights)
 
         def watched(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
             group, blocks = self.group_of[block]

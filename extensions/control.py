@@ -25,8 +25,8 @@ from sampler.flow import text_ids
 
 
 class LoadedControl(NamedTuple):
-    """tokens: (1, L_img, in_channels), the control image as the net reads it; scale: (L_img, 1), that
-    of each image token's residuals. Both are row by row."""
+    """tokens: (1, L_img, in_channels), the control image as the net reads it; scale: (L_img, 1), of
+    each image token's residuals. Both are row by row."""
 
     net: ControlNet
     tokens: Tensor
@@ -74,7 +74,7 @@ def controlnets(
 
 def add(x: Tensor, residual: Tensor, streams: int) -> None:
     """Add a residual (B, L_img, D) to each of the last `streams` image streams of x (B, L, D), or to
-    the one that double blocks and the last block give; in place, as x is the block's own result."""
+    the one that double blocks and the last block give; in place: x is the block's own result."""
     length = residual.shape[1]
     streams = min(streams, x.shape[1] // length)
     x[:, x.shape[1] - streams * length :].unflatten(1, (streams, length)).add_(residual[:, None])

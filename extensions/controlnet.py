@@ -46,8 +46,8 @@ class Residuals(NamedTuple):
         residuals = getattr(self, block.kind)
         if not residuals:
             return None
-        count = len(residuals)
-        return residuals[block.index % count if in_turn else block.index // math.ceil(depth / count)]
+        group = math.ceil(depth / len(residuals))
+        return residuals[block.index % len(residuals) if in_turn else block.index // group]
 
     def each(self, function: Callable[[Tensor], Tensor]) -> "Residuals":
         return Residuals(*([function(residual) for residual in kind] for kind in self))
@@ -66,9 +66,10 @@ class ControlNet(Streams):
         super().__init__(params)
         hidden = params.hidden_size
         self.controlnet_x_embedder = nn.Linear(params.in_channels, hidden)
-        self.controlnet_blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(params.depth))
-        single = params.depth_single_blocks
-        self.controlnet_single_blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(single))
+        double = [nn.Linear(hidden, hidden) for _ in range(params.depth)]
+        single = [nn.Linear(hidden, hidden) for _ in range(params.depth_single_blocks)]
+        self.controlnet_blocks = nn.ModuleList(double)
+        self.controlnet_single_blocks = nn.ModuleList(single)
         if params.modes:
             self.controlnet_mode_embedder = embedding(params.modes, hidden)
         if params.hint_width:

@@ -107,8 +107,8 @@ def load_controls(
     layout: Layout, found: list[tuple[Source, Tensor]], device: torch.device, dtype: torch.dtype,
     nets: dict[Path, ControlNet],
 ) -> list[LoadedControl]:  # fmt: skip
-    """The layout's ControlNets. found: what `check_controls` gives, with packed latents (1, L_img, 64)
-    in place of the images that are not read as pixels. nets: those loaded; new ones are added."""
+    """The layout's ControlNets. found: what `check_controls` gives, with packed latents (1, L_img,
+    64) for images that are not read as pixels. nets: those loaded; new ones are added."""
     controls = []
     for setting, (source, image) in zip(layout.controlnets, found):
         if source.path not in nets:

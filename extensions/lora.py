@@ -1,4 +1,4 @@
-"""LoRA terms: merged into weights while they are loaded, or added for some tokens by forward hooks."""
+"""LoRA terms: merged into weights while these are loaded, or added for some tokens by hooks."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -67,8 +67,8 @@ def converted(term: Term, device: torch.device | str, dtype: torch.dtype) -> Ter
 class Change(NamedTuple):
     """What a file does to rows [start, stop) of the tensor `name`.
 
-    magnitude: DoRA's, (out, 1) or (1, in), the lengths to which the changed weight's rows, or columns,
-    are scaled. replaces: the term replaces what was there.
+    magnitude: DoRA's, (out, 1) or (1, in), the lengths to which the changed weight's rows, or
+    columns, are scaled. replaces: the term replaces what was there.
     """
 
     name: str
@@ -96,7 +96,8 @@ def merge(weight: Tensor, changes: list[tuple[Change, float]]) -> Tensor:
     control LoRAs have, widens it."""
     weight = weight.clone()
     for change, scale in changes:
-        columns = change.term.down.shape[1] if isinstance(change.term, LowRank) else weight.shape[-1]
+        low_rank = isinstance(change.term, LowRank)
+        columns = change.term.down.shape[1] if low_rank else weight.shape[-1]
         if columns > weight.shape[-1]:
             weight = F.pad(weight, (0, columns - weight.shape[-1]))
         rows = weight[change.start : change.stop]
@@ -106,7 +107,7 @@ def merge(weight: Tensor, changes: list[tuple[Change, float]]) -> Tensor:
 
 
 class Addition(NamedTuple):
-    """A change of a linear layer's weight or bias for the tokens where `tokens`, (L,) bool, is true."""
+    """A change of a linear layer's weight or bias for the tokens where `tokens` (L,) is true."""
 
     change: Change
     scale: float

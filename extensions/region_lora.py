@@ -1,8 +1,8 @@
 """LoRAs of single regions, an extension of sampling: which tokens they act on.
 
 A region's LoRA is never merged. What it adds is computed for the region's text and image tokens, in
-every stream that has them, and where regions overlap the additions add up. Only a LoRA whose region is
-the whole image acts on the base prompt's tokens too, and so it is the same as one that is merged.
+every stream that has them, and where regions overlap the additions add up. Only a LoRA whose region
+is the whole image acts on the base prompt's tokens too, and so it is the same as a merged one.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ STREAMS = {"img_in": "img", "txt_in": "txt", "single_blocks": "both", "final_lay
 
 
 def stream_of(name: str) -> str | None:
-    """Which tokens a tensor of Flux works on: "img", "txt", or "both" in a single block; None for the
+    """Which tokens a tensor of Flux works on: "img", "txt", "both" in a single block; None for the
     embedders of time, guidance and CLIP's embedding."""
     first, *rest = name.split(".")
     return rest[1][:3] if first == "double_blocks" else STREAMS.get(first)
@@ -72,8 +72,9 @@ def region_loras(
 
 
 def additions(
-    layout: Layout, loras: Loras, branches: Branches, is_plain: bool, part: Callable[[Tensor], Tensor]
-) -> list[Addition]:
+    layout: Layout, loras: Loras, branches: Branches, is_plain: bool,
+    part: Callable[[Tensor], Tensor],
+) -> list[Addition]:  # fmt: skip
     """What the regions' LoRAs add in passes of this kind."""
     found = []
     for i, region in enumerate(layout.regions):

@@ -107,8 +107,7 @@ class Streams(nn.Module):
     def modulations(
         self, timesteps: list[float], y: Tensor, guidance: Tensor | None
     ) -> list[list[Vectors]]:  # fmt: skip
-        """`modulation` at each of these timesteps, computed layer by layer, so that the layers'
-        weights (27 % of FLUX.1's) need to be on the device only once."""
+        """`modulation` at all these timesteps, layer by layer: each is fetched to the device once."""
         batches = [torch.full((len(y),), t, device=y.device) for t in timesteps]
         vecs = [self.conditioning(t, y, guidance) for t in batches]
         return [list(x) for x in zip(*(module.vectors(vecs) for module in self.modulated))]
@@ -171,9 +170,8 @@ class Flux(Streams):
 
         img: (B, L_img, in_channels), packed latents; txt: (B, L_txt, context), T5's output;
         img_ids, txt_ids: (B, L, 3), positions; modulation: `modulation` of the timestep.
-
         `join(txt, img)` makes the sequence of the single blocks, which must end with the image
-        tokens to decode. It is also called with the rotary embeddings, so it may only repeat, drop
+        tokens to decode; it is also called with the rotary embeddings, so it may only repeat, drop
         and reorder rows (dimension 1). `after_block(x, block)` replaces a block's output x: img in
         double blocks, the sequence in single blocks, of which the last one gives L_img rows.
         """

@@ -138,7 +138,7 @@ def sample(
 
 @dataclass(frozen=True)
 class Run:
-    """What all passes of one image share; tokens are in this order, as in Branches."""
+    """What all passes of one image share; the tokens are in this order."""
 
     flux: Flux
     layout: Layout
@@ -182,7 +182,6 @@ def regional(run: Run, base_ratio: Tensor, masked_attention: MakeAttention) -> V
     length = txt.shape[1]
     bits = run.tokens.bits(regions.shape[1]).to(txt.device)
     weights = run.tokens.log_weights()
-    weights = weights if weights is None else weights.to(txt.device)
     attention = RegionalAttention(
         masked_attention, bits, length, len(run.order), base_ratio,
         lambda block: run.layout.is_masked(*block), weights, run.layout.base_stream == "shared",
