@@ -41,7 +41,7 @@ from tools.jobs import (
 from tools.metadata import made_of, remove_unfinished, save_json, save_picture, save_tensor, write
 from tools.plan import write_the_plan
 from tools.preview import look
-from tools.sheets import map_sheets, save_maps
+from tools.sheets import save_maps
 
 STARTED = time.perf_counter()  # what is imported below takes a while
 
@@ -275,7 +275,7 @@ def make(
     stop.check()
     for file in files_of(job, args):
         remove_unfinished(file)
-    maps = pipeline.maps(prepared.layout) if args.attention_maps else None
+    maps = pipeline.maps() if args.attention_maps else None
     z = pipeline.latents(prepared, job.seed, [maps.extend] if maps else [], stop.after_step)
     if alone:
         pipeline.drop("flux")
@@ -289,8 +289,7 @@ def make(
         save_json(made_by, job.output.with_suffix(".json"))
     print(job.output, flush=True)
     if maps and maps.steps:
-        sheets = map_sheets(maps.maps, maps.groups, image, prepared.tokens.prompts)
-        save_maps(maps.maps, sheets, args.attention_maps / job.output.stem, made_by)
+        save_maps(maps, args.attention_maps / job.output.stem, image, prepared.tokens.prompts, made_by)
     elif maps:
         say(f"{job.output}: no step of it is regional, so it has no attention maps")
 

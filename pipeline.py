@@ -35,7 +35,7 @@ from errors import InputError, say
 from extensions.attention_maps import AttentionMaps
 from extensions.control import control_lora, controlnets
 from extensions.controlnet import ControlNet
-from extensions.loading import check_controls, control_of, load_controls, merges_of, read_loras
+from extensions.loading import control_of, load_controls, merges_of, plan_controls, read_loras
 from extensions.lora import NO_LORAS, Addition, Lora, Loras, added, hooks_for
 from extensions.region_lora import all_of, region_loras
 from formats.hub import Name
@@ -142,7 +142,7 @@ class Pipeline:
     def prepare(self, layout: Layout, where: Where = lambda path: path) -> Prepared:
         """Read and encode what a layout names. `where` names its keys in messages."""
         layout = with_model_defaults(layout, self.checkpoint.flux)
-        controls = check_controls(layout, self.checkpoint.flux, where)
+        controls = plan_controls(layout, self.checkpoint.flux, where)
         loras = read_loras(layout, self.checkpoint, self.loras)
         self.loras |= loras
         lora_picture = control_of(layout)
@@ -217,10 +217,10 @@ class Pipeline:
         autoencoder = self.part("ae")
         return Image.fromarray(to_uint8(autoencoder.decode(z.to(self.device, self.dtype)))[0].cpu().numpy())
 
-    def maps(self, layout: Layout) -> AttentionMaps:
+    def maps(self) -> AttentionMaps:
         """What watches the attention, by its `extend`, one of the extensions of `latents`."""
         params = weights.flux_params(self.checkpoint.flux)
-        return AttentionMaps(layout, params.depth, params.depth_single_blocks)
+        return AttentionMaps(params.depth, params.depth_single_blocks)
 
     def drop(self, *names: str) -> None:
         """Let go of parts: t5, clip, flux, ae."""

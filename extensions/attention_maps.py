@@ -6,7 +6,6 @@ from torch import Tensor
 
 from model.attention import Attention, Block
 from regional.attention import added_scores, in_one_sequence
-from regional.layout import Layout
 from regional.mask import allowed
 from regional.sampling import Branches, Forward, Pass
 
@@ -19,8 +18,7 @@ class AttentionMaps:
     double and of the single blocks. The scores are computed once more, by values of the region bits.
     """
 
-    def __init__(self, layout: Layout, depth: int, depth_single_blocks: int):
-        self.layout = layout
+    def __init__(self, depth: int, depth_single_blocks: int):
         self.group_of = {}
         self.groups = []
         for kind, count in ("double", depth), ("single", depth_single_blocks):
@@ -63,7 +61,7 @@ class AttentionMaps:
             for value in bits[start:].unique():
                 rows = (bits[start:] == value).nonzero().flatten()
                 scores = q_img[:, :, rows] @ k_seen.mT / q.shape[-1] ** 0.5
-                if self.layout.is_masked(block.kind, block.index):
+                if branches.is_masked(block):
                     added = added_scores(weighed, start + rows, every)
                     scores = scores if added is None else scores + added.to(scores)
                     scores = scores.masked_fill(~allowed(bits, value), float("-inf"))

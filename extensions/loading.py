@@ -10,52 +10,43 @@ import weights
 from errors import InputError, say
 from extensions.control import LoadedControl, control_image, scale_of
 from extensions.controlnet import ControlNet
-from extensions.lora import NO_LORAS, Lora, Loras, merge
+from extensions.lora import NO_LORAS, Loras, merge
 from extensions.lora_files import read_lora
 from extensions.region_lora import can_be_regional
 from formats.hub import existing, fetch, is_repository, lora_file
 from formats.recognize import Source
-from regional.layout import Control, Layout, RegionLora
-from regional.layout import Lora as LoraEntry
+from regional.layout import Control, Layout
 from regional.reader import Where
 from weights import check_loads, controlnet_params, flux_params, pick
 
+# ------------------------------------------------------------------------------------------------ LoRAs
+
 
 def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras = NO_LORAS) -> Loras:
-    """All LoRAs of a layout, by their names there; those that are known are not read again."""
-    named = {f"loras[{i}].file": entry for i, entry in enumerate(layout.loras)}
+    """All LoRAs that a layout names, by the names they have there; `known` ones are not read again. Says what is left
+    out of them."""
+    named = {f"loras[{i}].file": lora for i, lora in enumerate(layout.loras)}
     for i, region in enumerate(layout.regions):
-        named |= {f"regions[{i}].loras[{j}].file": entry for j, entry in enumerate(region.loras)}
+        named |= {f"regions[{i}].loras[{j}].file": lora for j, lora in enumerate(region.loras)}
     if not named:
         return {}
-    modules = {name: weights.on_meta(getattr(checkpoint, name)) for name in ("flux", "t5", "clip")}
-    loras = {}
+    modules, loras = {part: weights.on_meta(getattr(checkpoint, part)) for part in ("flux", "t5", "clip")}, {}
     for key, entry in named.items():
-        name = f"{key} = {entry.file}"
-        lora = loras.get(entry.file) or known.get(entry.file)
-        if lora is None:
-            lora = read_lora(lora_file(entry.file, name), modules)
-            if lora.unknown:
-                count = f"{len(lora.unknown)} of its keys mean nothing for this model"
-                say(f"warning: {lora.path}: {count} and are left out, as {lora.unknown[0]}")
+        known = {**known, **loras}
+        lora = known.get(entry.file) or read_lora(lora_file(entry.file, f"{key} = {entry.file}"), modules)
+        if lora.unknown and entry.file not in known:
+            count, first = len(lora.unknown), lora.unknown[0]
+            say(f"warning: {lora.path}: {count} of its keys mean nothing for this model and are left out, as {first}")
         loras[entry.file] = lora
-        check_lora(lora, entry, name)
+        left = {c.name for c in lora.changes["flux"] if not can_be_regional(c)} | {c.name for c in lora.changes["clip"]}
+        if lora.is_control != bool(getattr(entry, "image", None)):
+            needs = (
+                "is a control LoRA, for the whole image, and needs an image" if lora.is_control else "takes no image"
+            )
+            raise InputError(f"{key} = {entry.file}: this LoRA {needs}.")
+        if left and key.startswith("regions"):
+            say(f"warning: {key} = {entry.file}: what changes the whole image is left out: {', '.join(sorted(left))}")
     return loras
-
-
-def check_lora(lora: Lora, entry: LoraEntry | RegionLora, name: str) -> None:
-    """Warn of what can't act on a region alone. InputError for an image too few or too many."""
-    is_regional = isinstance(entry, RegionLora)
-    if lora.is_control and (is_regional or not entry.image):
-        needs = "is a control LoRA, for the whole image, and needs an image"
-        raise InputError(f"{name}: this LoRA {needs}.")
-    if not lora.is_control and not is_regional and entry.image:
-        raise InputError(f"{name}: this LoRA takes no image.")
-    left = {change.name for change in lora.changes["flux"] if not can_be_regional(change)}
-    left |= {change.name for change in lora.changes["clip"]}
-    if is_regional and left:
-        names = ", ".join(sorted(left))
-        say(f"warning: {name}: what changes the whole image is left out: {names}")
 
 
 def control_of(layout: Layout) -> Tensor | None:
@@ -76,7 +67,7 @@ def merges_of(layout: Layout, loras: Loras, part: str) -> weights.Merges:
     return {name: partial(merge, changes=own) for name, own in changes.items()}
 
 
-def check_controls(layout: Layout, flux: Source, where: Where) -> list[tuple[Source, Tensor]]:
+def plan_controls(layout: Layout, flux: Source, where: Where) -> list[tuple[Source, Tensor]]:
     """For each of the layout's ControlNets its file, checked against the transformer and the mode,
     and its control image, (1, 3, height, width) in [-1, 1]."""
     found = []
@@ -93,21 +84,19 @@ def check_controls(layout: Layout, flux: Source, where: Where) -> list[tuple[Sou
 
 
 def check_mode(control: Control, modes: int, source: Source, where: str) -> None:
-    given = f"{where} = {control.mode}: {source.path}"
     if modes and control.mode is None:
-        needs = f"is a union of {modes} modes, and needs one of them"
-        raise InputError(f"{where} is missing: {source.path} {needs}.")
+        raise InputError(f"{where} is missing: {source.path} is a union of {modes} modes, and needs one of them.")
     if not modes and control.mode is not None:
-        raise InputError(f"{given} has no modes.")
+        raise InputError(f"{where} = {control.mode}: {source.path} has no modes.")
     if modes and control.mode_index >= modes:
-        raise InputError(f"{given} has {modes} modes, counted from 0.")
+        raise InputError(f"{where} = {control.mode}: {source.path} has {modes} modes, counted from 0.")
 
 
 def load_controls(
     layout: Layout, found: list[tuple[Source, Tensor]], device: torch.device, dtype: torch.dtype,
     nets: dict[Path, ControlNet],
 ) -> list[LoadedControl]:  # fmt: skip
-    """The layout's ControlNets. found: what `check_controls` gives, with packed latents (1, L_img,
+    """The layout's ControlNets. found: what `plan_controls` gives, with packed latents (1, L_img,
     64) for images that are not read as pixels. nets: those loaded; new ones are added."""
     controls = []
     for setting, (source, image) in zip(layout.controlnets, found):
@@ -122,12 +111,12 @@ def load_controls(
 
 
 def find_controlnet(name: str, flag: str = "--controlnet") -> Source:
-    """A ControlNet, from its header alone. name: a file, a folder, or org/name or org/name:file."""
+    """A ControlNet, from its header alone: `name` is a file, a folder, or a repository, org/name or org/name:file."""
     repository, _, file = name.partition(":")
     if is_repository(repository):
-        files = [file or "*.safetensors"]
+        weight = [file or "*.safetensors"]
         instead = "download it elsewhere and name its folder"
-        place = fetch(repository, [[*files, "config.json"], files], f"{flag} {name}", instead)
+        place = fetch(repository, [[*weight, "config.json"], weight], f"{flag} {name}", instead)
         place = place / file if file else place
     else:
         place = existing(flag, name)
@@ -138,10 +127,9 @@ def find_controlnet(name: str, flag: str = "--controlnet") -> Source:
 
 def check_base(controlnet: Source, flux: Source) -> None:
     """InputError when a ControlNet was made for a transformer of other widths."""
-    own = controlnet_params(controlnet)
-    base = flux_params(flux)
+    own, base = controlnet_params(controlnet), flux_params(flux)
     for key in ("hidden_size", "in_channels", "context_in_dim", "vec_in_dim"):
-        if getattr(own, key) != getattr(base, key):
-            sizes = f"its {key} is {getattr(own, key)}, that of {flux.path} is {getattr(base, key)}"
-            problem = f"this ControlNet is of the wrong base size: {sizes}"
-            raise InputError(f"{controlnet.path}: {problem}.")
+        found, expected = getattr(own, key), getattr(base, key)
+        if found != expected:
+            sizes = f"its {key} is {found}, that of {flux.path} is {expected}"
+            raise InputError(f"{controlnet.path}: this ControlNet is of the wrong base size: {sizes}.")

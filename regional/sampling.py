@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.attention import Attention, plain_attention
+from model.attention import Attention, Block, plain_attention
 from model.layers import Vectors
 from model.transformer import AfterBlock, Flux, FluxParams, Join, as_it_is, text_then_image
 from regional.attention import MaskedAttention, RegionalAttention, Tokens
@@ -54,7 +54,7 @@ class Branches(NamedTuple):
     region_bits: (L,) int64, of [txt_1 .. txt_R, img], or in passes of one prompt of img alone.
     order: (L_img,), the image tokens' places in the image. text_length: the base prompt's tokens,
     or the region's; prompt: its row in y. has_base: these tokens are there, after the regions'.
-    streams: image streams in the single blocks. base_ratio, log_weights: RegionalAttention's.
+    streams: image streams in the single blocks. The rest: RegionalAttention's, else None.
     """
 
     region_bits: Tensor
@@ -64,6 +64,7 @@ class Branches(NamedTuple):
     has_base: bool = True
     streams: int = 1
     base_ratio: Tensor | None = None
+    is_masked: Callable[[Block], bool] | None = None
     log_weights: Tensor | None = None
 
 
@@ -181,14 +182,11 @@ def regional(run: Run, base_ratio: Tensor, masked_attention: MakeAttention) -> V
     txt, regions, _ = run.conditioning
     length = txt.shape[1]
     bits = run.tokens.bits(regions.shape[1]).to(txt.device)
-    weights = run.tokens.log_weights()
-    attention = RegionalAttention(
-        masked_attention, bits, length, len(run.order), base_ratio,
-        lambda block: run.layout.is_masked(*block), weights, run.layout.base_stream == "shared",
-    )  # fmt: skip
+    how = base_ratio, lambda block: run.layout.is_masked(*block), run.tokens.log_weights()
+    shared = run.layout.base_stream == "shared"
+    attention = RegionalAttention(masked_attention, bits, length, len(run.order), *how, shared)
     texts = [regions.flatten(0, 1)[None]] + [txt] * attention.has_base
-    of_base = attention.has_base, attention.streams, base_ratio
-    branches = Branches(bits, run.order, length, 0, *of_base, weights)
+    branches = Branches(bits, run.order, length, 0, attention.has_base, attention.streams, *how)
     return run.velocity(torch.cat(texts, dim=1), branches, attention, attention.join)
 
 

@@ -202,16 +202,16 @@ def references(tokens: Tensor, ids: Tensor):
     """As Kontext: image tokens that are read and not denoised, which every region sees."""
     count = tokens.shape[1]
 
-    def longer(attention: RegionalAttention, branches: Branches) -> RegionalAttention:
+    def longer(branches: Branches) -> RegionalAttention:
         bits = torch.cat([branches.region_bits, torch.full((count,), -1)])
         ratio = torch.cat([branches.base_ratio, torch.zeros(count)])
         text, length = branches.text_length, len(ratio)
-        return RegionalAttention(portable_attention, bits, text, length, ratio, attention.is_masked)
+        return RegionalAttention(portable_attention, bits, text, length, ratio, branches.is_masked)
 
     def extend(forward, branches):
         def with_references(given, step):
             if branches.base_ratio is not None:
-                given = given._replace(attention=longer(given.attention, branches))
+                given = given._replace(attention=longer(branches))
             img = torch.cat([given.img, tokens], dim=1)
             img_ids = torch.cat([given.img_ids, ids], dim=1)
             return forward(given._replace(img=img, img_ids=img_ids), step)[:, :-count]

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "extensions": {"extensions", "weights", "regional", "sampler", "model", "formats", "errors"},
     "runtime": {"runtime", "weights", "regional", "model", "formats", "errors", "extensions"},
     "pipeline.py": {"extensions", "runtime", "weights", "regional", "sampler", "model", "formats", "errors", "tools"},
-    "tools": {"tools", "pipeline", "weights", "regional", "model", "formats", "errors"},
+    "tools": {"tools", "pipeline", "extensions", "weights", "regional", "model", "formats", "errors"},
     "generate.py": {"tools", "pipeline", "extensions", "runtime", "weights", "regional", "model", "formats", "errors"},
 }
 OURS = {

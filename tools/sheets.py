@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
+from extensions.attention_maps import AttentionMaps
 from tools.metadata import save_tensor, write
 
 GAP, LINE = 8, 18  # pixels between pictures, and height of a line of text
@@ -36,16 +36,16 @@ def fitting(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
 
 
 def map_sheets(
-    maps: Tensor, groups: list[str], image: Image.Image, prompts: list[str]
+    maps: AttentionMaps, image: Image.Image, prompts: list[str]
 ) -> list[Image.Image]:  # fmt: skip
-    """A contact sheet for each regional step: a row for each prompt, a column for each of the groups of
-    blocks, all on one scale: white is the largest fraction of all. maps: those of AttentionMaps."""
+    """A contact sheet for each regional step: a row for each prompt, a column for each group of
+    blocks, all on one scale: white is the largest fraction of all."""
     grid = image.height // 16, image.width // 16
-    heat = (maps / maps.max()).unflatten(-1, grid).numpy()
+    heat = (maps.maps / maps.maps.max()).unflatten(-1, grid).numpy()
     sheets = []
     for step in heat:
         rows = {prompt: [overlay(image, x) for x in step[:, i]] for i, prompt in enumerate(prompts)}
-        sheets.append(contact_sheet(rows, groups))
+        sheets.append(contact_sheet(rows, maps.groups))
     return sheets
 
 
@@ -57,8 +57,10 @@ def overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
     return Image.composite(Image.new("RGB", image.size, "white"), dark, light)
 
 
-def save_maps(maps: Tensor, sheets: list[Image.Image], path: Path, metadata: dict) -> None:
+def save_maps(
+    maps: AttentionMaps, path: Path, image: Image.Image, prompts: list[str], metadata: dict
+) -> None:  # fmt: skip
     """The sheets, path_step1.png and so on, and the numbers behind them, path.safetensors."""
-    for i, sheet in enumerate(sheets):
+    for i, sheet in enumerate(map_sheets(maps, image, prompts)):
         write(path.with_name(f"{path.name}_step{i + 1}.png"), sheet.save)
-    save_tensor("maps", maps, metadata, path.with_name(f"{path.name}.safetensors"))
+    save_tensor("maps", maps.maps, metadata, path.with_name(f"{path.name}.safetensors"))
