@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -121,14 +121,11 @@ Hook = Callable[[nn.Module, tuple[Tensor], dict[str, Any], Tensor], Tensor]
 def added(module: nn.Module, hooks: dict[str, Hook]) -> Iterator[None]:
     """While it lasts, layers make the additions of these hooks; for other tokens they compute the
     same bits as without."""
-    handles = []
-    for layer, hook in hooks.items():
-        handles.append(module.get_submodule(layer).register_forward_hook(hook, with_kwargs=True))
-    try:
+    with ExitStack() as stack:
+        for layer, hook in hooks.items():
+            linear = module.get_submodule(layer)
+            stack.enter_context(linear.register_forward_hook(hook, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def hooks_for(
@@ -147,10 +144,8 @@ def hooks_for(
         index = tokens.nonzero().flatten().to(device)
         addition = term, scale, range(change.start, change.stop), tokens.cpu(), index
         terms.setdefault(layer, []).append(addition)
-    hooks = {}
-    for layer, own in terms.items():
-        hooks[layer] = partial(add_terms, own, bool(MODULATION.search(layer)))
-    return hooks
+    is_vector = {layer: bool(MODULATION.search(layer)) for layer in terms}
+    return {layer: partial(add_terms, own, is_vector[layer]) for layer, own in terms.items()}
 
 
 # Layers whose input is one vector for all tokens.

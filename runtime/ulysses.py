@@ -1,12 +1,10 @@
-"""One image on several GPUs: every process has a part of the tokens, and in attention a part of the heads.
+"""One image on several GPUs: each process has a part of the tokens, in attention a part of the heads.
 
 Sequence parallelism as in DeepSpeed-Ulysses (arXiv 2309.14509), as an extension of sampling. Before
-attention the processes exchange, all to all, their tokens' q, k and v, so that each has all tokens of its
-own heads, in the usual order; after it they exchange back. Attention itself, the regional mask with it,
-is untouched, and the result is that of one process.
-
-Extensions inside it (before it in the list) see a process's part of the tokens, those outside all of
-them; both may ask `part` which tokens a process has.
+attention the processes exchange, all to all, their tokens' q, k and v, so that each has all tokens
+of its own heads, in the usual order; after it they exchange back. Attention itself, the regional
+mask with it, is untouched, and the result is that of one process. Extensions before it in the list
+see a process's part of the tokens, those after it all of them; `part` tells which part that is.
 """
 
 import os
@@ -36,7 +34,7 @@ class Ulysses:
         self.on_hosts = dist.new_group(backend="gloo")
 
     def extend(self, forward: Forward, branches: Branches) -> Forward:
-        """The extension: every process computes its part of the tokens, and gets the whole velocity."""
+        """The extension: a process computes its part of the tokens, and gets the whole velocity."""
 
         def split(given: Pass, step: int) -> Tensor:
             tokens = given.img, given.img_ids, given.txt, given.txt_ids
