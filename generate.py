@@ -38,10 +38,10 @@ from tools.jobs import (
     shard_of,
     write_sheets,
 )
+from tools.map_sheets import save_maps
 from tools.metadata import made_of, remove_unfinished, save_json, save_picture, save_tensor, write
 from tools.plan import write_the_plan
 from tools.preview import look
-from tools.sheets import save_maps
 
 STARTED = time.perf_counter()  # what is imported below takes a while
 

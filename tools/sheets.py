@@ -1,12 +1,6 @@
-"""Contact sheets: images of one size in labelled rows and columns; those of attention maps."""
+"""Contact sheets: pictures of one size in labelled rows and columns."""
 
-from pathlib import Path
-
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-
-from extensions.attention_maps import AttentionMaps
-from tools.metadata import save_tensor, write
 
 GAP, LINE = 8, 18  # pixels between pictures, and height of a line of text
 
@@ -33,34 +27,3 @@ def fitting(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
     """As much of the text as `width` pixels hold."""
     short = next((text[:n] for n in range(len(text), 0, -1) if font.getlength(text[:n] + "...") <= width), "")
     return text if font.getlength(text) <= width else short + "..."
-
-
-def map_sheets(
-    maps: AttentionMaps, image: Image.Image, prompts: list[str]
-) -> list[Image.Image]:  # fmt: skip
-    """A contact sheet for each regional step: a row for each prompt, a column for each group of
-    blocks, all on one scale: white is the largest fraction of all."""
-    grid = image.height // 16, image.width // 16
-    heat = (maps.maps / maps.maps.max()).unflatten(-1, grid).numpy()
-    sheets = []
-    for step in heat:
-        rows = {prompt: [overlay(image, x) for x in step[:, i]] for i, prompt in enumerate(prompts)}
-        sheets.append(contact_sheet(rows, maps.groups))
-    return sheets
-
-
-def overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
-    """The image darkened, and lit up where the heat, (height / 16, width / 16) in [0, 1], is high."""
-    light = Image.fromarray((255 * heat).astype(np.uint8))
-    light = light.resize(image.size, Image.Resampling.BILINEAR)
-    dark = image.point(lambda value: value // 3)
-    return Image.composite(Image.new("RGB", image.size, "white"), dark, light)
-
-
-def save_maps(
-    maps: AttentionMaps, path: Path, image: Image.Image, prompts: list[str], metadata: dict
-) -> None:  # fmt: skip
-    """The sheets, path_step1.png and so on, and the numbers behind them, path.safetensors."""
-    for i, sheet in enumerate(map_sheets(maps, image, prompts)):
-        write(path.with_name(f"{path.name}_step{i + 1}.png"), sheet.save)
-    save_tensor("maps", maps.maps, metadata, path.with_name(f"{path.name}.safetensors"))
