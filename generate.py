@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from errors import MISSING, InputError, info, print_error
-from extensions.attention_maps import save_maps
+from errors import InputError, say
 from formats.hub import is_repository
 from pipeline import Pipeline, Prepared
 from regional.layout import MODES
@@ -39,6 +38,7 @@ from tools.jobs import (
     shard_of,
     write_sheets,
 )
+from tools.map_sheets import save_maps
 from tools.metadata import made_of, remove_unfinished, save_json, save_picture, save_tensor, write
 from tools.plan import write_the_plan
 from tools.preview import look
@@ -86,16 +86,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", choices=["auto", "cuda", "cpu", "mps"])
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: float32 on a CPU, else bfloat16")
     add("--attention", default="auto", choices=["auto", *ATTENTIONS],
-        help="how masked attention is computed; auto: the kernel on CUDA, where it needs a C "
-        "compiler, else portable")  # fmt: skip
+        help="how masked attention is computed; auto: the kernel on CUDA, else portable")  # fmt: skip
     add("--verbose", action="store_true", help="say which attention functions are used")
     add("--compile", action=argparse.BooleanOptionalAction, help="let torch.compile make the blocks: a minute more at "
         "the start, faster from then on")  # fmt: skip
     add("--quantize", default="auto", choices=QUANTIZE, help="fp8: the transformer's matrices in 8 "
         "bits; auto: if its file has them so and the GPU multiplies them")  # fmt: skip
     add("--offload", default="auto", choices=OFFLOAD, help="blocks: keep the transformer's and T5's "
-        "blocks in host memory and copy each to the GPU ahead of its turn; auto: as many of them "
-        "as do not fit")  # fmt: skip
+        "blocks in host memory and copy each to the GPU ahead of its turn; auto: where they do not fit")  # fmt: skip
     add("--parallel", choices=["ulysses"], help="share each picture's work out to the processes, one for each GPU, "
         "that torchrun --nproc-per-node N generate.py ... starts")  # fmt: skip
 
@@ -176,7 +174,7 @@ class Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        info("generate.py: stopping after this step")
+        say("generate.py: stopping after this step")
 
     def check(self) -> None:
         if self.asked_anywhere(self.asked):
@@ -187,7 +185,7 @@ class Stop:
         if self.steps == 1:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            info(f"the first step ended {time.perf_counter() - STARTED:.1f} s after the start")
+            say(f"the first step ended {time.perf_counter() - STARTED:.1f} s after the start")
         self.check()
 
 
@@ -200,18 +198,18 @@ def main(argv: list[str] | None = None) -> int:
             return run(args, stop)
     except InputError as error:
         if not (args.parallel and os.environ.get("RANK", "0") != "0"):  # the first process says it for all
-            print_error(error)
+            say(f"generate.py: {error}")
         return 2
     except OSError as error:
-        info(f"generate.py: {error}")
+        say(f"generate.py: {error}")
         return 1
     except torch.OutOfMemoryError as error:
         instead = {"--offload blocks": args.offload != "blocks", "--quantize fp8": args.quantize != "fp8"}
         tips = " or ".join(flag for flag, is_new in instead.items() if is_new) or "a smaller picture"
-        info(f"generate.py: out of memory: {' '.join(str(error).split())} Try {tips}.")
+        say(f"generate.py: out of memory: {' '.join(str(error).split())} Try {tips}.")
         return 1
     except KeyboardInterrupt:
-        info("generate.py: interrupted")
+        say("generate.py: interrupted")
         return 130
 
 
@@ -248,10 +246,10 @@ def draw(pipeline: Pipeline, args: argparse.Namespace, stop: Stop) -> int:
     jobs = plan_jobs(args, pipeline.size, failures)
     index, count = shard_of(args)
     if count > 1:
-        info(f"worker {index} of {count}: {len(jobs)} pictures")
-    info(f"seed {', '.join(str(seed) for seed in dict.fromkeys(job.seed for job in jobs))}")
+        say(f"worker {index} of {count}: {len(jobs)} pictures")
+    say(f"seed {', '.join(str(seed) for seed in dict.fromkeys(job.seed for job in jobs))}")
     if pipeline.checkpoint.name == "pocket":
-        info("the built-in pocket model draws; for FLUX.1-dev add --model black-forest-labs/FLUX.1-dev, or its folder")
+        say("the built-in pocket model draws; for FLUX.1-dev add --model black-forest-labs/FLUX.1-dev, or its folder")
     by_layout = [list(group) for _, group in itertools.groupby(jobs, lambda job: id(job.layout))]
     for groups in (by_layout[i : i + CHUNK] for i in range(0, len(by_layout), CHUNK)):
         prepared = []
@@ -278,7 +276,7 @@ def make(
     for file in files_of(job, args):
         remove_unfinished(file)
     maps = pipeline.maps() if args.attention_maps else None
-    z = pipeline.latents(prepared, job.seed, maps, stop.after_step)
+    z = pipeline.latents(prepared, job.seed, [maps.extend] if maps else [], stop.after_step)
     if alone:
         pipeline.drop("flux")
     if not is_writer(pipeline):
@@ -293,7 +291,7 @@ def make(
     if maps and maps.steps:
         save_maps(maps, args.attention_maps / job.output.stem, image, prepared.tokens.prompts, made_by)
     elif maps:
-        info(f"{job.output}: no step of it is regional, so it has no attention maps")
+        say(f"{job.output}: no step of it is regional, so it has no attention maps")
 
 
 def take_run_from(made_by: dict[str, Any], args: argparse.Namespace) -> None:
@@ -312,7 +310,7 @@ def take_run_from(made_by: dict[str, Any], args: argparse.Namespace) -> None:
             value = str(made_by.get(key, "auto")).removeprefix("torch.")
             if value not in ("auto", *choices):
                 expected = f"expected one of {', '.join(choices)}"
-                raise InputError(args.config_from_metadata, MISSING, f"{key} = {value!r}: {expected}")
+                raise InputError(f"{args.config_from_metadata}: {key} = {value!r}: {expected}.")
             setattr(args, key, value)
 
 

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -30,29 +31,24 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import weights
-from errors import MISSING, InputError, info, warn
+from errors import InputError, say
 from extensions.attention_maps import AttentionMaps
+from extensions.control import control_lora, controlnets
 from extensions.controlnet import ControlNet
-from extensions.loading import (
-    ControlPlan,
-    control_of,
-    controlnet_params,
-    load_controls,
-    merges_of,
-    plan_controls,
-    read_loras,
-)  # fmt: skip
-from extensions.lora import Addition, Lora, added, hooks_for
+from extensions.loading import control_of, load_controls, merges_of, plan_controls, read_loras
+from extensions.lora import NO_LORAS, Addition, Lora, Loras, added, hooks_for
+from extensions.region_lora import all_of, region_loras
 from formats.hub import Name
 from formats.recognize import Source
 from model.autoencoder import to_uint8
 from model.layers import Modulation
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
-from model.transformer import Flux, Modulate
+from model.transformer import Flux
 from regional.attention import portable_attention
 from regional.layout import Layout, RegionLora
 from regional.mask import RegionTokens, region_tokens
-from regional.sampling import NO_LORAS, Conditioning, Loras, modulations, sample
+from regional.reader import Where
+from regional.sampling import Conditioning, Extension, Modulations, modulations, sample
 from runtime.choose import (
     ATTENTIONS,
     DTYPES,
@@ -63,21 +59,26 @@ from runtime.choose import (
     choose_fp8,
     library_attention,
 )
-from runtime.memory import working_bytes
-from runtime.offload import Streamed, read_ahead
+from runtime.memory import stays_on_host, working_bytes
+from runtime.offload import FLUX_BLOCKS, FLUX_MODULATION, T5_BLOCKS, Streamed, read_ahead
 from runtime.ulysses import Ulysses
 from sampler.flow import pack
 from tools.metadata import write
 
 
 class Prepared(NamedTuple):
-    """A layout with the model's defaults in it, and all that is encoded and read for it, once for all seeds."""
+    """A layout with the model's defaults in it, and all that is encoded and read for it, once for all seeds.
+
+    controls: each ControlNet's file and control image, as load_controls takes them; control_latents: those of a control
+    LoRA's image, packed, (1, L_img, 64).
+    """
 
     layout: Layout
     tokens: RegionTokens | None
     conditioning: Conditioning
     loras: Loras
-    controls: list[ControlPlan]
+    controls: list[tuple[Source, Tensor]]
+    control_latents: Tensor | None = None
 
 
 class Pipeline:
@@ -110,27 +111,23 @@ class Pipeline:
             ("quantize", quantize, QUANTIZE), ("offload", offload, OFFLOAD),
         ):  # fmt: skip
             if value not in choices:
-                raise InputError(f"--{name}", value, f"expected one of {', '.join(choices)}")
+                raise InputError(f"--{name} {value}: expected one of {', '.join(choices)}.")
         self.device = choose_device(device)
         if dtype == "auto":
             dtype = "float32" if self.device.type == "cpu" else "bfloat16"
         self.dtype, self.attention, self.cache, self.verbose = DTYPES[dtype], attention, cache, verbose
-        if self.dtype == torch.float32:  # TF32 in cuDNN's convolutions makes the VAE err by 3e-4
-            torch.backends.cudnn.allow_tf32 = False
         self.checkpoint = weights.find(model, flux, t5, clip, ae)
-        self.size = weights.model_defaults(self.checkpoint.flux)["size"]  # where a layout has none
+        self.size = int(weights.metadata_number(self.checkpoint.flux, "sample_size", 1024))  # where a layout has none
         self.fp8, self.compile, self.offload = choose_fp8(quantize, self.checkpoint.flux, self.device), compile, offload
         if compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
-            raise InputError(
-                "--compile", MISSING, "torch.compile needs a C++ compiler, and there is none; leave it out"
-            )
+            raise InputError("--compile: torch.compile needs a C++ compiler, and there is none here; leave it out.")
         if offload == "blocks" and self.device.type == "mps":
-            raise InputError("--offload", "blocks", "Apple's GPUs have the host's memory already; leave it out")
+            raise InputError("--offload blocks: Apple's GPUs have the host's memory already; leave it out.")
         heads = weights.flux_params(self.checkpoint.flux).num_heads
         self.parallel = Ulysses(self.device, heads) if ulysses else None
         self.streamed: dict[str, list[Streamed]] = {}  # by part: what of it is on the device only in turn
         self.flux_room = 0  # bytes that were counted on for working with the transformer when it was loaded
-        self.modulated: tuple[Prepared | None, list[list[Modulate]]] = None, []  # of the last layout
+        self.modulated: tuple[Prepared | None, Modulations] = None, []  # of the last layout
         self.nets: dict[Path, ControlNet] = {}  # ControlNets, by their files
         self.loras: dict[str, Lora] = {}  # all that were read, by their names in layouts
         self.parts: dict[str, tuple[Any, nn.Module]] = {}  # by name: which LoRAs are merged into it, and the part
@@ -142,10 +139,10 @@ class Pipeline:
         return self.decode(self.latents(prepared, seed))
 
     @torch.inference_mode()
-    def prepare(self, layout: Layout) -> Prepared:
-        """Read and encode what a layout names."""
+    def prepare(self, layout: Layout, where: Where = lambda path: path) -> Prepared:
+        """Read and encode what a layout names. `where` names its keys in messages."""
         layout = with_model_defaults(layout, self.checkpoint.flux)
-        controls = plan_controls(layout, self.checkpoint.flux)
+        controls = plan_controls(layout, self.checkpoint.flux, where)
         loras = read_loras(layout, self.checkpoint, self.loras)
         self.loras |= loras
         lora_picture = control_of(layout)
@@ -153,47 +150,67 @@ class Pipeline:
         in_plain_steps = any(lora.plain_steps for region in layout.regions for lora in region.loras)
         tokens = region_tokens(layout) if regional or in_plain_steps else None
         for warning in tokens.warnings if tokens else ():
-            warn(warning)
+            say(f"warning: {warning}")
         if regional and layout.method == "regional":  # complain before the encoders are loaded
             choose_attention(self.attention, self.device, self.dtype)
         conditioning = self.encode(layout, tokens, layout.method == "rpg", loras)
-        if lora_picture is not None:
-            conditioning = conditioning._replace(control=self.latents_of(lora_picture))
-        as_latents = [not controlnet_params(plan.source).hint_width for plan in controls]
+        control_latents = None if lora_picture is None else self.latents_of(lora_picture)
         controls = [
-            plan._replace(picture=self.latents_of(plan.picture)) if encode else plan
-            for plan, encode in zip(controls, as_latents)
+            (source, image if weights.controlnet_params(source).hint_width else self.latents_of(image))
+            for source, image in controls
         ]
-        return Prepared(layout, tokens, conditioning, loras, controls)
+        return Prepared(layout, tokens, conditioning, loras, controls, control_latents)
 
     @torch.inference_mode()
     def latents(
         self,
         prepared: Prepared,
         seed: int,
-        maps: AttentionMaps | None = None,
+        extensions: Sequence[Extension] = (),
         on_step: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """Latents (1, 16, height / 8, width / 8), float32."""
-        layout, tokens, conditioning, loras, plans = prepared
+        """Latents (1, 16, height / 8, width / 8), float32. extensions: further ones than the layout's."""
+        layout, tokens, conditioning, loras, *_ = prepared
         flux = self.part("flux", layout, loras)
-        controls = load_controls(plans, layout, self.device, self.dtype, self.nets)
-        modulation = self.modulation(flux, prepared)
         conditioning = Conditioning(*(x if x is None else x.to(self.device) for x in conditioning))
+        extensions = self.extensions(flux, prepared, conditioning, extensions)
+        modulation = self.modulation(flux, prepared)
         masked_attention = portable_attention
         if layout.regional_steps(layout.steps) and layout.method == "regional":
             masked_attention = choose_attention(self.attention, self.device, self.dtype, self.verbose)
         eager = self.compile and any(region.loras for region in layout.regions)
         if eager:
-            info("regions' own LoRAs: this layout's blocks run uncompiled")
+            say("regions' own LoRAs: this layout's blocks run uncompiled")
         stance = torch.compiler.set_stance("force_eager") if eager else nullcontext()
         with library_attention(flux, layout, conditioning.txt, self.verbose), stance:
             z = sample(
-                flux, layout, tokens, conditioning, seed, masked_attention, maps, loras=loras, controls=controls,
-                on_step=on_step, modulation=modulation, parallel=self.parallel,
+                flux, layout, tokens, conditioning, seed, masked_attention, extensions, on_step, modulation
             )  # fmt: skip
         self.release()  # room for the VAE
         return z
+
+    def extensions(
+        self, flux: Flux, prepared: Prepared, conditioning: Conditioning, own: Sequence[Extension]
+    ) -> list[Extension]:
+        """The layout's extensions and a call's own, the innermost first.
+
+        LoRAs of regions see a process's part of the tokens, the others all of them; ControlNets, the outermost, see the
+        image without a control LoRA's.
+        """
+        layout = prepared.layout
+        found = []
+        part = self.parallel.part if self.parallel else all_of
+        if any(region.loras for region in layout.regions):
+            found.append(region_loras(flux, layout, prepared.loras, self.device, self.dtype, partial(part, dim=0)))
+        if self.parallel:
+            found.append(self.parallel.extend)
+        if prepared.control_latents is not None:
+            found.append(control_lora(prepared.control_latents.to(self.device)))
+        found += own
+        if prepared.controls:
+            controls = load_controls(layout, prepared.controls, self.device, self.dtype, self.nets)
+            found.append(controlnets(controls, flux.params, layout.steps, conditioning, part))
+        return found
 
     @torch.inference_mode()
     def decode(self, z: Tensor) -> Image.Image:
@@ -201,7 +218,7 @@ class Pipeline:
         return Image.fromarray(to_uint8(autoencoder.decode(z.to(self.device, self.dtype)))[0].cpu().numpy())
 
     def maps(self) -> AttentionMaps:
-        """For `latents`: what watches the attention."""
+        """What watches the attention, by its `extend`, one of the extensions of `latents`."""
         params = weights.flux_params(self.checkpoint.flux)
         return AttentionMaps(params.depth, params.depth_single_blocks)
 
@@ -220,14 +237,13 @@ class Pipeline:
                 gc.collect()
         if self.device.type == "cuda":  # what comes next is of other sizes
             torch.cuda.empty_cache()
-            if hasattr(torch.accelerator, "empty_host_cache"):  # torch 2.11 has no such function
-                torch.accelerator.empty_host_cache()
+            torch.accelerator.empty_host_cache()
 
     def part(self, name: str, layout: Layout | None = None, loras: Loras = NO_LORAS) -> nn.Module:
         """A part of the model with the layout's whole-picture LoRAs merged into it; loaded again for other LoRAs."""
         entries = [(e.file, e.scale) for e in layout.loras if loras[e.file].changes.get(name)] if layout else []
         room = 0
-        if name == "flux" and self.offload != "blocks" and self.device.type == "cuda":
+        if name == "flux" and self.offload == "auto" and self.device.type == "cuda":
             room = working_bytes(self.checkpoint.flux, layout, self.dtype, self.fp8)
         if self.parts.get(name, (None, None))[0] != entries or room > self.flux_room:
             self.drop(name)
@@ -238,21 +254,21 @@ class Pipeline:
 
     def load(self, name: str, merges: weights.Merges, layout: Layout | None) -> nn.Module:
         source, where = getattr(self.checkpoint, name), (self.device, self.dtype)
-        if name in ("ae", "clip"):
-            return weights.load(source, *where, merges)
+        if name == "ae":
+            return weights.load_autoencoder(source, *where)
+        if name == "clip":
+            return weights.load_clip(source, *where, merges)
         streamed = stays_on_host(source, self.offload, *where, self.fp8 and name == "flux", layout)
         if name == "t5":
-            placement = weights.Placement(on_host=T5_BLOCKS.search) if streamed else weights.ON_DEVICE
-            t5 = weights.load(source, *where, merges, placement)
+            t5 = weights.load_t5(source, *where, merges, T5_BLOCKS if streamed else weights.NEVER)
             if streamed:
                 self.streamed[name] = [Streamed(list(t5.encoder.block), self.device, pin=True)]
             if "flux" not in self.parts:
                 read_ahead(self.checkpoint.flux)  # while this encodes
             return t5
         on_card = self.device.type == "cuda"  # where only what comes of the modulation layers is needed all the time
-        on_host = FLUX_BLOCKS.search if streamed else FLUX_MODULATION.search if on_card else weights.nothing
-        in_fp8 = weights.FP8_LAYERS.search if self.fp8 else weights.nothing
-        flux = weights.load(source, *where, merges, weights.Placement(on_host, in_fp8))
+        on_host = FLUX_BLOCKS if streamed else FLUX_MODULATION if on_card else weights.NEVER
+        flux = weights.load_flux(source, *where, merges, on_host, self.fp8)
         layers = [layer for layer in flux.modules() if isinstance(layer, Modulation)]
         self.streamed[name] = [Streamed(layers, self.device)] if on_card else []
         if streamed:
@@ -261,7 +277,7 @@ class Pipeline:
             flux.compile_blocks()
         return flux
 
-    def modulation(self, flux: Flux, prepared: Prepared) -> list[list[Modulate]]:
+    def modulation(self, flux: Flux, prepared: Prepared) -> Modulations:
         """What modulates the blocks in each step of a layout; made once for all its seeds."""
         if self.modulated[0] is not prepared:
             y = prepared.conditioning.y.to(self.device)
@@ -291,7 +307,7 @@ class Pipeline:
         region_ids = tokenize(tokenizer, regions, layout.region_max_sequence_length) if regions else []
         clip_ids, cut = CLIPTokenizer(checkpoint.clip_tokenizer)([layout.prompt] + regions * vectors)
         if cut[0]:
-            warn(f"CLIP reads 77 tokens of the base prompt; it does not see: {cut[0]!r}")
+            say(f"warning: CLIP reads 77 tokens of the base prompt; it does not see: {cut[0]!r}")
         t5_size = weights.t5_params(checkpoint.t5).vocab_size
         clip_size = weights.clip_params(checkpoint.clip).vocab_size
         for ids in [base_ids, *region_ids]:
@@ -339,11 +355,12 @@ def identity(file: Path) -> tuple[str, int, int]:
 
 def with_model_defaults(layout: Layout, flux: Source) -> Layout:
     """Fill in what the layout leaves to the model: dev takes 24 steps and 512 text tokens, schnell 4 and 256."""
-    defaults = weights.model_defaults(flux)
-    length = layout.max_sequence_length or defaults["max_sequence_length"]
+    steps, length = (24, 512) if weights.flux_params(flux).guidance_embed else (4, 256)
+    length = int(weights.metadata_number(flux, "max_sequence_length", length))
+    length = layout.max_sequence_length or length
     return msgspec.structs.replace(
         layout,
-        steps=layout.steps or defaults["steps"],
+        steps=layout.steps or steps,
         max_sequence_length=length,
         region_max_sequence_length=layout.region_length(length),
     )
@@ -356,7 +373,7 @@ def tokenize(tokenizer: T5Tokenizer, prompts: list[str], length: int) -> Tensor:
     ids, cut = tokenizer(prompts, length)
     for prompt, rest in zip(prompts, cut):
         if rest:
-            warn(f"{length} text tokens do not hold {prompt[:40]!r}...; cut off: {rest!r}")
+            say(f"warning: {length} text tokens do not hold {prompt[:40]!r}...; cut off: {rest!r}")
     return ids
 
 
@@ -369,4 +386,6 @@ def text_lengths(layout: Layout, checkpoint: weights.Checkpoint) -> list[int]:
 
 def check_vocabulary(highest: Tensor, size: int, tokenizer: Path, encoder: Source) -> None:
     if highest >= size:
-        raise InputError(tokenizer, MISSING, f"its ids go beyond the {size} tokens of {encoder.path}; they don't match")
+        raise InputError(
+            f"{tokenizer}: its ids go beyond the {size} tokens that {encoder.path} knows; they don't match."
+        )

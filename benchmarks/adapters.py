@@ -33,7 +33,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import pipeline  # noqa: E402
 import weights  # noqa: E402
-from extensions.control import ActiveControl, image_share  # noqa: E402
+from extensions.control import LoadedControl, controlnets, scale_of  # noqa: E402
+from extensions.region_lora import region_loras  # noqa: E402
 from model.autoencoder import to_uint8  # noqa: E402
 from pocket.adapters import draw_edges, draw_looks  # noqa: E402
 from pocket.detect import borders_agree, look_of  # noqa: E402
@@ -109,22 +110,26 @@ class Model:
         if setting.loras != "none":
             layout = with_loras(layout, looks_of(case), setting)
         loras = loading.read_loras(layout, self.checkpoint)
+        controls = self.controls(case, layout, setting)
+        extensions = [
+            region_loras(self.flux, layout, loras, torch.device("cpu"), DTYPE),
+            controlnets(controls, self.flux.params, layout.steps, conditioning),
+        ]
         latents = pipeline.sample(
-            self.flux, layout, region_tokens(layout), conditioning, layout.seed, portable_attention,
-            loras=loras, controls=self.controls(case, layout, setting),
-        )  # fmt: skip
+            self.flux, layout, region_tokens(layout), conditioning, layout.seed, portable_attention, extensions
+        )
         return to_uint8(self.autoencoder.decode(latents.float()))[0].numpy()
 
     def encode(self, layout: Layout) -> pipeline.Conditioning:
         encoded = self.encoders.encode(layout, region_tokens(layout), vectors=False)
         return pipeline.Conditioning(*(x if x is None else x.to(DTYPE) for x in encoded))
 
-    def controls(self, case: Case, layout: Layout, setting: Setting) -> list[ActiveControl]:
+    def controls(self, case: Case, layout: Layout, setting: Setting) -> list[LoadedControl]:
         if not setting.control:
             return []
         control = Control(model="edges", image="edges", scale=setting.control)
         edges = pack(self.autoencoder.encode(to_tensor([draw_edges(wanted_scene(case))]))).to(DTYPE)
-        return [ActiveControl(self.net, edges, image_share(control, layout).to(DTYPE), control)]
+        return [LoadedControl(self.net, edges, scale_of(control, layout).to(DTYPE), control)]
 
 
 def with_loras(layout: Layout, looks: list[str | None], setting: Setting) -> Layout:

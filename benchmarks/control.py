@@ -34,7 +34,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import pipeline  # noqa: E402
 import weights  # noqa: E402
-from model.attention import Block  # noqa: E402
 from model.autoencoder import to_uint8  # noqa: E402
 from pocket.judge import KINDS, Case, drawn, judge, random_case  # noqa: E402
 from regional.attention import portable_attention  # noqa: E402
@@ -76,16 +75,16 @@ class Setting(NamedTuple):
 
 
 # Which blocks are masked; the others are open. The pocket model has 2 double and 5 single blocks.
-MASKED_BLOCKS: dict[str, Callable[[Block], bool]] = {
-    "all": lambda block: True,
-    "every 2nd": lambda block: block.index % 2 == 0,
-    "double": lambda block: block.kind == "double",
-    "single": lambda block: block.kind == "single",
-    "early single": lambda block: block.kind == "single" and block.index < 2,
-    "middle single": lambda block: block.kind == "single" and 2 <= block.index < 4,
-    "late single": lambda block: block.kind == "single" and block.index >= 4,
-    "double and early single": lambda block: block.kind == "double" or block.index < 2,
-    "no": lambda block: False,
+MASKED_BLOCKS: dict[str, dict[str, str | tuple[int, ...]]] = {
+    "all": {},
+    "every 2nd": {"double_blocks": "every 2", "single_blocks": "every 2"},
+    "double": {"single_blocks": ()},
+    "single": {"double_blocks": ()},
+    "early single": {"double_blocks": (), "single_blocks": (0, 1)},
+    "middle single": {"double_blocks": (), "single_blocks": (2, 3)},
+    "late single": {"double_blocks": (), "single_blocks": (4,)},
+    "double and early single": {"single_blocks": (0, 1)},
+    "no": {"double_blocks": (), "single_blocks": ()},
 }
 VARIANTS = {  # which are not the published method
     "": {},
@@ -116,20 +115,17 @@ class Model:
         layout = msgspec.structs.replace(
             layout, method=setting.method, base_ratio=setting.base_ratio, mask_inject_steps=setting.mask_inject_steps,
             regions=tuple(msgspec.structs.replace(region, **own) for region in layout.regions),
-            **VARIANTS[setting.variant],
+            **VARIANTS[setting.variant], **MASKED_BLOCKS[setting.masked_blocks],
         )  # fmt: skip
         tokens = region_tokens(layout) if layout.regional_steps(steps) else None
         start = time.perf_counter()
-        latents = pipeline.sample(
-            self.flux, layout, tokens, conditioning, layout.seed, portable_attention,
-            is_masked=MASKED_BLOCKS[setting.masked_blocks],
-        )  # fmt: skip
+        latents = pipeline.sample(self.flux, layout, tokens, conditioning, layout.seed, portable_attention)
         seconds = time.perf_counter() - start
         return to_uint8(self.autoencoder.decode(latents.float()))[0].numpy(), seconds
 
     def encode(self, layout: Layout) -> pipeline.Conditioning:
         encoded = self.encoders.encode(layout, region_tokens(layout), vectors=True)
-        return pipeline.Conditioning(*(x.to(self.flux.img_in.weight.dtype) for x in encoded[:3]))
+        return pipeline.Conditioning(*(x.to(self.flux.img_in.weight.dtype) for x in encoded))
 
 
 # ------------------------------------------------------------------------------------------------ what is measured

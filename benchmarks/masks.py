@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import pipeline  # noqa: E402
 import weights  # noqa: E402
 from extensions.lora import Change, Lora, LowRank  # noqa: E402
+from extensions.region_lora import region_loras  # noqa: E402
 from model.transformer import Flux, FluxParams  # noqa: E402
 from regional.layout import Layout, Region, RegionLora  # noqa: E402
 from regional.mask import region_tokens  # noqa: E402
@@ -95,9 +96,11 @@ def measure(masks: int, method: str, full: bool, region_length: int, repeats: in
     )
     attention = choose.choose_attention("auto", device, dtype, False)
 
+    extensions = [region_loras(flux, layout, loras, device, dtype)] if loras else []
+
     def draw() -> float:
         start = time.perf_counter()
-        latents = pipeline.sample(flux, layout, tokens, conditioning, 0, attention, loras=loras)
+        latents = pipeline.sample(flux, layout, tokens, conditioning, 0, attention, extensions)
         latents.sum().item()  # waits for the GPU
         return time.perf_counter() - start
 

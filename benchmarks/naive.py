@@ -58,7 +58,7 @@ def double_block(
     base_ratio: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """img (B, L_img, D), txt (B, L_txt, D), texts (B, R L_txt, D), vec (B, D) -> new img, txt, texts."""
-    vectors, texts_vectors = block.vectors(vec)[0], block.txt_mod(vec)
+    vectors, texts_vectors = block.vectors([vec])[0], block.txt_mod(vec)
     img_vectors, txt_vectors = vectors
     txt_attn, base = branch(block, img, txt, vectors, pe)
     texts_attn, regional = branch(block, img, texts, (img_vectors, texts_vectors), regional_pe, mask)
@@ -79,7 +79,7 @@ def single_block(
     image_length: int,
 ) -> tuple[Tensor, Tensor]:
     """base [txt, img], regional [txt_1 .. txt_R, img], (B, L, D), vec (B, D) -> new base, regional."""
-    base_vectors, vectors = block.vectors(vec)[0], block.vectors(vec)[0]
+    base_vectors, vectors = block.vectors([vec])[0], block.vectors([vec])[0]
     *base_qkv, base_h = block.project(base, base_vectors, pe)
     *qkv, h = block.project(regional, vectors, regional_pe)
     base_attn = F.scaled_dot_product_attention(*base_qkv)
@@ -94,7 +94,7 @@ def late_double_block(
     block: DoubleStreamBlock, img: Tensor, txt: Tensor, unread: Tensor, vec: Tensor, pe: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """After the regional steps: img (B, L_img, D), txt and unread (B, L_txt, D), vec (B, D) -> the same, new."""
-    vectors, unread_vectors = block.vectors(vec)[0], block.txt_mod(vec)
+    vectors, unread_vectors = block.vectors([vec])[0], block.txt_mod(vec)
     img_vectors, txt_vectors = vectors
     txt_attn, img_attn = branch(block, img, txt, vectors, pe)
     img = after_attention(img, img_attn, img_vectors, block.img_mlp)
@@ -106,7 +106,7 @@ def late_single_block(
     block: SingleStreamBlock, x: Tensor, unread: Tensor, vec: Tensor, pe: Tensor
 ) -> tuple[Tensor, Tensor]:
     """After the regional steps: x and unread (B, L, D), vec (B, D) -> the same, new."""
-    vectors, unread_vectors = block.vectors(vec)[0], block.vectors(vec)[0]
+    vectors, unread_vectors = block.vectors([vec])[0], block.vectors([vec])[0]
     q, k, v, h = block.project(x, vectors, pe)
     attn = F.scaled_dot_product_attention(q, k, v)
     unread_h = modulate(unread, *unread_vectors.chunk(3, dim=-1)[:2])
@@ -193,4 +193,4 @@ class Naive:
 
     def velocity(self, x: Tensor, vec: Tensor) -> Tensor:
         img = x[:, x.shape[1] - self.image_length :]
-        return self.flux.final_layer(img, self.flux.final_layer.vectors(vec)[0])
+        return self.flux.final_layer(img, self.flux.final_layer.vectors([vec])[0])

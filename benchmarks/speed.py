@@ -265,12 +265,12 @@ class Ours(Participant):
 
     def velocity(self, scene: Scene, txt: Tensor, attention: Attention, **hooks: Any) -> Call:
         """As `sample` asks for it: the modulation of all steps is computed before the first."""
-        modulation = self.flux.modulations([1.0], scene.conditioning.y, scene.guidance)[0]
-        given = scene.img_ids, txt, text_ids(txt.shape[1]), *time_and_vectors(scene)
+        modulation = self.flux.modulation(*time_and_vectors(scene))
+        given = scene.img_ids, txt, text_ids(txt.shape[1]), modulation
 
         def call() -> Tensor:
             with preferred(scene.backends):
-                return self.flux(scene.img.to(txt.dtype), *given, attention, modulation=modulation, **hooks)
+                return self.flux(scene.img.to(txt.dtype), *given, attention, **hooks)
 
         return call
 
@@ -292,7 +292,7 @@ class Naive(Participant):
         if kind == "plain":
             return None
         steps, given = self.steps(scene), time_and_vectors(scene)
-        txt, regions, _, _ = scene.conditioning
+        txt, regions, _ = scene.conditioning
         if kind == "late":
             return lambda: steps.late_step(scene.img.to(txt.dtype), txt, *given)
         return lambda: steps.regional_step(scene.img.to(txt.dtype), txt, regions, *given)
@@ -301,15 +301,18 @@ class Naive(Participant):
         if scene.bits is None:
             return None
         steps, levels = self.steps(scene), noise_levels(scene.layout, self.flux.params)
-        txt, regions, y, _ = scene.conditioning
+        txt, regions, y = scene.conditioning
 
-        def regional(img: Tensor, t: Tensor) -> Tensor:
-            return steps.regional_step(img.to(txt.dtype), txt, regions, t, y, scene.guidance)
+        def regional(img: Tensor, t: float, step: int) -> Tensor:
+            given = torch.full((1,), t, device=txt.device), y, scene.guidance
+            return steps.regional_step(img.to(txt.dtype), txt, regions, *given)
 
-        def late(img: Tensor, t: Tensor) -> Tensor:
-            return steps.late_step(img.to(txt.dtype), txt, t, y, scene.guidance)
+        def late(img: Tensor, t: float, step: int) -> Tensor:
+            given = torch.full((1,), t, device=txt.device), y, scene.guidance
+            return steps.late_step(img.to(txt.dtype), txt, *given)
 
-        img = denoise(late, denoise(regional, scene.img, levels[: REGIONAL + 1]), levels[REGIONAL:])
+        img = denoise(regional, scene.img, levels, range(REGIONAL))
+        img = denoise(late, img, levels, range(REGIONAL, REGIONAL + LATE))
         _, order = scene.tokens.sorted()
         return unpack(img[:, order.argsort()], scene.layout.width, scene.layout.height)
 

@@ -1,11 +1,11 @@
-"""ControlNets in a run with regions: their pictures, which steps, image tokens and streams their residuals reach.
+"""ControlNets and control LoRAs as extensions of sampling.
 
-In the double blocks there is one image stream. In the single blocks of a regional step with a base branch there are
-two, [..., base img, img]; both get the residuals, unless `residuals: published` asks for the last one alone.
+In the double blocks there is one image stream. In the single blocks of a regional step with a base
+branch there are two, [..., base img, img]; both get a ControlNet's residuals, unless `residuals:
+published` asks for the last one alone. In every step a ControlNet is given the base prompt.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,38 +13,98 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from errors import InputError
+from errors import InputError, warn
 from extensions.controlnet import ControlNet, Residuals
 from model.attention import Block
 from model.transformer import FluxParams
 from regional.images import read_image
 from regional.layout import Control, Layout
 from regional.mask import region_tokens
+from regional.sampling import Branches, Conditioning, Extension, Forward, Pass
+from sampler.flow import text_ids
 
 
-class ActiveControl(NamedTuple):
-    """A loaded ControlNet. tokens: (1, L_img, in_channels), its picture; share: (L_img, 1), its scale on each image
-    token. Both in the order of the run's image tokens."""
+class LoadedControl(NamedTuple):
+    """tokens: (1, L_img, in_channels), the control image as the net reads it; scale: (L_img, 1), of
+    each image token's residuals. Both are row by row."""
 
     net: ControlNet
     tokens: Tensor
-    share: Tensor
+    scale: Tensor
     setting: Control
 
-    def sorted(self, order: Tensor) -> "ActiveControl":
-        return self._replace(tokens=self.tokens[:, order], share=self.share[order])
+
+def controlnets(
+    controls: Sequence[LoadedControl], params: FluxParams, steps: int, conditioning: Conditioning,
+    part: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Extension:  # fmt: skip
+    """params: the transformer's; steps: the layout's; part: which of a stream's tokens, along
+    dimension 1, this process has."""
+    depths = {"double": params.depth, "single": params.depth_single_blocks}
+    txt = conditioning.txt
+    y = conditioning.y[:1]
+
+    def residuals_of(control: LoadedControl, given: Pass, order: Tensor) -> Residuals:
+        net, tokens, scale, setting = control
+        modulation = net.modulation(given.timesteps, y, given.guidance)
+        inputs = given.img, given.img_ids, txt, text_ids(txt.shape[1]), modulation
+        found = net(*inputs, tokens[:, order], setting.mode)
+        return found.each(lambda residual: part(residual * scale[order]))
+
+    def extend(forward: Forward, branches: Branches) -> Forward:
+        def with_residuals(given: Pass, step: int) -> Tensor:
+            acting = [control for control in controls if control.setting.acts(step, steps)]
+            found = [residuals_of(control, given, branches.order) for control in acting]
+
+            def after_block(x: Tensor, block: Block) -> Tensor:
+                x = given.after_block(x, block)
+                for (net, *_, setting), residuals in zip(acting, found):
+                    residual = residuals.after(block, depths[block.kind], net.params.hint_width > 0)
+                    if residual is not None:
+                        alone = setting.residuals == "published"
+                        add(x, residual, 1 if alone else branches.streams)
+                return x
+
+            return forward(given._replace(after_block=after_block), step)
+
+        return with_residuals
+
+    return extend
 
 
-def control_picture(image: str, preprocess: str | None, width: int, height: int) -> tuple[Tensor, list[str]]:
-    """The control picture at this size, (1, 3, height, width) in [-1, 1], and warnings."""
-    picture, warnings = read_image(image), []
-    if abs(picture.width * height - picture.height * width) > max(width, height):
-        size = f"{picture.width} x {picture.height}"
-        warnings.append(f"{image}: its {size} pixels are stretched to {width} x {height}, another aspect ratio")
-    pixels = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))
+def add(x: Tensor, residual: Tensor, streams: int) -> None:
+    """Add a residual (B, L_img, D) to each of the last `streams` image streams of x (B, L, D), or to
+    the one that double blocks and the last block give; in place: x is the block's own result."""
+    length = residual.shape[1]
+    streams = min(streams, x.shape[1] // length)
+    x[:, x.shape[1] - streams * length :].unflatten(1, (streams, length)).add_(residual[:, None])
+
+
+def control_lora(latents: Tensor) -> Extension:
+    """A control LoRA's image next to the noisy one: packed latents (1, L_img, 64), row by row."""
+
+    def extend(forward: Forward, branches: Branches) -> Forward:
+        own = latents[:, branches.order]
+
+        def with_image(given: Pass, step: int) -> Tensor:
+            return forward(given._replace(img=torch.cat([given.img, own], dim=-1)), step)
+
+        return with_image
+
+    return extend
+
+
+def control_image(file: str, preprocess: str | None, layout: Layout) -> Tensor:
+    """A control image at the layout's size, (1, 3, height, width) in [-1, 1]."""
+    image = read_image(file)
+    width, height = layout.width, layout.height
+    if abs(image.width * height - image.height * width) > max(width, height):
+        sizes = f"{image.width} x {image.height} pixels are stretched to {width} x {height}"
+        warn(f"{file}: its {sizes}, another aspect ratio")
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
     if preprocess == "canny":
         pixels = canny(pixels)
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1, warnings
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def canny(pixels: np.ndarray) -> np.ndarray:
@@ -52,57 +112,15 @@ def canny(pixels: np.ndarray) -> np.ndarray:
     try:
         import cv2
     except ImportError as error:
-        problem = f"needs OpenCV, which is missing here ({error}); pip install opencv-python-headless"
+        problem = f"needs OpenCV ({error}); pip install opencv-python-headless"
         raise InputError("preprocess", "canny", problem) from error
     edges = cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), 100, 200)
     return np.repeat(edges[:, :, None], 3, axis=2)
 
 
-def image_share(control: Control, layout: Layout) -> Tensor:
-    """The control's scale on each image token, (L_img, 1) float32, row by row: 0 outside its region."""
+def scale_of(control: Control, layout: Layout) -> Tensor:
+    """The scale for each image token, (L_img, 1) float32, row by row: 0 outside its region."""
     if control.region is None:
         return torch.full((layout.width * layout.height // 256, 1), control.scale)
     inside = region_tokens(layout).image_bits >> control.region & 1
     return control.scale * inside[:, None].float()
-
-
-def control_hook(
-    controls: list[ActiveControl],
-    params: FluxParams,
-    steps: int,
-    conditions: dict[str, Tensor],
-    part: Callable[[Tensor], Tensor] = lambda x: x,
-) -> Callable[[Tensor, Tensor, int, int], Callable[[Tensor, Block], Tensor]]:
-    """What gives Flux.forward its `after_block` at img (1, L_img, 64) and t (1,), in this step, for so many image
-    streams.
-
-    steps: of the run. conditions: img_ids, txt, txt_ids, y and guidance of the base prompt, which is what a ControlNet
-    is given in every step, also a regional one. part: which of the image tokens x has.
-    """
-    depths = {"double": params.depth, "single": params.depth_single_blocks}
-
-    def hook(img: Tensor, t: Tensor, step: int, streams: int) -> Callable[[Tensor, Block], Tensor]:
-        added = []
-        for net, tokens, share, setting in controls:
-            if setting.acts(step, steps):
-                mode = setting.mode_index
-                residuals = net(img, timesteps=t, control=tokens, mode=mode, **conditions).scaled(share)
-                residuals = Residuals(*([part(residual) for residual in kind] for kind in residuals))
-                in_turn = net.params.hint_width > 0
-                added.append((residuals, in_turn, 1 if setting.residuals == "published" else streams))
-        return partial(add_residuals, added, depths, part(img).shape[1])
-
-    return hook
-
-
-def add_residuals(
-    added: list[tuple[Residuals, bool, int]], depths: dict[str, int], length: int, x: Tensor, block: Block
-) -> Tensor:
-    """x with what each ControlNet adds after this block to its last `length` tokens, in the single blocks to the last
-    `length` tokens of each of so many streams. It is added in place: x is the block's own result."""
-    for residuals, in_turn, streams in added:
-        residual = residuals.after(block, depths[block.kind], in_turn)
-        if residual is not None:
-            streams = min(streams, x.shape[1] // length) if block.kind == "single" else 1  # the last block gives one
-            x[:, x.shape[1] - streams * length :].unflatten(1, (streams, length)).add_(residual[:, None])
-    return x

@@ -1,15 +1,16 @@
-"""ControlNets for FLUX.1: copies of its first blocks that read a control picture and give residuals for its blocks.
+"""ControlNets for FLUX.1: copies of its first blocks that read a control image and give residuals.
 
 Two families, with one network behind both:
-- InstantX and Shakker-Labs: the control picture as latents; a few double and perhaps single blocks, whose residuals are
-  spread over FLUX's in groups; `union` models are told by a mode what kind of picture it is.
-- XLabs: the control picture as it is, read by eight convolutions (`input_hint_block`); two double blocks, whose
-  residuals take turns.
+- InstantX and Shakker-Labs: the control image as latents; a few double and perhaps single blocks,
+  whose residuals are spread over FLUX's in groups; a mode tells `union` models the kind of image.
+- XLabs: the control image's pixels, read by eight convolutions (`input_hint_block`); two double
+  blocks, whose residuals take turns.
 
-Names are those of the files: the official ones for what FLUX has too, else diffusers' (InstantX) or XLabs' own.
+Names are the files': the official ones for what FLUX has too, else diffusers' (InstantX) or XLabs'.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from model.attention import Block
-from model.layers import embedding
+from model.layers import Vectors, embedding
 from model.transformer import FluxParams, Streams
 
 
@@ -26,7 +27,7 @@ from model.transformer import FluxParams, Streams
 class ControlNetParams(FluxParams):
     """Sizes of a ControlNet; extensions/loading.py reads them from the file.
 
-    modes: how many a union model knows, 0 for the others. hint_width: channels inside the input_hint_block, 0 without.
+    modes: those of a union model, else 0. hint_width: channels in the input_hint_block, 0 without.
     """
 
     modes: int = 0
@@ -34,29 +35,26 @@ class ControlNetParams(FluxParams):
 
 
 class Residuals(NamedTuple):
-    """What a ControlNet adds after blocks: two lists of (B, L_img, D)."""
+    """What a ControlNet adds after the blocks of each kind: tensors (B, L_img, D)."""
 
     double: list[Tensor]
     single: list[Tensor]
 
     def after(self, block: Block, depth: int, in_turn: bool) -> Tensor | None:
-        """The residual for this block of a FLUX with `depth` blocks of its kind; None if there are none of the kind.
-
-        They are spread over groups of ceil(depth / n) neighbours (InstantX), or taken `in_turn` (XLabs).
-        """
+        """That for this block, of `depth` of its kind; None if there are none of the kind. They are
+        spread over groups of ceil(depth / n) neighbors (InstantX), or taken `in_turn` (XLabs)."""
         residuals = getattr(self, block.kind)
         if not residuals:
             return None
-        index = block.index % len(residuals) if in_turn else block.index // math.ceil(depth / len(residuals))
-        return residuals[index]
+        group = math.ceil(depth / len(residuals))
+        return residuals[block.index % len(residuals) if in_turn else block.index // group]
 
-    def scaled(self, factor: float | Tensor) -> "Residuals":
-        """All of them times a number, or times one for each token, (L_img, 1)."""
-        return Residuals(*([residual * factor for residual in residuals] for residuals in self))
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Residuals":
+        return Residuals(*([function(residual) for residual in kind] for kind in self))
 
 
 def hint_block(width: int, out_channels: int) -> nn.Sequential:
-    """The eight convolutions of XLabs: a picture (B, 3, H, W) -> (B, out_channels, H / 8, W / 8)."""
+    """The eight convolutions of XLabs: (B, 3, H, W) -> (B, out_channels, H / 8, W / 8)."""
     layers = [nn.Conv2d(3, width, 3, padding=1), nn.SiLU()]
     for stride in (1, 2) * 3:
         layers += [nn.Conv2d(width, width, 3, padding=1, stride=stride), nn.SiLU()]
@@ -68,50 +66,44 @@ class ControlNet(Streams):
         super().__init__(params)
         hidden = params.hidden_size
         self.controlnet_x_embedder = nn.Linear(params.in_channels, hidden)
-        self.controlnet_blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(params.depth))
-        self.controlnet_single_blocks = nn.ModuleList(
-            nn.Linear(hidden, hidden) for _ in range(params.depth_single_blocks)
-        )
+        double = [nn.Linear(hidden, hidden) for _ in range(params.depth)]
+        single = [nn.Linear(hidden, hidden) for _ in range(params.depth_single_blocks)]
+        self.controlnet_blocks = nn.ModuleList(double)
+        self.controlnet_single_blocks = nn.ModuleList(single)
         if params.modes:
             self.controlnet_mode_embedder = embedding(params.modes, hidden)
         if params.hint_width:
             self.input_hint_block = hint_block(params.hint_width, params.in_channels // 4)
 
-    def read(self, picture: Tensor) -> Tensor:
-        """XLabs alone: a picture (B, 3, H, W) in [-1, 1] -> its control tokens (B, L_img, in_channels)."""
-        hint = self.input_hint_block(picture)
+    def read(self, image: Tensor) -> Tensor:
+        """For XLabs alone: an image (B, 3, H, W) in [-1, 1] -> tokens (B, L_img, in_channels)."""
+        hint = self.input_hint_block(image)
         return rearrange(hint, "B c (h ph) (w pw) -> B (h w) (c ph pw)", ph=2, pw=2)
 
     def forward(
-        self,
-        img: Tensor,
-        img_ids: Tensor,
-        txt: Tensor,
-        txt_ids: Tensor,
-        timesteps: Tensor,
-        y: Tensor,
-        guidance: Tensor | None,
-        control: Tensor,
-        mode: int | None = None,
-    ) -> Residuals:
-        """The residuals for image tokens at `timesteps`, each (B, L_img, D).
+        self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, modulation: list[Vectors],
+        control: Tensor, mode: int | None = None,
+    ) -> Residuals:  # fmt: skip
+        """The residuals for the image tokens, each (B, L_img, D).
 
-        The first seven as in Flux.forward; control (B, L_img, in_channels): the control picture's packed latents, or
-        what `read` gives; mode: exactly for union models. It is one more token before the text, at position 0.
+        The first five as in Flux.forward. control: (B, L_img, in_channels), the control image's
+        packed latents, or `read`. mode: for union models alone, one more token before the text.
         """
         length = img.shape[1]
-        img = self.img_in(img) + self.controlnet_x_embedder(control)
-        txt = self.txt_in(txt)
+        hidden = self.embed(img, img_ids, txt, txt_ids)
+        hidden = hidden._replace(img=hidden.img + self.controlnet_x_embedder(control))
         if self.params.modes:
-            mode = self.controlnet_mode_embedder.weight[mode].expand(len(txt), 1, -1)
-            txt = torch.cat([mode, txt], dim=1)
-            txt_ids = torch.cat([torch.zeros_like(txt_ids[:, :1]), txt_ids], dim=1)
+            token = self.controlnet_mode_embedder.weight[mode].expand(len(txt), 1, -1)
+            origin = self.positions(torch.zeros_like(txt_ids[:, :1]), token)
+            txt = torch.cat([token, hidden.txt], dim=1)
+            hidden = hidden._replace(txt=txt, pe=torch.cat([origin, hidden.pe], dim=1))
         residuals = Residuals([], [])
         heads = {"double": self.controlnet_blocks, "single": self.controlnet_single_blocks}
 
         def collect(x: Tensor, block: Block) -> Tensor:
-            getattr(residuals, block.kind).append(heads[block.kind][block.index](x[:, -length:]))
+            head = heads[block.kind][block.index]
+            getattr(residuals, block.kind).append(head(x[:, -length:]))
             return x
 
-        self.blocks(img, img_ids, txt, txt_ids, self.modulation(timesteps, y, guidance), after_block=collect)
+        self.blocks(hidden, modulation, after_block=collect)
         return residuals

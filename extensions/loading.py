@@ -1,79 +1,69 @@
-"""The LoRAs and ControlNets that a layout names, found, read and checked."""
+"""The LoRAs and ControlNets that a layout names: found, read and checked."""
 
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import weights
 from errors import MISSING, InputError, warn
-from extensions.control import ActiveControl, control_picture, image_share
+from extensions.control import LoadedControl, control_image, scale_of
 from extensions.controlnet import ControlNet, ControlNetParams
-from extensions.lora import merge
+from extensions.lora import NO_LORAS, Loras, merge
 from extensions.lora_files import lora_file, read_lora
 from extensions.region_lora import can_be_regional
 from formats.hub import locate
 from formats.recognize import Source
 from regional.layout import Control, Layout
-from regional.sampling import NO_LORAS, Loras
 from weights import Kind, check_loads, flux_params, pick, stream_sizes
 
-
-class ControlPlan(NamedTuple):
-    """A ControlNet before it is loaded; its picture is (1, 3, height, width), or its packed latents (1, L_img, 64)."""
-
-    source: Source
-    setting: Control
-    picture: Tensor
-
-
-# ------------------------------------------------------------------------------------------------ LoRAs
+# ------------------------------------------------------------------------------------------ LoRAs
 
 
 def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras = NO_LORAS) -> Loras:
-    """All LoRAs that a layout names, by the names they have there; `known` ones are not read again. Says what is left
-    out of them."""
+    """All LoRAs that a layout names, by their names there; `known` ones are not read again. Warns of
+    what is left out of them."""
     named = {f"loras[{i}].file": lora for i, lora in enumerate(layout.loras)}
     for i, region in enumerate(layout.regions):
         named |= {f"regions[{i}].loras[{j}].file": lora for j, lora in enumerate(region.loras)}
     if not named:
         return {}
-    modules, loras = {part: weights.on_meta(getattr(checkpoint, part)) for part in ("flux", "t5", "clip")}, {}
+    components = ("flux", "t5", "clip")
+    modules = {name: weights.on_meta(getattr(checkpoint, name)) for name in components}
+    loras = {}
     for key, entry in named.items():
         known = {**known, **loras}
-        lora = known.get(entry.file) or read_lora(lora_file(entry.file, key), modules)
-        if lora.unknown and entry.file not in known:
-            count, first = len(lora.unknown), lora.unknown[0]
-            warn(f"{lora.path}: {count} of its keys mean nothing for this model and are left out, as {first}")
+        lora = known.get(entry.file)
+        if lora is None:
+            lora = read_lora(lora_file(entry.file, f"{key} = {entry.file}"), modules)
+            if lora.unknown:
+                count = len(lora.unknown)
+                warn(f"{lora.path}: {count} unrecognized keys are skipped, such as {lora.unknown[0]}")
         loras[entry.file] = lora
-        left = {c.name for c in lora.changes["flux"] if not can_be_regional(c)} | {c.name for c in lora.changes["clip"]}
         if lora.is_control != bool(getattr(entry, "image", None)):
-            needs = (
-                "is a control LoRA, for the whole picture, and needs an image" if lora.is_control else "takes no image"
-            )
+            needs = "takes no image"
+            if lora.is_control:
+                needs = "is a control LoRA, for the whole image, and needs an image"
             raise InputError(key, Path(entry.file), f"this LoRA {needs}")
-        if left and key.startswith("regions"):
-            warn(f"{key} = {entry.file}: what changes the whole picture is left out: {', '.join(sorted(left))}")
+        skipped = {change.name for change in lora.changes["flux"] if not can_be_regional(change)}
+        skipped |= {change.name for change in lora.changes["clip"]}
+        if skipped and key.startswith("regions"):
+            names = ", ".join(sorted(skipped))
+            warn(f"{key} = {entry.file}: what changes the whole image is skipped: {names}")
     return loras
 
 
 def control_of(layout: Layout) -> Tensor | None:
-    """The control picture of the layout's control LoRA, (1, 3, height, width) in [-1, 1]."""
-    images = [lora.image for lora in layout.loras if lora.image]
-    if len(images) > 1:
-        raise InputError("loras", images, "there can be only one control LoRA, with one image")
-    for image in images:
-        picture, warnings = control_picture(image, None, layout.width, layout.height)
-        for warning in warnings:
-            warn(warning)
-        return picture
-    return None
+    """The image of the layout's control LoRA, (1, 3, height, width) in [-1, 1]."""
+    files = [lora.image for lora in layout.loras if lora.image]
+    if len(files) > 1:
+        raise InputError("loras", files, "there can be only one control LoRA, with one image")
+    return control_image(files[0], None, layout) if files else None
 
 
 def merges_of(layout: Layout, loras: Loras, part: str) -> weights.Merges:
-    """What the layout's whole-picture LoRAs make of a part's weights."""
+    """By tensor, what merges the layout's LoRAs for the whole image into a component's weights."""
     changes = {}
     for entry in layout.loras:
         for change in loras[entry.file].changes[part]:
@@ -81,25 +71,27 @@ def merges_of(layout: Layout, loras: Loras, part: str) -> weights.Merges:
     return {name: partial(merge, changes=own) for name, own in changes.items()}
 
 
-def plan_controls(layout: Layout, flux: Source) -> list[ControlPlan]:
-    """The layout's ControlNets, each checked against the transformer and its mode, and their pictures."""
-    plans = []
+# ------------------------------------------------------------------------------------ ControlNets
+
+
+def plan_controls(layout: Layout, flux: Source) -> list[tuple[Source, Tensor]]:
+    """For each of the layout's ControlNets its file, checked against the transformer and the mode,
+    and its control image, (1, 3, height, width) in [-1, 1]."""
+    found = []
     for i, control in enumerate(layout.controlnets):
         source = find_controlnet(control.model, f"controlnets[{i}].model")
         check_base(source, flux)
         check_mode(control, controlnet_params(source).modes, source, f"controlnets[{i}].mode")
-        picture, warnings = control_picture(control.image, control.preprocess, layout.width, layout.height)
+        found.append((source, control_image(control.image, control.preprocess, layout)))
         if not any(control.acts(step, layout.steps) for step in range(layout.steps)):
-            warnings.append(f"{control.model}: no step of {layout.steps} lies within its start and end; it never acts")
-        for warning in warnings:
-            warn(warning)
-        plans.append(ControlPlan(source, control, picture))
-    return plans
+            warn(f"{control.model}: none of the {layout.steps} steps lies between start and end")
+    return found
 
 
 def check_mode(control: Control, modes: int, source: Source, key: str) -> None:
     if modes and control.mode is None:
-        raise InputError(key, MISSING, f"missing, {source.path} is a union of {modes} modes and needs one of them")
+        problem = f"missing, {source.path} is a union of {modes} modes and needs one of them"
+        raise InputError(key, MISSING, problem)
     if not modes and control.mode is not None:
         raise InputError(key, control.mode, f"{source.path} has no modes")
     if modes and control.mode_index >= modes:
@@ -107,17 +99,20 @@ def check_mode(control: Control, modes: int, source: Source, key: str) -> None:
 
 
 def load_controls(
-    plans: list[ControlPlan], layout: Layout, device: torch.device, dtype: torch.dtype, nets: dict[Path, ControlNet]
-) -> list[ActiveControl]:
-    """The ControlNets, ready for this layout; each file is loaded once, into `nets`."""
-    for plan in plans:
-        if plan.source.path not in nets:
-            nets[plan.source.path] = weights.load(plan.source, device, dtype, kind=CONTROLNET)
+    layout: Layout, found: list[tuple[Source, Tensor]], device: torch.device, dtype: torch.dtype,
+    nets: dict[Path, ControlNet],
+) -> list[LoadedControl]:  # fmt: skip
+    """The layout's ControlNets. found: what `plan_controls` gives, with packed latents (1, L_img,
+    64) for images that are not read as pixels. nets: those loaded; new ones are added."""
     controls = []
-    for source, setting, picture in plans:
-        net, picture = nets[source.path], picture.to(device, dtype)
-        tokens = net.read(picture) if net.params.hint_width else picture
-        controls.append(ActiveControl(net, tokens, image_share(setting, layout).to(device, dtype), setting))
+    for setting, (source, image) in zip(layout.controlnets, found):
+        if source.path not in nets:
+            nets[source.path] = weights.load(source, device, dtype, kind=CONTROLNET)
+        net = nets[source.path]
+        image = image.to(device, dtype)
+        tokens = net.read(image) if net.params.hint_width else image
+        scale = scale_of(setting, layout).to(device, dtype)
+        controls.append(LoadedControl(net, tokens, scale, setting))
     return controls
 
 

@@ -1,8 +1,8 @@
-"""LoRA terms: merged into weights while they are loaded, or added for some tokens by forward hooks."""
+"""LoRA terms: merged into weights while these are loaded, or added for some tokens by hooks."""
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.fp8 import Fp8Linear
-
-# ------------------------------------------------------------------------------------------------------------ terms
 
 
 class LowRank(NamedTuple):
@@ -58,7 +56,8 @@ class Full(NamedTuple):
         return self.matrix[rows] if self.matrix.ndim == 1 else F.linear(x, self.matrix[rows])
 
 
-Term = LowRank | Kronecker | Full  # called as a layer is, it gives some of its rows: x (B, L, in) -> (B, L, rows)
+# Called like a layer, a term gives some of its rows: x (B, L, in) -> (B, L, rows).
+Term = LowRank | Kronecker | Full
 
 
 def converted(term: Term, device: torch.device | str, dtype: torch.dtype) -> Term:
@@ -68,8 +67,8 @@ def converted(term: Term, device: torch.device | str, dtype: torch.dtype) -> Ter
 class Change(NamedTuple):
     """What a file does to rows [start, stop) of the tensor `name`.
 
-    magnitude: DoRA's, (out, 1) or (1, in): the changed weight's rows, or columns, are scaled to these lengths.
-    replaces: the term stands in place of what was there.
+    magnitude: DoRA's, (out, 1) or (1, in), the lengths to which the changed weight's rows, or
+    columns, are scaled. replaces: the term replaces what was there.
     """
 
     name: str
@@ -93,10 +92,12 @@ class Change(NamedTuple):
 
 
 def merge(weight: Tensor, changes: list[tuple[Change, float]]) -> Tensor:
-    """A weight, float32 or wider, with changes at these scales; wider if a change has more columns (control LoRAs)."""
+    """A weight, in float32 or more, with changes at these scales; a change with more columns, as
+    control LoRAs have, widens it."""
     weight = weight.clone()
     for change, scale in changes:
-        columns = change.term.down.shape[1] if isinstance(change.term, LowRank) else weight.shape[-1]
+        low_rank = isinstance(change.term, LowRank)
+        columns = change.term.down.shape[1] if low_rank else weight.shape[-1]
         if columns > weight.shape[-1]:
             weight = F.pad(weight, (0, columns - weight.shape[-1]))
         rows = weight[change.start : change.stop]
@@ -106,7 +107,7 @@ def merge(weight: Tensor, changes: list[tuple[Change, float]]) -> Tensor:
 
 
 class Addition(NamedTuple):
-    """A change of a linear layer's weight or bias for some of its tokens: those where `tokens`, (L,) bool, is true."""
+    """A change of a linear layer's weight or bias for the tokens where `tokens` (L,) is true."""
 
     change: Change
     scale: float
@@ -118,23 +119,19 @@ Hook = Callable[[nn.Module, tuple[Tensor], dict[str, Any], Tensor], Tensor]
 
 @contextmanager
 def added(module: nn.Module, hooks: dict[str, Hook]) -> Iterator[None]:
-    """While it lasts, layers give more for the tokens of `hooks`' additions (see below). For all other tokens they
-    compute just what they do without."""
-    handles = [
-        module.get_submodule(layer).register_forward_hook(hook, with_kwargs=True) for layer, hook in hooks.items()
-    ]
-    try:
+    """While it lasts, layers make the additions of these hooks; for other tokens they compute the
+    same bits as without."""
+    with ExitStack() as stack:
+        for layer, hook in hooks.items():
+            linear = module.get_submodule(layer)
+            stack.enter_context(linear.register_forward_hook(hook, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def hooks_for(
     module: nn.Module, additions: list[Addition], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Hook]:
-    """The hooks of a module's linear layers, by name, that make their additions; all they need is on `device`, where
-    the layers compute, in `dtype`."""
+    """By layer, the hook that makes its additions; device, dtype: of the layers' inputs."""
     terms = {}
     for change, scale, tokens in additions:
         layer = change.name.rpartition(".")[0]
@@ -143,35 +140,37 @@ def hooks_for(
             rows, linear = slice(change.start, change.stop), module.get_submodule(layer)
             weight = linear.widened(rows) if isinstance(linear, Fp8Linear) else linear.weight[rows]
             term = Full(change.delta(weight.to(torch.promote_types(weight.dtype, torch.float32))))
-        term, index = converted(term, device, dtype), tokens.nonzero().flatten().to(device)
-        terms.setdefault(layer, []).append((term, scale, range(change.start, change.stop), tokens.cpu(), index))
-    return {layer: partial(add_terms, own, bool(MODULATION.search(layer))) for layer, own in terms.items()}
+        term = converted(term, device, dtype)
+        index = tokens.nonzero().flatten().to(device)
+        addition = term, scale, range(change.start, change.stop), tokens.cpu(), index
+        terms.setdefault(layer, []).append(addition)
+    is_vector = {layer: bool(MODULATION.search(layer)) for layer in terms}
+    return {layer: partial(add_terms, own, is_vector[layer]) for layer, own in terms.items()}
 
 
-MODULATION = re.compile(r"mod(ulation)?\.(lin|1)$")  # layers that see no tokens but one vector for all
+# Layers whose input is one vector for all tokens.
+MODULATION = re.compile(r"mod(ulation)?\.(lin|1)$")
 
 
 def add_terms(
-    terms: list[tuple[Term, float, range, Tensor, Tensor]],
-    of_vector: bool,
-    linear: nn.Module,
-    args: tuple[Tensor],
-    kwargs: dict[str, Any],
-    out: Tensor,
-) -> Tensor:
-    """A forward hook that adds scale * term(x) to some rows of the output of some tokens, known as (L,) bool and by
-    index.
+    terms: list[tuple[Term, float, range, Tensor, Tensor]], of_vector: bool,
+    linear: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any], out: Tensor,
+) -> Tensor:  # fmt: skip
+    """A forward hook that adds scale * term(x) to some rows of the output of some tokens, which are
+    given as (L,) bool and as indices.
 
-    args[0]: (B, L, in), or the last tokens alone; or `of_vector` one vector for all, (B, 1, in), where each token gets
-    an output of its own. kwargs: FusedLinear's `rows`, those that are in `out`.
+    args[0]: (B, L, in), or the last tokens alone; if `of_vector`, one vector for all, (B, 1, in),
+    and each token gets an output of its own. kwargs: FusedLinear's `rows`, those in `out`.
     """
     (x,) = args
     asked = range(linear.out_features)[kwargs.get("rows", slice(None))]
     for term, scale, rows, tokens, index in terms:
-        start, stop = max(rows.start, asked.start), min(rows.stop, asked.stop)
+        start = max(rows.start, asked.start)
+        stop = min(rows.stop, asked.stop)
         if start >= stop:
             continue
-        own, there = slice(start - rows.start, stop - rows.start), slice(start - asked.start, stop - asked.start)
+        own = slice(start - rows.start, stop - rows.start)
+        there = slice(start - asked.start, stop - asked.start)
         if of_vector:
             out = out.repeat(1, len(tokens), 1) if out.shape[1] == 1 else out
             out[:, index, there] += scale * term(x, own)
@@ -184,13 +183,14 @@ def add_terms(
 
 @dataclass(frozen=True)
 class Lora:
-    """A file's changes to each part, "flux", "t5" and "clip"; `unknown`: keys that mean nothing for this model.
-
-    is_control: it makes the transformer read, beside the noisy latents, those of a control picture (BFL's Canny and
-    Depth LoRAs).
-    """
+    """A file's changes to each component, "flux", "t5" and "clip", and its unknown keys. is_control:
+    it makes the transformer read a control image next to the noisy one (BFL's Canny and Depth)."""
 
     path: Path
     changes: dict[str, list[Change]]
     unknown: list[str]
     is_control: bool = False
+
+
+Loras = Mapping[str, Lora]  # by their names in the layout
+NO_LORAS: Loras = {}

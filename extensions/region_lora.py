@@ -1,73 +1,100 @@
-"""LoRAs of single regions: which of a step's tokens they act on.
+"""LoRAs of single regions, an extension of sampling: which tokens they act on.
 
-A region's LoRA is never merged. What it adds is computed for the region's text tokens and for its image tokens, in
-every stream that carries them, and where regions overlap the additions add up. The base prompt's tokens belong to no
-region: only a LoRA whose region is the whole picture acts on them, and so it is the same as one that is merged.
+A region's LoRA is never merged. What it adds is computed for the region's text and image tokens, in
+every stream that has them, and where regions overlap the additions add up. Only a LoRA whose region
+is the whole image acts on the base prompt's tokens too, and so it is the same as a merged one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from extensions.lora import Addition, Change, Lora
-from regional.layout import Region
+from extensions.lora import MODULATION, Addition, Change, Loras, added, hooks_for
+from model.layers import Vectors
+from model.transformer import Flux
+from regional.layout import Layout
+from regional.sampling import Branches, Extension, Forward, Pass
 
-STREAMS = {"img_in": "img", "txt_in": "txt", "single_blocks": "both", "final_layer": "img"}  # by a name's first part
+# By the first part of a tensor's name.
+STREAMS = {"img_in": "img", "txt_in": "txt", "single_blocks": "both", "final_layer": "img"}
 
 
 def stream_of(name: str) -> str | None:
-    """Which tokens a tensor of Flux works on: "img", "txt", or "both" in a single block; None for what has no tokens
-    (the time, guidance and CLIP vectors)."""
+    """Which tokens a tensor of Flux works on: "img", "txt", "both" in a single block; None for the
+    embedders of time, guidance and CLIP's embedding."""
     first, *rest = name.split(".")
     return rest[1][:3] if first == "double_blocks" else STREAMS.get(first)
-
-
-def can_be_regional(change: Change) -> bool:
-    return stream_of(change.name) is not None and not change.name.endswith("_norm.scale")
-
-
-def additions(
-    regions: Sequence[Region],
-    loras: Mapping[str, Lora],
-    tokens_of: Callable[[int], dict[str, Tensor]],
-    in_plain_steps: bool = False,
-) -> list[Addition]:
-    """What the regions' own LoRAs, or those of them that act in plain steps too, add in a step. `tokens_of` gives the
-    tokens in each stream of a region, known by its bit: 1 for the first, 2, 4, ... (see below)."""
-    found = []
-    for i, region in enumerate(regions):
-        chosen = [lora for lora in region.loras if lora.plain_steps or not in_plain_steps]
-        streams = tokens_of(1 << i) if chosen else {}
-        for lora in chosen:
-            changes = [change for change in loras[lora.file].changes["flux"] if can_be_regional(change)]
-            found += [Addition(change, lora.scale, streams[stream_of(change.name)]) for change in changes]
-    return found
 
 
 def all_of(x: Tensor, dim: int = 1) -> Tensor:
     return x
 
 
-def regional_step(
-    mine: Tensor,
-    text_length: int,
-    image_length: int,
-    has_base: bool,
-    streams: int,
-    part: Callable[[Tensor, int], Tensor] = all_of,
-) -> dict[str, Tensor]:
-    """A region's tokens in a regional step, in each stream of regional/attention.py's sequences, (L,) bool each.
-
-    mine: (L,) bool, which tokens of [txt_1 .. txt_R, img] are the region's. streams: image streams in single blocks.
-    part: which of a stream's tokens this process has.
-    """
-    texts, img = mine.split([len(mine) - image_length, image_length])
-    txt = part(torch.cat([texts, img.all().expand(text_length * has_base)]), 0)
-    img = part(img, 0)
-    return {"txt": txt, "img": img, "both": torch.cat([txt] + [img] * streams)}
+def can_be_regional(change: Change) -> bool:
+    return stream_of(change.name) is not None and not change.name.endswith("_norm.scale")
 
 
-def plain_step(img: Tensor, text_length: int, part: Callable[[Tensor, int], Tensor] = all_of) -> dict[str, Tensor]:
-    """The same in a plain step, from the region's image tokens (L_img,) bool."""
-    return regional_step(img, text_length, len(img), has_base=True, streams=1, part=part)
+class OwnModulation:
+    """A modulation whose entries are computed when they are read: with vectors for each token, all
+    of them at once would take gigabytes."""
+
+    def __init__(self, flux: Flux, given: Pass):
+        self.modules = flux.modulated
+        self.vec = flux.conditioning(given.timesteps, given.y, given.guidance)
+
+    def __getitem__(self, index: int) -> Vectors:
+        return self.modules[index].vectors([self.vec])[0]
+
+
+def region_loras(
+    flux: Flux, layout: Layout, loras: Loras, device: torch.device, dtype: torch.dtype,
+    part: Callable[[Tensor], Tensor] = all_of,
+) -> Extension:  # fmt: skip
+    """The regions' own LoRAs; in plain steps those of them that ask for it. device, dtype: of the
+    layers' inputs. part: which of a stream's tokens, along dimension 0, this process has."""
+
+    def extend(forward: Forward, branches: Branches) -> Forward:
+        is_plain = branches.base_ratio is None and branches.prompt == 0
+        own = additions(layout, loras, branches, is_plain, part)
+        hooks = hooks_for(flux, own, device, dtype)
+        changes_modulation = any(MODULATION.search(layer) for layer in hooks)
+
+        def with_loras(given: Pass, step: int) -> Tensor:
+            with added(flux, hooks):
+                if changes_modulation:
+                    given = given._replace(modulation=OwnModulation(flux, given))
+                return forward(given, step)
+
+        return with_loras if hooks else forward
+
+    return extend
+
+
+def additions(
+    layout: Layout, loras: Loras, branches: Branches, is_plain: bool,
+    part: Callable[[Tensor], Tensor],
+) -> list[Addition]:  # fmt: skip
+    """What the regions' LoRAs add in passes of this kind."""
+    found = []
+    for i, region in enumerate(layout.regions):
+        mine = branches.region_bits.cpu() & (1 << i) != 0
+        streams = tokens_of(mine, branches, part)
+        for lora in region.loras if mine.any() else ():
+            changes = loras[lora.file].changes["flux"] if lora.plain_steps or not is_plain else ()
+            for change in filter(can_be_regional, changes):
+                found.append(Addition(change, lora.scale, streams[stream_of(change.name)]))
+    return found
+
+
+def tokens_of(
+    mine: Tensor, branches: Branches, part: Callable[[Tensor], Tensor] = all_of
+) -> dict[str, Tensor]:  # fmt: skip
+    """A region's tokens in each stream of regional/attention.py's sequences, (L,) bool each. mine:
+    (L,) bool, which of the tokens in branches.region_bits are the region's."""
+    length = len(branches.order)
+    texts, img = mine.split([len(mine) - length, length])
+    base = img.all().expand(branches.text_length * branches.has_base)
+    txt = part(torch.cat([texts, base]))
+    img = part(img)
+    return {"txt": txt, "img": img, "both": torch.cat([txt] + [img] * branches.streams)}

@@ -1,6 +1,6 @@
 """The building blocks of the FLUX.1 transformer. Modules carry the names of the official checkpoint.
 
-Notation: B pictures, L tokens, D hidden size, H heads, d = D / H.
+Notation: B images, L tokens, D hidden size, H heads, d = D / H.
 """
 
 import math
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from model.attention import Attention, Block, apply_rope
 
-# What modulates a block's tokens: shifts, scales and gates side by side, (B, 1, n D), or (B, L, n D) where tokens
-# differ; of a double block the image's and the text's
+# What modulates a block's tokens: the concatenated shifts, scales and gates, (B, 1, n D), or
+# (B, L, n D) where tokens differ. A double block has two of them, the image's and the text's.
 Vectors = Tensor | tuple[Tensor, Tensor]
 
 
@@ -29,7 +29,7 @@ def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 
 
 def embedding(count: int, width: int) -> nn.Embedding:
-    """torch's, but on the meta device without its random numbers, which are made of nothing there and take a second."""
+    """torch's, but on the meta device without its random initialization, which takes a second there."""
     weight = torch.empty(count, width)
     return nn.Embedding(count, width, _weight=weight if weight.is_meta else nn.init.normal_(weight))
 
@@ -47,7 +47,7 @@ class MLPEmbedder(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, computed in float32 or wider."""
+    """Root-mean-square norm over the last dimension, computed in float32 or more."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -66,7 +66,7 @@ class QKNorm(nn.Module):
         self.key_norm = RMSNorm(head_dim)
 
     def forward(self, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Split the fused projection (B, L, 3 D) into q, k, v (B, H, L, d) and normalise q and k."""
+        """Split the fused projection (B, L, 3 D) into q, k, v (B, H, L, d) and normalize q and k."""
         q, k, v = rearrange(qkv, "B L (three H d) -> three B H L d", three=3, H=heads)
         return self.query_norm(q), self.key_norm(k), v
 
@@ -82,7 +82,7 @@ class SelfAttention(nn.Module):
 
 
 class Modulation(nn.Module):
-    """adaLN: the conditioning vector (B, D) -> shift, scale and gate, once or twice, side by side: (B, 1, n D)."""
+    """adaLN: the conditioning vector (B, D) -> shift, scale and gate, once or twice, concatenated: (B, 1, n D)."""
 
     def __init__(self, hidden: int, multiplier: int):
         super().__init__()
@@ -121,10 +121,13 @@ class DoubleStreamBlock(nn.Module):
         self.txt_attn = SelfAttention(hidden, heads)
         self.txt_mlp = mlp(hidden, mlp_hidden)
 
-    def vectors(self, *vecs: Tensor) -> list[Vectors]:
-        """For each vec (B, D) the vectors that `forward` takes, 6 for the image and 6 for the text. One layer after the
-        other: their weights may have to be fetched."""
-        img, txt = ([layer(vec) for vec in vecs] for layer in (self.img_mod, self.txt_mod))
+    def vectors(self, vecs: list[Tensor]) -> list[Vectors]:
+        """For each vec (B, D) the vectors that `forward` takes, 6 for the image and 6 for the text.
+
+        One layer handles all of them before the other does: their weights may have to be fetched.
+        """
+        img = [self.img_mod(vec) for vec in vecs]
+        txt = [self.txt_mod(vec) for vec in vecs]
         return list(zip(img, txt))
 
     def forward(
@@ -134,7 +137,7 @@ class DoubleStreamBlock(nn.Module):
         return self.finish(img, txt, vectors, attention(*self.project(img, txt, vectors, pe), block))
 
     def project(self, img: Tensor, txt: Tensor, vectors: Vectors, pe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What attention is asked with: q, k, v (B, H, L_txt + L_img, d), normalised and rotated."""
+        """What attention is given: q, k, v (B, H, L_txt + L_img, d), normalized and rotated."""
         (img_shift, img_scale, *_), (txt_shift, txt_scale, *_) = (x.chunk(6, dim=-1) for x in vectors)
         img_q, img_k, img_v = self.img_attn.norm(self.img_attn.qkv(modulate(img, img_shift, img_scale)), self.heads)
         txt_q, txt_k, txt_v = self.txt_attn.norm(self.txt_attn.qkv(modulate(txt, txt_shift, txt_scale)), self.heads)
@@ -143,7 +146,7 @@ class DoubleStreamBlock(nn.Module):
         return q, k, torch.cat([txt_v, img_v], dim=2)
 
     def finish(self, img: Tensor, txt: Tensor, vectors: Vectors, attn: Tensor) -> tuple[Tensor, Tensor]:
-        """All that follows attention's answer (B, H, L_txt + L_img, d)."""
+        """All that follows attention, whose output `attn` is (B, H, L_txt + L_img, d)."""
         img_vectors, txt_vectors = vectors
         _, _, img_gate1, img_shift, img_scale, img_gate2 = img_vectors.chunk(6, dim=-1)
         _, _, txt_gate1, txt_shift, txt_scale, txt_gate2 = txt_vectors.chunk(6, dim=-1)
@@ -167,8 +170,8 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(hidden // heads)
         self.modulation = Modulation(hidden, 3)
 
-    def vectors(self, *vecs: Tensor) -> list[Vectors]:
-        """For each vec (B, D) the 3 vectors that `forward` takes, side by side."""
+    def vectors(self, vecs: list[Tensor]) -> list[Vectors]:
+        """For each vec (B, D) the 3 vectors that `forward` takes, concatenated."""
         return [self.modulation(vec) for vec in vecs]
 
     def forward(
@@ -184,16 +187,17 @@ class SingleStreamBlock(nn.Module):
         return self.finish(x, h, vectors, attn)
 
     def project(self, x: Tensor, vectors: Vectors, pe: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What attention is asked with, q, k, v (B, H, L, d), and h (B, L, D), which the MLP reads too."""
+        """What attention is given, q, k, v (B, H, L, d), and h (B, L, D), which the MLP reads too."""
         shift, scale, _ = vectors.chunk(3, dim=-1)
         h = modulate(x, shift, scale)
         q, k, v = self.norm(self.linear1(h, rows=slice(0, 3 * x.shape[-1])), self.heads)
         return apply_rope(q, pe), apply_rope(k, pe), v, h
 
     def finish(self, x: Tensor, h: Tensor, vectors: Vectors, attn: Tensor) -> Tensor:
-        """All that follows attention's answer (B, H, L, d)."""
+        """All that follows attention, whose output `attn` is (B, H, L, d)."""
         gate = vectors.chunk(3, dim=-1)[2]
-        gate = gate[:, max(0, gate.shape[1] - x.shape[1]) :]  # all of it, but where tokens have vectors of their own
+        # where tokens have vectors of their own, x may be the last of them alone
+        gate = gate[:, max(0, gate.shape[1] - x.shape[1]) :]
         mlp = F.gelu(self.linear1(h, rows=slice(3 * x.shape[-1], None)), approximate="tanh")
         return x + gate * self.linear2(torch.cat([rearrange(attn, "B H L d -> B L (H d)"), mlp], dim=-1))
 
@@ -206,8 +210,8 @@ class LastLayer(nn.Module):
         self.linear = nn.Linear(hidden, out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
 
-    def vectors(self, *vecs: Tensor) -> list[Vectors]:
-        """For each vec (B, D) the 2 vectors that `forward` takes, side by side."""
+    def vectors(self, vecs: list[Tensor]) -> list[Vectors]:
+        """For each vec (B, D) the 2 vectors that `forward` takes, concatenated."""
         return [self.adaLN_modulation(vec[:, None, :]) for vec in vecs]
 
     def forward(self, x: Tensor, vectors: Vectors) -> Tensor:

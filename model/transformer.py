@@ -1,12 +1,13 @@
 """FLUX.1's transformer: text and image tokens in, the velocity of the image tokens out.
 
-It knows nothing of regions. Three functions passed to `forward` change what it computes: `attention`; `join`, which
-puts the streams together where the double blocks end; and `after_block`, through which ControlNets add residuals.
+It knows nothing of regions. Three functions passed to `forward` change what it computes:
+`attention`, `join`, which joins the streams where the double blocks end, and `after_block`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 from model.attention import Attention, Block, plain_attention, rope, rope_axes
 from model.layers import DoubleStreamBlock, LastLayer, MLPEmbedder, SingleStreamBlock, Vectors, timestep_embedding
 
+Join = Callable[[Tensor, Tensor], Tensor]
+AfterBlock = Callable[[Tensor, Block], Tensor]
+
 
 @dataclass(frozen=True)
 class FluxParams:
-    """Sizes of a FLUX.1-like transformer; weights.py reads them off the checkpoint. The defaults are FLUX.1-dev's."""
+    """Sizes of a transformer, read from its checkpoint; the defaults are FLUX.1-dev's."""
 
     in_channels: int = 64
     out_channels: int = 64
@@ -33,7 +37,7 @@ class FluxParams:
 
 
 def text_then_image(txt: Tensor, img: Tensor) -> Tensor:
-    """The plain sequence of the single blocks: txt (B, L_txt, ...), img (B, L_img, ...) -> (B, L_txt + L_img, ...)."""
+    """The plain sequence of the single blocks, (B, L_txt + L_img, ...)."""
     return torch.cat([txt, img], dim=1)
 
 
@@ -41,24 +45,27 @@ def as_it_is(x: Tensor, block: Block) -> Tensor:
     return x
 
 
+class Hidden(NamedTuple):
+    """The tokens between two blocks: img (B, L_img, D), txt (B, L_txt, D), their rotary embeddings
+    pe (B, L_txt + L_img, d / 2, 2), and length, L_img. After the double blocks, img is the sequence
+    that `join` made, and txt is None."""
+
+    img: Tensor
+    txt: Tensor | None
+    pe: Tensor
+    length: int
+
+
 @lru_cache(maxsize=16)
-@torch.inference_mode(False)  # what is kept may serve training too
+@torch.inference_mode(False)  # a cached tensor may be used in training too
 def known_rope(
-    ids: bytes,
-    shape: torch.Size,
-    ids_dtype: torch.dtype,
-    axes: tuple[int, ...],
-    theta: float,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """`rope`, remembered: every step asks for the same tables, and a GPU would wait for them in each."""
+    ids: bytes, shape: torch.Size, ids_dtype: torch.dtype, params: FluxParams,
+    dtype: torch.dtype, device: torch.device,
+) -> Tensor:  # fmt: skip
+    """`rope`, cached: every step needs the same rotary embeddings; a GPU would wait for them."""
     positions = torch.frombuffer(bytearray(ids), dtype=ids_dtype).reshape(shape)
-    return rope(positions, axes, theta, dtype).to(device)
-
-
-# Gives a block, or the last layer, the vectors that modulate its tokens
-Modulate = Callable[[nn.Module], Vectors]
+    axes = rope_axes(params.hidden_size // params.num_heads)
+    return rope(positions, axes, params.theta, dtype).to(device)
 
 
 class Streams(nn.Module):
@@ -67,62 +74,82 @@ class Streams(nn.Module):
     def __init__(self, params: FluxParams):
         super().__init__()
         self.params = params
-        hidden, heads, mlp_hidden = params.hidden_size, params.num_heads, params.mlp_hidden
+        hidden = params.hidden_size
+        sizes = hidden, params.num_heads, params.mlp_hidden
         self.img_in = nn.Linear(params.in_channels, hidden)
         self.time_in = MLPEmbedder(256, hidden)
         self.vector_in = MLPEmbedder(params.vec_in_dim, hidden)
         if params.guidance_embed:
             self.guidance_in = MLPEmbedder(256, hidden)
         self.txt_in = nn.Linear(params.context_in_dim, hidden)
-        self.double_blocks = nn.ModuleList(DoubleStreamBlock(hidden, heads, mlp_hidden) for _ in range(params.depth))
-        self.single_blocks = nn.ModuleList(
-            SingleStreamBlock(hidden, heads, mlp_hidden) for _ in range(params.depth_single_blocks)
-        )
+        single = params.depth_single_blocks
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(*sizes) for _ in range(params.depth))
+        self.single_blocks = nn.ModuleList(SingleStreamBlock(*sizes) for _ in range(single))
+
+    @property
+    def modulated(self) -> list[nn.Module]:
+        """The modules of the modulation's entries."""
+        return [*self.double_blocks, *self.single_blocks]
 
     def conditioning(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
-        """The vector that modulates every block, (B, D): timesteps (B,), y (B, vec), guidance (B,)."""
+        """The vector that modulates every block, (B, D)."""
         vec = self.time_in(timestep_embedding(timesteps, 256, y.dtype)) + self.vector_in(y)
         if self.params.guidance_embed:
             vec = vec + self.guidance_in(timestep_embedding(guidance, 256, y.dtype))
         return vec
 
-    def modulation(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Modulate:
-        """What modulates every block at these timesteps; each block's vectors are computed when they are asked for."""
+    def modulation(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> list[Vectors]:
+        """That of each of the modules in `modulated`. timesteps: (B,) in [0, 1]; y: (B, vec), the
+        pooled CLIP embedding; guidance: (B,), None for checkpoints without a guidance embedder."""
         vec = self.conditioning(timesteps, y, guidance)
-        return lambda module: module.vectors(vec)[0]
+        return [module.vectors([vec])[0] for module in self.modulated]
+
+    def modulations(
+        self, timesteps: list[float], y: Tensor, guidance: Tensor | None
+    ) -> list[list[Vectors]]:  # fmt: skip
+        """`modulation` at all these timesteps, layer by layer: each is fetched to the device once."""
+        batches = [torch.full((len(y),), t, device=y.device) for t in timesteps]
+        vecs = [self.conditioning(t, y, guidance) for t in batches]
+        return [list(x) for x in zip(*(module.vectors(vecs) for module in self.modulated))]
 
     def positions(self, ids: Tensor, x: Tensor) -> Tensor:
-        """RoPE's table for ids (B, L, 3), where x is, (B, L, d / 2, 2) in float32 or wider."""
-        axes = rope_axes(self.params.hidden_size // self.params.num_heads)
+        """Rotary embeddings of ids (B, L, 3), (B, L, d / 2, 2) in float32 or more, where x is."""
         precise = torch.promote_types(x.dtype, torch.float32)
-        return known_rope(ids.cpu().numpy().tobytes(), ids.shape, ids.dtype, axes, self.params.theta, precise, x.device)
+        key = ids.cpu().numpy().tobytes(), ids.shape, ids.dtype, self.params
+        return known_rope(*key, precise, x.device)
+
+    def embed(self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor) -> Hidden:
+        """What the first block takes, of the arguments of Flux.forward."""
+        img = self.img_in(img)
+        txt = self.txt_in(txt)
+        pe = torch.cat([self.positions(txt_ids, img), self.positions(img_ids, img)], dim=1)
+        return Hidden(img, txt, pe, img.shape[1])
 
     def blocks(
-        self,
-        img: Tensor,
-        img_ids: Tensor,
-        txt: Tensor,
-        txt_ids: Tensor,
-        modulation: Modulate,
-        attention: Attention = plain_attention,
-        join: Callable[[Tensor, Tensor], Tensor] = text_then_image,
-        after_block: Callable[[Tensor, Block], Tensor] = as_it_is,
-    ) -> Tensor:
-        """All blocks: img (B, L_img, D), txt (B, L_txt, D) -> (B, L_img, D), the last rows of what the last one gives.
-        Nothing reads the others, so it doesn't compute them."""
-        txt_pe, img_pe = self.positions(txt_ids, img), self.positions(img_ids, img)
-        pe = torch.cat([txt_pe, img_pe], dim=1)
-        for index, double_block in enumerate(self.double_blocks):
-            block = Block("double", index)
-            img, txt = double_block(img, txt, modulation(double_block), pe, attention, block)
+        self, hidden: Hidden, modulation: list[Vectors], attention: Attention = plain_attention,
+        join: Join = text_then_image, after_block: AfterBlock = as_it_is,
+        first: int = 0, last: int | None = None,
+    ) -> Hidden:  # fmt: skip
+        """The blocks from `first` up to `last`, the double blocks counted first; all by default.
+        The very last one computes only L_img rows: nothing reads the others."""
+        img, txt, pe, length = hidden
+        del hidden  # its tensors must not stay in memory while the blocks run
+        depth = len(self.double_blocks)
+        modules = [*self.double_blocks, *self.single_blocks]
+        for i in range(len(modules))[first:last]:
+            if i < depth:
+                block = Block("double", i)
+                img, txt = modules[i](img, txt, modulation[i], pe, attention, block)
+            else:
+                block = Block("single", i - depth)
+                if i == depth:
+                    img = join(txt, img)
+                    pe = join(*pe.split([txt.shape[1], length], dim=1))
+                    txt = None
+                rows = length if i + 1 == len(modules) else None
+                img = modules[i](img, modulation[i], pe, attention, block, rows)
             img = after_block(img, block)
-
-        x, pe = join(txt, img), join(txt_pe, img_pe)
-        for index, single_block in enumerate(self.single_blocks):
-            block = Block("single", index)
-            last = img.shape[1] if index + 1 == len(self.single_blocks) else None
-            x = after_block(single_block(x, modulation(single_block), pe, attention, block, last), block)
-        return x[:, x.shape[1] - img.shape[1] :]
+        return Hidden(img, txt, pe, length)
 
 
 class Flux(Streams):
@@ -130,47 +157,34 @@ class Flux(Streams):
         super().__init__(params)
         self.final_layer = LastLayer(params.hidden_size, params.out_channels)
 
+    @property
+    def modulated(self) -> list[nn.Module]:
+        return [*super().modulated, self.final_layer]
+
     def forward(
-        self,
-        img: Tensor,
-        img_ids: Tensor,
-        txt: Tensor,
-        txt_ids: Tensor,
-        timesteps: Tensor,
-        y: Tensor,
-        guidance: Tensor | None = None,
-        attention: Attention = plain_attention,
-        join: Callable[[Tensor, Tensor], Tensor] = text_then_image,
-        after_block: Callable[[Tensor, Block], Tensor] = as_it_is,
-        modulation: Modulate | None = None,
-    ) -> Tensor:
-        """The velocity at `timesteps`, (B, L_img, out_channels).
+        self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, modulation: list[Vectors],
+        attention: Attention = plain_attention, join: Join = text_then_image,
+        after_block: AfterBlock = as_it_is,
+    ) -> Tensor:  # fmt: skip
+        """The velocity, (B, L_img, out_channels).
 
-        img (B, L_img, in_channels) packed latents; img_ids (B, L_img, 3); txt (B, L_txt, context) T5 states; txt_ids
-        (B, L_txt, 3); timesteps (B,) in [0, 1]; y (B, vec) CLIP's pooled vector; guidance (B,), needed exactly when
-        the checkpoint has a guidance embedder.
-
-        `join(txt, img)` makes the sequence of the single blocks; whatever it makes must end with the image tokens to
-        decode. It is also given the position tables, so it may only repeat, drop and reorder rows (dimension 1).
-        `after_block(x, block)` gives what goes on from a block: x is img (B, L_img, D) in the double blocks, and the
-        sequence that `join` made in the single ones; after the last of those only its last L_img rows are left.
-        `modulation`: what `self.modulation` gives for these timesteps, y and guidance, if it is known already.
+        img: (B, L_img, in_channels), packed latents; txt: (B, L_txt, context), T5's output;
+        img_ids, txt_ids: (B, L, 3), positions; modulation: `modulation` of the timestep.
+        `join(txt, img)` makes the sequence of the single blocks, which must end with the image
+        tokens to decode; it is also called with the rotary embeddings, so it may only repeat, drop
+        and reorder rows (dimension 1). `after_block(x, block)` replaces a block's output x: img in
+        double blocks, the sequence in single blocks, of which the last one gives L_img rows.
         """
-        modulation = modulation or self.modulation(timesteps, y, guidance)
-        x = self.blocks(self.img_in(img), img_ids, self.txt_in(txt), txt_ids, modulation, attention, join, after_block)
-        return self.final_layer(x, modulation(self.final_layer))
+        seam = attention, join, after_block
+        hidden = self.blocks(self.embed(img, img_ids, txt, txt_ids), modulation, *seam)
+        return self.decode(hidden, modulation)
 
-    def modulations(self, timesteps: list[float], y: Tensor, guidance: Tensor | None) -> list[Modulate]:
-        """`modulation` at each of these timesteps, computed at once, one layer after the other: the same numbers, after
-        which the weights behind them (27 % of FLUX.1's) are not needed any more."""
-        vecs = [self.conditioning(torch.full((len(y),), t, device=y.device), y, guidance) for t in timesteps]
-        modules = *self.double_blocks, *self.single_blocks, self.final_layer
-        vectors = {module: module.vectors(*vecs) for module in modules}
-        return [lambda module, step=step: vectors[module][step] for step in range(len(timesteps))]
+    def decode(self, hidden: Hidden, modulation: list[Vectors]) -> Tensor:
+        """The velocity, (B, L_img, out_channels)."""
+        return self.final_layer(hidden.img[:, -hidden.length :], modulation[-1])
 
     def compile_blocks(self) -> None:
-        """Have torch.compile make the blocks' two halves, before and after attention, at their first call. All blocks
-        of a kind share what is made, at any length of the sequence."""
+        """Compile the blocks' halves, before and after attention, once for all blocks of a kind."""
         for block in *self.double_blocks, *self.single_blocks:
             block.project = torch.compile(block.project, dynamic=True)
             block.finish = torch.compile(block.finish, dynamic=True)

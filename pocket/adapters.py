@@ -193,7 +193,8 @@ class Model:
 
     def velocity(self, b: Batch, guidance: Tensor, **hooks) -> Tensor:
         ids = text_ids(b.txt.shape[1])
-        return self.flux(b.noisy, b.img_ids, b.txt, ids, b.t, b.y, guidance, attention=small_attention, **hooks)
+        modulation = self.flux.modulation(b.t, b.y, guidance)
+        return self.flux(b.noisy, b.img_ids, b.txt, ids, modulation, attention=small_attention, **hooks)
 
 
 def any_guidance(b: Batch) -> Tensor:
@@ -309,7 +310,8 @@ def train_controlnet(minutes: float, out: Path) -> None:
         b = model.batch(rng, pools)
         guidance = any_guidance(b)
         ids = text_ids(b.txt.shape[1])
-        residuals = net(b.noisy, b.img_ids, b.txt, ids, b.t, b.y, guidance, b.extra)
+        modulation = net.modulation(b.t, b.y, guidance)
+        residuals = net(b.noisy, b.img_ids, b.txt, ids, modulation, b.extra)
 
         def add(x: Tensor, block: Block) -> Tensor:
             return x + residuals.after(block, depth, in_turn=False) if block.kind == "double" else x

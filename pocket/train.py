@@ -54,7 +54,8 @@ class Pocket(nn.Module):
     def forward(self, img: Tensor, img_ids: Tensor, t: Tensor, guidance: Tensor, t5: Tensor, clip: Tensor) -> Tensor:
         txt = self.t5(t5)
         ids = text_ids(txt.shape[1])
-        return self.flux(img, img_ids, txt, ids, t, self.clip(clip), guidance, attention=small_attention)
+        modulation = self.flux.modulation(t, self.clip(clip), guidance)
+        return self.flux(img, img_ids, txt, ids, modulation, attention=small_attention)
 
 
 def init(module: nn.Module) -> None:

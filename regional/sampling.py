@@ -1,59 +1,96 @@
-"""The denoising of one picture: noise in, latents out, the first steps regional and the others plain FLUX."""
+"""The denoising of one image: noise in, latents out; first the regional steps, then plain FLUX.
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+Whatever an image can do without (ControlNets, LoRAs of regions, sequence parallelism ...) is an
+extension, a function that wraps the forward pass; docs/extensions.md shows how to write one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from extensions.attention_maps import AttentionMaps
-from extensions.control import ActiveControl, control_hook
-from extensions.lora import MODULATION, Addition, Lora, added, hooks_for
-from extensions.region_lora import additions, all_of, plain_step, regional_step
 from model.attention import Attention, Block, plain_attention
-from model.transformer import Flux, FluxParams, Modulate
+from model.layers import Vectors
+from model.transformer import AfterBlock, Flux, FluxParams, Join, as_it_is, text_then_image
 from regional.attention import MaskedAttention, RegionalAttention, Tokens
-from regional.layout import FLUX_DEV, Layout
+from regional.layout import Layout
 from regional.mask import RegionTokens, regional_stages
-from runtime.ulysses import Ulysses
-from sampler.flow import denoise, image_ids, noise, pack, text_ids, unpack
+from sampler.flow import Velocity, denoise, image_ids, noise, pack, text_ids, unpack
 from sampler.schedule import sigmas
-
-Loras = Mapping[str, Lora]  # by their names in the layout
-
-
-NO_LORAS: Loras = {}
 
 
 class Conditioning(NamedTuple):
-    """The encoded prompts: txt (1, L_txt, context), regions (R, L_region, context) or None, and CLIP's vectors, of the
-    base prompt alone, y (1, vec), or by the method rpg of the regions' too, (1 + R, vec). control: a control LoRA's
-    picture, its packed latents (1, L_img, 64)."""
+    """The encoded prompts: txt (1, L_txt, context), the base prompt; regions (R, L_region, context)
+    or None; y (1, vec), the base prompt's pooled CLIP embedding, for rpg (1 + R, vec)."""
 
     txt: Tensor
     regions: Tensor | None
     y: Tensor
-    control: Tensor | None = None
+
+
+class Pass(NamedTuple):
+    """A forward pass, of which an extension may replace anything: the eight arguments of
+    Flux.forward, then what the modulation was computed from, (1,), (1, vec) and (1,)."""
+
+    img: Tensor
+    img_ids: Tensor
+    txt: Tensor
+    txt_ids: Tensor
+    modulation: Sequence[Vectors]
+    attention: Attention
+    join: Join
+    after_block: AfterBlock
+    timesteps: Tensor
+    y: Tensor
+    guidance: Tensor
+
+
+class Branches(NamedTuple):
+    """What passes of one kind have in common: plain, regional, or one region's by the method rpg.
+
+    region_bits: (L,) int64, of [txt_1 .. txt_R, img], or in passes of one prompt of img alone.
+    order: (L_img,), the image tokens' places in the image. text_length: the base prompt's tokens,
+    or the region's; prompt: its row in y. has_base: these tokens are there, after the regions'.
+    streams: image streams in the single blocks. The rest: RegionalAttention's, else None.
+    """
+
+    region_bits: Tensor
+    order: Tensor
+    text_length: int
+    prompt: int = 0
+    has_base: bool = True
+    streams: int = 1
+    base_ratio: Tensor | None = None
+    is_masked: Callable[[Block], bool] | None = None
+    log_weights: Tensor | None = None
+
+
+Forward = Callable[[Pass, int], Tensor]  # a pass and the step's index -> velocity (1, L_img, 64)
+Extension = Callable[[Forward, Branches], Forward]
+MakeAttention = Callable[[Tokens], MaskedAttention]
+Modulations = list[dict[float, list[Vectors]]]  # by the prompt's row in y and by t
 
 
 def noise_levels(layout: Layout, params: FluxParams) -> list[float]:
     return sigmas(layout.steps, layout.width * layout.height // 256, shift=params.guidance_embed)
 
 
-def modulations(flux: Flux, layout: Layout, y: Tensor) -> list[list[Modulate]]:
-    """What modulates the blocks in each step of the layout, by the vectors y (n, vec) of the base prompt and, where the
-    method rpg needs them, the regions."""
-    guidance, levels = guidance_of(layout, y.device), noise_levels(layout, flux.params)
-    found = [flux.modulations(levels[:-1], y[:1], guidance)]
-    if layout.method == "rpg":
-        regional = levels[: layout.regional_steps(layout.steps)]
-        found += [flux.modulations(regional, own[None], guidance) for own in y[1:]]
-    return found
-
-
 def guidance_of(layout: Layout, device: torch.device) -> Tensor:
     return torch.tensor([layout.guidance], dtype=torch.float32, device=device)
+
+
+def modulations(flux: Flux, layout: Layout, y: Tensor) -> Modulations:
+    """The modulation of all of the layout's steps; y: Conditioning's."""
+    levels = noise_levels(layout, flux.params)[:-1]
+    guidance = guidance_of(layout, y.device)
+    found = [dict(zip(levels, flux.modulations(levels, y[:1], guidance)))]
+    if layout.method == "rpg":
+        levels = levels[: layout.regional_steps(layout.steps)]
+        found += [dict(zip(levels, flux.modulations(levels, x[None], guidance))) for x in y[1:]]
+    return found
 
 
 def sample(
@@ -62,133 +99,110 @@ def sample(
     tokens: RegionTokens | None,
     conditioning: Conditioning,
     seed: int,
-    masked_attention: Callable[[Tokens], MaskedAttention],
-    maps: AttentionMaps | None = None,
-    is_masked: Callable[[Block], bool] | None = None,
-    loras: Loras = NO_LORAS,
-    controls: Sequence[ActiveControl] = (),
+    masked_attention: MakeAttention,
+    extensions: Sequence[Extension] = (),
     on_step: Callable[[], None] = lambda: None,
-    modulation: list[list[Modulate]] | None = None,
-    parallel: Ulysses | None = None,
+    modulation: Modulations | None = None,
 ) -> Tensor:
-    """Noise to latents (1, 16, height / 8, width / 8), float32: the first steps regional, the others plain FLUX.
-
-    is_masked: in which blocks the regional branch is masked; without it the layout says so. on_step: called after
-    every step. modulation: what `modulations` gives for the layout, if it is known already. parallel: shares the work
-    out to several processes.
-    """
-    device, dtype = conditioning.txt.device, conditioning.txt.dtype
-    img = pack(noise(layout.width, layout.height, seed)).to(device, dtype).float()
-    img_ids, beside = image_ids(layout.width, layout.height), conditioning.control
-    guidance, part = guidance_of(layout, device), parallel.part if parallel else all_of
-    modulation, step = modulation or modulations(flux, layout, conditioning.y), 0
-    stages = regional_stages(layout.resolved(FLUX_DEV), tokens) if layout.regional_steps(layout.steps) else []
-    if stages:  # tokens of the same regions side by side, for this run
-        tokens, order = tokens.sorted()
-        stages = [(end, base_ratio[order]) for end, base_ratio in stages]
-        img, img_ids, beside = (x if x is None else x[:, order] for x in (img, img_ids, beside))
-        controls = [control.sorted(order) for control in controls]
-    length = conditioning.txt.shape[1]
+    """Latents (1, 16, height / 8, width / 8), float32. extensions: the first is the innermost.
+    on_step: called after every step. modulation: `modulations`, if known; more may be added."""
+    txt = conditioning.txt
+    steps = layout.steps
     levels = noise_levels(layout, flux.params)
-    base = {"img_ids": img_ids, "txt": conditioning.txt, "txt_ids": text_ids(length), "y": conditioning.y[:1]}
-    control = control_hook(controls, flux.params, layout.steps, base | {"guidance": guidance}, part)
+    img = pack(noise(layout.width, layout.height, seed)).to(txt.device, txt.dtype).float()
+    order = torch.arange(img.shape[1])
+    stages = regional_stages(layout, steps, tokens) if layout.regional_steps(steps) else []
+    if stages:  # tokens of the same regions side by side
+        tokens, order = tokens.sorted()
+    modulation = modulation or modulations(flux, layout, conditioning.y)
+    run = Run(flux, layout, tokens, conditioning, order, modulation, extensions)
+    bits = tokens.image_bits if tokens else torch.zeros_like(order)
+    plain = run.velocity(txt, Branches(bits.to(txt.device), order, txt.shape[1]))
+    img = img[:, order]
+    start = 0
+    with tqdm(total=steps, desc=f"seed {seed}", disable=None) as bar:
+
+        def after_step(img: Tensor) -> None:
+            bar.update()
+            on_step()
+
+        for end, ratio in stages:
+            if layout.method == "rpg":
+                velocity = composed(run, ratio[order], plain)
+            else:
+                velocity = regional(run, ratio[order], masked_attention)
+            img = denoise(velocity, img, levels, range(start, end), after_step)
+            start = end
+        img = denoise(plain, img, levels, range(start, steps), after_step)
+    return unpack(img[:, order.argsort()], layout.width, layout.height)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all passes of one image share; the tokens are in this order."""
+
+    flux: Flux
+    layout: Layout
+    tokens: RegionTokens | None
+    conditioning: Conditioning
+    order: Tensor
+    modulation: Modulations
+    extensions: Sequence[Extension]
 
     def velocity(
-        txt: Tensor,
-        prompt: int,
-        changes: list[Addition],
-        streams: int = 1,
-        attention: Attention = plain_attention,
-        **hooks: Any,
-    ) -> Velocity:
-        """By the text tokens txt (1, L, context) and conditioning.y[prompt]."""
-        ids, y = text_ids(txt.shape[1]), conditioning.y[prompt, None]
-        lora_hooks = hooks_for(flux, changes, device, dtype)
-        changes_modulation = any(MODULATION.search(layer) for layer in lora_hooks)
-        if parallel:
-            attention = parallel.attention(attention, txt.shape[1], img.shape[1], streams)
+        self, txt: Tensor, branches: Branches, attention: Attention = plain_attention,
+        join: Join = text_then_image,
+    ) -> Velocity:  # fmt: skip
+        """The velocity by the text tokens txt (1, L_txt, context), through all extensions."""
+        img_ids = image_ids(self.layout.width, self.layout.height)[:, self.order]
+        txt_ids = text_ids(txt.shape[1])
+        y = self.conditioning.y[branches.prompt, None]
+        guidance = guidance_of(self.layout, txt.device)
+        known = self.modulation[branches.prompt]
 
-        def flow(img: Tensor, t: Tensor) -> Tensor:
-            img = img.to(dtype)
-            residuals = {"after_block": control(img, t, step, streams)} if controls else {}
-            x = img if beside is None else torch.cat([img, beside], dim=-1)
-            known = None if changes_modulation else modulation[prompt][step]
-            with added(flux, lora_hooks):
-                out = flux(
-                    part(x), part(img_ids), part(txt), part(ids), t, y, guidance, attention, modulation=known,
-                    **residuals, **hooks,
-                )  # fmt: skip
-            return parallel.whole(out, img.shape[1]) if parallel else out
+        def forward(given: Pass, step: int) -> Tensor:
+            return self.flux(*given[:8])
 
-        return flow
+        for extension in self.extensions:
+            forward = extension(forward, branches)
 
-    changes = additions(
-        layout.regions, loras, lambda bit: plain_step(tokens.image_bits & bit != 0, length, part), in_plain_steps=True
-    )
-    plain = velocity(conditioning.txt, 0, changes)
+        def velocity(img: Tensor, t: float, step: int) -> Tensor:
+            timesteps = torch.full((1,), t, dtype=torch.float32, device=txt.device)
+            if t not in known:
+                known[t] = self.flux.modulation(timesteps, y, guidance)
+            inputs = img.to(txt.dtype), img_ids, txt, txt_ids, known[t]
+            given = Pass(*inputs, attention, join, as_it_is, timesteps, y, guidance)
+            return forward(given, step)
 
-    def composed(base_ratio: Tensor) -> Velocity:
-        everywhere = plain_step(torch.ones(img.shape[1], dtype=torch.bool), conditioning.regions.shape[1], part)
-        own = [
-            velocity(txt[None], 1 + i, additions(layout.regions[i : i + 1], loras, lambda bit: everywhere))
-            for i, txt in enumerate(conditioning.regions)
-        ]
-        return composed_velocity(own, plain, tokens, base_ratio.float().to(device))
-
-    def regional(base_ratio: Tensor) -> Velocity:
-        bits = tokens.bits(conditioning.regions.shape[1]).to(device)
-        attention = RegionalAttention(
-            masked_attention, bits, length, img.shape[1], base_ratio,
-            is_masked or (lambda block: layout.is_masked(block.kind, block.index)),
-            tokens.log_weights(), shared=layout.base_stream == "shared",
-        )  # fmt: skip
-        streams, has_base = attention.streams, attention.has_base
-        changes = additions(
-            layout.regions, loras,
-            lambda bit: regional_step(bits & bit != 0, length, img.shape[1], has_base, streams, part),
-        )  # fmt: skip
-        txt = [conditioning.regions.flatten(0, 1)[None]] + ([conditioning.txt] if has_base else [])
-        watched = maps.watch(attention, bits, len(tokens.prompts), order, tokens.log_weights()) if maps else attention
-        return velocity(torch.cat(txt, dim=1), 0, changes, streams, watched, join=attention.join)
-
-    def after_step(img: Tensor) -> None:
-        nonlocal step
-        step += 1
-        bar.update()
-        on_step()
-
-    done = 0
-    with tqdm(total=layout.steps, desc=f"seed {seed}", disable=None) as bar:
-        for end, base_ratio in stages:
-            first = (composed if layout.method == "rpg" else regional)(base_ratio)
-            img = denoise(first, img, levels[done : end + 1], after_step)
-            done = end
-        img = denoise(plain, img, levels[done:], after_step)
-    if stages:
-        img = img[:, order.argsort()]
-    return unpack(img, layout.width, layout.height)
+        return velocity
 
 
-Velocity = Callable[[Tensor, Tensor], Tensor]  # (img (B, L_img, 64), t (B,)) -> (B, L_img, 64)
+def regional(run: Run, base_ratio: Tensor, masked_attention: MakeAttention) -> Velocity:
+    """Every region's prompt in its region, blended with the base prompt: base_ratio (L_img,)."""
+    txt, regions, _ = run.conditioning
+    length = txt.shape[1]
+    bits = run.tokens.bits(regions.shape[1]).to(txt.device)
+    how = base_ratio, lambda block: run.layout.is_masked(*block), run.tokens.log_weights()
+    shared = run.layout.base_stream == "shared"
+    attention = RegionalAttention(masked_attention, bits, length, len(run.order), *how, shared)
+    texts = [regions.flatten(0, 1)[None]] + [txt] * attention.has_base
+    branches = Branches(bits, run.order, length, 0, attention.has_base, attention.streams, *how)
+    return run.velocity(torch.cat(texts, dim=1), branches, attention, attention.join)
 
 
-def composed_velocity(regions: list[Velocity], base: Velocity, tokens: RegionTokens, base_ratio: Tensor) -> Velocity:
-    """(1 - base_ratio) * what each token's regions say + base_ratio * what the base prompt says.
-
-    `regions` are the velocities of tokens.prompts, in that order; where regions overlap, their mean counts, by cover.
-    base_ratio: (L_img,), on the device that the velocities are computed on.
-
-    Whatever the dtype of the velocities, the sum has that of `img`, which is float32 in a run.
-    """
-    cover = tokens.cover.to(base_ratio.device)
-    fractions = (cover / cover.sum(0))[:, :, None]
-    has_base = bool(base_ratio.any())
+def composed(run: Run, base_ratio: Tensor, plain: Velocity) -> Velocity:
+    """The method rpg: each region's prompt over the whole image, their velocities put together and
+    blended with the base prompt's. Where regions overlap, their mean counts, by cover."""
+    regions = []
+    for i, txt in enumerate(run.conditioning.regions):
+        bits = torch.full_like(run.order, 1 << run.tokens.prompt_bits[i]).to(txt.device)
+        regions.append(run.velocity(txt[None], Branches(bits, run.order, len(txt), prompt=1 + i)))
+    fractions = (run.tokens.cover / run.tokens.cover.sum(0))[:, :, None]
     ratio = base_ratio[:, None].float()
 
-    def velocity(img: Tensor, t: Tensor) -> Tensor:
-        regional = sum(part.to(img) * region(img, t) for part, region in zip(fractions, regions))
-        if not has_base:
-            return regional
-        return torch.lerp(regional, base(img, t).to(regional), ratio.to(regional))
+    def velocity(img: Tensor, t: float, step: int) -> Tensor:
+        pairs = zip(fractions, regions)
+        mean = sum(fraction.to(img) * region(img, t, step) for fraction, region in pairs)
+        return torch.lerp(mean, plain(img, t, step), ratio.to(mean)) if ratio.any() else mean
 
     return velocity

@@ -1,8 +1,10 @@
-"""One picture on several GPUs: every process has a part of the tokens, and in attention a part of the heads.
+"""One image on several GPUs: each process has a part of the tokens, in attention a part of the heads.
 
-Sequence parallelism as in DeepSpeed-Ulysses (arXiv 2309.14509). Before attention the processes exchange, all to all,
-their tokens' q, k and v, so that each has all tokens of its own heads, in the usual order; after it they exchange back.
-Attention itself, the regional mask with it, is untouched, and the result is that of one process.
+Sequence parallelism as in DeepSpeed-Ulysses (arXiv 2309.14509), as an extension of sampling. Before
+attention the processes exchange, all to all, their tokens' q, k and v, so that each has all tokens
+of its own heads, in the usual order; after it they exchange back. Attention itself, the regional
+mask with it, is untouched, and the result is that of one process. Extensions before it in the list
+see a process's part of the tokens, those after it all of them; `part` tells which part that is.
 """
 
 import os
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from errors import InputError
 from model.attention import Attention, Block
+from regional.sampling import Branches, Forward, Pass
 
 
 class Ulysses:
@@ -27,8 +30,21 @@ class Ulysses:
             raise InputError("--parallel", "ulysses", problem)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        self.rank, self.size = dist.get_rank(), size
+        self.rank = dist.get_rank()
+        self.size = size
         self.on_hosts = dist.new_group(backend="gloo")
+
+    def extend(self, forward: Forward, branches: Branches) -> Forward:
+        """The extension: a process computes its part of the tokens, and gets the whole velocity."""
+
+        def split(given: Pass, step: int) -> Tensor:
+            tokens = given.img, given.img_ids, given.txt, given.txt_ids
+            img = given.img.shape[1]
+            attention = self.attention(given.attention, given.txt.shape[1], img, branches.streams)
+            local = Pass(*map(self.part, tokens), *given[4:])._replace(attention=attention)
+            return self.whole(forward(local, step), img)
+
+        return split
 
     def counts(self, length: int) -> list[int]:
         """How many of `length` tokens each process has."""

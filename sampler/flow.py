@@ -1,15 +1,18 @@
-"""Rectified flow: the noise a picture starts from, how latents become tokens, and the Euler loop."""
+"""Rectified flow: the noise an image starts from, how latents become tokens, and the Euler loop."""
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+# (img (B, L_img, 64), t, step) -> (B, L_img, 64). t, in [0, 1], is where the velocity is asked for;
+# the step's index only selects what is scheduled, so a sampler may ask for several t in one step.
+Velocity = Callable[[Tensor, float, int], Tensor]
+
 
 def noise(width: int, height: int, seed: int) -> Tensor:
-    """The latents a seed starts from: (1, 16, height / 8, width / 8) float32, the same on every device."""
+    """The noise of a seed: (1, 16, height / 8, width / 8) float32, the same on every device."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn((1, 16, height // 8, width // 8), generator=generator, dtype=torch.float32)
 
@@ -20,14 +23,17 @@ def pack(latents: Tensor) -> Tensor:
 
 
 def unpack(tokens: Tensor, width: int, height: int) -> Tensor:
-    """Image tokens (B, h w, 64) -> latents (B, 16, 2 h, 2 w), where w = width / 16 and h = height / 16."""
-    return rearrange(tokens, "B (h w) (c ph pw) -> B c (h ph) (w pw)", h=height // 16, w=width // 16, ph=2, pw=2)
+    """Image tokens (B, h w, 64) -> latents (B, 16, 2 h, 2 w)."""
+    sizes = {"h": height // 16, "w": width // 16, "ph": 2, "pw": 2}
+    return rearrange(tokens, "B (h w) (c ph pw) -> B c (h ph) (w pw)", **sizes)
 
 
 def image_ids(width: int, height: int) -> Tensor:
     """Positions (0, row, column) of the image tokens: (1, h w, 3)."""
-    row, column = torch.meshgrid(torch.arange(height // 16), torch.arange(width // 16), indexing="ij")
-    return repeat(torch.stack([torch.zeros_like(row), row, column], dim=-1), "h w axes -> 1 (h w) axes")
+    axes = torch.arange(height // 16), torch.arange(width // 16)
+    row, column = torch.meshgrid(*axes, indexing="ij")
+    ids = torch.stack([torch.zeros_like(row), row, column], dim=-1)
+    return repeat(ids, "h w axes -> 1 (h w) axes")
 
 
 def text_ids(length: int) -> Tensor:
@@ -36,18 +42,19 @@ def text_ids(length: int) -> Tensor:
 
 
 def denoise(
-    velocity: Callable[[Tensor, Tensor], Tensor],
+    velocity: Velocity,
     img: Tensor,
     sigmas: list[float],
+    steps: range,
     callback: Callable[[Tensor], None] = lambda img: None,
 ) -> Tensor:
-    """Euler's method from sigmas[0] to sigmas[-1]: img (B, L, 64) float32 in, the same out.
+    """Euler's method; step i leads from sigmas[i] to sigmas[i + 1]. img: (B, L, 64) float32.
 
-    `velocity(img, t)` is given t (B,) in float32; `callback(img)` is called after every step. Euler keeps no memory:
-    "these steps with one velocity, those with another" is two calls on two slices that share a border.
+    `callback(img)` is called after every step. Euler keeps no memory: "these steps with one
+    velocity, those with another" is two calls.
     """
-    for t_curr, t_next in pairwise(sigmas):
-        t = torch.full((img.shape[0],), t_curr, dtype=torch.float32, device=img.device)
-        img = img + (t_next - t_curr) * velocity(img, t).float()
+    for step in steps:
+        t = sigmas[step]
+        img = img + (sigmas[step + 1] - t) * velocity(img, t, step).float()
         callback(img)
     return img

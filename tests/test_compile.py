@@ -45,7 +45,7 @@ def velocity(flux: Flux, side: int, regions: int) -> torch.Tensor:
         attention = RegionalAttention(portable_attention, bits, TEXT, side * side, 0.3)
         length, hooks = TEXT * (regions + 1), {"attention": attention, "join": attention.join}
     img, txt, y, one = torch.randn(1, side * side, 64), torch.randn(1, length, 32), torch.randn(1, 48), torch.ones(1)
-    return flux(img, image_ids(pixels, pixels), txt, text_ids(length), one, y, one, **hooks)
+    return tiny.velocity(flux, img, image_ids(pixels, pixels), txt, text_ids(length), one, y, one, **hooks)
 
 
 @torch.inference_mode()
@@ -79,6 +79,27 @@ def test_streamed_blocks_compile_nothing_more(without_inductor):
     for side in 5, 6:
         torch.testing.assert_close(velocity(compiled, side, 2), velocity(eager, side, 2))
     assert 4 <= counters["stats"]["unique_graphs"] <= 6 and not counters["graph_break"]
+
+
+def in_slices(flux: Flux, at: int, *inputs: torch.Tensor) -> torch.Tensor:
+    *tokens, modulation = inputs
+    hidden = flux.blocks(flux.embed(*tokens), modulation, last=at)
+    return flux.decode(flux.blocks(hidden, modulation, first=at), modulation)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_blocks_run_in_slices_are_forward_to_the_bit(without_inductor, compiled):
+    torch.manual_seed(0)
+    flux = Flux(tiny.FLUX)
+    if compiled:
+        flux.compile_blocks()
+    modulation = flux.modulation(torch.ones(1), torch.randn(1, 48), torch.ones(1))
+    inputs = torch.randn(1, 25, 64), image_ids(80, 80), torch.randn(1, TEXT, 32), text_ids(TEXT), modulation
+    whole = flux(*inputs)
+    for at in range(6):  # of 2 double and 3 single blocks
+        assert torch.equal(in_slices(flux, at, *inputs), whole)
+    assert bool(counters["frames"]["ok"]) == compiled
 
 
 def draw(golden, folder, *flags, case="regional_3boxes_full"):

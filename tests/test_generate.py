@@ -23,7 +23,7 @@ from errors import InputError
 from model.attention import plain_attention
 from model.clip import CLIPTextEncoder
 from model.t5 import T5Encoder
-from model.transformer import Flux, FluxParams
+from model.transformer import Flux, FluxParams, as_it_is, text_then_image
 from regional.attention import dense_attention, portable_attention
 from regional.layout import Layout
 from regional.mask import RegionTokens
@@ -75,19 +75,20 @@ def test_no_regions_no_steps_and_beta_one_are_plain_flux_bit_for_bit(make):
 
 
 def test_no_regions_calls_the_model_as_if_regions_did_not_exist(make, monkeypatch):
-    """The plain path itself: plain attention, and no join function is passed."""
+    """The plain path itself: plain attention, and the plain join."""
     seen, forward = [], Flux.forward
 
     def watched(self, *args, **hooks):
-        seen.append((args[7] is plain_attention, set(hooks)))
+        attention, join, after_block = args[5:]
+        seen.append((attention is plain_attention, join is text_then_image, after_block is as_it_is))
         return forward(self, *args, **hooks)
 
     monkeypatch.setattr(Flux, "forward", watched)
     latents(make, {**A, "regions": []})
-    assert seen == [(True, {"modulation"})] * 3
+    assert seen == [(True, True, True)] * 3
     seen.clear()
     latents(make, A)
-    assert seen == [(False, {"join", "modulation"})] * 2 + [(True, {"modulation"})]
+    assert seen == [(False, False, True)] * 2 + [(True, True, True)]
 
 
 @pytest.fixture

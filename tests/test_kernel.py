@@ -550,7 +550,8 @@ def test_operations_of_a_full_size_step():
     def operations(text_tokens: int, **hooks) -> float:
         txt = torch.empty(1, text_tokens, 4096, device="meta")
         with FlopCounterMode(display=False) as counter:
-            flux(img, image_ids(1024, 1024), txt, text_ids(text_tokens), one, y, one, **hooks)
+            modulation = flux.modulation(one, y, one)
+            flux(img, image_ids(1024, 1024), txt, text_ids(text_tokens), modulation, **hooks)
         return counter.get_total_flops() / 1e12
 
     assert operations(512) == pytest.approx(74.38, rel=0.002)

@@ -16,11 +16,12 @@ import generate
 from errors import InputError
 from extensions.lora import Addition, Change, Full, Kronecker, LowRank, added, hooks_for, merge
 from extensions.lora_files import read_lora
-from extensions.region_lora import can_be_regional, plain_step, regional_step, stream_of
+from extensions.region_lora import can_be_regional, stream_of, tokens_of
 from model.clip import CLIPTextEncoder
 from model.layers import FusedLinear
 from model.t5 import T5Encoder
 from model.transformer import Flux
+from regional.sampling import Branches
 
 H, MLP = tiny.FLUX.hidden_size, tiny.FLUX.mlp_hidden
 with torch.device("meta"):
@@ -498,17 +499,21 @@ def test_streams_of_all_of_flux():
 
 def test_tokens_of_a_region():
     mine = torch.tensor([1, 1, 0, 0, 1, 0, 0]).bool()  # two texts of two tokens, three image tokens
-    step = regional_step(mine, 2, 3, has_base=True, streams=2)
+
+    def branches(**more) -> Branches:
+        return Branches(torch.zeros(7, dtype=torch.long), torch.arange(3), 2, **more)
+
+    step = tokens_of(mine, branches(streams=2))
     assert step["txt"].tolist() == [True, True, False, False, False, False] and step["img"].tolist() == [
         True,
         False,
         False,
     ]
     assert step["both"].tolist() == step["txt"].tolist() + 2 * step["img"].tolist()
-    assert regional_step(mine, 2, 3, has_base=False, streams=1)["both"].tolist() == mine.tolist()
-    everywhere = regional_step(torch.tensor([1, 1, 0, 0, 1, 1, 1]).bool(), 2, 3, has_base=True, streams=2)
+    assert tokens_of(mine, branches(has_base=False))["both"].tolist() == mine.tolist()
+    everywhere = tokens_of(torch.tensor([1, 1, 0, 0, 1, 1, 1]).bool(), branches(streams=2))
     assert everywhere["txt"].tolist() == [True, True, False, False, True, True]  # the base prompt's tokens too
-    assert plain_step(mine[4:], 2)["both"].tolist() == [False, False, True, False, False]
+    assert tokens_of(mine[4:], branches())["both"].tolist() == [False, False, True, False, False]
 
 
 # ------------------------------------------------------------------------------------------------ in pictures

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import velocity
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -94,7 +95,7 @@ def test_attention_is_asked_by_every_block_in_order():
         asked.append((block, q.shape, k.shape, v.shape))
         return plain_attention(q, k, v, block)
 
-    small_flux()(**inputs(), attention=recording)
+    velocity(small_flux(), **inputs(), attention=recording)
     blocks = [Block("double", 0), Block("double", 1)] + [Block("single", index) for index in range(3)]
     shape = (2, 2, WORDS + ROWS * COLUMNS, 32)
     assert asked == [(block, shape, shape, shape) for block in blocks]
@@ -130,14 +131,14 @@ def test_attention_written_out_is_plain_attention():
         return (weights @ v.double()).type_as(v)
 
     flux = small_flux()
-    plain = flux(**inputs())
-    torch.testing.assert_close(flux(**inputs(), attention=written_out), plain, rtol=0, atol=1e-12)
+    plain = velocity(flux, **inputs())
+    torch.testing.assert_close(velocity(flux, **inputs(), attention=written_out), plain, rtol=0, atol=1e-12)
     for chosen in [Block("double", 0), Block("double", 1), Block("single", 0), Block("single", 2)]:
 
         def ours(q: Tensor, k: Tensor, v: Tensor, block: Block, chosen: Block = chosen) -> Tensor:
             return v if block == chosen else plain_attention(q, k, v, block)
 
-        assert not torch.allclose(flux(**inputs(), attention=ours), plain)
+        assert not torch.allclose(velocity(flux, **inputs(), attention=ours), plain)
 
 
 def test_join_makes_the_sequence_of_the_single_blocks():
@@ -148,7 +149,9 @@ def test_join_makes_the_sequence_of_the_single_blocks():
         calls.append((txt.shape, img.shape))
         return text_then_image(txt.flip(1), img)
 
-    torch.testing.assert_close(flux(**inputs(), join=backwards), flux(**inputs()), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        velocity(flux, **inputs(), join=backwards), velocity(flux, **inputs()), rtol=0, atol=1e-12
+    )
     image = ROWS * COLUMNS
     assert calls == [((2, WORDS, 64), (2, image, 64)), ((2, WORDS, 16, 2), (2, image, 16, 2))]
 
@@ -168,20 +171,20 @@ def test_join_may_repeat_the_image():
         seen[WORDS : WORDS + ROWS * COLUMNS] = False
         return plain_attention(q, k[:, :, seen], v[:, :, seen], block)
 
-    got = flux(**inputs(), attention=first_stream_unseen, join=two_streams)
+    got = velocity(flux, **inputs(), attention=first_stream_unseen, join=two_streams)
     assert lengths == [WORDS + 2 * ROWS * COLUMNS] * 3
-    torch.testing.assert_close(got, flux(**inputs()), rtol=0, atol=1e-12)
+    torch.testing.assert_close(got, velocity(flux, **inputs()), rtol=0, atol=1e-12)
 
 
 def test_pictures_of_a_batch_do_not_meet():
     both, flux = inputs(), small_flux()
-    alone = flux(**{name: tensor[1:] for name, tensor in both.items()})
-    torch.testing.assert_close(flux(**both)[1:], alone, rtol=0, atol=1e-12)
+    alone = velocity(flux, **{name: tensor[1:] for name, tensor in both.items()})
+    torch.testing.assert_close(velocity(flux, **both)[1:], alone, rtol=0, atol=1e-12)
 
 
 def test_a_model_without_guidance_ignores_it():
     flux, given = small_flux(replace(SMALL, guidance_embed=False)), inputs()
-    assert torch.equal(flux(**given), flux(**{**given, "guidance": None}))
+    assert torch.equal(velocity(flux, **given), velocity(flux, **{**given, "guidance": None}))
 
 
 def test_guidance_reaches_a_bfloat16_model_rounded_once():
@@ -191,7 +194,7 @@ def test_guidance_reaches_a_bfloat16_model_rounded_once():
     for name in ("time_in", "guidance_in"):
         getattr(flux, name).register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0]}))
     given = inputs(torch.bfloat16)
-    flux(**given)
+    velocity(flux, **given)
     for name, value in (("time_in", given["timesteps"]), ("guidance_in", given["guidance"])):
         assert torch.equal(seen[name], timestep_embedding(value, 256, torch.float32).bfloat16())
     rounded = timestep_embedding(torch.tensor([3.504]), 256, torch.float32)

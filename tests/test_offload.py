@@ -64,7 +64,7 @@ def test_streamed_blocks_compute_the_same_bits():
     resident, streamed = random_flux(), random_flux()
     stream_all(streamed)
     for timesteps in 0.9, 0.5, 0.1:
-        assert torch.equal(streamed(*inputs(timesteps)), resident(*inputs(timesteps)))
+        assert torch.equal(tiny.velocity(streamed, *inputs(timesteps)), tiny.velocity(resident, *inputs(timesteps)))
 
 
 @torch.inference_mode()
@@ -129,7 +129,7 @@ def test_two_blocks_at_most_are_on_the_device():
 
     for block in blocks_of(flux):
         block.register_forward_pre_hook(look)
-    flux(*inputs())
+    tiny.velocity(flux, *inputs())
     assert seen == [(i, {i}) for i in range(5)]
     assert len(blocks.buffers) == 2 and [w.data_ptr() for b in blocks.weights for *_, w in b] == host
     modulation.release()
@@ -234,7 +234,7 @@ def test_modulation_known_beforehand_is_the_same_to_the_bit():
         layer.lin.weight.fill_(torch.nan)  # they are not used any more
     fresh = random_flux()
     for level, modulation in zip(levels, known):
-        assert torch.equal(flux(*inputs(level), modulation=modulation), fresh(*inputs(level)))
+        assert torch.equal(flux(*inputs(level)[:4], modulation), tiny.velocity(fresh, *inputs(level)))
 
 
 def test_modulation_is_made_once_for_all_seeds_of_a_layout(monkeypatch):
@@ -334,7 +334,7 @@ def test_the_room_that_is_counted_on_is_what_a_step_takes(full_size, monkeypatch
         modulation = flux.modulations([1.0], y, one)[0]
         img, txt = on_meta(1, 4096, 64), on_meta(1, text, 4096)
         with LiveBytes() as bytes_:
-            flux(img, image_ids(1024, 1024), txt, text_ids(text), one, y, one, modulation=modulation, **hooks)
+            flux(img, image_ids(1024, 1024), txt, text_ids(text), modulation, **hooks)
     assert bytes_.most / 1e9 == pytest.approx(gigabytes, abs=0.006)
     monkeypatch.setattr(memory, "VALUES_PER_PIXEL", 0)
     counted_on = memory.working_bytes(full_size["flux"], layout, torch.bfloat16, fp8=False)

@@ -150,7 +150,8 @@ def test_our_flux_is_diffusers_flux(diffusers, guidance, head_dim, axes, heads, 
     txt_ids = torch.zeros(words, 3).double()
     time, strength = torch.tensor([0.317, 1.0]).double(), torch.tensor([3.5, 1.1]).double() if guidance else None
     wanted = theirs(img, txt, y, time, img_ids, txt_ids, strength, return_dict=False)[0]
-    got = ours(img, img_ids.expand(2, -1, -1), txt, txt_ids.expand(2, -1, -1), time, y, strength)
+    modulation = ours.modulation(time, y, strength)
+    got = ours(img, img_ids.expand(2, -1, -1), txt, txt_ids.expand(2, -1, -1), modulation)
     assert largest_difference(got, wanted) < TOLERANCE
 
 

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from einops import rearrange
 from PIL import Image
+from tiny import velocity
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.attention import Block, apply_rope, plain_attention, rope, rope_axes
@@ -21,7 +23,7 @@ from model.transformer import Flux, FluxParams
 from regional.attention import RegionalAttention, Tokens, dense_attention, in_one_sequence, portable_attention
 from regional.layout import Layout, Region
 from regional.mask import BACKGROUND_BIT, allowed, region_tokens
-from regional.sampling import composed_velocity
+from regional.sampling import composed
 from sampler.flow import image_ids, text_ids
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -281,7 +283,7 @@ def regional_velocity(flux, layout, img, txt, regions, y, masked=portable_attent
 
 def forward(flux, img, txt, y, **hooks):
     t = torch.full((1,), 0.7).double()
-    return flux(img, image_ids(WIDTH, HEIGHT), txt, text_ids(txt.shape[1]), t, y, **hooks)
+    return velocity(flux, img, image_ids(WIDTH, HEIGHT), txt, text_ids(txt.shape[1]), t, y, **hooks)
 
 
 def naive_velocity(flux, layout, img, txt, regions, y, double=1, single=1, ratio=None):
@@ -335,7 +337,7 @@ def naive_velocity(flux, layout, img, txt, regions, y, double=1, single=1, ratio
         gate, gelu = block.modulation(vec).chunk(3, -1)[2], torch.nn.GELU(approximate="tanh")
         x_base = x_base + gate * block.linear2(torch.cat([attn_base, gelu(mlp_base)], dim=-1))
         x = x + gate * block.linear2(torch.cat([attn, gelu(mlp)], dim=-1))
-    return flux.final_layer(x[:, -IMAGE:], flux.final_layer.vectors(vec)[0])
+    return flux.final_layer(x[:, -IMAGE:], flux.final_layer.vectors([vec])[0])
 
 
 @pytest.mark.parametrize("double, single", [(1, 1), (2, 3), (1, 2)])
@@ -394,11 +396,11 @@ def test_in_a_masked_block_a_region_reaches_no_token_outside_it(flux, layout, ki
         if kind == "double":
             pe = torch.cat([txt_pe, img_pe], dim=1)
             block = flux.double_blocks[index]
-            img_out, txt_out = block(img, txt, block.vectors(vec)[0], pe, attention, Block(kind, index))
+            img_out, txt_out = block(img, txt, block.vectors([vec])[0], pe, attention, Block(kind, index))
             return torch.cat([txt_out, img_out], dim=1)
         x, pe = attention.join(txt, img), attention.join(txt_pe, img_pe)
         block = flux.single_blocks[index]
-        return block(x, block.vectors(vec)[0], pe, attention, Block(kind, index))
+        return block(x, block.vectors([vec])[0], pe, attention, Block(kind, index))
 
     before = run(txt)
     for i, bit in enumerate(tokens.prompt_bits):
@@ -457,12 +459,14 @@ def test_composition_takes_each_token_from_its_regions(ratio):
     asked = []
 
     def constant(value: float):
-        return lambda img, t: (asked.append(value), torch.full_like(img, value))[1]
+        return lambda img, t, step: (asked.append(value), torch.full_like(img, value))[1]
 
-    velocity = composed_velocity(
-        [constant(v) for v in (1.0, 2.0, 3.0, 4.0)], constant(100.0), tokens, torch.full((24,), ratio)
-    )
-    out = velocity(torch.zeros(1, IMAGE, 64), torch.ones(1))
+    run = SimpleNamespace(
+        tokens=tokens, order=torch.arange(24), conditioning=SimpleNamespace(regions=torch.zeros(4, 5, 20)),
+        velocity=lambda txt, branches: constant(float(branches.prompt)),
+    )  # fmt: skip
+    composition = composed(run, torch.full((24,), ratio), constant(100.0))
+    out = composition(torch.zeros(1, IMAGE, 64), 1.0, 0)
     of_bits = {0b1: 1, 0b10: 2, 0b11: 1.5, 0b111: 2, 0b101: 2, 0b110: 2.5, 0b100: 3, 1 << BACKGROUND_BIT: 4}
     expected = torch.tensor([of_bits[bits] for bits in tokens.image_bits.tolist()])
     assert (out - ((1 - ratio) * expected + ratio * 100)[:, None]).abs().max() < 1e-5

@@ -55,23 +55,26 @@ def test_euler_in_two_slices_is_euler_in_one():
     levels = sigmas(6, 64, shift=True)
     img = torch.randn(1, 4, 64)
 
-    def velocity(img, t):
+    def velocity(img, t, step):
+        assert t == levels[step]
         return torch.sin(3 * img) * t
 
-    whole = denoise(velocity, img, levels)
-    halves = denoise(velocity, denoise(velocity, img, levels[:3]), levels[2:])
-    assert torch.equal(whole, halves)
+    whole = denoise(velocity, img, levels, range(6))
+    first = denoise(velocity, img, levels, range(2))
+    assert torch.equal(whole, denoise(velocity, first, levels, range(2, 6)))
 
 
 def test_euler_follows_a_straight_flow_exactly():
     eps, data = torch.randn(1, 4, 64), torch.randn(1, 4, 64)
     seen = []
-    end = denoise(lambda img, t: eps - data, eps, sigmas(5, 64, shift=True), lambda img: seen.append(img))
+    levels = sigmas(5, 64, shift=True)
+    end = denoise(lambda img, t, step: eps - data, eps, levels, range(5), seen.append)
     assert torch.allclose(end, data, atol=1e-5)
     assert len(seen) == 5 and torch.equal(seen[-1], end)
 
 
 def test_latents_accumulate_in_float32():
     """Steps of 1/1000 of a bfloat16 velocity would be lost if the sum were bfloat16 too."""
-    end = denoise(lambda img, t: torch.ones_like(img).bfloat16(), torch.full((1, 4, 64), 8.0), sigmas(1000, 64, False))
+    start, levels = torch.full((1, 4, 64), 8.0), sigmas(1000, 64, False)
+    end = denoise(lambda img, t, step: torch.ones_like(img).bfloat16(), start, levels, range(1000))
     assert end.dtype == torch.float32 and torch.allclose(end, torch.tensor(7.0), atol=1e-3)

@@ -67,7 +67,8 @@ def test_its_regional_step_is_ours(flux, bits, ratio, double, single):
     attention = RegionalAttention(portable_attention, bits, TEXT, IMAGE, ratio, is_masked)
     texts = torch.cat([regions.flatten(0, 1)[None]] + ([txt] if ratio else []), dim=1)
     ids = image_ids(WIDTH, HEIGHT), texts, text_ids(texts.shape[1])
-    ours = flux(img, *ids, *GIVEN, attention=attention, join=attention.join)
+    modulation = flux.modulation(*GIVEN)
+    ours = flux(img, *ids, modulation, attention=attention, join=attention.join)
     theirs = naive(flux, bits, ratio, is_masked).regional_step(img, txt, regions, *GIVEN)
     assert (ours - theirs).abs().max() < 1e-10 * theirs.abs().max()
 
@@ -75,7 +76,7 @@ def test_its_regional_step_is_ours(flux, bits, ratio, double, single):
 @LAYOUT
 def test_its_late_step_is_plain_flux(flux, bits):
     img, txt = random(1, IMAGE, 64), random(1, TEXT, 20)
-    ours = flux(img, image_ids(WIDTH, HEIGHT), txt, text_ids(TEXT), *GIVEN)
+    ours = flux(img, image_ids(WIDTH, HEIGHT), txt, text_ids(TEXT), flux.modulation(*GIVEN))
     theirs = naive(flux, bits, 0.3).late_step(img, txt, *GIVEN)
     assert (ours - theirs).abs().max() < 1e-10 * theirs.abs().max()
 

@@ -32,6 +32,15 @@ def state(module: nn.Module, dtype: torch.dtype = torch.float32) -> State:
     return {key: torch.randn(t.shape, generator=generator).to(dtype) for key, t in module.state_dict().items()}
 
 
+def velocity(
+    flux: Flux, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, timesteps: Tensor, y: Tensor,
+    guidance: Tensor | None = None, **more,
+) -> Tensor:  # fmt: skip
+    """A transformer's velocity with the modulation of these timesteps; `more` as in Flux.forward."""
+    modulation = flux.modulation(timesteps, y, guidance)
+    return flux(img, img_ids, txt, txt_ids, modulation, **more)
+
+
 def flux_state() -> State:
     return state(Flux(FLUX))
 

@@ -4,6 +4,7 @@ torchrun --nproc-per-node 3 tests/ulysses_worker.py latents.safetensors
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
 from errors import InputError  # noqa: E402
-from extensions.control import ActiveControl, image_share  # noqa: E402
+from extensions.control import LoadedControl, controlnets, scale_of  # noqa: E402
 from extensions.controlnet import ControlNet, ControlNetParams  # noqa: E402
 from extensions.lora import Change, Lora, LowRank  # noqa: E402
+from extensions.region_lora import all_of, region_loras  # noqa: E402
 from model.transformer import Flux, FluxParams  # noqa: E402
 from regional.attention import portable_attention  # noqa: E402
 from regional.layout import Control, Layout, Region, RegionLora  # noqa: E402
@@ -26,6 +28,7 @@ from runtime.ulysses import Ulysses  # noqa: E402
 SIZES = dict(
     vec_in_dim=12, context_in_dim=20, hidden_size=192, mlp_hidden=96, num_heads=6, depth=2, depth_single_blocks=3
 )
+CPU = torch.device("cpu")
 WIDTH, HEIGHT = 80, 112  # 35 image tokens; with texts of 7 and 5 nothing can be shared out evenly
 TOP, RIGHT = dict(prompt="a", box=(0, 0, 80, 56)), dict(prompt="b", box=(32, 16, 80, 112))
 
@@ -49,6 +52,7 @@ CASES = {
     "loras of regions": layout({**TOP, **LORAS}, RIGHT),
     "control": layout(TOP, RIGHT),
     "control as published": layout(TOP, RIGHT),
+    "control and loras of regions": layout({**TOP, **LORAS}, RIGHT),
 }
 
 
@@ -70,34 +74,34 @@ def random_lora(flux: Flux) -> Lora:
     return Lora(Path("everywhere"), {"flux": changes}, [])
 
 
-def controls_of(name: str, of: Layout) -> list[ActiveControl]:
-    if not name.startswith("control"):
-        return []
+def control_of(name: str, of: Layout) -> LoadedControl:
     net = random_model(ControlNet, ControlNetParams(**{**SIZES, "depth_single_blocks": 2}))
     setting = Control(model="m", image="i", scale=0.9, residuals="published" if "published" in name else "all")
-    return [ActiveControl(net, torch.randn(1, 35, 64).double(), image_share(setting, of).double(), setting)]
+    return LoadedControl(net, torch.randn(1, 35, 64).double(), scale_of(setting, of).double(), setting)
 
 
 def pictures(parallel: Ulysses | None = None) -> dict[str, Tensor]:
     flux, found = random_model(Flux, FluxParams(**SIZES)), {}
     loras = {"everywhere": random_lora(flux)}
+    part = parallel.part if parallel else all_of
     for name, of in CASES.items():
         torch.manual_seed(1)
         tokens = region_tokens(of) if of.regions else None
         count = len(tokens.prompts) if tokens else 0
         txt, regions, y = (torch.randn(*shape).double() for shape in ((1, 7, 20), (count, 5, 20), (1 + count, 12)))
         conditioning = Conditioning(txt, regions if count else None, y)
-        controls = controls_of(name, of)
-        found[name] = sample(
-            flux, of, tokens, conditioning, 0, portable_attention, loras=loras, controls=controls, parallel=parallel
-        )
+        extensions = [region_loras(flux, of, loras, CPU, torch.float64, partial(part, dim=0))]
+        extensions += [parallel.extend] if parallel else []
+        if name.startswith("control"):
+            extensions.append(controlnets([control_of(name, of)], flux.params, of.steps, conditioning, part))
+        found[name] = sample(flux, of, tokens, conditioning, 0, portable_attention, extensions)
     return found
 
 
 if __name__ == "__main__":
     with torch.inference_mode():
         try:
-            parallel = Ulysses(torch.device("cpu"), SIZES["num_heads"])
+            parallel = Ulysses(CPU, SIZES["num_heads"])
         except InputError as error:
             sys.exit(str(error))
         found = pictures(parallel)

@@ -1,0 +1,280 @@
+"""The seam of sampling carries what may come: other samplers, more channels and tokens, two velocities, a cache."""
+
+import inspect
+import math
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+import weights
+from extensions.control import control_lora
+from model.attention import plain_attention
+from model.transformer import Flux, FluxParams, text_then_image
+from pipeline import Pipeline
+from regional.attention import RegionalAttention, dense_attention, portable_attention
+from regional.layout import Layout, Region
+from regional.mask import region_tokens
+from regional.sampling import Branches, Conditioning, Run, modulations, noise_levels, regional, sample
+from sampler.flow import image_ids, noise, pack, text_ids, unpack
+
+PAGE = Path(__file__).parent.parent / "docs" / "extensions.md"
+IMAGE, TEXT, STEPS = 16, 5, 4
+LAYOUT = Layout(
+    prompt="p", width=64, height=64, steps=STEPS, mask_inject_steps=2,
+    regions=(Region(prompt="a", box=(0, 0, 32, 64)), Region(prompt="b", box=(16, 16, 64, 64))),
+)  # fmt: skip
+PLAIN = Layout(prompt="p", width=64, height=64, steps=STEPS)
+GUIDANCE = torch.tensor([3.5])
+IDS = image_ids(64, 64)
+
+
+def random(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def random_flux(in_channels: int = 64) -> Flux:
+    torch.manual_seed(0)
+    flux = Flux(FluxParams(**vars(tiny.FLUX) | {"in_channels": in_channels})).double()
+    for parameter in flux.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    return flux.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def flux() -> Flux:
+    return random_flux()
+
+
+TOKENS = region_tokens(LAYOUT)
+CONDITIONING = Conditioning(random(1, TEXT, 32), random(3, TEXT, 32, seed=2), random(1, 48, seed=3))
+
+
+def latents(flux: Flux, *extensions, layout: Layout = LAYOUT) -> Tensor:
+    tokens = TOKENS if layout.regions else None
+    return sample(flux, layout, tokens, CONDITIONING, 1, portable_attention, extensions)
+
+
+def euler(flux: Flux, velocity) -> Tensor:
+    """A plain run by a velocity (img, timesteps (1,)), written apart from the sampler."""
+    levels = noise_levels(PLAIN, flux.params)
+    img = pack(noise(64, 64, 1)).double().float()
+    for t, t_next in zip(levels, levels[1:]):
+        img = img + (t_next - t) * velocity(img.double(), torch.tensor([t])).float()
+    return unpack(img, 64, 64)
+
+
+def plain_velocity(flux: Flux, img: Tensor, t: Tensor, ids: Tensor = IDS) -> Tensor:
+    return tiny.velocity(flux, img, ids, CONDITIONING.txt, text_ids(TEXT), t, CONDITIONING.y, GUIDANCE)
+
+
+def test_sample_is_short_and_knows_no_extension():
+    assert len(inspect.getsource(sample).splitlines()) <= 45 and len(inspect.signature(sample).parameters) <= 9
+    names = r"lora|controlnet|ulysses|parallel|attention_map"
+    assert not re.search(names, inspect.getsource(inspect.getmodule(sample)).split('"""', 2)[2], re.IGNORECASE)
+
+
+def test_without_extensions_a_plain_run_is_the_loop_written_out(flux):
+    assert torch.equal(latents(flux, layout=PLAIN), euler(flux, lambda img, t: plain_velocity(flux, img, t)))
+
+
+# ------------------------------------------------------------------------------------------------ other samplers
+
+
+def heun(velocity, img: Tensor, levels: list[float]) -> Tensor:
+    """Heun's method asks for a second velocity in each step, at its end."""
+    for step, (t, t_next) in enumerate(zip(levels, levels[1:])):
+        first = velocity(img, t, step).float()
+        second = velocity(img + (t_next - t) * first, t_next, step).float()
+        img = img + (t_next - t) * (first + second) / 2
+    return img
+
+
+@pytest.mark.parametrize("ratio", [None, 0.3], ids=["plain", "regional"])
+def test_heun_takes_the_modulation_by_its_timestep(flux, ratio):
+    """Against fresh modulation; a timestep that is not known is computed, and the step is as before."""
+    tokens, order = TOKENS.sorted()
+    known = modulations(flux, LAYOUT, CONDITIONING.y)
+    levels = noise_levels(LAYOUT, flux.params)
+    assert list(known[0]) == levels[:-1]
+    asked = []
+
+    def watch(forward, branches):
+        return lambda given, step: (asked.append(step), forward(given, step))[1]
+
+    run = Run(flux, LAYOUT, tokens, CONDITIONING, order, known, (watch,))
+    txt, more = CONDITIONING.txt, {}
+    velocity = run.velocity(txt, Branches(tokens.image_bits, order, TEXT))
+    if ratio:
+        ratios = torch.full((IMAGE,), ratio)
+        velocity = regional(run, ratios, dense_attention)
+        txt = torch.cat([CONDITIONING.regions.flatten(0, 1)[None], txt], dim=1)
+        attention = RegionalAttention(dense_attention, tokens.bits(TEXT), TEXT, IMAGE, ratios)
+        more = {"attention": attention, "join": attention.join}
+
+    def fresh(img: Tensor, t: float, step: int) -> Tensor:
+        places = IDS[:, order], txt, text_ids(txt.shape[1])
+        given = torch.tensor([t]), CONDITIONING.y, GUIDANCE
+        return tiny.velocity(flux, img.double(), *places, *given, **more)
+
+    img = pack(noise(64, 64, 1))[:, order]
+    assert torch.equal(heun(velocity, img, levels), heun(fresh, img, levels))
+    assert asked == [step for step in range(STEPS) for _ in range(2)]
+    assert list(known[0]) == levels
+
+
+# ------------------------------------------------------------------------------------------------ two velocities
+
+
+def true_cfg(flux: Flux, txt: Tensor, y: Tensor, scale: float):
+    """From the velocity by a negative prompt, away to that by the prompt."""
+
+    def extend(forward, branches):
+        def mixed(given, step):
+            modulation = flux.modulation(given.timesteps, y, given.guidance)
+            given_txt = {"txt": txt, "txt_ids": text_ids(txt.shape[1]), "modulation": modulation, "y": y}
+            plain = {"attention": plain_attention, "join": text_then_image}
+            negative = forward(given._replace(**given_txt, **plain), step)
+            return torch.lerp(negative, forward(given, step), scale)
+
+        return mixed
+
+    return extend
+
+
+def test_two_velocities_can_be_mixed(flux):
+    txt, y = random(1, TEXT, 32, seed=8), random(1, 48, seed=9)
+
+    def velocity(img: Tensor, t: Tensor) -> Tensor:
+        negative = tiny.velocity(flux, img, IDS, txt, text_ids(TEXT), t, y, GUIDANCE)
+        return negative + 2.5 * (plain_velocity(flux, img, t) - negative)
+
+    cfg = true_cfg(flux, txt, y, 2.5)
+    assert (latents(flux, cfg, layout=PLAIN) - euler(flux, velocity)).abs().max() < 1e-5
+    neutral = true_cfg(flux, txt, y, 1.0)
+    assert (latents(flux, neutral) - latents(flux)).abs().max() < 1e-5
+    assert (latents(flux, cfg) - latents(flux)).abs().max() > 1e-2
+
+
+# ------------------------------------------------------------------------------------------------ a step cache
+
+
+def first_block_cache(flux: Flux, threshold: float, reused: list[int]):
+    """As FBCache: where the first block changes the image as it did before, so do the others."""
+
+    def extend(forward, branches):
+        last = {}
+
+        def cached(given, step):
+            seam = given.modulation, given.attention, given.join, given.after_block
+            start = flux.embed(*given[:4])
+            first = flux.blocks(start, *seam, last=1)
+            change = first.img - start.img
+            if last and (change - last["change"]).norm() < threshold * change.norm():
+                reused.append(step)
+            else:
+                end = flux.blocks(first, *seam, first=1)
+                rest = end.img[:, -end.length :] - first.img
+                last.update(change=change, rest=rest)
+            return flux.decode(first._replace(img=first.img + last["rest"]), given.modulation)
+
+        return cached
+
+    return extend
+
+
+def test_a_cache_may_skip_blocks(flux):
+    reused = []
+    never = latents(flux, first_block_cache(flux, 0.0, reused))
+    assert (never - latents(flux)).abs().max() < 1e-6 and reused == []
+    always = latents(flux, first_block_cache(flux, torch.inf, reused))
+    assert reused == [1, 3]  # each kind of pass, regional and plain, has a cache of its own
+    assert (always - never).abs().max() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------ more tokens
+
+
+def references(tokens: Tensor, ids: Tensor):
+    """As Kontext: image tokens that are read and not denoised, which every region sees."""
+    count = tokens.shape[1]
+
+    def longer(branches: Branches) -> RegionalAttention:
+        bits = torch.cat([branches.region_bits, torch.full((count,), -1)])
+        ratio = torch.cat([branches.base_ratio, torch.zeros(count)])
+        text, length = branches.text_length, len(ratio)
+        return RegionalAttention(portable_attention, bits, text, length, ratio, branches.is_masked)
+
+    def extend(forward, branches):
+        def with_references(given, step):
+            if branches.base_ratio is not None:
+                given = given._replace(attention=longer(branches))
+            img = torch.cat([given.img, tokens], dim=1)
+            img_ids = torch.cat([given.img_ids, ids], dim=1)
+            return forward(given._replace(img=img, img_ids=img_ids), step)[:, :-count]
+
+        return with_references
+
+    return extend
+
+
+def test_image_tokens_can_be_appended(flux):
+    tokens = random(1, 6, 64, seed=8)
+    ids = image_ids(48, 32) + torch.tensor([1, 0, 0])
+    own = references(tokens, ids)
+
+    def velocity(img: Tensor, t: Tensor) -> Tensor:
+        both = torch.cat([IDS, ids], dim=1)
+        return plain_velocity(flux, torch.cat([img, tokens], dim=1), t, ids=both)[:, :IMAGE]
+
+    assert torch.equal(latents(flux, own, layout=PLAIN), euler(flux, velocity))
+    seen = []
+
+    def watch(forward, branches):
+        return lambda given, step: (seen.append(given.img.shape[1]), forward(given, step))[1]
+
+    assert (latents(flux, watch, own) - latents(flux)).abs().max() > 1e-2 and seen == [IMAGE + 6] * STEPS
+
+
+# ------------------------------------------------------------------------------------------------ more channels
+
+
+def test_latents_can_be_joined_by_channel():
+    """As FLUX.1-Fill and -Canny; in a regional run the further latents follow the order of the tokens."""
+    wide, image = random_flux(in_channels=128), random(1, 16, 8, 8, seed=8)
+
+    def velocity(img: Tensor, t: Tensor) -> Tensor:
+        return plain_velocity(wide, torch.cat([img, pack(image)], dim=-1), t)
+
+    joined = control_lora(pack(image))
+    assert torch.equal(latents(wide, joined, layout=PLAIN), euler(wide, velocity))
+    everywhere = Layout(
+        prompt="p", width=64, height=64, steps=STEPS, mask_inject_steps=STEPS, base_ratio=1,
+        regions=LAYOUT.regions,
+    )  # fmt: skip
+    assert (latents(wide, joined, layout=everywhere) - euler(wide, velocity)).abs().max() < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------ the page
+
+
+def test_the_pages_example_logs_every_blocks_entropy():
+    example, use = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 15
+    pipeline = Pipeline("pocket", device="cpu")
+    names = {
+        "torch": torch,
+        "pipeline": pipeline,
+        "layout": Layout(prompt="a red circle", width=64, height=64, steps=2),
+    }
+    exec(example + use, names)
+    params = weights.flux_params(pipeline.checkpoint.flux)
+    blocks = [("double", i) for i in range(params.depth)] + [("single", i) for i in range(params.depth_single_blocks)]
+    assert [entry[:3] for entry in names["log"]] == [(step, *block) for step in range(2) for block in blocks]
+    tokens = names["prepared"].conditioning.txt.shape[1] + 16
+    assert all(0 < entropy < math.log(tokens) for *_, entropy in names["log"])
+    without = pipeline.latents(names["prepared"], seed=1)
+    assert torch.equal(names["latents"], without)
