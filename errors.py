@@ -15,7 +15,7 @@ class InputError(Exception):
     problem: one clause, without a full stop. source: where the key stands, a file's name or "the command line".
     """
 
-    def __init__(self, key: str | Path, value: Any = None, problem: str | None = None, source: str | Path | None = None):
+    def __init__(self, key: str | Path, value: Any = None, problem: str | None = None, source: Any = None):
         super().__init__(key, value, problem, source)
         if problem is None:  # the sentence in one piece, until branch b is merged
             value = MISSING

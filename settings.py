@@ -1,7 +1,7 @@
 """How a run works, whatever the layout: flags, checks, metadata and replay all come from here."""
 
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
@@ -33,16 +33,10 @@ class Settings(Struct, frozen=True, kw_only=True):
     device: Annotated[str, about("auto, cuda, cuda:N, cpu or mps", pattern=DEVICES)] = "auto"
     dtype: Annotated[Dtype, about("auto: float32 on a CPU, else bfloat16")] = "auto"
     attention: Annotated[Attention, about("auto: the kernel on CUDA, else portable")] = "auto"
-    quantize: Annotated[
-        Quantize, about("fp8: FP8 weights; auto: if the file has them and the GPU supports FP8 matmul")
-    ] = "auto"
-    offload: Annotated[
-        Offload, about("blocks: stream blocks from host memory to the GPU; auto: those that do not fit")
-    ] = "auto"
+    quantize: Annotated[Quantize, about("FP8 weights; auto: if the file has them")] = "auto"
+    offload: Annotated[Offload, about("stream blocks from host memory; auto: if needed")] = "auto"
     compile: Annotated[bool, about("use torch.compile: a slower start, then faster steps")] = False
-    parallel: Annotated[
-        Parallel, about("generate each image on all GPUs, under torchrun --nproc-per-node N generate.py")
-    ] = None
+    parallel: Annotated[Parallel, about("one image on all GPUs, under torchrun")] = None
     prompt_cache: Annotated[Name, about("keep prompt embeddings in this folder")] = None
     verbose: Annotated[bool, about("print which attention functions are used")] = False
 
@@ -60,3 +54,16 @@ class Settings(Struct, frozen=True, kw_only=True):
                 flag = "--" + key.replace("_", "-")
                 raise InputError(flag, values[key], f"expected {expected}") from None
         return Settings(**values)
+
+
+def recorded(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The settings in an image's metadata, unchecked; the reverse of Pipeline.metadata."""
+    given = metadata.get("given")
+    files = given if isinstance(given, dict) else {"model": metadata["model"]}
+    return {
+        **{key: str(value) for key, value in files.items() if key in MODEL_KEYS},
+        "dtype": str(metadata.get("dtype", "auto")).removeprefix("torch."),
+        "attention": metadata.get("attention", "auto"),
+        "quantize": "fp8" if metadata.get("fp8") is True else "none",
+        "compile": metadata.get("compile") is True,
+    }

@@ -30,6 +30,7 @@ from model.clip import CLIPParams, CLIPTextEncoder
 from model.fp8 import Fp8Linear, can_multiply, to_fp8
 from model.t5 import T5Encoder, T5Params
 from model.transformer import Flux, FluxParams
+from regional.layout import Defaults
 
 POCKET = Path(__file__).parent / "pocket" / "checkpoint"
 
@@ -120,6 +121,15 @@ def controlnet_params(source: Source) -> ControlNetParams:
         modes=shape_of(source, union)[0] if union in source.tensors else 0,
         hint_width=shape_of(source, "input_hint_block.0.weight", dims=4)[0] if hint else 0,
     )
+
+
+def defaults(flux: Source) -> Defaults:
+    """What the transformer decides where a layout does not: dev takes 24 steps and 512 text tokens, schnell 4 and 256."""
+    params = flux_params(flux)
+    steps, length = (24, 512) if params.guidance_embed else (4, 256)
+    length = int(metadata_number(flux, "max_sequence_length", length))
+    size = int(metadata_number(flux, "sample_size", 1024))
+    return Defaults(steps, length, size, params.depth, params.depth_single_blocks)
 
 
 def metadata_number(source: Source, key: str, default: float) -> float:

@@ -58,6 +58,9 @@ class AttentionMaps:
 
         return watched
 
+    def extend(self) -> None:
+        """Until branch a is merged."""
+
     @property
     def maps(self) -> Tensor:
         """(regional steps, groups, R, L_img) float32, the image tokens row by row."""

@@ -82,7 +82,7 @@ def merges_of(layout: Layout, loras: Loras, part: str) -> weights.Merges:
     return {name: partial(merge, changes=own) for name, own in changes.items()}
 
 
-def plan_controls(layout: Layout, flux: Source, where: Where) -> list[ControlPlan]:
+def plan_controls(layout: Layout, flux: Source, where: Where = str) -> list[ControlPlan]:
     """The layout's ControlNets, each checked against the transformer and its mode, and their pictures."""
     plans = []
     for i, control in enumerate(layout.controlnets):

@@ -3,9 +3,10 @@
 import re
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 MAX_REGIONS = 61
 
@@ -32,6 +33,19 @@ SHARE = r"[0-9]{1,9}(\.[0-9]{1,20})?%"  # what shares in a layout look like
 
 
 SHAPES = ("box", "polygon", "mask", "color")
+
+
+class Defaults(NamedTuple):
+    """What a model decides where a layout does not."""
+
+    steps: int
+    max_sequence_length: int
+    size: int
+    depth: int
+    depth_single_blocks: int
+
+
+FLUX_DEV = Defaults(24, 512, 1024, 19, 38)
 
 
 class Lora(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -142,6 +156,16 @@ class Layout(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     loras: tuple[Lora, ...] = ()
     controlnets: tuple[Control, ...] = ()
     regions: tuple[Region, ...] = ()
+
+    def filled(self, defaults: Defaults) -> "Layout":
+        """The layout with what it leaves to the model; this is what metadata record."""
+        length = self.max_sequence_length or defaults.max_sequence_length
+        return replace(
+            self,
+            steps=self.steps or defaults.steps,
+            max_sequence_length=length,
+            region_max_sequence_length=self.region_length(length),
+        )
 
     def steps_and_ratios(self, steps: int) -> list[tuple[int, float]]:
         """For each region, and last for the background: how many of `steps` are regional, and its base_ratio in them.

@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable
+from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ CONTROL_FLAGS = {key: f"control_{key}" for key in ("image", "mode", "scale", "st
 CONTROL_FLAGS |= {"model": "controlnet", "preprocess": "preprocess"}
 
 
-def naming(file: Path | None, overrides: dict[str, Any]) -> Where:
+def where_of(file: Path | None, overrides: dict[str, Any]) -> Where:
     """How messages name a key of a layout: by its file, or by the flag that it comes from."""
     name = shown(file or "the command line")
 
@@ -47,6 +48,21 @@ def naming(file: Path | None, overrides: dict[str, Any]) -> Where:
         return f"the command line: --{path.replace('_', '-')}" if path in overrides else f"{name}: {path}"
 
     return where
+
+
+@contextmanager
+def naming(file: Path | None, overrides: dict[str, Any]):
+    """Until branch b is merged."""
+    try:
+        yield
+    except InputError as error:
+        key = str(error.key)
+        if re.match(r"controlnets\[", key) and "controlnets" in overrides:
+            name, _, rest = key.rpartition(".")[2].partition(" ")
+            error.key = f"the command line: --{CONTROL_FLAGS[name].replace('_', '-')} {rest}".strip()
+        elif re.match(r"controlnets\[", key):
+            error.source = shown(file or "the command line")
+        raise
 
 
 def read_layout(

@@ -3,7 +3,6 @@
 The key comes from OPENAI_API_KEY alone: a stored token of the Hugging Face hub must not go to any other place.
 """
 
-import argparse
 import json
 import os
 import re
@@ -17,10 +16,9 @@ import yaml
 from huggingface_hub import get_session
 from msgspec import Struct
 
-from errors import InputError, say
+from errors import InputError
 from regional.layout import MAX_REGIONS
 from regional.reader import read_layout
-from tools.metadata import check_writable
 
 INSTRUCTIONS = """You plan a picture of {width} x {height} pixels for a text-to-image model that draws each region from
 a prompt of its own. Answer with one JSON object of the schema below and nothing else. Plan 1 to {most} regions, one for
@@ -175,15 +173,3 @@ def check_boxes(boxes: list[tuple[int, int, int, int]]) -> None:
     for i, (x0, y0, x1, y1) in enumerate(boxes):
         if depth[y0:y1, x0:x1].min() > 1:
             raise InputError(f"regions[{i}].box = {list(boxes[i])}: other regions cover all of it.")
-
-
-# ------------------------------------------------------------------------------------------------ before paying
-
-
-def write_the_plan(args: argparse.Namespace) -> int:
-    output = Path(args.output or "plan.yaml")
-    check_writable(output, args.overwrite)
-    width, height = (getattr(args, side, 1024) for side in ("width", "height"))
-    write_plan(plan(args.plan, width, height, args.llm_url, args.llm_model, say=say), output, args.overwrite)
-    print(output)
-    return 0

@@ -1,0 +1,85 @@
+"""Before a run: layouts checked, previewed, or planned by a language model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from msgspec import Struct
+
+import weights
+from errors import InputError, info, print_error, warn
+from formats.hub import is_repository
+from model.tokenizers import T5Tokenizer
+from model.transformer import FluxParams
+from regional.layout import FLUX_DEV, Layout
+from regional.mask import region_tokens
+from settings import MODEL_KEYS, Settings, about
+from tools.metadata import SUFFIXES, check_writable, write
+from tools.plan import plan, write_plan
+from tools.preview import preview, report
+
+
+class DryRun(Struct, frozen=True, kw_only=True):
+    """What to do instead of generating images."""
+
+    check: Annotated[bool, about("validate the layouts and print what they cost")] = False
+    preview: Annotated[Path | None, about("draw the regions into this image file")] = None
+    plan: Annotated[str | None, about("have a language model write a layout for a prompt")] = None
+    llm_url: Annotated[str | None, about("an OpenAI-compatible endpoint; default: OPENAI_BASE_URL")] = None
+    llm_model: Annotated[str | None, about("the language model's name; its key: OPENAI_API_KEY")] = None
+
+
+def check_layouts(
+    files: list[Path | None], read: Callable[[Path | None, int], Layout], settings: Settings, dry_run: DryRun,
+    overwrite: bool,
+) -> int:  # fmt: skip
+    """--check and --preview: no weights are read, sizes and tokenizers only where they are at hand.
+
+    read: gives a file's layout, for a default size. Returns the exit code."""
+    checkpoint = (
+        None if is_repository(settings.model) else weights.find(*(getattr(settings, key) for key in MODEL_KEYS))
+    )
+    params = weights.flux_params(checkpoint.flux) if checkpoint else FluxParams()
+    defaults = weights.defaults(checkpoint.flux) if checkpoint else FLUX_DEV
+    layouts = []
+    for file in files:
+        try:
+            layout = read(file, defaults.size).filled(defaults)
+        except InputError as error:
+            print_error(error)
+            continue
+        layouts.append((file, layout))
+        if dry_run.check:
+            lengths = prompt_lengths(layout, checkpoint.t5_tokenizer) if checkpoint else None
+            text, warnings = report(layout, params, lengths)
+            print(f"{file or 'the command line'}: valid", text, sep="\n")
+            for warning in warnings:
+                warn(warning)
+    for file, layout in layouts if dry_run.preview else ():
+        output = dry_run.preview
+        if len(layouts) > 1:
+            output = output.with_stem(f"{output.stem}_{file.stem}")
+        if output.suffix.lower() not in SUFFIXES:
+            raise InputError("--preview", output, f"the suffix must be one of {', '.join(SUFFIXES)}")
+        check_writable(output, overwrite)
+        write(output, preview(layout).save)
+        print(output)
+    return 0 if len(layouts) == len(files) else 2
+
+
+def prompt_lengths(layout: Layout, tokenizer: Path) -> list[int]:
+    """The tokens of the base prompt and of each region's, the background included, end token too."""
+    prompts = [layout.prompt] + (region_tokens(layout).prompts if layout.regions else [])
+    encode = T5Tokenizer(tokenizer).encode
+    return [len(encode(prompt)[0]) + 1 for prompt in prompts]
+
+
+def write_planned_layout(dry_run: DryRun, overrides: dict[str, Any], output: str | None, overwrite: bool) -> None:
+    """--plan: a layout file, plan.yaml by default."""
+    file = Path(output or "plan.yaml")
+    check_writable(file, overwrite)
+    width = overrides.get("width", 1024)
+    height = overrides.get("height", 1024)
+    found = plan(dry_run.plan, width, height, dry_run.llm_url, dry_run.llm_model, say=info)
+    write_plan(found, file, overwrite)
+    print(file)
