@@ -13,21 +13,16 @@ next. A pipeline is not thread-safe.
 """
 
 import gc
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import weights
@@ -47,22 +42,21 @@ from regional.sampling import NO_LORAS, Conditioning, Loras, modulations, sample
 from runtime.choose import choose_attention, choose_device, choose_fp8, library_attention
 from runtime.memory import stays_on_host, working_bytes
 from runtime.offload import FLUX_BLOCKS, FLUX_MODULATION, T5_BLOCKS, Streamed, read_ahead
+from runtime.prompt_cache import PromptCache
 from runtime.ulysses import Ulysses
 from sampler.flow import pack
 from settings import MODEL_KEYS, Settings
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """A layout with the model's defaults filled in, and all that is encoded and read for it, once
-    for all seeds. modulation: filled by the first `denoise`."""
+    for all seeds."""
 
     layout: Layout
     tokens: RegionTokens | None
     conditioning: Conditioning
     loras: Loras
     controls: list[ControlPlan]
-    modulation: list[Any] = field(default_factory=list)
 
 
 class Pipeline:
@@ -167,8 +161,8 @@ class Pipeline:
         controls = load_controls(prepared.controls, layout, self.device, self.dtype, nets)
         given = (x if x is None else x.to(self.device, self.dtype) for x in prepared.conditioning)
         conditioning = Conditioning(*given)
-        if not prepared.modulation:
-            prepared.modulation.extend(modulations(flux, layout, conditioning.y))
+        if self.parts.modulated[0] is not prepared:
+            self.parts.modulated = prepared, modulations(flux, layout, conditioning.y)
             self.parts.release()
         how = (self.settings.attention, self.device, self.dtype, self.settings.verbose)
         masked_attention = portable_attention
@@ -183,7 +177,7 @@ class Pipeline:
             latents = sample(
                 flux, layout, prepared.tokens, conditioning, seed, masked_attention, maps,
                 loras=prepared.loras, controls=controls, on_step=on_step,
-                modulation=prepared.modulation, parallel=self.parallel,
+                modulation=self.parts.modulated[1], parallel=self.parallel,
             )  # fmt: skip
         self.parts.release()  # room for the VAE
         return latents
@@ -275,7 +269,9 @@ class Parts:
         self.dtype = pipeline.dtype
         self.fp8 = pipeline.fp8
         self.loaded: dict[str, Part] = {}
-        self.controlnets: dict[Path, ControlNet] = {}  # by their files; they are dropped with flux
+        # These are dropped with flux: ControlNets by their files, and one layout's modulation.
+        self.controlnets: dict[Path, ControlNet] = {}
+        self.modulated: tuple[Prepared | None, list] = (None, [])
 
     def get(self, name: str, layout: Layout | None = None, loras: Loras = NO_LORAS) -> nn.Module:
         """t5, clip, flux or ae with the layout's LoRAs merged; it is loaded again for others, and
@@ -335,6 +331,7 @@ class Parts:
             self.loaded.pop(name, None)
         if "flux" in names:
             self.controlnets.clear()
+            self.modulated = (None, [])
             if self.settings.compile:  # Compiled blocks hold references to themselves.
                 gc.collect()
         if self.device.type == "cuda":  # The next component's tensors are of other sizes.
@@ -343,32 +340,6 @@ class Parts:
 
 
 # ---------------------------------------------------------------------------------------- prompts
-
-
-class PromptCache:
-    """Prompt embeddings by a hash of all that they depend on: in memory, and in a folder if given."""
-
-    def __init__(self, folder: str | None):
-        self.folder = Path(folder) if folder else None
-        self.known: dict[str, Tensor] = {}
-
-    def get(self, part: str, depends_on: Any, encode: Callable[[], Tensor]) -> Tensor:
-        name = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
-        file = self.folder / f"{part}-{name}.safetensors" if self.folder else None
-        if name not in self.known and file and file.exists():
-            with suppress(SafetensorError):  # A broken file is written again.
-                self.known[name] = load_file(file)["states"]
-        if name not in self.known:
-            self.known[name] = encode()
-            if file:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                unfinished = file.with_stem(f".{file.stem}.{os.getpid()}")
-                save_file({"states": self.known[name].contiguous()}, unfinished)
-                unfinished.replace(file)
-        return self.known[name]
-
-    def clear(self) -> None:
-        self.known.clear()
 
 
 def identity(file: Path) -> tuple[str, int, int]:

@@ -124,7 +124,7 @@ def controlnet_params(source: Source) -> ControlNetParams:
 
 
 def defaults(flux: Source) -> Defaults:
-    """What the transformer decides where a layout does not: dev takes 24 steps and 512 text tokens, schnell 4 and 256."""
+    """What the transformer decides: 24 steps and 512 text tokens for dev, 4 and 256 for schnell."""
     params = flux_params(flux)
     steps, length = (24, 512) if params.guidance_embed else (4, 256)
     length = int(metadata_number(flux, "max_sequence_length", length))
