@@ -80,7 +80,7 @@ def read_layout(
     if not isinstance(written, dict):
         raise InputError(f"{shown(file)}: expected a mapping of keys to values, found {describe(written)}.")
     data = {"width": size, "height": size, **written, **overrides}
-    name, where = shown(file or "the command line"), naming(file, overrides)
+    name, where = shown(file or "the command line"), where_of(file, overrides)
     layout = convert(data, where, name)
     settings = PRESETS[layout.preset](len(layout.regions))
     layout = msgspec.structs.replace(layout, **{key: value for key, value in settings.items() if key not in data})

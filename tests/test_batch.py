@@ -23,6 +23,7 @@ import pipeline
 import weights
 from model.t5 import T5Encoder
 from model.transformer import Flux
+from regional.reader import read_layout
 from tools import jobs
 from tools.metadata import EXIF_DESCRIPTION
 
@@ -376,17 +377,20 @@ def test_workers_share_the_pictures(run, whole, tmp_path, monkeypatch, way):
     assert len(made) == 7 and pictures() == whole
 
 
-def test_any_number_of_workers_makes_each_picture_once(run, tmp_path):
-    layouts = shared_layouts(tmp_path)
+def test_any_number_of_workers_makes_each_picture_once(tmp_path):
+    files = [Path(file) for file in shared_layouts(tmp_path)]
+    read = lambda file, swept: read_layout(file, {}, 64)  # noqa: E731
 
-    def planned(shard: str) -> list[tuple]:
-        args = generate.parse_args(["--layout", *layouts, "--seed", "1", "2", "3", "--shard", shard])
-        return [(job.output, job.seed) for job in jobs.plan_jobs(args, 64, jobs.Failures(args))]
+    def planned(index: int, count: int) -> list[tuple]:
+        worker = jobs.worker_of(f"{index}/{count}", False)
+        output = jobs.Output(seed=(1, 2, 3))
+        found = jobs.plan_jobs(files, output, read, worker, jobs.Failures(False))
+        return [(job.files["image"], job.seed) for job in found]
 
-    whole = planned("0/1")
+    whole = planned(0, 1)
     assert len(whole) == 21
     for n in range(2, 25):
-        shares = [planned(f"{i}/{n}") for i in range(n)]
+        shares = [planned(i, n) for i in range(n)]
         assert sorted(sum(shares, [])) == sorted(whole)
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -579,7 +583,7 @@ def test_a_hundred_layouts_leave_nothing_behind(run, model):
 def test_a_pipeline_called_again_gives_the_same(run, model):
     mask("masks/m.png", 24)
     drawing = pipeline.Pipeline(model, device="cpu")
-    layouts = [generate.read_layout(Path(write(f"{i}.yaml", **various(i))), {}) for i in (1, 5, 10, 14)]
+    layouts = [read_layout(Path(write(f"{i}.yaml", **various(i))), {}) for i in (1, 5, 10, 14)]
     first = [drawing(layout, seed=7).tobytes() for layout in layouts]
     assert len(set(first)) == 4
     assert [drawing(layout, seed=7).tobytes() for layout in layouts[::-1]] == first[::-1]

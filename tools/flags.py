@@ -10,7 +10,7 @@ from msgspec import Struct, inspect
 from errors import MISSING, InputError
 from regional.layout import Control, Layout
 from regional.reader import CONTROL_FLAGS
-from settings import Settings, recorded
+from settings import MODEL_KEYS, Settings, recorded
 from tools.check import DryRun
 from tools.jobs import Output
 from tools.metadata import read_metadata
@@ -60,7 +60,10 @@ def parse(argv: list[str] | None = None) -> Command:
     metadata = None
     if output.config_from_metadata:
         metadata = read_metadata(output.config_from_metadata)
-        settings = repeated(metadata, output.config_from_metadata) | settings
+        found = repeated(metadata, output.config_from_metadata)
+        if settings.keys() & set(MODEL_KEYS):  # Files of one model are not mixed with another's.
+            found = {key: value for key, value in found.items() if key not in MODEL_KEYS}
+        settings = found | settings
     return Command(Settings(**settings), overrides, output, dry_run, metadata)
 
 
