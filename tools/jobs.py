@@ -193,6 +193,8 @@ def jobs_of(
         template = free_template(names + [sheet_name] * bool(output.sweep))
     if not template.lower().endswith(SUFFIXES):
         raise InputError("--output", template, f"the suffix must be one of {', '.join(SUFFIXES)}")
+    if output.save_latents and not output.save_latents.endswith(".safetensors"):
+        raise InputError("--save-latents", output.save_latents, "the suffix must be .safetensors")
     chosen = random.randrange(2**32)
     jobs = []
     for own in names:
