@@ -74,7 +74,7 @@ def read_layout(
 
     Raises InputError, one sentence that names the file, the key and the value.
     """
-    written = read_yaml(file) if file else {}
+    written = read_yaml(file) if file and carried is None else {}
     if carried is not None:
         written = {key: value for key, value in carried.items() if key in Layout.__struct_fields__}
     if not isinstance(written, dict):
@@ -84,7 +84,7 @@ def read_layout(
     layout = convert(data, where, name)
     settings = PRESETS[layout.preset](len(layout.regions))
     layout = msgspec.structs.replace(layout, **{key: value for key, value in settings.items() if key not in data})
-    folder = file.parent if file else Path()
+    folder = file.parent if file and carried is None else Path()
     replace = msgspec.structs.replace
 
     def picture(file: str | None) -> str | None:

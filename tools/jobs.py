@@ -106,7 +106,8 @@ class Failures:
 
 
 def layout_files(output: Output) -> list[Path | None]:
-    """The files that --layout names, all in a folder; [None] if the command line is the layout."""
+    """The files that --layout names, all in a folder; or the image whose metadata are the layout;
+    or [None] if the command line is."""
     files = []
     for path in output.layout:
         found = [path]
@@ -115,7 +116,7 @@ def layout_files(output: Output) -> list[Path | None]:
         if not found:
             raise InputError("--layout", path, "there is no layout (.yaml, .yml) in this folder")
         files += found
-    return files or [None]
+    return files or [output.config_from_metadata]
 
 
 def worker_of(shard: str | None, is_parallel: bool) -> Worker:
@@ -163,7 +164,7 @@ def plan_jobs(
                 labels = tuple(f"{key}={value}" for key, value in swept.items())
                 layouts[labels] = read(file, swept)
             jobs += jobs_of(file, layouts, output, worker, is_one=len(files) == 1)
-    check_names(jobs, files)
+    check_names(jobs, files if output.layout else [])
     for sheet in {job.sheet for job in jobs if job.sheet}:
         check_writable(sheet, output.overwrite)
     jobs = jobs[worker.index :: worker.count]
@@ -184,8 +185,7 @@ def jobs_of(
     for seed in seeds:
         if seed is not None and not 0 <= seed < 2**63:
             raise InputError("--seed", seed, "expected a number from 0 to 2^63 - 1")
-    source = file or output.config_from_metadata
-    name = partial(Name, source.stem if source else "picture", has_seeds=len(seeds) > 1)
+    name = partial(Name, file.stem if file else "picture", has_seeds=len(seeds) > 1)
     names = [name(labels, seed) for labels in layouts for seed in seeds]
     sheet_name = name(("sheet",), has_seeds=False)
     template = output.output or "{name}.png"
