@@ -117,7 +117,7 @@ def run(command: Command, stop: Stop, timer: Timer) -> int:
     if dry_run != DryRun() and not is_first(settings):
         return 0
     if dry_run.plan is not None:
-        write_planned_layout(dry_run, overrides, output)
+        write_planned_layout(dry_run, overrides, output.output, output.overwrite)
         return 0
 
     def read(file: Path | None, swept: dict[str, Any], size: int) -> Layout:

@@ -17,7 +17,6 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,13 +29,12 @@ from errors import MISSING, InputError, info, warn
 from extensions.attention_maps import AttentionMaps
 from extensions.controlnet import ControlNet
 from extensions.loading import ControlPlan, control_of, load_controls, merges_of, plan_controls, read_loras
-from extensions.lora import Addition, Lora, added, hooks_for
-from formats.recognize import Source
+from extensions.lora import Lora
 from model.autoencoder import to_uint8
 from model.layers import Modulation
-from model.tokenizers import CLIPTokenizer, T5Tokenizer
+from prompts import Prompts
 from regional.attention import portable_attention
-from regional.layout import Layout, RegionLora
+from regional.layout import Layout
 from regional.mask import RegionTokens, region_tokens
 from regional.sampling import NO_LORAS, Conditioning, Loras, modulations, sample
 from runtime.choose import choose_attention, choose_device, choose_fp8, library_attention
@@ -78,7 +76,8 @@ class Pipeline:
         heads = weights.flux_params(self.checkpoint.flux).num_heads
         self.parallel = Ulysses(self.device, heads) if self.settings.parallel else None
         self.parts = Parts(self)
-        self.prompts = PromptCache(self.settings.prompt_cache)
+        cache = PromptCache(self.settings.prompt_cache)
+        self.prompts = Prompts(self.checkpoint, self.device, self.dtype, self.parts.get, cache)
         self.loras: dict[str, Lora] = {}  # all that were read, by their names in layouts
 
     def check_machine(self) -> None:
@@ -112,14 +111,14 @@ class Pipeline:
 
     def __call__(self, layout: Layout, seed: int) -> Image.Image:
         prepared = self.prepare(layout)
-        self.prompts.clear()  # Calls with ever new prompts must not fill the memory.
+        self.prompts.cache.clear()  # Calls with ever new prompts must not fill the memory.
         return self.decode(self.denoise(prepared, seed))
 
     def drop(self, *names: str) -> None:
         """Free components: t5, clip, flux, ae; with t5 the prompt embeddings kept in memory."""
         self.parts.drop(*names)
         if "t5" in names:
-            self.prompts.clear()
+            self.prompts.cache.clear()
 
     def maps(self) -> AttentionMaps:
         """An observer of the attention, whose `extend` is for `denoise`."""
@@ -140,7 +139,7 @@ class Pipeline:
             warn(warning)
         if regional and layout.method == "regional":  # Errors come before the encoders are loaded.
             choose_attention(self.settings.attention, self.device, self.dtype)
-        conditioning = self.encode(layout, tokens, loras)
+        conditioning = self.prompts.encode(layout, tokens, loras)
         if control_image is not None:
             conditioning = conditioning._replace(control=self.latents_of(control_image))
         for i, plan in enumerate(controls):
@@ -192,58 +191,6 @@ class Pipeline:
         """The packed latents of a control image (1, 3, height, width), (1, L_img, 64)."""
         vae = self.parts.get("ae")
         return pack(vae.encode(image.to(self.device, self.dtype))).cpu()
-
-    def encode(self, layout: Layout, tokens: RegionTokens | None, loras: Loras) -> Conditioning:
-        """Encode the prompts; with CLIP the base prompt's alone, or for the method rpg all.
-
-        Each prompt is encoded by itself: in a batch, rounding would depend on the others.
-        """
-        checkpoint = self.checkpoint
-        regions = tokens.prompts if tokens else []
-        tokenizer = T5Tokenizer(checkpoint.t5_tokenizer)
-        base_ids = tokenize(tokenizer, [layout.prompt], layout.max_sequence_length)
-        region_ids = tokenize(tokenizer, regions, layout.region_max_sequence_length)
-        pooled = [layout.prompt] + regions * (layout.method == "rpg")
-        clip_ids, cut = CLIPTokenizer(checkpoint.clip_tokenizer)(pooled)
-        if cut[0]:
-            warn(f"CLIP reads 77 tokens of the base prompt; it ignores: {cut[0]!r}")
-        size = weights.t5_params(checkpoint.t5).vocab_size
-        for ids in [base_ids, *region_ids]:
-            check_vocabulary(ids, size, checkpoint.t5_tokenizer, checkpoint.t5)
-        size = weights.clip_params(checkpoint.clip).vocab_size
-        check_vocabulary(clip_ids, size, checkpoint.clip_tokenizer, checkpoint.clip)
-        own = [region.loras for region in layout.regions]
-        own += [()] * (len(regions) - len(own))  # the background's
-        encode = partial(self.embedding, layout=layout, loras=loras)
-        states = [encode("t5", ids[None], own=used) for ids, used in zip(region_ids, own)]
-        y = [encode("clip", ids[None]) for ids in clip_ids]
-        return Conditioning(encode("t5", base_ids), torch.cat(states) if states else None, torch.cat(y))
-
-    def embedding(
-        self, part: str, ids: Tensor, layout: Layout, loras: Loras, own: Sequence[RegionLora] = ()
-    ) -> Tensor:  # fmt: skip
-        """An encoder's result for one prompt's ids (1, L), changed by the layout's LoRAs and by
-        those of its region, `own`; on the CPU."""
-        merged = [lora for lora in layout.loras if loras[lora.file].changes[part]]
-        own = [lora for lora in own if loras[lora.file].changes[part]]
-        files = {tensor.file for tensor in getattr(self.checkpoint, part).tensors.values()}
-        on_gpu = self.device.type == "cuda"
-        depends_on = [
-            ids.tolist(), sorted(map(identity, files)),
-            [(identity(loras[lora.file].path), lora.scale) for lora in (*merged, *own)], len(own),
-            str(self.dtype), torch.cuda.get_device_name(self.device) if on_gpu else self.device.type,
-            torch.__version__, torch.get_num_threads(),
-        ]  # fmt: skip
-
-        def encode() -> Tensor:
-            encoder = self.parts.get(part, layout, loras)
-            everywhere = torch.ones(ids.shape[1], dtype=torch.bool)
-            changes = [(c, lora.scale) for lora in own for c in loras[lora.file].changes[part]]
-            additions = [Addition(change, scale, everywhere) for change, scale in changes]
-            with added(encoder, hooks_for(encoder, additions, self.device, self.dtype)):
-                return encoder(ids.to(self.device)).to(self.dtype).cpu()
-
-        return self.prompts.get(part, depends_on, encode)
 
 
 # ------------------------------------------------------------------------------------- components
@@ -337,28 +284,3 @@ class Parts:
         if self.device.type == "cuda":  # The next component's tensors are of other sizes.
             torch.cuda.empty_cache()
             torch.accelerator.empty_host_cache()
-
-
-# ---------------------------------------------------------------------------------------- prompts
-
-
-def identity(file: Path) -> tuple[str, int, int]:
-    """Which file this is, and in which state."""
-    return str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns
-
-
-def tokenize(tokenizer: T5Tokenizer, prompts: list[str], length: int) -> Tensor | list[Tensor]:
-    """Ids (len(prompts), length)."""
-    if not prompts:
-        return []
-    ids, cut = tokenizer(prompts, length)
-    for prompt, rest in zip(prompts, cut):
-        if rest:
-            warn(f"{prompt[:40]!r}... has more than {length} tokens; cut off: {rest!r}")
-    return ids
-
-
-def check_vocabulary(ids: Tensor, size: int, tokenizer: Path, encoder: Source) -> None:
-    if ids.max() >= size:
-        problem = f"its ids exceed the {size} tokens of {encoder.path}; they don't match"
-        raise InputError(tokenizer, MISSING, problem)

@@ -13,15 +13,28 @@ MAY_IMPORT = {
     "formats": {"formats", "errors", "model"},
     "regional": {"regional", "model", "errors"},
     "regional/sampling.py": {"regional", "sampler", "model", "extensions", "runtime"},
-    "weights.py": {"formats", "model", "errors", "extensions"},
+    "settings.py": {"errors"},
+    "weights.py": {"formats", "model", "errors", "extensions", "regional"},
     "extensions": {"extensions", "weights", "regional", "model", "formats", "errors", "tools"},
     "runtime": {"runtime", "weights", "regional", "model", "formats", "errors", "extensions"},
-    "pipeline.py": {"extensions", "runtime", "weights", "regional", "sampler", "model", "formats", "errors", "tools"},
-    "tools": {"tools", "pipeline", "weights", "regional", "model", "formats", "errors"},
-    "generate.py": {"tools", "pipeline", "extensions", "runtime", "weights", "regional", "model", "formats", "errors"},
+    "prompts.py": {"extensions", "runtime", "weights", "regional", "model", "formats", "errors"},
+    "pipeline.py": {
+        "prompts",
+        "settings",
+        "extensions",
+        "runtime",
+        "weights",
+        "regional",
+        "sampler",
+        "model",
+        "formats",
+        "errors",
+    },
+    "tools": {"tools", "settings", "weights", "regional", "model", "formats", "errors"},
+    "generate.py": {"tools", "pipeline", "settings", "extensions", "regional", "formats", "errors"},
 }
 OURS = {
-    "model", "sampler", "regional", "formats", "extensions", "runtime", "tools", "weights", "pipeline", "errors",
+    "model", "sampler", "regional", "formats", "extensions", "runtime", "tools", "weights", "pipeline", "prompts", "settings", "errors",
     "generate", "pocket", "benchmarks", "tests",
 }  # fmt: skip
 NEVER = {"diffusers", "transformers", "peft", "pickle"}

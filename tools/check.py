@@ -30,21 +30,21 @@ class DryRun(Struct, frozen=True, kw_only=True):
 
 
 def check_layouts(
-    files: list[Path | None], read: Callable[[Path | None, int], Layout], settings: Settings, dry_run: DryRun,
+    files: list[Path | None], read: Callable[..., Layout], settings: Settings, dry_run: DryRun,
     overwrite: bool,
 ) -> int:  # fmt: skip
-    """--check and --preview: no weights are read, sizes and tokenizers only where they are at hand.
+    """--check and --preview, without reading weights; returns the exit code.
 
-    read: gives a file's layout, for a default size. Returns the exit code."""
-    checkpoint = (
-        None if is_repository(settings.model) else weights.find(*(getattr(settings, key) for key in MODEL_KEYS))
-    )
+    read: gives a layout by its file, overrides and the default size."""
+    checkpoint = None  # A repository's headers may not be at hand.
+    if not is_repository(settings.model):
+        checkpoint = weights.find(*(getattr(settings, key) for key in MODEL_KEYS))
     params = weights.flux_params(checkpoint.flux) if checkpoint else FluxParams()
     defaults = weights.defaults(checkpoint.flux) if checkpoint else FLUX_DEV
     layouts = []
     for file in files:
         try:
-            layout = read(file, defaults.size).filled(defaults)
+            layout = read(file, {}, defaults.size).filled(defaults)
         except InputError as error:
             print_error(error)
             continue
