@@ -336,8 +336,7 @@ def test_attention_maps_are_fractions_inside_the_regions(run, layout):
 
 def test_a_region_without_strength_gets_no_attention(tiny_pipeline):
     prepared = tiny_pipeline.prepare(read_layout(None, A | {"regions": [{**BOAT, "strength": 0}, TOWER]}))
-    observer = inspect.signature(tiny_pipeline.maps).parameters
-    maps = tiny_pipeline.maps(prepared.layout) if observer else tiny_pipeline.maps()
+    maps = tiny_pipeline.maps()
     tiny_pipeline.denoise(prepared, 3, [maps.extend])
     assert not maps.maps[:, :, 0].any() and maps.maps[:, :, 1].any()
 
