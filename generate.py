@@ -2,10 +2,9 @@
 
     python generate.py --layout layout.yaml
 
-reads the layout, encodes its prompts, denoises (the first steps regionally, the others as plain
-FLUX), decodes and writes the image. Each component of the model is dropped before the next one is
-loaded. With many layouts, all prompts are encoded first, and each image is written as soon as it is
-finished; the same command resumes a run that was stopped.
+reads the layout, encodes its prompts, denoises, decodes and writes the image. Each component of the
+model is dropped before the next is loaded. With many layouts, all prompts are encoded first; each
+image is written as soon as it is finished, and the same command resumes a run that was stopped.
 """
 
 import contextlib
@@ -32,10 +31,12 @@ from settings import Settings
 from tools.check import DryRun, check_layouts, write_planned_layout
 from tools.flags import Command, parse
 from tools.jobs import Failures, Job, Output, is_finished, layout_files, plan_jobs, worker_of
-from tools.metadata import image_metadata, remove_unfinished, save_image, save_json, save_tensor
-from tools.sheets import write_sheets
+from tools.metadata import Metadata, image_metadata, remove_unfinished, save_image, save_json, save_tensor
+from tools.sweeps import write_sheets
 
 CHUNK = 100  # layouts whose prompts are encoded together: some 2 GB of memory at full size
+Ready = tuple[Job, Prepared, Metadata]
+POCKET = "this is the built-in pocket model; FLUX.1-dev: --model black-forest-labs/FLUX.1-dev"
 
 
 class Stop:
@@ -65,7 +66,7 @@ class Stop:
 
 
 class Timer:
-    """Called after every step, it reports how long the program took until the first one ended."""
+    """Called after every step, it reports when the first one has ended."""
 
     def __init__(self):
         self.start = time.perf_counter()
@@ -89,13 +90,10 @@ def main(argv: list[str] | None = None) -> int:
         settings = command.settings
         with Stop() as stop:
             return run(command, stop, timer)
-    except InputError as error:
+    except (InputError, OSError) as error:
         if is_first(settings):
             print_error(error)
-        return 2
-    except OSError as error:
-        print_error(error)
-        return 1
+        return 2 if isinstance(error, InputError) else 1
     except torch.OutOfMemoryError as error:
         tips = ["--offload blocks"] if settings.offload != "blocks" else []
         tips += ["--quantize fp8"] if settings.quantize != "fp8" else []
@@ -148,8 +146,7 @@ def run(command: Command, stop: Stop, timer: Timer) -> int:
             info(f"worker {worker.index} of {worker.count}: {len(jobs)} images")
         info(f"seed {', '.join(str(seed) for seed in dict.fromkeys(job.seed for job in jobs))}")
         if pipeline.checkpoint.name == "pocket":
-            info("using the built-in pocket model; for FLUX.1-dev add --model "
-                 "black-forest-labs/FLUX.1-dev, or its folder")  # fmt: skip
+            info(POCKET)
         generate_all(pipeline, jobs, command, failures, stop, timer)
         if output.sweep and not failures.count and is_first(settings):
             write_sheets(jobs, worker.count)
@@ -159,8 +156,8 @@ def run(command: Command, stop: Stop, timer: Timer) -> int:
 def device_of(name: str) -> str:
     """Of several GPUs, each process of torchrun or SLURM takes its own."""
     own = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
-    is_free = name in ("auto", "cuda")
-    return f"cuda:{own}" if own and is_free and torch.cuda.device_count() > 1 else name
+    has_choice = name in ("auto", "cuda") and torch.cuda.device_count() > 1
+    return f"cuda:{own}" if own and has_choice else name
 
 
 def generate_all(
@@ -190,8 +187,8 @@ def generate_all(
         pipeline.drop("flux")
 
 
-def prepare(group: list[Job], pipeline: Pipeline, output: Output) -> list[tuple[Job, Prepared, dict[str, Any]]]:
-    """The unfinished images of one layout, each with the layout prepared and its metadata."""
+def prepare(group: list[Job], pipeline: Pipeline, output: Output) -> list[Ready]:
+    """The unfinished images of one layout."""
     layout = group[0].layout.filled(pipeline.defaults)
     missing = []
     for job in group:
@@ -208,7 +205,7 @@ def prepare(group: list[Job], pipeline: Pipeline, output: Output) -> list[tuple[
 
 
 def make(
-    job: Job, prepared: Prepared, metadata: dict[str, Any], pipeline: Pipeline, command: Command,
+    job: Job, prepared: Prepared, metadata: Metadata, pipeline: Pipeline, command: Command,
     on_step: Callable[[], None], is_alone: bool,
 ) -> None:  # fmt: skip
     """Denoise, decode and write one image, and the other files of its job."""

@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "generate.py": {"tools", "pipeline", "settings", "extensions", "regional", "formats", "errors"},
 }
 OURS = {
-    "model", "sampler", "regional", "formats", "extensions", "runtime", "tools", "weights", "pipeline", "prompts", "settings", "errors",
+    "model", "sampler", "regional", "formats", "extensions", "runtime", "tools", "weights", "pipeline", "prompts",
+    "settings", "errors",
     "generate", "pocket", "benchmarks", "tests",
 }  # fmt: skip
 NEVER = {"diffusers", "transformers", "peft", "pickle"}

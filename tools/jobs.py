@@ -1,29 +1,22 @@
 """Many images in one run: names, seeds, sweeps and shards, and which images are finished."""
 
 import glob
-import itertools
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
-import yaml
 from msgspec import Struct
 
 from errors import MISSING, InputError, print_error
 from regional.layout import Layout
 from settings import about
 from tools.metadata import SUFFIXES, Metadata, check_writable, matches, metadata_in
-
-SWEPT = (
-    "base_ratio", "mask_inject_steps", "double_inject_interval", "single_inject_interval",
-    "guidance", "steps", "method", "preset", "region_max_sequence_length",
-)  # fmt: skip
-
+from tools.sweeps import swept_settings
 
 FIELDS = "{name}, {seed} and {sweep}"
 Text = str | None
@@ -111,7 +104,7 @@ def layout_files(output: Output) -> list[Path | None]:
     files = []
     for path in output.layout:
         found = [path]
-        if path.is_dir():
+        if os.path.isdir(path):
             found = sorted(file for kind in ("yaml", "yml") for file in path.glob(f"*.{kind}"))
         if not found:
             raise InputError("--layout", path, "there is no layout (.yaml, .yml) in this folder")
@@ -132,23 +125,6 @@ def worker_of(shard: str | None, is_parallel: bool) -> Worker:
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise InputError("--shard", shard, "expected INDEX/COUNT, e.g. 0/4")
     return Worker(int(index), int(count), is_shared=int(count) > 1)
-
-
-def swept_settings(sweeps: Sequence[str]) -> list[dict[str, Any]]:
-    """The layout keys of each combination of the values in KEY=A,B, KEY=C,D ..."""
-    found = {}
-    for text in sweeps:
-        key, _, values = text.partition("=")
-        key = key.strip().replace("-", "_")
-        if key not in SWEPT or not values:
-            raise InputError("--sweep", text, f"expected one of {', '.join(SWEPT)}, = and values")
-        if key in found:
-            raise InputError("--sweep", text, "this key is swept twice")
-        try:
-            found[key] = [yaml.safe_load(value) for value in values.split(",")]
-        except yaml.YAMLError:
-            raise InputError("--sweep", text, "its values are not valid YAML") from None
-    return [dict(zip(found, values)) for values in itertools.product(*found.values())]
 
 
 def plan_jobs(

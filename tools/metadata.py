@@ -61,8 +61,8 @@ def image_metadata(layout: Layout, seed: int, run: Metadata) -> Metadata:
     files += [entry.image for entry in (*layout.loras, *layout.controlnets)]
     data = {file: Path(file).read_bytes() for file in files if file}
     hashes = {file: hashlib.sha256(data[file]).hexdigest()[:16] for file in data}
-    recorded = {**msgspec.to_builtins(layout), "seed": seed, **run, "pictures": hashes}
-    return json.loads(json.dumps(recorded))
+    keys = msgspec.to_builtins(layout)
+    return json.loads(json.dumps({**keys, "seed": seed, **run, "pictures": hashes}))
 
 
 def save_image(image: Image.Image, metadata: Metadata | None, path: Path) -> None:
@@ -137,8 +137,7 @@ def metadata_in(path: Path) -> Metadata | None:
 
 
 def matches(path: Path, metadata: Metadata) -> bool:
-    """Was this file made with these settings? The version of torch does not count, nor how the
-    model's files were given."""
+    """Was this file made with these settings, by any version of torch?"""
     found = metadata_in(path) if path.exists() else None
     ignored = {"torch": None, "given": None}
     return found is not None and {**found, **ignored} == {**metadata, **ignored}

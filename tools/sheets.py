@@ -1,11 +1,6 @@
 """Contact sheets: pictures of one size in labelled rows and columns."""
 
-from typing import Any
-
 from PIL import Image, ImageDraw, ImageFont
-
-from errors import info
-from tools.metadata import write
 
 GAP, LINE = 8, 18  # pixels between pictures, and height of a line of text
 
@@ -32,21 +27,3 @@ def fitting(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
     """As much of the text as `width` pixels hold."""
     short = next((text[:n] for n in range(len(text), 0, -1) if font.getlength(text[:n] + "...") <= width), "")
     return text if font.getlength(text) <= width else short + "..."
-
-
-def write_sheets(jobs: list[Any], workers: int) -> None:
-    """The contact sheet of each sweep: a column for each value of the last key, a row for each
-    combination of the others and the seed. jobs: tools.jobs.Job."""
-    if workers > 1:
-        info("no sheet is made of a sweep that several workers share")
-        return
-    has_seeds = len({job.seed for job in jobs}) > 1
-    for path in dict.fromkeys(job.sheet for job in jobs):
-        rows = {}
-        for job in (job for job in jobs if job.sheet == path):
-            *others, column = job.sweep
-            row = ", ".join([*others, *[f"seed {job.seed}"] * has_seeds])
-            rows.setdefault(row, {})[column] = Image.open(job.files["image"])
-        images = {row: list(found.values()) for row, found in rows.items()}
-        write(path, contact_sheet(images, list(next(iter(rows.values())))).save)
-        print(path)
