@@ -1,4 +1,4 @@
-"""Many pictures: names, what is kept, workers, runs that are stopped or killed, memory, replay, the prompts' cache."""
+"""Many images: names, what is kept, workers, stopped and killed runs, metadata, the prompt cache."""
 
 import json
 import os
@@ -748,21 +748,16 @@ def test_metadata_too_large_for_a_jpeg_are_left_out_with_a_warning(run):
 
 @pytest.mark.parametrize(
     "file, data",
-    [
-        ("gone.png", None),
-        ("x.png", b"no image"),
-        ("x.json", b"no json"),
-        ("x.json", b"[1, 2]"),
-        ("x.json", b'{"prompt": "a"}'),
-        ("x.json", json.dumps({**A, "model": "nowhere"}).encode()),
-        ("x.json", json.dumps({**A, "model": "pocket", "seed": "three"}).encode()),
-        ("x.json", json.dumps({**A, "model": "pocket", "dtype": "torch.float16"}).encode()),
-        ("x.json", json.dumps({**A, "model": "pocket", "regions": [{"prompt": "a", "mask": "gone"}]}).encode()),
+    [("gone.png", None), ("x.png", "no image"), ("x.json", "no json"), ("x.json", "[1, 2]")]
+    + [("x.json", '{"prompt": "a"}'), ("x.json", json.dumps(A | {"model": "nowhere"}))]
+    + [
+        ("x.json", json.dumps({**A, "model": "pocket", **wrong}))
+        for wrong in ({"seed": "three"}, {"dtype": "torch.float16"}, {"regions": [{"prompt": "a", "mask": "gone"}]})
     ],
 )
 def test_unusable_metadata_are_refused_in_one_sentence(run, file, data):
     if data:
-        Path(file).write_bytes(data)
+        Path(file).write_text(data)
     ran = run("--config-from-metadata", file, model=None)
     assert ran.code == 2 and ran.made == [] and len(ran.errors) == 1
     assert ran.errors[0].startswith("generate.py: ")
@@ -784,13 +779,14 @@ def test_the_parameters_are_those_that_other_tools_read(run, prompt):
     }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------ the prompts' cache
+# ----------------------------------------------------------------------------- the prompt cache
 
 
 @pytest.fixture
 def encoded(monkeypatch) -> list[tuple[int, ...]]:
     """Which ids T5 encodes from now on."""
-    seen, forward = [], T5Encoder.forward
+    seen = []
+    forward = T5Encoder.forward
 
     def recording(self, ids):
         seen.append(tuple(ids[0].tolist()))
@@ -800,79 +796,77 @@ def encoded(monkeypatch) -> list[tuple[int, ...]]:
     return seen
 
 
-def test_cached_prompts_need_no_encoder(run, encoded, monkeypatch):
-    write("a.yaml")
-    without = latents_of(run, "--layout", "a.yaml")
-    assert torch.equal(latents_of(run, "--layout", "a.yaml", "--prompt-cache", "cache"), without)
-    assert len(encoded) == 2 * len(list(Path("cache").glob("t5-*"))) == 8  # the prompt, two regions', the background's
-    assert not list(Path("cache").glob(".*"))
+@pytest.fixture
+def encode(model, tmp_path):
+    """encode(cache, **changes): the prompt embeddings of A with changes, by a new pipeline."""
+
+    def encode(cache: str | None, of: str = model, dtype: str = "auto", **changes) -> list[torch.Tensor]:
+        folder = tmp_path / cache if cache else None
+        tiny = pipeline.Pipeline(of, device="cpu", dtype=dtype, prompt_cache=folder)
+        return list(tiny.prepare(read_layout(None, A | changes)).conditioning[:3])
+
+    return encode
+
+
+def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return all(map(torch.equal, first, second))
+
+
+def test_cached_prompts_need_no_encoder(encode, encoded, monkeypatch, tmp_path):
+    without = encode(None)
+    assert same(encode("cache"), without)
+    # They are the base prompt's, two regions' and the background's.
+    assert len(encoded) == 2 * len(list(tmp_path.glob("cache/t5-*"))) == 8
+    assert not list(tmp_path.glob("cache/.*"))
     refuse_to_load(monkeypatch, "t5", "clip")
-    assert torch.equal(latents_of(run, "--layout", "a.yaml", "--prompt-cache", "cache"), without)
+    assert same(encode("cache"), without)
 
 
-def test_only_what_changed_is_encoded_anew(run, encoded):
-    write("a.yaml")
-    latents_of(run, "--layout", "a.yaml", "--prompt-cache", "cache")
+def test_a_broken_cache_is_made_again(encode, encoded, tmp_path):
+    expected = encode("cache")
+    for file in (tmp_path / "cache").iterdir():
+        file.write_bytes(file.read_bytes()[:50])
     encoded.clear()
-    flags = ["--layout", "a.yaml", "--background-prompt", "the desert"]
-    found = latents_of(run, *flags, "--prompt-cache", "cache")
-    assert len(encoded) == 1
-    assert torch.equal(found, latents_of(run, *flags))
-    encoded.clear()
-    found = latents_of(run, "--layout", "a.yaml", "--dtype", "bfloat16", "--prompt-cache", "cache")
-    assert len(encoded) == 4
-    assert torch.equal(found, latents_of(run, "--layout", "a.yaml", "--dtype", "bfloat16"))
+    for _ in range(2):
+        assert same(encode("cache"), expected) and len(encoded) == 4
+
+
+def test_only_what_changed_is_encoded_anew(encode, encoded):
+    encode("cache")
+    for changes, count in ({"background_prompt": "the desert"}, 1), ({"dtype": "bfloat16"}, 4):
+        encoded.clear()
+        found = encode("cache", **changes)
+        assert len(encoded) == count and same(found, encode(None, **changes))
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
-def test_changed_encoders_encode_anew(run, golden, tmp_path, part):
-    own = tmp_path / "own"
-    shutil.copytree(golden / "models" / "flux-tiny-dev", own)
-    write("a.yaml")
-
-    def made(*flags: str) -> torch.Tensor:
-        flags = ["--layout", "a.yaml", "--output", "z.png", "--save-latents", "z.safetensors", "--overwrite", *flags]
-        assert run(*flags, model=str(own)).code == 0
-        return latents()
-
-    before = made("--prompt-cache", "cache")
+def test_changed_encoders_encode_anew(encode, model, tmp_path, part):
+    own = shutil.copytree(model, tmp_path / "own")
+    before = encode("cache", own)
     file = sorted((own / part).glob("*.safetensors"))[0]
     save_file({name: tensor * 1.25 for name, tensor in load_file(file).items()}, file)
-    after = made("--prompt-cache", "cache")
-    assert not torch.equal(before, after) and torch.equal(after, made())
+    after = encode("cache", own)
+    assert not same(before, after) and same(after, encode(None, own))
 
 
-def test_an_embedding_does_not_depend_on_other_prompts(run):
-    others = [write(f"{i}.yaml", prompt="a much longer prompt " * i, regions=A["regions"][:i]) for i in range(3)]
-    assert run("--layout", write("a.yaml"), "--prompt-cache", "alone").code == 0
-    assert run("--layout", *others, "a.yaml", "--prompt-cache", "together", "--output", "{name}-.png").code == 0
-    alone, together = ({f.name: f.read_bytes() for f in Path(name).iterdir()} for name in ("alone", "together"))
-    assert len(alone) == 5 and len(together) > 5 and alone.items() <= together.items()
-    assert Path("a.png").read_bytes() == Path("a-.png").read_bytes()
+def test_an_embedding_does_not_depend_on_other_prompts(encode):
+    alone = encode(None)
+    for i in range(3):
+        encode("cache", prompt="a much longer prompt " * i, regions=A["regions"][:i])
+    assert same(encode("cache"), alone)
 
 
-def test_loras_of_one_name_are_told_apart(run, encoded):
+def test_loras_of_one_name_are_told_apart(encode, tmp_path):
     """What they do to T5 is cached by their files and scales, not by their names."""
-    for folder, seed in ("one", 1), ("two", 2):
-        Path(folder).mkdir()
-        generator = torch.Generator().manual_seed(seed)
-        parts = {name: torch.randn(2, 64, generator=generator) for name in ("lora_down", "lora_up")}
+    files = [tmp_path / name / "lora.safetensors" for name in ("one", "two")]
+    for seed, file in enumerate(files):
+        file.parent.mkdir()
+        down, up = torch.randn(2, 2, 64, generator=torch.Generator().manual_seed(seed))
         name = "lora_te2_encoder_block_0_layer_0_SelfAttention_q"
-        lora = {f"{name}.{part}.weight": x if part == "lora_down" else x.T.contiguous() for part, x in parts.items()}
-        save_file(lora, f"{folder}/lora.safetensors")
-    write("a.yaml")
-    made = []
-    for first, second in ("one", "two"), ("two", "one"):
-        loras = ["--lora", f"{first}/lora.safetensors", "1", "--lora", f"{second}/lora.safetensors", "0.5"]
-        made += [latents_of(run, "--layout", "a.yaml", *loras, *cache) for cache in (["--prompt-cache", "cache"], [])]
-    assert torch.equal(made[0], made[1]) and torch.equal(made[2], made[3]) and not torch.equal(made[0], made[2])
-
-
-def test_a_cache_that_is_broken_is_made_again(run, encoded):
-    write("a.yaml")
-    expected = latents_of(run, "--layout", "a.yaml", "--prompt-cache", "cache")
-    for file in Path("cache").iterdir():
-        file.write_bytes(file.read_bytes()[:50])
-    encoded.clear()
-    assert torch.equal(latents_of(run, "--layout", "a.yaml", "--prompt-cache", "cache"), expected) and len(encoded) == 4
-    assert torch.equal(latents_of(run, "--layout", "a.yaml", "--prompt-cache", "cache"), expected) and len(encoded) == 4
+        save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up.T.contiguous()}, file)
+    found = []
+    for order in files, files[::-1]:
+        loras = [{"file": str(file), "scale": scale} for file, scale in zip(order, (1, 0.5))]
+        found.append(encode("cache", loras=loras))
+        assert same(found[-1], encode(None, loras=loras))
+    assert not same(*found)
