@@ -28,9 +28,9 @@ from pipeline import Pipeline, Prepared
 from regional.layout import FLUX_DEV, Layout
 from regional.reader import naming, read_layout
 from settings import Settings
-from tools.check import DryRun, check_layouts, write_planned_layout
-from tools.flags import Command, parse
-from tools.jobs import Failures, Job, Output, is_finished, layout_files, plan_jobs, worker_of
+from tools.check import check_layouts, write_planned_layout
+from tools.flags import Command, Output, parse
+from tools.jobs import Failures, Job, is_finished, layout_files, plan_jobs, worker_of
 from tools.metadata import Metadata, image_metadata, remove_unfinished, save_image, save_json, save_tensor
 from tools.sweeps import write_sheets
 
@@ -112,7 +112,8 @@ def is_first(settings: Settings) -> bool:
 
 def run(command: Command, stop: Stop, timer: Timer) -> int:
     settings, overrides, output, dry_run, metadata = command
-    if dry_run != DryRun() and not is_first(settings):
+    is_dry = dry_run.check or dry_run.preview or dry_run.plan is not None
+    if is_dry and not is_first(settings):
         return 0
     if dry_run.plan is not None:
         write_planned_layout(dry_run, overrides, output.output, output.overwrite)

@@ -2,9 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
-
-from msgspec import Struct
+from typing import Any
 
 import weights
 from errors import InputError, info, print_error, warn
@@ -13,20 +11,11 @@ from model.tokenizers import T5Tokenizer
 from model.transformer import FluxParams
 from regional.layout import FLUX_DEV, Layout
 from regional.mask import region_tokens
-from settings import MODEL_KEYS, Settings, about
+from settings import MODEL_KEYS, Settings
+from tools.flags import DryRun
 from tools.metadata import SUFFIXES, check_writable, write
 from tools.plan import plan, write_plan
 from tools.preview import preview, report
-
-
-class DryRun(Struct, frozen=True, kw_only=True):
-    """What to do instead of generating images."""
-
-    check: Annotated[bool, about("validate the layouts and print what they cost")] = False
-    preview: Annotated[Path | None, about("draw the regions into this image file")] = None
-    plan: Annotated[str | None, about("have a language model write a layout for a prompt")] = None
-    llm_url: Annotated[str | None, about("an OpenAI-compatible endpoint; default: OPENAI_BASE_URL")] = None
-    llm_model: Annotated[str | None, about("the language model's name; its key: OPENAI_API_KEY")] = None
 
 
 def check_layouts(

@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from msgspec import Struct, inspect
@@ -10,9 +10,7 @@ from msgspec import Struct, inspect
 from errors import MISSING, InputError
 from regional.layout import Control, Layout
 from regional.reader import CONTROL_FLAGS
-from settings import MODEL_KEYS, Settings, recorded
-from tools.check import DryRun
-from tools.jobs import Output
+from settings import MODEL_KEYS, Settings, about, recorded
 from tools.metadata import read_metadata
 
 ABOUT = """Layouts in, images out.
@@ -21,6 +19,36 @@ ABOUT = """Layouts in, images out.
 NO_FLAGS = ("seed", "map", "loras", "controlnets", "regions")  # keys of Layout
 TYPES = {inspect.IntType: int, inspect.FloatType: float, inspect.StrType: str}
 TYPES |= {inspect.CustomType: Path}
+FIELDS = "{name}, {seed} and {sweep}"
+Text = str | None
+File = Path | None
+Paths = tuple[Path, ...]
+
+
+class Output(Struct, frozen=True, kw_only=True):
+    """Which images the command line asks for, and what is written of each."""
+
+    layout: Annotated[Paths, about("layout files, or folders of them")] = ()
+    output: Annotated[Text, about(f"may contain {FIELDS}; default: the layout's name, .png")] = None
+    overwrite: Annotated[bool, about("replace existing files")] = False
+    seed: Annotated[tuple[int, ...], about("one image for each, named _SEED")] = ()
+    sweep: Annotated[tuple[str, ...], about("KEY=A,B: an image for each combination, and a sheet")] = ()
+    save_latents: Annotated[Text, about("also write the latents, .safetensors")] = None
+    attention_maps: Annotated[File, about("also write maps of attention to this folder")] = None
+    metadata: Annotated[bool, about("also write the metadata next to the image, .json")] = False
+    no_metadata: Annotated[bool, about("do not embed the metadata in the image")] = False
+    config_from_metadata: Annotated[File, about("repeat the run that an image records")] = None
+    shard: Annotated[Text, about("I/N: every N-th image from I; default: torchrun's, SLURM's")] = None
+
+
+class DryRun(Struct, frozen=True, kw_only=True):
+    """What to do instead of generating images."""
+
+    check: Annotated[bool, about("validate the layouts and print what they cost")] = False
+    preview: Annotated[File, about("draw the regions into this image file")] = None
+    plan: Annotated[Text, about("have a language model write a layout for a prompt")] = None
+    llm_url: Annotated[Text, about("OpenAI-compatible endpoint; default: OPENAI_BASE_URL")] = None
+    llm_model: Annotated[Text, about("the language model's name; its key: OPENAI_API_KEY")] = None
 
 
 class Command(NamedTuple):

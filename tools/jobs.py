@@ -7,39 +7,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from msgspec import Struct
 
 from errors import MISSING, InputError, print_error
 from regional.layout import Layout
-from settings import about
+from tools.flags import Output
 from tools.metadata import SUFFIXES, Metadata, check_writable, matches, metadata_in
 from tools.sweeps import swept_settings
 
-FIELDS = "{name}, {seed} and {sweep}"
-Text = str | None
-File = Path | None
-Paths = tuple[Path, ...]
 Labels = tuple[str, ...]  # of swept settings, each key=value
 Reader = Callable[[Path | None, dict[str, Any]], Layout]
-
-
-class Output(Struct, frozen=True, kw_only=True):
-    """Which images the command line asks for, and what is written of each."""
-
-    layout: Annotated[Paths, about("layout files, or folders of them")] = ()
-    output: Annotated[Text, about(f"may contain {FIELDS}; default: the layout's name, .png")] = None
-    overwrite: Annotated[bool, about("replace existing files")] = False
-    seed: Annotated[tuple[int, ...], about("one image for each, named _SEED")] = ()
-    sweep: Annotated[Labels, about("KEY=A,B: an image for each combination, and a sheet")] = ()
-    save_latents: Annotated[Text, about("also write the latents, .safetensors")] = None
-    attention_maps: Annotated[File, about("also write maps of attention to this folder")] = None
-    metadata: Annotated[bool, about("also write the metadata next to the image, .json")] = False
-    no_metadata: Annotated[bool, about("do not embed the metadata in the image")] = False
-    config_from_metadata: Annotated[File, about("repeat the run that an image records")] = None
-    shard: Annotated[Text, about("I/N: every N-th image from I; default: torchrun's, SLURM's")] = None
 
 
 class Name(NamedTuple):
