@@ -46,7 +46,8 @@ class Stop:
         self.is_asked = False
 
     def __enter__(self) -> "Stop":
-        self.before = {kind: signal.signal(kind, self.ask) for kind in (signal.SIGINT, signal.SIGTERM)}
+        kinds = (signal.SIGINT, signal.SIGTERM)
+        self.before = {kind: signal.signal(kind, self.ask) for kind in kinds}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -116,7 +117,7 @@ def run(command: Command, stop: Stop, timer: Timer) -> int:
     if is_dry and not is_first(settings):
         return 0
     if dry_run.plan is not None:
-        write_planned_layout(dry_run, overrides, output.output, output.overwrite)
+        write_planned_layout(dry_run, overrides, output)
         return 0
 
     def read(file: Path | None, swept: dict[str, Any], size: int) -> Layout:
@@ -162,8 +163,9 @@ def device_of(name: str) -> str:
 
 
 def generate_all(
-    pipeline: Pipeline, jobs: list[Job], command: Command, failures: Failures, stop: Stop, timer: Timer
-) -> None:
+    pipeline: Pipeline, jobs: list[Job], command: Command, failures: Failures, stop: Stop,
+    timer: Timer,
+) -> None:  # fmt: skip
     """Prepare the layouts of up to CHUNK at a time, then denoise, decode and write their images."""
     check = partial(stop.check, pipeline.parallel.is_any) if pipeline.parallel else stop.check
 

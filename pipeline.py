@@ -249,7 +249,8 @@ class Parts:
         fp8 = self.fp8 and name == "flux"
         is_streamed = stays_on_host(source, self.settings.offload, *where, fp8, layout)
         if name == "t5":
-            t5 = weights.load_t5(source, *where, merges, T5_BLOCKS if is_streamed else weights.NEVER)
+            on_host = T5_BLOCKS if is_streamed else weights.NEVER
+            t5 = weights.load_t5(source, *where, merges, on_host)
             if "flux" not in self.loaded:
                 read_ahead(self.checkpoint.flux)  # while T5 encodes
             blocks = list(t5.encoder.block)

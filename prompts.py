@@ -20,7 +20,7 @@ from runtime.prompt_cache import PromptCache
 
 
 class Prompts(NamedTuple):
-    """Encodes the prompts of layouts. get_encoder: gives t5 or clip with a layout's LoRAs merged."""
+    """Encodes prompts. get_encoder: gives t5 or clip with a layout's LoRAs merged."""
 
     checkpoint: weights.Checkpoint
     device: torch.device
@@ -52,7 +52,8 @@ class Prompts(NamedTuple):
         encode = partial(self.embedding, layout=layout, loras=loras)
         states = [encode("t5", ids[None], own=used) for ids, used in zip(region_ids, own)]
         y = [encode("clip", ids[None]) for ids in clip_ids]
-        return Conditioning(encode("t5", base_ids), torch.cat(states) if states else None, torch.cat(y))
+        regions = torch.cat(states) if states else None
+        return Conditioning(encode("t5", base_ids), regions, torch.cat(y))
 
     def embedding(
         self, part: str, ids: Tensor, layout: Layout, loras: Loras, own: Sequence[RegionLora] = ()
@@ -62,12 +63,13 @@ class Prompts(NamedTuple):
         merged = [lora for lora in layout.loras if loras[lora.file].changes[part]]
         own = [lora for lora in own if loras[lora.file].changes[part]]
         files = {tensor.file for tensor in getattr(self.checkpoint, part).tensors.values()}
-        on_gpu = self.device.type == "cuda"
+        device = self.device.type
+        if device == "cuda":
+            device = torch.cuda.get_device_name(self.device)
         depends_on = [
             ids.tolist(), sorted(map(identity, files)),
             [(identity(loras[lora.file].path), lora.scale) for lora in (*merged, *own)], len(own),
-            str(self.dtype), torch.cuda.get_device_name(self.device) if on_gpu else self.device.type,
-            torch.__version__, torch.get_num_threads(),
+            str(self.dtype), device, torch.__version__, torch.get_num_threads(),
         ]  # fmt: skip
 
         def encode() -> Tensor:

@@ -12,7 +12,7 @@ from model.transformer import FluxParams
 from regional.layout import FLUX_DEV, Layout
 from regional.mask import region_tokens
 from settings import MODEL_KEYS, Settings
-from tools.flags import DryRun
+from tools.flags import DryRun, Output
 from tools.metadata import SUFFIXES, check_writable, write
 from tools.plan import plan, write_plan
 from tools.preview import preview, report
@@ -49,7 +49,8 @@ def check_layouts(
         if len(layouts) > 1:
             output = output.with_stem(f"{output.stem}_{file.stem}")
         if output.suffix.lower() not in SUFFIXES:
-            raise InputError("--preview", output, f"the suffix must be one of {', '.join(SUFFIXES)}")
+            expected = ", ".join(SUFFIXES)
+            raise InputError("--preview", output, f"the suffix must be one of {expected}")
         check_writable(output, overwrite)
         write(output, preview(layout).save)
         print(output)
@@ -57,18 +58,18 @@ def check_layouts(
 
 
 def prompt_lengths(layout: Layout, tokenizer: Path) -> list[int]:
-    """The tokens of the base prompt and of each region's, the background included, end token too."""
+    """The tokens of each prompt, the background's included, with the end token."""
     prompts = [layout.prompt] + (region_tokens(layout).prompts if layout.regions else [])
     encode = T5Tokenizer(tokenizer).encode
     return [len(encode(prompt)[0]) + 1 for prompt in prompts]
 
 
-def write_planned_layout(dry_run: DryRun, overrides: dict[str, Any], output: str | None, overwrite: bool) -> None:
+def write_planned_layout(dry_run: DryRun, overrides: dict[str, Any], output: Output) -> None:
     """--plan: a layout file, plan.yaml by default."""
-    file = Path(output or "plan.yaml")
-    check_writable(file, overwrite)
+    file = Path(output.output or "plan.yaml")
+    check_writable(file, output.overwrite)
     width = overrides.get("width", 1024)
     height = overrides.get("height", 1024)
     found = plan(dry_run.plan, width, height, dry_run.llm_url, dry_run.llm_model, say=info)
-    write_plan(found, file, overwrite)
+    write_plan(found, file, output.overwrite)
     print(file)

@@ -32,13 +32,13 @@ class Output(Struct, frozen=True, kw_only=True):
     output: Annotated[Text, about(f"may contain {FIELDS}; default: the layout's name, .png")] = None
     overwrite: Annotated[bool, about("replace existing files")] = False
     seed: Annotated[tuple[int, ...], about("one image for each, named _SEED")] = ()
-    sweep: Annotated[tuple[str, ...], about("KEY=A,B: an image for each combination, and a sheet")] = ()
+    sweep: Annotated[tuple[str, ...], about("KEY=A,B: an image for each value, and a sheet")] = ()
     save_latents: Annotated[Text, about("also write the latents, .safetensors")] = None
     attention_maps: Annotated[File, about("also write maps of attention to this folder")] = None
     metadata: Annotated[bool, about("also write the metadata next to the image, .json")] = False
     no_metadata: Annotated[bool, about("do not embed the metadata in the image")] = False
     config_from_metadata: Annotated[File, about("repeat the run that an image records")] = None
-    shard: Annotated[Text, about("I/N: every N-th image from I; default: torchrun's, SLURM's")] = None
+    shard: Annotated[Text, about("I/N: every N-th image from I; or torchrun's, SLURM's")] = None
 
 
 class DryRun(Struct, frozen=True, kw_only=True):
