@@ -1,169 +1,53 @@
-"""Layouts in, pictures out.
+"""Layouts in, images out.
 
     python generate.py --layout layout.yaml
 
-reads the layout, encodes its prompts, denoises (the first steps regionally, the rest plainly), decodes and writes the
-picture. What is not needed any more is dropped before the next part of the model is loaded. Of many layouts the prompts
-are encoded first, then every picture is written as soon as it is made; a run that was stopped goes on where it was.
+reads the layout, encodes its prompts, denoises, decodes and writes the image. Each component of the
+model is dropped before the next is loaded. With many layouts, all prompts are encoded first; each
+image is written as soon as it is finished, and the same command resumes a run that was stopped.
 """
 
-import argparse
 import contextlib
 import itertools
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
-from errors import InputError, say
+from errors import InputError, info, print_error
 from formats.hub import is_repository
 from pipeline import Pipeline, Prepared
-from regional.layout import MODES
-from regional.reader import CONTROL_FLAGS
-from runtime.choose import ATTENTIONS, DTYPES, OFFLOAD, QUANTIZE
-from tools.jobs import (
-    CHUNK,
-    MODEL_FLAGS,
-    Failures,
-    Job,
-    files_of,
-    is_writer,
-    missing_of,
-    plan_jobs,
-    shard_of,
-    write_sheets,
-)
+from regional.layout import FLUX_DEV, Layout
+from regional.reader import naming, read_layout
+from settings import Settings
+from tools.check import check_layouts, write_planned_layout
+from tools.flags import Command, Output, parse
+from tools.jobs import Failures, Job, is_finished, layout_files, plan_jobs, worker_of
 from tools.map_sheets import save_maps
-from tools.metadata import made_of, remove_unfinished, save_json, save_picture, save_tensor, write
-from tools.plan import write_the_plan
-from tools.preview import look
+from tools.metadata import Metadata, image_metadata, remove_unfinished, save_image, save_json, save_tensor
+from tools.sweeps import write_sheets
 
-STARTED = time.perf_counter()  # what is imported below takes a while
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--layout", type=Path, nargs="+", default=[], metavar="FILE", help="layouts, YAML files or folders of them; "
-        "the flags below win over what they say")  # fmt: skip
-    add("--output", metavar="FILE", help=".png, .jpg or .webp; {name}, {seed} and {sweep} in it are filled in; "
-        "default: the layout's name, .png")  # fmt: skip
-    add("--overwrite", action="store_true", help="replace an existing output")
-    add("--save-latents", metavar="FILE", help="also write the latents before decoding (.safetensors)")
-    add("--sweep", action="append", default=[], metavar="KEY=A,B", help="draw once for each value of this key, and a "
-        "sheet of all; two sweeps draw all their combinations")  # fmt: skip
-    add("--attention-maps", type=Path, metavar="DIR", help="also draw where each region's text is looked at")
-    add("--metadata", action="store_true", help="also write what made a picture beside it, .json")
-    add("--no-metadata", action="store_true", help="write nothing of it into the picture")
-    add("--config-from-metadata", type=Path, metavar="PICTURE", help="make a picture again by what it carries")
-    add("--shard", metavar="I/N", help="make only every N-th picture, from the I-th on, counted from 0; default: "
-        "torchrun's or SLURM's rank")  # fmt: skip
-    add("--prompt-cache", type=Path, metavar="DIR", help="keep encoded prompts here, for the next run")
-
-    before = parser.add_argument_group("before paying")
-    add = before.add_argument
-    add("--preview", type=Path, metavar="FILE", help="draw the regions, without any model, and stop")
-    add(
-        "--check",
-        action="store_true",
-        help="check the layouts, say what they cost, and stop; exit code 0 if all are valid",
-    )
-    add("--plan", metavar="PROMPT", help="let a language model write a layout to --output, a .yaml, and stop; its "
-        "key is OPENAI_API_KEY of the environment")  # fmt: skip
-    add("--llm-url", metavar="URL", help="an OpenAI-compatible endpoint; default: OPENAI_BASE_URL of the environment")
-    add("--llm-model", metavar="NAME")
-
-    model = parser.add_argument_group("model")
-    add = model.add_argument
-    add("--model", help="a folder, a Hugging Face repository, or pocket, the built-in model (default)")
-    for part in ("flux", "t5", "clip", "ae"):
-        add(f"--{part}", metavar="PATH", help=f"take the {part} part from this file or folder")
-    add("--device", default="auto", choices=["auto", "cuda", "cpu", "mps"])
-    add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: float32 on a CPU, else bfloat16")
-    add("--attention", default="auto", choices=["auto", *ATTENTIONS],
-        help="how masked attention is computed; auto: the kernel on CUDA, else portable")  # fmt: skip
-    add("--verbose", action="store_true", help="say which attention functions are used")
-    add("--compile", action=argparse.BooleanOptionalAction, help="let torch.compile make the blocks: a minute more at "
-        "the start, faster from then on")  # fmt: skip
-    add("--quantize", default="auto", choices=QUANTIZE, help="fp8: the transformer's matrices in 8 "
-        "bits; auto: if its file has them so and the GPU multiplies them")  # fmt: skip
-    add("--offload", default="auto", choices=OFFLOAD, help="blocks: keep the transformer's and T5's "
-        "blocks in host memory and copy each to the GPU ahead of its turn; auto: where they do not fit")  # fmt: skip
-    add("--parallel", choices=["ulysses"], help="share each picture's work out to the processes, one for each GPU, "
-        "that torchrun --nproc-per-node N generate.py ... starts")  # fmt: skip
-
-    add("--lora", dest="loras", action="append", nargs="+", metavar=("FILE", "SCALE"), default=argparse.SUPPRESS,
-        help="a LoRA for the whole picture: a file, or a repository, org/name or org/name:file, and its scale; "
-        "repeatable; in place of the layout's loras")  # fmt: skip
-
-    control = parser.add_argument_group("one ControlNet, in place of the layout's", argument_default=argparse.SUPPRESS)
-    add = control.add_argument
-    add("--controlnet", metavar="MODEL", help="a file or folder, or a repository, org/name or org/name:file")
-    add("--control-image", metavar="FILE", help="the picture that it follows")
-    add("--control-mode", type=count_or_share, metavar="M", help=f"for union models: a number, or {', '.join(MODES)}")
-    for key, meaning in ("scale", "default 0.7"), ("start", "share of the steps, from 0"), ("end", "and to 1"):
-        add(f"--control-{key}", type=float, metavar="X", help=meaning)
-    add("--preprocess", choices=["canny"], help="follow the edges in the picture (pip install opencv-python-headless)")
-
-    layout = parser.add_argument_group("in place of the layout's keys", argument_default=argparse.SUPPRESS)
-    add = layout.add_argument
-    add("--prompt", help="the base prompt; enough for a picture without a layout")
-    add("--background-prompt", metavar="PROMPT")
-    add("--seed", type=int, nargs="+", metavar="N", help="several seeds make several pictures, named _SEED")
-    for key in ("width", "height", "steps", "double-inject-interval", "single-inject-interval", "max-sequence-length"):
-        add(f"--{key}", type=int, metavar="N")
-    for key in ("guidance", "base-ratio"):
-        add(f"--{key}", type=float, metavar="X")
-    add("--mask-inject-steps", type=count_or_share, metavar="N", help="a count, or a share such as 40%%")
-    add("--region-max-sequence-length", type=count_or_share, metavar="N", help="a count, or a share such as 25%%")
-    add("--preset", choices=["published", "control"], help="control: settings that hold many regions better")
-    add("--overlap", choices=["share", "last", "first", "smallest"])
-    add("--image-attention", choices=["isolated", "open"], help="open: all image tokens see each other")
-    add("--base-stream", choices=["separate", "shared"], help="shared: cheaper, not the published method")
-    for kind in ("double", "single"):
-        add(f"--{kind}-blocks", metavar="WHICH", help="which are masked: 'every 2', 0-18 or 0-4,8")
-    add("--method", choices=["regional", "rpg", "plain"], help="rpg: compose whole pictures, as the paper's rival does")
-    args = parser.parse_args(argv)
-    if "loras" in args:
-        args.loras = [lora_flag(parser, values) for values in args.loras]
-    if control := {key: vars(args)[flag] for key, flag in CONTROL_FLAGS.items() if flag in args}:
-        if not {"model", "image"} <= control.keys():
-            parser.error("a ControlNet needs both --controlnet and --control-image")
-        args.controlnets = [control]
-    if args.parallel and (args.shard or args.attention_maps):
-        parser.error("--parallel goes with neither --shard nor --attention-maps")
-    if args.layout and args.config_from_metadata:
-        parser.error("give a --layout or --config-from-metadata, not both")
-    if not (args.layout or args.config_from_metadata or args.plan or "prompt" in args):
-        parser.error("give a --layout, or at least a --prompt")
-    return args
-
-
-def count_or_share(text: str) -> int | str:
-    return int(text) if text.lstrip("-").isdigit() else text
-
-
-def lora_flag(parser: argparse.ArgumentParser, values: list[str]) -> dict[str, Any]:
-    file, *scale = values
-    try:
-        return {"file": file, "scale": float(*scale)} if scale else {"file": file}
-    except (TypeError, ValueError):
-        parser.error(f"argument --lora: expected a file and perhaps its scale, a number, not {' '.join(values)}")
+CHUNK = 100  # layouts whose prompts are encoded together: some 2 GB of memory at full size
+Ready = tuple[Job, Prepared, Metadata]
+POCKET = "this is the built-in pocket model; FLUX.1-dev: --model black-forest-labs/FLUX.1-dev"
 
 
 class Stop:
-    """Ctrl-C and SIGTERM: the first lets the running step end, the second ends at once."""
+    """Ctrl-C and SIGTERM: the first lets the running step finish, the second ends at once."""
 
     def __init__(self):
-        self.steps, self.asked, self.asked_anywhere = 0, False, lambda asked: asked
+        self.is_asked = False
 
     def __enter__(self) -> "Stop":
-        self.before = {kind: signal.signal(kind, self.ask) for kind in (signal.SIGINT, signal.SIGTERM)}
+        kinds = (signal.SIGINT, signal.SIGTERM)
+        self.before = {kind: signal.signal(kind, self.ask) for kind in kinds}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -171,153 +55,183 @@ class Stop:
             signal.signal(kind, handler)
 
     def ask(self, *signal_and_frame: object) -> None:
-        if self.asked:
+        if self.is_asked:
             raise KeyboardInterrupt
-        self.asked = True
-        say("generate.py: stopping after this step")
+        self.is_asked = True
+        info("generate.py: stopping after this step")
 
-    def check(self) -> None:
-        if self.asked_anywhere(self.asked):
+    def check(self, is_any: Callable[[bool], bool] = bool) -> None:
+        """KeyboardInterrupt if a stop was asked for; is_any: asks all processes of a run."""
+        if is_any(self.is_asked):
             raise KeyboardInterrupt
 
-    def after_step(self) -> None:
+
+class Timer:
+    """Called after every step, it reports when the first one has ended."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+        self.steps = 0
+
+    def __call__(self) -> None:
         self.steps += 1
         if self.steps == 1:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            say(f"the first step ended {time.perf_counter() - STARTED:.1f} s after the start")
-        self.check()
+            info(f"the first step ended {time.perf_counter() - self.start:.1f} s after the start")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program; returns its exit code: 0, 2 for bad input, 1 for what the machine refuses or when some of many
-    layouts failed, 130 for Ctrl-C and SIGTERM."""
-    args = parse_args(argv)
+    """Run the program. Returns the exit code: 0; 2 for bad input; 1 if the machine refuses or some
+    of many layouts failed; 130 for Ctrl-C and SIGTERM."""
+    timer = Timer()
+    settings = Settings()
     try:
+        command = parse(argv)
+        settings = command.settings
         with Stop() as stop:
-            return run(args, stop)
-    except InputError as error:
-        if not (args.parallel and os.environ.get("RANK", "0") != "0"):  # the first process says it for all
-            say(f"generate.py: {error}")
-        return 2
-    except OSError as error:
-        say(f"generate.py: {error}")
-        return 1
+            return run(command, stop, timer)
+    except (InputError, OSError) as error:
+        if is_first(settings):
+            print_error(error)
+        return 2 if isinstance(error, InputError) else 1
     except torch.OutOfMemoryError as error:
-        instead = {"--offload blocks": args.offload != "blocks", "--quantize fp8": args.quantize != "fp8"}
-        tips = " or ".join(flag for flag, is_new in instead.items() if is_new) or "a smaller picture"
-        say(f"generate.py: out of memory: {' '.join(str(error).split())} Try {tips}.")
+        tips = ["--offload blocks"] if settings.offload != "blocks" else []
+        tips += ["--quantize fp8"] if settings.quantize != "fp8" else []
+        reason = " ".join(str(error).split())
+        info(f"generate.py: out of memory: {reason} Try {' or '.join(tips) or 'a smaller image'}.")
         return 1
     except KeyboardInterrupt:
-        say("generate.py: interrupted")
+        info("generate.py: interrupted")
         return 130
 
 
-def run(args: argparse.Namespace, stop: Stop) -> int:
-    if args.parallel and os.environ.get("RANK", "0") != "0" and (args.plan is not None or args.check or args.preview):
+def is_first(settings: Settings) -> bool:
+    """Does this process print and write for the run? Of a parallel run, one does."""
+    return not settings.parallel or os.environ.get("RANK", "0") == "0"
+
+
+def run(command: Command, stop: Stop, timer: Timer) -> int:
+    settings, overrides, output, dry_run, metadata = command
+    is_dry = dry_run.check or dry_run.preview or dry_run.plan is not None
+    if is_dry and not is_first(settings):
         return 0
-    if args.plan is not None:
-        return write_the_plan(args)
-    if args.check or args.preview:
-        return look(args)
-    if args.config_from_metadata:
-        take_run_from(made_of(args.config_from_metadata), args)
-    if is_repository(args.model):  # complain before tens of gigabytes are downloaded
-        plan_jobs(args, 1024, Failures(args))
-    pipeline = Pipeline(
-        args.model, args.flux, args.t5, args.clip, args.ae, device_of(args.device), args.dtype, args.attention,
-        args.prompt_cache, args.verbose, bool(args.compile), args.quantize, args.offload,
-        bool(args.parallel),
-    )  # fmt: skip
+    if dry_run.plan is not None:
+        write_planned_layout(dry_run, overrides, output)
+        return 0
+
+    def read(file: Path | None, swept: dict[str, Any], size: int) -> Layout:
+        return read_layout(file, overrides | swept, size, metadata)
+
+    files = layout_files(output)
+    if dry_run.check or dry_run.preview:
+        return check_layouts(files, read, settings, dry_run, output.overwrite)
+    worker = worker_of(output.shard, bool(settings.parallel))
+    failures = Failures(is_alone=len(files) == 1 or bool(settings.parallel))
+
+    def plan(size: int) -> list[Job]:
+        return plan_jobs(files, output, partial(read, size=size), worker, failures)
+
+    # Mistakes are found before a repository's gigabytes are downloaded.
+    jobs = plan(FLUX_DEV.size) if is_repository(settings.model) else None
+    pipeline = Pipeline(msgspec.structs.replace(settings, device=device_of(settings.device)))
     with contextlib.ExitStack() as stack:
         if pipeline.parallel:
             stack.callback(pipeline.parallel.close)
-            stop.asked_anywhere = pipeline.parallel.is_any
-            if pipeline.parallel.rank:  # the first process speaks for all, and writes
-                nowhere = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
-                stack.enter_context(contextlib.redirect_stderr(nowhere))
-        return draw(pipeline, args, stop)
-
-
-def draw(pipeline: Pipeline, args: argparse.Namespace, stop: Stop) -> int:
-    """Make all pictures, or those of this worker; returns the exit code."""
-    failures = Failures(args)
-    jobs = plan_jobs(args, pipeline.size, failures)
-    index, count = shard_of(args)
-    if count > 1:
-        say(f"worker {index} of {count}: {len(jobs)} pictures")
-    say(f"seed {', '.join(str(seed) for seed in dict.fromkeys(job.seed for job in jobs))}")
-    if pipeline.checkpoint.name == "pocket":
-        say("the built-in pocket model draws; for FLUX.1-dev add --model black-forest-labs/FLUX.1-dev, or its folder")
-    by_layout = [list(group) for _, group in itertools.groupby(jobs, lambda job: id(job.layout))]
-    for groups in (by_layout[i : i + CHUNK] for i in range(0, len(by_layout), CHUNK)):
-        prepared = []
-        for group in groups:
-            stop.check()
-            with failures:
-                prepared += missing_of(group, pipeline, args)
-        pipeline.drop("t5", "clip")
-        if len(jobs) == 1:  # there may be no room for the transformer beside it
-            pipeline.drop("ae")
-        for job, ready, made_by in prepared:
-            with failures:
-                make(job, ready, made_by, pipeline, args, stop, alone=len(jobs) == 1)
-        pipeline.drop("flux")
-    if args.sweep and not failures.count and is_writer(pipeline):
-        write_sheets(jobs, args)
+        if not is_first(settings):
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        if jobs is None or pipeline.defaults.size != FLUX_DEV.size:
+            jobs = plan(pipeline.defaults.size)
+        if worker.count > 1:
+            info(f"worker {worker.index} of {worker.count}: {len(jobs)} images")
+        info(f"seed {', '.join(str(seed) for seed in dict.fromkeys(job.seed for job in jobs))}")
+        if pipeline.checkpoint.name == "pocket":
+            info(POCKET)
+        generate_all(pipeline, jobs, command, failures, stop, timer)
+        if output.sweep and not failures.count and is_first(settings):
+            write_sheets(jobs, worker.count)
     return 1 if failures.count else 0
 
 
-def make(
-    job: Job, prepared: Prepared, made_by: dict, pipeline: Pipeline, args: argparse.Namespace, stop: Stop, alone: bool
-) -> None:
-    stop.check()
-    for file in files_of(job, args):
-        remove_unfinished(file)
-    maps = pipeline.maps() if args.attention_maps else None
-    z = pipeline.latents(prepared, job.seed, [maps.extend] if maps else [], stop.after_step)
-    if alone:
-        pipeline.drop("flux")
-    if not is_writer(pipeline):
-        return
-    if job.latents:
-        save_tensor("latents", z, made_by, job.latents)
-    image = pipeline.decode(z)
-    write(job.output, partial(save_picture, image, None if args.no_metadata else made_by))
-    if args.metadata:
-        save_json(made_by, job.output.with_suffix(".json"))
-    print(job.output, flush=True)
-    if maps and maps.steps:
-        save_maps(maps, args.attention_maps / job.output.stem, image, prepared.tokens.prompts, made_by)
-    elif maps:
-        say(f"{job.output}: no step of it is regional, so it has no attention maps")
-
-
-def take_run_from(made_by: dict[str, Any], args: argparse.Namespace) -> None:
-    """What a picture says of its run, where the command line says nothing: the model and how it was computed."""
-    if not any(getattr(args, key) for key in MODEL_FLAGS):
-        given = made_by.get("given")
-        for key, value in (given if isinstance(given, dict) else {"model": made_by["model"]}).items():
-            if key in MODEL_FLAGS:
-                setattr(args, key, str(value))
-    if args.compile is None:
-        args.compile = made_by.get("compile") is True
-    if args.quantize == "auto":
-        args.quantize = "fp8" if made_by.get("fp8") is True else "none"
-    for key, choices in ("dtype", DTYPES), ("attention", ATTENTIONS):
-        if getattr(args, key) == "auto":
-            value = str(made_by.get(key, "auto")).removeprefix("torch.")
-            if value not in ("auto", *choices):
-                expected = f"expected one of {', '.join(choices)}"
-                raise InputError(f"{args.config_from_metadata}: {key} = {value!r}: {expected}.")
-            setattr(args, key, value)
-
-
 def device_of(name: str) -> str:
-    """Of several GPUs the worker's own."""
+    """Of several GPUs, each process of torchrun or SLURM takes its own."""
     own = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
-    return f"cuda:{own}" if own and name in ("auto", "cuda") and torch.cuda.device_count() > 1 else name
+    has_choice = name in ("auto", "cuda") and torch.cuda.device_count() > 1
+    return f"cuda:{own}" if own and has_choice else name
+
+
+def generate_all(
+    pipeline: Pipeline, jobs: list[Job], command: Command, failures: Failures, stop: Stop,
+    timer: Timer,
+) -> None:  # fmt: skip
+    """Prepare the layouts of up to CHUNK at a time, then denoise, decode and write their images."""
+    check = partial(stop.check, pipeline.parallel.is_any) if pipeline.parallel else stop.check
+
+    def on_step() -> None:
+        timer()
+        check()
+
+    by_layout = [list(group) for _, group in itertools.groupby(jobs, lambda job: id(job.layout))]
+    for start in range(0, len(by_layout), CHUNK):
+        ready = []
+        for group in by_layout[start : start + CHUNK]:
+            check()
+            with failures.caught(), naming(group[0].source, command.overrides):
+                ready += prepare(group, pipeline, command.output)
+        pipeline.drop("t5", "clip")
+        if len(jobs) == 1:  # The VAE and the transformer may not fit together.
+            pipeline.drop("ae")
+        for job, prepared, metadata in ready:
+            check()
+            with failures.caught():
+                make(job, prepared, metadata, pipeline, command, on_step, len(jobs) == 1)
+        pipeline.drop("flux")
+
+
+def prepare(group: list[Job], pipeline: Pipeline, output: Output) -> list[Ready]:
+    """The unfinished images of one layout."""
+    layout = group[0].layout.filled(pipeline.defaults)
+    missing = []
+    for job in group:
+        metadata = image_metadata(layout, job.seed, pipeline.metadata)
+        if is_finished(job, output, metadata):
+            info(f"{job.files['image']}: exists already, made by the same settings; it is kept")
+            print(job.files["image"])
+        else:
+            missing.append((job, metadata))
+    if not missing:
+        return []
+    prepared = pipeline.prepare(group[0].layout)
+    return [(job, prepared, metadata) for job, metadata in missing]
+
+
+def make(
+    job: Job, prepared: Prepared, metadata: Metadata, pipeline: Pipeline, command: Command,
+    on_step: Callable[[], None], is_alone: bool,
+) -> None:  # fmt: skip
+    """Denoise, decode and write one image, and the other files of its job."""
+    for file in job.files.values():
+        remove_unfinished(file)
+    maps = pipeline.maps() if "maps" in job.files else None
+    latents = pipeline.denoise(prepared, job.seed, [maps.extend] if maps else [], on_step)
+    if is_alone:
+        pipeline.drop("flux")
+    if not is_first(command.settings):
+        return
+    if "latents" in job.files:
+        save_tensor("latents", latents, metadata, job.files["latents"])
+    image = pipeline.decode(latents)
+    file = job.files["image"]
+    save_image(image, None if command.output.no_metadata else metadata, file)
+    if "metadata" in job.files:
+        save_json(metadata, job.files["metadata"])
+    print(file, flush=True)
+    if maps and maps.steps:
+        save_maps(maps, job.files["maps"].with_suffix(""), image, prepared.tokens.prompts, metadata)
+    elif maps:
+        info(f"{file}: no step of it is regional, so it has no attention maps")
 
 
 if __name__ == "__main__":

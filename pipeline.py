@@ -1,76 +1,69 @@
-"""FLUX.1 with regions, loaded once: a layout and a seed in, a picture out.
+"""FLUX.1 with regions, loaded once: a layout and a seed in, an image out.
 
-    from generate import Pipeline
+    from pipeline import Pipeline
     from regional.layout import Layout, Region
 
     pipeline = Pipeline("black-forest-labs/FLUX.1-dev")
     boat = Region(prompt="a red boat", box=(0, 0, 512, 1024))
-    picture = pipeline(Layout(prompt="a harbour", regions=(boat,)), seed=1)
+    image = pipeline(Layout(prompt="a harbor", regions=(boat,)), seed=1)
 
-A call is `prepare` (prompts and control pictures are encoded), `latents` (denoising) and `decode`. Parts of the model
-are loaded when they are needed and stay until `drop`, so that one can make room for the next. One thread at a time.
+A call is `prepare` (prompts and control images are encoded), `denoise` and `decode`. Components of
+the model are loaded when they are needed and stay until `drop`, so that one can make room for the
+next. A pipeline is not thread-safe.
 """
 
 import gc
-import hashlib
-import itertools
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import weights
-from errors import InputError, say
+from errors import MISSING, InputError, info, warn
 from extensions.attention_maps import AttentionMaps
 from extensions.control import control_lora, controlnets
 from extensions.controlnet import ControlNet
-from extensions.loading import control_of, load_controls, merges_of, plan_controls, read_loras
+from extensions.loading import (
+    control_of,
+    controlnet_params,
+    load_controls,
+    merges_of,
+    plan_controls,
+    read_loras,
+)
 from extensions.lora import NO_LORAS, Addition, Lora, Loras, added, hooks_for
 from extensions.region_lora import all_of, region_loras
-from formats.hub import Name
 from formats.recognize import Source
 from model.autoencoder import to_uint8
 from model.layers import Modulation
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
 from model.transformer import Flux
 from regional.attention import portable_attention
-from regional.layout import Layout, RegionLora
+from regional.layout import Defaults, Layout, RegionLora
 from regional.mask import RegionTokens, region_tokens
-from regional.reader import Where
+from regional.prompts import check_vocabulary, encode_prompts
 from regional.sampling import Conditioning, Extension, Modulations, modulations, sample
-from runtime.choose import (
-    ATTENTIONS,
-    DTYPES,
-    OFFLOAD,
-    QUANTIZE,
-    choose_attention,
-    choose_device,
-    choose_fp8,
-    library_attention,
-)
-from runtime.memory import stays_on_host, working_bytes
-from runtime.offload import FLUX_BLOCKS, FLUX_MODULATION, T5_BLOCKS, Streamed, read_ahead
+from runtime.choose import choose_attention, choose_device, choose_fp8, library_attention
+from runtime.memory import place, working_bytes
+from runtime.offload import Streamed, read_ahead
+from runtime.prompt_cache import PromptCache
 from runtime.ulysses import Ulysses
 from sampler.flow import pack
-from tools.metadata import write
+from settings import MODEL_KEYS, Settings
 
 
 class Prepared(NamedTuple):
-    """A layout with the model's defaults in it, and all that is encoded and read for it, once for all seeds.
+    """A layout, and all that is encoded and read for it, once for all seeds.
 
-    controls: each ControlNet's file and control image, as load_controls takes them; control_latents: those of a control
-    LoRA's image, packed, (1, L_img, 64).
+    layout: resolved. controls: each ControlNet's file and its control image or packed latents.
+    control_latents: those of a control LoRA's image, (1, L_img, 64).
     """
 
     layout: Layout
@@ -78,314 +71,307 @@ class Prepared(NamedTuple):
     conditioning: Conditioning
     loras: Loras
     controls: list[tuple[Source, Tensor]]
-    control_latents: Tensor | None = None
+    control_latents: Tensor | None
 
 
 class Pipeline:
-    """A model and how it runs; see the top of this file.
+    """A model and how it runs: Pipeline(settings), or Pipeline(model, ...) with the fields of
+    Settings by name. InputError for what this machine or the model's files do not allow."""
 
-    model, flux, t5, clip, ae, compile, quantize, offload: as --model, --flux ... of generate.py. device: auto, cuda,
-    cpu, mps, or cuda:1 and so on. cache: a folder where encoded prompts are kept, by a hash of all that they depend on.
-    ulysses: share each picture's work out to the processes that torchrun started. InputError for what can't be.
-    """
-
-    def __init__(
-        self,
-        model: Name = None,
-        flux: Name = None,
-        t5: Name = None,
-        clip: Name = None,
-        ae: Name = None,
-        device: str = "auto",
-        dtype: str = "auto",
-        attention: str = "auto",
-        cache: Path | None = None,
-        verbose: bool = False,
-        compile: bool = False,
-        quantize: str = "auto",
-        offload: str = "auto",
-        ulysses: bool = False,
-    ):
-        for name, value, choices in (
-            ("dtype", dtype, ("auto", *DTYPES)), ("attention", attention, ("auto", *ATTENTIONS)),
-            ("quantize", quantize, QUANTIZE), ("offload", offload, OFFLOAD),
-        ):  # fmt: skip
-            if value not in choices:
-                raise InputError(f"--{name} {value}: expected one of {', '.join(choices)}.")
-        self.device = choose_device(device)
+    def __init__(self, model: Settings | str | Path | None = None, **settings: Any):
+        given = model if isinstance(model, Settings) else Settings(model=model, **settings)
+        self.settings = given.checked()
+        self.device = choose_device(self.settings.device)
+        dtype = self.settings.dtype
         if dtype == "auto":
             dtype = "float32" if self.device.type == "cpu" else "bfloat16"
-        self.dtype, self.attention, self.cache, self.verbose = DTYPES[dtype], attention, cache, verbose
-        self.checkpoint = weights.find(model, flux, t5, clip, ae)
-        self.size = int(weights.metadata_number(self.checkpoint.flux, "sample_size", 1024))  # where a layout has none
-        self.fp8, self.compile, self.offload = choose_fp8(quantize, self.checkpoint.flux, self.device), compile, offload
-        if compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
-            raise InputError("--compile: torch.compile needs a C++ compiler, and there is none here; leave it out.")
-        if offload == "blocks" and self.device.type == "mps":
-            raise InputError("--offload blocks: Apple's GPUs have the host's memory already; leave it out.")
+        self.dtype = getattr(torch, dtype)
+        self.checkpoint = weights.find(*(getattr(self.settings, key) for key in MODEL_KEYS))
+        self.defaults = Defaults(**weights.model_defaults(self.checkpoint.flux))
+        if self.dtype == torch.float32:  # TF32 in cuDNN's convolutions makes the VAE err by 3e-4
+            torch.backends.cudnn.allow_tf32 = False
+        self.fp8 = choose_fp8(self.settings.quantize, self.checkpoint.flux, self.device)
+        self.check_machine()
         heads = weights.flux_params(self.checkpoint.flux).num_heads
-        self.parallel = Ulysses(self.device, heads) if ulysses else None
-        self.streamed: dict[str, list[Streamed]] = {}  # by part: what of it is on the device only in turn
-        self.flux_room = 0  # bytes that were counted on for working with the transformer when it was loaded
-        self.modulated: tuple[Prepared | None, Modulations] = None, []  # of the last layout
-        self.nets: dict[Path, ControlNet] = {}  # ControlNets, by their files
+        self.parallel = Ulysses(self.device, heads) if self.settings.parallel else None
+        self.parts = Parts(self)
+        self.embeddings = PromptCache(self.settings.prompt_cache)
         self.loras: dict[str, Lora] = {}  # all that were read, by their names in layouts
-        self.parts: dict[str, tuple[Any, nn.Module]] = {}  # by name: which LoRAs are merged into it, and the part
-        self.encoded: dict[str, Tensor] = {}  # prompts, until the encoders are dropped
+
+    def check_machine(self) -> None:
+        compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
+        if self.settings.compile and not any(map(shutil.which, compilers)):
+            problem = "torch.compile needs a C++ compiler, and there is none here; leave it out"
+            raise InputError("--compile", MISSING, problem)
+        if self.settings.offload == "blocks" and self.device.type == "mps":
+            problem = "Apple's GPUs already share the host's memory; leave it out"
+            raise InputError("--offload", "blocks", problem)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What images record of how they were made; settings.recorded is the reverse."""
+        settings = self.settings
+        chosen = {
+            "fp8": self.fp8,
+            "compile": settings.compile,
+            "processes": self.parallel and self.parallel.size,
+            "attention": settings.attention if settings.attention != "auto" else None,
+        }
+        given = {key: getattr(settings, key) for key in MODEL_KEYS}
+        return {
+            "model": self.checkpoint.name,
+            "files": {part: str(getattr(self.checkpoint, part).path) for part in MODEL_KEYS[1:]},
+            "dtype": str(self.dtype),
+            "torch": torch.__version__,
+            **{key: value for key, value in chosen.items() if value},
+            "given": {key: value for key, value in given.items() if value},
+        }
 
     def __call__(self, layout: Layout, seed: int) -> Image.Image:
         prepared = self.prepare(layout)
-        self.encoded.clear()  # calls with ever new prompts must not fill the memory
-        return self.decode(self.latents(prepared, seed))
+        self.embeddings.clear()  # Calls with ever new prompts must not fill the memory.
+        return self.decode(self.denoise(prepared, seed))
+
+    def drop(self, *names: str) -> None:
+        """Free components: t5, clip, flux, ae; with t5 the prompt embeddings kept in memory."""
+        self.parts.drop(*names)
+        if "t5" in names:
+            self.embeddings.clear()
+
+    def maps(self) -> AttentionMaps:
+        """An observer of the attention, whose `extend` is for `denoise`."""
+        return AttentionMaps(self.defaults.depth, self.defaults.depth_single_blocks)
 
     @torch.inference_mode()
-    def prepare(self, layout: Layout, where: Where = lambda path: path) -> Prepared:
-        """Read and encode what a layout names. `where` names its keys in messages."""
-        layout = with_model_defaults(layout, self.checkpoint.flux)
-        controls = plan_controls(layout, self.checkpoint.flux, where)
-        loras = read_loras(layout, self.checkpoint, self.loras)
-        self.loras |= loras
-        lora_picture = control_of(layout)
-        regional = layout.regional_steps(layout.steps) > 0
+    def prepare(self, layout: Layout) -> Prepared:
+        """Read and encode what a layout names."""
+        layout = layout.resolved(self.defaults)
+        controls = plan_controls(layout, self.checkpoint.flux) if layout.controlnets else []
+        loras = self.read_loras(layout)
+        control_image = control_of(layout) if layout.loras else None
         in_plain_steps = any(lora.plain_steps for region in layout.regions for lora in region.loras)
-        tokens = region_tokens(layout) if regional or in_plain_steps else None
+        is_regional = layout.regional_steps() > 0
+        tokens = region_tokens(layout) if is_regional or in_plain_steps else None
         for warning in tokens.warnings if tokens else ():
-            say(f"warning: {warning}")
-        if regional and layout.method == "regional":  # complain before the encoders are loaded
-            choose_attention(self.attention, self.device, self.dtype)
-        conditioning = self.encode(layout, tokens, layout.method == "rpg", loras)
-        control_latents = None if lora_picture is None else self.latents_of(lora_picture)
-        controls = [
-            (source, image if weights.controlnet_params(source).hint_width else self.latents_of(image))
-            for source, image in controls
-        ]
+            warn(warning)
+        if is_regional and layout.method == "regional":  # Errors come before the encoders load.
+            choose_attention(self.settings.attention, self.device, self.dtype)
+        conditioning = self.encode(layout, tokens, loras)
+        control_latents = None if control_image is None else self.latents_of(control_image)
+        for i, (source, image) in enumerate(controls):
+            if not controlnet_params(source).hint_width:
+                controls[i] = source, self.latents_of(image)
         return Prepared(layout, tokens, conditioning, loras, controls, control_latents)
 
+    def read_loras(self, layout: Layout) -> Loras:
+        if not layout.loras and not any(region.loras for region in layout.regions):
+            return NO_LORAS
+        loras = read_loras(layout, self.checkpoint, self.loras)
+        self.loras |= loras
+        return loras
+
+    def encode(self, layout: Layout, tokens: RegionTokens | None, loras: Loras) -> Conditioning:
+        checkpoint = self.checkpoint
+        sizes = {
+            "t5": (weights.t5_params(checkpoint.t5).vocab_size, checkpoint.t5_tokenizer),
+            "clip": (weights.clip_params(checkpoint.clip).vocab_size, checkpoint.clip_tokenizer),
+        }
+
+        def encode(name: str, ids: Tensor, own: Sequence[RegionLora]) -> Tensor:
+            check_vocabulary(ids, *sizes[name], getattr(checkpoint, name).path)
+            return self.embedding(name, ids, layout, loras, own)
+
+        t5 = T5Tokenizer(checkpoint.t5_tokenizer)
+        clip = CLIPTokenizer(checkpoint.clip_tokenizer)
+        return encode_prompts(layout, tokens, t5, clip, encode)
+
+    def embedding(self, name: str, ids: Tensor, layout: Layout, loras: Loras, own: Sequence[RegionLora]) -> Tensor:
+        """The result of an encoder, t5 or clip, for one prompt's ids (1, L), changed by the layout's
+        LoRAs and by `own`, those of its region; on the CPU, and cached."""
+        merged = [lora for lora in layout.loras if loras[lora.file].changes[name]]
+        own = [lora for lora in own if loras[lora.file].changes[name]]
+        files = {tensor.file for tensor in getattr(self.checkpoint, name).tensors.values()}
+        device = self.device.type
+        if device == "cuda":
+            device = torch.cuda.get_device_name(self.device)
+        depends_on = [
+            ids.tolist(), sorted(map(identity, files)),
+            [(identity(loras[lora.file].path), lora.scale) for lora in (*merged, *own)], len(own),
+            str(self.dtype), device, torch.__version__, torch.get_num_threads(),
+        ]  # fmt: skip
+
+        def encode() -> Tensor:
+            encoder = self.parts.get(name, layout, loras)
+            everywhere = torch.ones(ids.shape[1], dtype=torch.bool)
+            changes = [(c, lora.scale) for lora in own for c in loras[lora.file].changes[name]]
+            additions = [Addition(change, scale, everywhere) for change, scale in changes]
+            hooks = hooks_for(encoder, additions, self.device, self.dtype) if additions else {}
+            with added(encoder, hooks) if hooks else nullcontext():
+                return encoder(ids.to(self.device)).to(self.dtype).cpu()
+
+        return self.embeddings.get(name, depends_on, encode)
+
     @torch.inference_mode()
-    def latents(
-        self,
-        prepared: Prepared,
-        seed: int,
-        extensions: Sequence[Extension] = (),
+    def denoise(
+        self, prepared: Prepared, seed: int, extensions: Sequence[Extension] = (),
         on_step: Callable[[], None] = lambda: None,
-    ) -> Tensor:
-        """Latents (1, 16, height / 8, width / 8), float32. extensions: further ones than the layout's."""
-        layout, tokens, conditioning, loras, *_ = prepared
-        flux = self.part("flux", layout, loras)
-        conditioning = Conditioning(*(x if x is None else x.to(self.device) for x in conditioning))
+    ) -> Tensor:  # fmt: skip
+        """Latents (1, 16, height / 8, width / 8), float32. extensions: further ones than the
+        layout's; on_step: called after every step. `prepared` may be of another dtype."""
+        layout = prepared.layout
+        settings = self.settings
+        flux = self.parts.get("flux", layout, prepared.loras)
+        given = (x if x is None else x.to(self.device, self.dtype) for x in prepared.conditioning)
+        conditioning = Conditioning(*given)
         extensions = self.extensions(flux, prepared, conditioning, extensions)
-        modulation = self.modulation(flux, prepared)
+        modulation = self.parts.modulation(flux, prepared, conditioning.y)
         masked_attention = portable_attention
-        if layout.regional_steps(layout.steps) and layout.method == "regional":
-            masked_attention = choose_attention(self.attention, self.device, self.dtype, self.verbose)
-        eager = self.compile and any(region.loras for region in layout.regions)
-        if eager:
-            say("regions' own LoRAs: this layout's blocks run uncompiled")
-        stance = torch.compiler.set_stance("force_eager") if eager else nullcontext()
-        with library_attention(flux, layout, conditioning.txt, self.verbose), stance:
-            z = sample(
-                flux, layout, tokens, conditioning, seed, masked_attention, extensions, on_step, modulation
+        if layout.regional_steps() and layout.method == "regional":
+            how = (settings.attention, self.device, self.dtype, settings.verbose)
+            masked_attention = choose_attention(*how)
+        stance = nullcontext()
+        if settings.compile and any(region.loras for region in layout.regions):
+            info("regions' own LoRAs: this layout's blocks run uncompiled")
+            stance = torch.compiler.set_stance("force_eager")
+        with library_attention(flux, layout, conditioning.txt, settings.verbose), stance:
+            latents = sample(
+                flux, layout, prepared.tokens, conditioning, seed, masked_attention, extensions,
+                on_step, modulation,
             )  # fmt: skip
-        self.release()  # room for the VAE
-        return z
+        self.parts.release()  # room for the VAE
+        return latents
 
     def extensions(
         self, flux: Flux, prepared: Prepared, conditioning: Conditioning, own: Sequence[Extension]
     ) -> list[Extension]:
         """The layout's extensions and a call's own, the innermost first.
 
-        LoRAs of regions see a process's part of the tokens, the others all of them; ControlNets, the outermost, see the
-        image without a control LoRA's.
+        LoRAs of regions see a process's part of the tokens, all others see all tokens. ControlNets
+        are outermost, because they read the image without a control LoRA's.
         """
         layout = prepared.layout
-        found = []
         part = self.parallel.part if self.parallel else all_of
+        found = []
         if any(region.loras for region in layout.regions):
-            found.append(region_loras(flux, layout, prepared.loras, self.device, self.dtype, partial(part, dim=0)))
+            where = (self.device, self.dtype, partial(part, dim=0))
+            found.append(region_loras(flux, layout, prepared.loras, *where))
         if self.parallel:
             found.append(self.parallel.extend)
         if prepared.control_latents is not None:
-            found.append(control_lora(prepared.control_latents.to(self.device)))
+            found.append(control_lora(prepared.control_latents.to(self.device, self.dtype)))
         found += own
         if prepared.controls:
-            controls = load_controls(layout, prepared.controls, self.device, self.dtype, self.nets)
+            where = (self.device, self.dtype, self.parts.controlnets)
+            controls = load_controls(layout, prepared.controls, *where)
             found.append(controlnets(controls, flux.params, layout.steps, conditioning, part))
         return found
 
     @torch.inference_mode()
-    def decode(self, z: Tensor) -> Image.Image:
-        autoencoder = self.part("ae")
-        return Image.fromarray(to_uint8(autoencoder.decode(z.to(self.device, self.dtype)))[0].cpu().numpy())
+    def decode(self, latents: Tensor) -> Image.Image:
+        vae = self.parts.get("ae")
+        pixels = vae.decode(latents.to(self.device, self.dtype))
+        return Image.fromarray(to_uint8(pixels)[0].cpu().numpy())
 
-    def maps(self) -> AttentionMaps:
-        """What watches the attention, by its `extend`, one of the extensions of `latents`."""
-        params = weights.flux_params(self.checkpoint.flux)
-        return AttentionMaps(params.depth, params.depth_single_blocks)
+    def latents_of(self, image: Tensor) -> Tensor:
+        """The packed latents of a control image (1, 3, height, width), (1, L_img, 64)."""
+        vae = self.parts.get("ae")
+        return pack(vae.encode(image.to(self.device, self.dtype))).cpu()
 
-    def drop(self, *names: str) -> None:
-        """Let go of parts: t5, clip, flux, ae."""
-        self.release()
-        for name in names:
-            self.parts.pop(name, None)
-            self.streamed.pop(name, None)
-        if "t5" in names:
-            self.encoded.clear()
-        if "flux" in names:
-            self.nets.clear()
-            self.modulated = None, []
-            if self.compile:  # compiled blocks hold themselves
-                gc.collect()
-        if self.device.type == "cuda":  # what comes next is of other sizes
-            torch.cuda.empty_cache()
-            torch.accelerator.empty_host_cache()
 
-    def part(self, name: str, layout: Layout | None = None, loras: Loras = NO_LORAS) -> nn.Module:
-        """A part of the model with the layout's whole-picture LoRAs merged into it; loaded again for other LoRAs."""
-        entries = [(e.file, e.scale) for e in layout.loras if loras[e.file].changes.get(name)] if layout else []
+# ------------------------------------------------------------------------------------- components
+
+
+class Part(NamedTuple):
+    """A loaded component. loras: files and scales merged into it. streamed: what of it is on the
+    GPU only in turn. room: bytes that were reserved for working with it."""
+
+    module: nn.Module
+    loras: list[tuple[str, float]]
+    streamed: list[Streamed]
+    room: int
+
+
+class Parts:
+    """Loads, keeps and drops the components of a model."""
+
+    def __init__(self, pipeline: Pipeline):
+        self.checkpoint = pipeline.checkpoint
+        self.settings = pipeline.settings
+        self.device = pipeline.device
+        self.dtype = pipeline.dtype
+        self.fp8 = pipeline.fp8
+        self.loaded: dict[str, Part] = {}
+        # These are dropped with flux: ControlNets by their files, and one layout's modulation.
+        self.controlnets: dict[Path, ControlNet] = {}
+        self.modulated: tuple[Prepared | None, Modulations] = (None, [])
+
+    def get(self, name: str, layout: Layout | None = None, loras: Loras = NO_LORAS) -> nn.Module:
+        """t5, clip, flux or ae with the layout's LoRAs merged; it is loaded again for others, and
+        the transformer also for an image that needs more memory than it left free."""
+        used = [x for x in layout.loras if loras[x.file].changes.get(name)] if layout else []
+        key = [(lora.file, lora.scale) for lora in used]
         room = 0
-        if name == "flux" and self.offload == "auto" and self.device.type == "cuda":
+        if name == "flux" and self.settings.offload != "blocks" and self.device.type == "cuda":
             room = working_bytes(self.checkpoint.flux, layout, self.dtype, self.fp8)
-        if self.parts.get(name, (None, None))[0] != entries or room > self.flux_room:
+        part = self.loaded.get(name)
+        if part is None or part.loras != key or part.room < room:
+            room = max(room, part.room if part else 0)
             self.drop(name)
-            self.flux_room = room if name == "flux" else self.flux_room
-            merges = merges_of(layout, loras, name) if entries else weights.NOTHING
-            self.parts[name] = entries, self.load(name, merges, layout)
-        return self.parts[name][1]
+            merges = merges_of(layout, loras, name) if used else weights.NOTHING
+            module, streamed = self.load(name, merges, layout)
+            self.loaded[name] = Part(module, key, streamed, room)
+        return self.loaded[name].module
 
-    def load(self, name: str, merges: weights.Merges, layout: Layout | None) -> nn.Module:
-        source, where = getattr(self.checkpoint, name), (self.device, self.dtype)
-        if name == "ae":
-            return weights.load_autoencoder(source, *where)
-        if name == "clip":
-            return weights.load_clip(source, *where, merges)
-        streamed = stays_on_host(source, self.offload, *where, self.fp8 and name == "flux", layout)
-        if name == "t5":
-            t5 = weights.load_t5(source, *where, merges, T5_BLOCKS if streamed else weights.NEVER)
-            if streamed:
-                self.streamed[name] = [Streamed(list(t5.encoder.block), self.device, pin=True)]
-            if "flux" not in self.parts:
-                read_ahead(self.checkpoint.flux)  # while this encodes
-            return t5
-        on_card = self.device.type == "cuda"  # where only what comes of the modulation layers is needed all the time
-        on_host = FLUX_BLOCKS if streamed else FLUX_MODULATION if on_card else weights.NEVER
-        flux = weights.load_flux(source, *where, merges, on_host, self.fp8)
-        layers = [layer for layer in flux.modules() if isinstance(layer, Modulation)]
-        self.streamed[name] = [Streamed(layers, self.device)] if on_card else []
-        if streamed:
-            self.streamed[name].append(Streamed([*flux.double_blocks, *flux.single_blocks], self.device, pin=True))
-        if self.compile:
-            flux.compile_blocks()
-        return flux
+    def load(self, name: str, merges: weights.Merges, layout: Layout | None) -> tuple[nn.Module, list[Streamed]]:
+        source = getattr(self.checkpoint, name)
+        where = (self.device, self.dtype)
+        if name in ("ae", "clip"):
+            return weights.load(source, *where, merges), []
+        fp8 = self.fp8 and name == "flux"
+        placed = place(source, self.settings.offload, *where, fp8, layout)
+        in_fp8 = weights.FP8_LAYERS.search if fp8 else weights.nothing
+        module = weights.load(source, *where, merges, weights.Placement(placed.on_host, in_fp8))
+        streamed = []
+        if placed.blocks:
+            blocks = [module.get_submodule(block) for block in placed.blocks]
+            streamed.append(Streamed(blocks, self.device, pin=True))
+        if placed.modulation:
+            layers = [layer for layer in module.modules() if isinstance(layer, Modulation)]
+            streamed.append(Streamed(layers, self.device))
+        if name == "t5" and "flux" not in self.loaded:
+            read_ahead(self.checkpoint.flux)  # while T5 encodes
+        if name == "flux" and self.settings.compile:
+            module.compile_blocks()
+        return module, streamed
 
-    def modulation(self, flux: Flux, prepared: Prepared) -> Modulations:
-        """What modulates the blocks in each step of a layout; made once for all its seeds."""
+    def modulation(self, flux: Flux, prepared: Prepared, y: Tensor) -> Modulations:
+        """The modulation of a layout's steps, computed once for all its seeds."""
         if self.modulated[0] is not prepared:
-            y = prepared.conditioning.y.to(self.device)
-            self.modulated = prepared, modulations(flux, prepared.layout, y)
+            self.modulated = (prepared, modulations(flux, prepared.layout, y))
             self.release()
         return self.modulated[1]
 
     def release(self) -> None:
-        """Give back the memory of those weights on the card that are only there in turn."""
-        for streamed in itertools.chain(*self.streamed.values()):
-            streamed.release()
+        """Free the GPU memory of weights that are there only in turn."""
+        for part in self.loaded.values():
+            for streamed in part.streamed:
+                streamed.release()
 
-    def latents_of(self, picture: Tensor) -> Tensor:
-        """A control picture's packed latents, (1, L_img, 64)."""
-        return pack(self.part("ae").encode(picture.to(self.device, self.dtype))).cpu()
-
-    def encode(
-        self, layout: Layout, tokens: RegionTokens | None, vectors: bool, loras: Loras = NO_LORAS
-    ) -> Conditioning:
-        """Encode the prompts, with CLIP the base prompt's alone or all `vectors`.
-
-        Each prompt is encoded by itself: in a batch its numbers would depend, in their last bits, on the batch.
-        """
-        checkpoint, regions = self.checkpoint, tokens.prompts if tokens else []
-        tokenizer = T5Tokenizer(checkpoint.t5_tokenizer)
-        base_ids = tokenize(tokenizer, [layout.prompt], layout.max_sequence_length)
-        region_ids = tokenize(tokenizer, regions, layout.region_max_sequence_length) if regions else []
-        clip_ids, cut = CLIPTokenizer(checkpoint.clip_tokenizer)([layout.prompt] + regions * vectors)
-        if cut[0]:
-            say(f"warning: CLIP reads 77 tokens of the base prompt; it does not see: {cut[0]!r}")
-        t5_size = weights.t5_params(checkpoint.t5).vocab_size
-        clip_size = weights.clip_params(checkpoint.clip).vocab_size
-        for ids in [base_ids, *region_ids]:
-            check_vocabulary(ids.max(), t5_size, checkpoint.t5_tokenizer, checkpoint.t5)
-        check_vocabulary(clip_ids.max(), clip_size, checkpoint.clip_tokenizer, checkpoint.clip)
-        own = [region.loras for region in layout.regions] + [()] * (len(regions) - len(layout.regions))
-        states = [self.cached("t5", ids[None], layout, loras, region) for ids, region in zip(region_ids, own)]
-        pooled = [self.cached("clip", ids[None], layout, loras) for ids in clip_ids]
-        txt = self.cached("t5", base_ids, layout, loras)
-        return Conditioning(txt, torch.cat(states) if states else None, torch.cat(pooled))
-
-    def cached(self, part: str, ids: Tensor, layout: Layout, loras: Loras, own: Sequence[RegionLora] = ()) -> Tensor:
-        """What an encoder makes of one prompt's ids (1, L), changed by its region's `own` LoRAs; on the CPU. It comes
-        from this process's memory, or from the cache's folder, if it was made before: by the same weights, in the same
-        dtype, on such a device, with as many threads."""
-        merged, own = ([lora for lora in given if loras[lora.file].changes[part]] for given in (layout.loras, own))
-        source, entries = getattr(self.checkpoint, part), [*merged, *own]
-        files = {tensor.file for tensor in source.tensors.values()}
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        depends_on = [
-            ids.tolist(), sorted(map(identity, files)), [(identity(loras[e.file].path), e.scale) for e in entries],
-            len(own), str(self.dtype), device, torch.__version__, torch.get_num_threads(),
-        ]  # fmt: skip
-        name = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
-        file = self.cache / f"{part}-{name}.safetensors" if self.cache else None
-        if name not in self.encoded and file and file.exists():
-            with suppress(SafetensorError):  # a broken file is written anew
-                self.encoded[name] = load_file(file)["states"]
-        if name not in self.encoded:
-            encoder = self.part(part, layout, loras)
-            everywhere = torch.ones(ids.shape[1], dtype=torch.bool)
-            changes = [Addition(c, lora.scale, everywhere) for lora in own for c in loras[lora.file].changes[part]]
-            with added(encoder, hooks_for(encoder, changes, self.device, self.dtype)):
-                self.encoded[name] = encoder(ids.to(self.device)).to(self.dtype).cpu()
-            if file:
-                self.cache.mkdir(parents=True, exist_ok=True)
-                write(file, partial(Path.write_bytes, data=save({"states": self.encoded[name].contiguous()})))
-        return self.encoded[name]
+    def drop(self, *names: str) -> None:
+        self.release()
+        for name in names:
+            self.loaded.pop(name, None)
+        if "flux" in names:
+            self.controlnets.clear()
+            self.modulated = (None, [])
+            if self.settings.compile:  # Compiled blocks hold references to themselves.
+                gc.collect()
+        if self.device.type == "cuda":  # The next component's tensors are of other sizes.
+            torch.cuda.empty_cache()
+            if hasattr(torch.accelerator, "empty_host_cache"):  # torch 2.11 has no such function
+                torch.accelerator.empty_host_cache()
 
 
 def identity(file: Path) -> tuple[str, int, int]:
     """Which file this is, and in which state."""
     return str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns
-
-
-def with_model_defaults(layout: Layout, flux: Source) -> Layout:
-    """Fill in what the layout leaves to the model: dev takes 24 steps and 512 text tokens, schnell 4 and 256."""
-    steps, length = (24, 512) if weights.flux_params(flux).guidance_embed else (4, 256)
-    length = int(weights.metadata_number(flux, "max_sequence_length", length))
-    length = layout.max_sequence_length or length
-    return msgspec.structs.replace(
-        layout,
-        steps=layout.steps or steps,
-        max_sequence_length=length,
-        region_max_sequence_length=layout.region_length(length),
-    )
-
-
-# ------------------------------------------------------------------------------------------------ what is encoded
-
-
-def tokenize(tokenizer: T5Tokenizer, prompts: list[str], length: int) -> Tensor:
-    ids, cut = tokenizer(prompts, length)
-    for prompt, rest in zip(prompts, cut):
-        if rest:
-            say(f"warning: {length} text tokens do not hold {prompt[:40]!r}...; cut off: {rest!r}")
-    return ids
-
-
-def text_lengths(layout: Layout, checkpoint: weights.Checkpoint) -> list[int]:
-    """How many tokens the base prompt and each region's prompt have, the background's included where it is needed."""
-    prompts = [layout.prompt] + (region_tokens(layout).prompts if layout.regions else [])
-    tokenizer = T5Tokenizer(checkpoint.t5_tokenizer)
-    return [len(tokenizer.encode(prompt)[0]) + 1 for prompt in prompts]  # and the end token
-
-
-def check_vocabulary(highest: Tensor, size: int, tokenizer: Path, encoder: Source) -> None:
-    if highest >= size:
-        raise InputError(
-            f"{tokenizer}: its ids go beyond the {size} tokens that {encoder.path} knows; they don't match."
-        )

@@ -114,7 +114,9 @@ def ae_params(source: Source) -> AutoEncoderParams:
     ch = source.shape("encoder.conv_in.weight", dims=4)[0]
     groups = int(source.config_number("norm_num_groups", AutoEncoderParams.norm_groups))
     if not levels or groups == 0 or any(c == 0 or c % ch or c % groups for c in (ch, *channels)):
-        raise InputError(source.path, MISSING, f"channels {ch}, {channels} do not fit {groups} norm groups; {source.rest()}")
+        raise InputError(
+            source.path, MISSING, f"channels {ch}, {channels} do not fit {groups} norm groups; {source.rest()}"
+        )
     return AutoEncoderParams(
         ch=ch,
         ch_mult=tuple(c // ch for c in channels),

@@ -32,13 +32,10 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import pipeline  # noqa: E402
-import weights  # noqa: E402
-from model.autoencoder import to_uint8  # noqa: E402
+from model.attention import Block  # noqa: E402
+from pipeline import Pipeline  # noqa: E402
 from pocket.judge import KINDS, Case, drawn, judge, random_case  # noqa: E402
-from regional.attention import portable_attention  # noqa: E402
-from regional.layout import PRESETS, Layout  # noqa: E402
-from regional.mask import region_tokens  # noqa: E402
+from regional.layout import PRESETS  # noqa: E402
 from tools.sheets import contact_sheet  # noqa: E402
 
 RUN, DOCS = ROOT / "benchmarks" / "run", ROOT / "docs" / "control"
@@ -75,16 +72,16 @@ class Setting(NamedTuple):
 
 
 # Which blocks are masked; the others are open. The pocket model has 2 double and 5 single blocks.
-MASKED_BLOCKS: dict[str, dict[str, str | tuple[int, ...]]] = {
-    "all": {},
-    "every 2nd": {"double_blocks": "every 2", "single_blocks": "every 2"},
-    "double": {"single_blocks": ()},
-    "single": {"double_blocks": ()},
-    "early single": {"double_blocks": (), "single_blocks": (0, 1)},
-    "middle single": {"double_blocks": (), "single_blocks": (2, 3)},
-    "late single": {"double_blocks": (), "single_blocks": (4,)},
-    "double and early single": {"single_blocks": (0, 1)},
-    "no": {"double_blocks": (), "single_blocks": ()},
+MASKED_BLOCKS: dict[str, Callable[[Block], bool]] = {
+    "all": lambda block: True,
+    "every 2nd": lambda block: block.index % 2 == 0,
+    "double": lambda block: block.kind == "double",
+    "single": lambda block: block.kind == "single",
+    "early single": lambda block: block.kind == "single" and block.index < 2,
+    "middle single": lambda block: block.kind == "single" and 2 <= block.index < 4,
+    "late single": lambda block: block.kind == "single" and block.index >= 4,
+    "double and early single": lambda block: block.kind == "double" or block.index < 2,
+    "no": lambda block: False,
 }
 VARIANTS = {  # which are not the published method
     "": {},
@@ -98,34 +95,29 @@ class Model:
     """The pocket model, loaded once a process."""
 
     def __init__(self, dtype: torch.dtype):
-        cpu = torch.device("cpu")
-        self.checkpoint = weights.find("pocket")
-        self.encoders = pipeline.Pipeline("pocket", device="cpu", dtype="float32")
-        self.flux = weights.load(self.checkpoint.flux, cpu, dtype)
-        self.autoencoder = weights.load(self.checkpoint.ae, cpu, torch.float32)
-        self.encode = functools.lru_cache(maxsize=4)(self.encode)  # a case has the same prompts in all its settings
+        self.exact = Pipeline("pocket", device="cpu", dtype="float32")  # encodes and decodes
+        self.flux = Pipeline("pocket", device="cpu", dtype=str(dtype).removeprefix("torch."))
 
-    @torch.inference_mode()
     def draw(self, case: Case, setting: Setting, steps: int) -> tuple[np.ndarray, float]:
-        """The picture (H, W, 3) uint8, and the seconds its sampling took."""
-        layout = msgspec.structs.replace(case.layout, steps=steps, region_max_sequence_length=setting.region_length)
-        layout = pipeline.with_model_defaults(layout, self.checkpoint.flux)
-        conditioning = self.encode(layout)
+        """The image (H, W, 3) uint8, and the seconds its sampling took."""
         own = {"strength": setting.strength, "feather": setting.feather}
+        is_masked = MASKED_BLOCKS[setting.masked_blocks]
+        depths = {"double": self.flux.defaults.depth, "single": self.flux.defaults.depth_single_blocks}
+        blocks = {
+            f"{kind}_blocks": tuple(i for i in range(depth) if is_masked(Block(kind, i)))
+            for kind, depth in depths.items()
+        }
         layout = msgspec.structs.replace(
-            layout, method=setting.method, base_ratio=setting.base_ratio, mask_inject_steps=setting.mask_inject_steps,
-            regions=tuple(msgspec.structs.replace(region, **own) for region in layout.regions),
-            **VARIANTS[setting.variant], **MASKED_BLOCKS[setting.masked_blocks],
+            case.layout, steps=steps, region_max_sequence_length=setting.region_length, method=setting.method,
+            base_ratio=setting.base_ratio, mask_inject_steps=setting.mask_inject_steps, **blocks,
+            regions=tuple(msgspec.structs.replace(region, **own) for region in case.layout.regions),
+            **VARIANTS[setting.variant],
         )  # fmt: skip
-        tokens = region_tokens(layout) if layout.regional_steps(steps) else None
+        prepared = self.exact.prepare(layout)
         start = time.perf_counter()
-        latents = pipeline.sample(self.flux, layout, tokens, conditioning, layout.seed, portable_attention)
+        latents = self.flux.denoise(prepared, layout.seed)
         seconds = time.perf_counter() - start
-        return to_uint8(self.autoencoder.decode(latents.float()))[0].numpy(), seconds
-
-    def encode(self, layout: Layout) -> pipeline.Conditioning:
-        encoded = self.encoders.encode(layout, region_tokens(layout), vectors=True)
-        return pipeline.Conditioning(*(x.to(self.flux.img_in.weight.dtype) for x in encoded))
+        return np.asarray(self.exact.decode(latents)), seconds
 
 
 # ------------------------------------------------------------------------------------------------ what is measured

@@ -57,7 +57,7 @@ def regions_right(pipeline: Pipeline, layouts: int) -> tuple[float, float]:
     right = []
     for seed in range(layouts):
         case = random_case(seed, 4)
-        z = pipeline.latents(pipeline.prepare(replace(case.layout, steps=10)), case.layout.seed)
+        z = pipeline.denoise(pipeline.prepare(replace(case.layout, steps=10)), case.layout.seed)
         right.append(judge(np.asarray(pipeline.decode(z)), case)["both"])
     return float(np.mean(right)), 1.96 * float(np.std(right, ddof=1)) / len(right) ** 0.5
 
@@ -82,9 +82,9 @@ def main() -> None:
     if pipelines["exact"].dtype == torch.float32:
         pipelines["bfloat16"] = Pipeline(args.model, device=args.device, dtype="bfloat16", quantize="none")
     for name, pipeline in pipelines.items():
-        prepared = pipeline.prepare(read_layout(args.layout, {}, pipeline.size))
+        prepared = pipeline.prepare(read_layout(args.layout, {}, pipeline.defaults.size))
         pipeline.drop("t5", "clip")
-        latents = [pipeline.latents(prepared, seed) for seed in args.seeds]
+        latents = [pipeline.denoise(prepared, seed) for seed in args.seeds]
         found[name] = latents, [np.asarray(pipeline.decode(z)) for z in latents]
         if name == "exact":
             kept = prepared
@@ -94,8 +94,8 @@ def main() -> None:
             share, interval = regions_right(pipeline, args.layouts)
             print(f"| {name} | {share:.3f} | ± {interval:.3f} |", flush=True)
         print()
-    watch = Watch(pipelines["exact"].part("flux", kept.layout), pipelines["fp8"].part("flux", kept.layout))
-    pipelines["exact"].latents(kept, args.seeds[0])
+    watch = Watch(pipelines["exact"].parts.get("flux", kept.layout), pipelines["fp8"].parts.get("flux", kept.layout))
+    pipelines["exact"].denoise(kept, args.seeds[0])
 
     print("| layer | weights alone: mean | worst | inputs too: mean | worst |\n|---|---|---|---|---|")
     for kind, both in watch.both.items():

@@ -706,7 +706,7 @@ def pipeline_for(source: recognize.Source, setting: Setting, how: dict[str, str]
     drawing = Pipeline(
         "pocket", device=setting.device.type, dtype=dtype, compile=COMPILED in setting.participants, **how
     )
-    drawing.checkpoint = dataclasses.replace(drawing.checkpoint, flux=source)
+    drawing.parts.checkpoint = dataclasses.replace(drawing.checkpoint, flux=source)
     return drawing
 
 
@@ -752,9 +752,9 @@ def run_times(drawing: Pipeline, prepared: Prepared, setting: Setting) -> tuple[
     """Seconds of a whole run, the modulation known already, and the bytes that stay on the device in between. NaN
     where it does not fit."""
     try:
-        timed(lambda: drawing.latents(prepared, 0))
+        timed(lambda: drawing.denoise(prepared, 0))
         in_use = memory(setting.device)
-        return statistics.median(timed(lambda: drawing.latents(prepared, 0)) for _ in range(CAPPED_RUNS)), in_use
+        return statistics.median(timed(lambda: drawing.denoise(prepared, 0)) for _ in range(CAPPED_RUNS)), in_use
     except torch.OutOfMemoryError:
         return math.nan, 0
 

@@ -94,7 +94,7 @@ def check_mode(control: Control, modes: int, source: Source, key: str) -> None:
         raise InputError(key, MISSING, problem)
     if not modes and control.mode is not None:
         raise InputError(key, control.mode, f"{source.path} has no modes")
-    if modes and control.mode_index >= modes:
+    if modes and control.mode >= modes:
         raise InputError(key, control.mode, f"{source.path} has {modes} modes, counted from 0")
 
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
+from model.attention import Block
+
 MAX_REGIONS = 61
 SHAPES = ("box", "polygon", "mask", "color")
 MODES = {"canny": 0, "tile": 1, "depth": 2, "blur": 3, "pose": 4, "gray": 5, "lq": 6}  # of unions
@@ -106,10 +108,6 @@ class Control(Part):
     residuals: Annotated[Literal["all", "published"], about(RESIDUALS)] = "all"
     preprocess: Annotated[Literal["canny"] | None, about("canny: follow its edges")] = None
 
-    @property
-    def mode_index(self) -> int | None:
-        return MODES[self.mode] if isinstance(self.mode, str) else self.mode
-
     def acts(self, step: int, steps: int) -> bool:
         return step / steps >= self.start and (step + 1) / steps <= self.end
 
@@ -187,32 +185,29 @@ class Layout(Part):
             is_plain = ratio == 1 or self.method == "plain"
             return {"mask_inject_steps": 0 if is_plain else steps, "base_ratio": float(ratio)}
 
-        doubles, singles = (
-            frozenset(i for i in range(depth) if self.is_masked(kind, i))
-            for kind, depth in (("double", defaults.depth), ("single", defaults.depth_single_blocks))
-        )
+        def masked(kind: str, depth: int) -> frozenset[int]:
+            blocks = getattr(self, f"{kind}_blocks")
+            if blocks is None:
+                return frozenset(range(0, depth, getattr(self, f"{kind}_inject_interval")))
+            return frozenset(i for i in range(depth) if blocks_of(blocks, i))
+
         return replace(
             layout,
             **own(self),
             regions=tuple(replace(region, **own(region)) for region in self.regions),
-            double_blocks=doubles,
-            single_blocks=singles,
-            controlnets=tuple(replace(c, mode=c.mode_index) for c in self.controlnets),
+            double_blocks=masked("double", defaults.depth),
+            single_blocks=masked("single", defaults.depth_single_blocks),
+            controlnets=tuple(replace(c, mode=MODES.get(c.mode, c.mode)) for c in self.controlnets),
         )
 
-    def regional_steps(self, steps: int | None = None) -> int:
-        """How many steps of a resolved layout, or of one with `steps`, may be regional; without
-        regions none."""
-        layout = replace(self, steps=steps).resolved(FLUX_DEV) if steps else self
-        counts = [part.mask_inject_steps for part in (layout, *layout.regions)]
+    def regional_steps(self) -> int:
+        """How many steps of a resolved layout may be regional; without regions none."""
+        counts = [part.mask_inject_steps for part in (self, *self.regions)]
         return max(counts) if self.regions else 0
 
-    def is_masked(self, kind: str, index: int) -> bool:
-        """Is the attention of this block, double or single, masked in the regional steps?"""
-        blocks = getattr(self, f"{kind}_blocks")
-        if blocks is None:
-            return index % getattr(self, f"{kind}_inject_interval") == 0
-        return blocks_of(blocks, index)
+    def is_masked(self, block: Block) -> bool:
+        """Whether the attention of this block is masked in a resolved layout's regional steps."""
+        return block.index in (self.double_blocks if block.kind == "double" else self.single_blocks)
 
 
 def percent_of(percent: str, whole: int) -> int:

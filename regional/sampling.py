@@ -88,7 +88,7 @@ def modulations(flux: Flux, layout: Layout, y: Tensor) -> Modulations:
     guidance = guidance_of(layout, y.device)
     found = [dict(zip(levels, flux.modulations(levels, y[:1], guidance)))]
     if layout.method == "rpg":
-        levels = levels[: layout.regional_steps(layout.steps)]
+        levels = levels[: layout.regional_steps()]
         found += [dict(zip(levels, flux.modulations(levels, x[None], guidance))) for x in y[1:]]
     return found
 
@@ -111,7 +111,7 @@ def sample(
     levels = noise_levels(layout, flux.params)
     img = pack(noise(layout.width, layout.height, seed)).to(txt.device, txt.dtype).float()
     order = torch.arange(img.shape[1])
-    stages = regional_stages(layout, steps, tokens) if layout.regional_steps(steps) else []
+    stages = regional_stages(layout, tokens) if layout.regional_steps() else []
     if stages:  # tokens of the same regions side by side
         tokens, order = tokens.sorted()
     modulation = modulation or modulations(flux, layout, conditioning.y)
@@ -128,7 +128,7 @@ def sample(
 
         for end, ratio in stages:
             if layout.method == "rpg":
-                velocity = composed(run, ratio[order], plain)
+                velocity = composed(run, ratio[order].to(txt.device), plain)
             else:
                 velocity = regional(run, ratio[order], masked_attention)
             img = denoise(velocity, img, levels, range(start, end), after_step)
@@ -182,7 +182,7 @@ def regional(run: Run, base_ratio: Tensor, masked_attention: MakeAttention) -> V
     txt, regions, _ = run.conditioning
     length = txt.shape[1]
     bits = run.tokens.bits(regions.shape[1]).to(txt.device)
-    how = base_ratio, lambda block: run.layout.is_masked(*block), run.tokens.log_weights()
+    how = base_ratio, run.layout.is_masked, run.tokens.log_weights()
     shared = run.layout.base_stream == "shared"
     attention = RegionalAttention(masked_attention, bits, length, len(run.order), *how, shared)
     texts = [regions.flatten(0, 1)[None]] + [txt] * attention.has_base
@@ -197,12 +197,17 @@ def composed(run: Run, base_ratio: Tensor, plain: Velocity) -> Velocity:
     for i, txt in enumerate(run.conditioning.regions):
         bits = torch.full_like(run.order, 1 << run.tokens.prompt_bits[i]).to(txt.device)
         regions.append(run.velocity(txt[None], Branches(bits, run.order, len(txt), prompt=1 + i)))
-    fractions = (run.tokens.cover / run.tokens.cover.sum(0))[:, :, None]
+    cover = run.tokens.cover.to(base_ratio.device)
+    fractions = (cover / cover.sum(0))[:, :, None]
     ratio = base_ratio[:, None].float()
+    has_base = bool(base_ratio.any())
 
     def velocity(img: Tensor, t: float, step: int) -> Tensor:
+        # The sum is float32, as img is, whatever the dtype of the velocities.
         pairs = zip(fractions, regions)
         mean = sum(fraction.to(img) * region(img, t, step) for fraction, region in pairs)
-        return torch.lerp(mean, plain(img, t, step), ratio.to(mean)) if ratio.any() else mean
+        if not has_base:
+            return mean
+        return torch.lerp(mean, plain(img, t, step).to(mean), ratio.to(mean))
 
     return velocity

@@ -3,7 +3,9 @@
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -18,6 +20,7 @@ collect_ignore = [] if importlib.util.find_spec("triton") else ["test_kernel.py"
 
 FIXTURES = Path(__file__).parent / "fixtures"
 GOLDEN = FIXTURES / "golden"
+WORKER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +35,36 @@ def golden(tmp_path_factory) -> Path:
     spec.loader.exec_module(module)
     module.write_all(root / "models")
     return root
+
+
+class Ran(NamedTuple):
+    """What a run of generate.py gave: its exit code, the images it printed, the lines of stderr."""
+
+    code: int
+    made: list[str]
+    errors: list[str]
+
+
+@pytest.fixture
+def model(golden) -> str:
+    return str(golden / "models" / "flux-tiny-dev")
+
+
+@pytest.fixture
+def run(model, tmp_path, monkeypatch, capsys) -> Callable[..., Ran]:
+    """run(*flags) runs generate.py in tmp_path, on a tiny random FLUX unless model is None."""
+    import generate
+
+    monkeypatch.chdir(tmp_path)
+    for name in WORKER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*flags: str | int | Path, model: str | Path | None = model) -> Ran:
+        capsys.readouterr()
+        named = ["--model", str(model)] if model else []
+        code = generate.main([*map(str, flags), *named, "--device", "cpu"])
+        out, errors = capsys.readouterr()
+        assert "Traceback" not in errors
+        return Ran(code, out.split(), errors.splitlines())
+
+    return run

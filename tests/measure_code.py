@@ -11,7 +11,17 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-CORE = ("generate.py", "pipeline.py", "weights.py", "settings.py", "errors.py", "model", "sampler", "regional")
+CORE = (
+    "generate.py",
+    "pipeline.py",
+    "prompts.py",
+    "weights.py",
+    "settings.py",
+    "errors.py",
+    "model",
+    "sampler",
+    "regional",
+)
 SKIPPABLE = ("formats", "extensions", "runtime", "tools")
 METHOD = (
     "model/attention.py",

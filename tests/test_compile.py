@@ -15,7 +15,7 @@ import pipeline
 import weights
 from model.transformer import Flux
 from regional.attention import RegionalAttention, portable_attention
-from regional.layout import Layout, Region
+from regional.layout import Layout, Region, RegionLora
 from regional.mask import region_tokens
 from runtime.offload import Streamed
 from sampler.flow import image_ids, text_ids
@@ -141,13 +141,13 @@ def replay(folder, *flags):
 def test_regions_with_loras_run_uncompiled(without_inductor, capsys):
     """Their hooks would be compiled anew for every block; it is said."""
     lora = {"file": str(weights.POCKET.parent / "adapters" / "barred.safetensors")}
-    own = pipeline.RegionLora(**lora)
+    own = RegionLora(**lora)
     regions = (Region(prompt="a red circle", box=(0, 0, 64, 128), loras=(own,)),)
     layout = Layout(prompt="a red circle", width=128, height=128, steps=2, mask_inject_steps=1, regions=regions)
     found = []
     for compile in False, True:
         drawing = pipeline.Pipeline("pocket", device="cpu", compile=compile)
-        found.append(drawing.latents(drawing.prepare(layout), 1))
+        found.append(drawing.denoise(drawing.prepare(layout), 1))
     assert torch.equal(*found) and "this layout's blocks run uncompiled" in capsys.readouterr().err
     assert not counters["frames"]["ok"]
 

@@ -244,11 +244,11 @@ def test_modulation_is_made_once_for_all_seeds_of_a_layout(monkeypatch):
     layout = Layout(prompt="a red circle", width=64, height=64, steps=2)
     prepared = pipeline.prepare(layout)
     for seed in 1, 2:
-        pipeline.latents(prepared, seed)
+        pipeline.denoise(prepared, seed)
     assert len(made) == 1
     stronger = prepared._replace(layout=replace(prepared.layout, guidance=30.0))
-    assert not torch.equal(pipeline.latents(stronger, 1), pipeline.latents(prepared, 1)) and len(made) == 3
-    pipeline.latents(pipeline.prepare(Layout(prompt="a blue square", width=64, height=64, steps=2)), 1)
+    assert not torch.equal(pipeline.denoise(stronger, 1), pipeline.denoise(prepared, 1)) and len(made) == 3
+    pipeline.denoise(pipeline.prepare(Layout(prompt="a blue square", width=64, height=64, steps=2)), 1)
     assert len(made) == 4
 
 
@@ -350,13 +350,13 @@ def test_a_layout_that_needs_more_room_is_decided_anew(monkeypatch, offload, tim
     """As on a card: the transformer is loaded again when a layout needs more than was counted on, and only then."""
     loaded = []
     drawing = Pipeline("pocket", device="cpu", offload=offload)
-    drawing.device = torch.device("cuda")  # nothing is computed
-    monkeypatch.setattr(drawing, "load", lambda name, *rest: loaded.append(name) or torch.nn.Linear(1, 1))
-    monkeypatch.setattr(drawing, "drop", lambda *names: None)
+    drawing.parts.device = torch.device("cuda")  # nothing is computed
+    monkeypatch.setattr(drawing.parts, "load", lambda name, *_: (loaded.append(name), []))
+    monkeypatch.setattr(drawing.parts, "drop", lambda *names: None)
     small, large = (DEV, Layout(prompt="p", width=2048, height=2048, max_sequence_length=512))
     for layout in small, small, large, small, large:
-        drawing.part("flux", layout)
-        drawing.part("ae")
+        drawing.parts.get("flux", layout)
+        drawing.parts.get("ae")
     assert loaded == ["flux", "ae", "flux"][: 1 + times]
 
 

@@ -12,7 +12,7 @@ from conftest import GOLDEN
 from safetensors.torch import load_file
 
 import generate
-from tools.metadata import made_of
+from tools.metadata import read_metadata
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,7 +49,7 @@ def test_a_run_of_two_processes_is_the_published_picture(golden, tmp_path):
     done = torchrun(2, ROOT / "generate.py", *flags, "--output", out, "--save-latents", latents)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(out)]  # said once
-    assert made_of(out)["processes"] == 2
+    assert read_metadata(out)["processes"] == 2
     published = load_file(GOLDEN / "latents.safetensors")[case]
     assert (load_file(latents)["latents"] - published).abs().max() < 1e-4
 

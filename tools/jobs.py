@@ -1,261 +1,203 @@
-"""Many images in one run: their names, seeds, sweeps and shards, and what of them is made already."""
+"""Many images in one run: names, seeds, sweeps and shards, and which images are finished."""
 
-import argparse
 import glob
-import itertools
 import os
 import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
-from PIL import Image
 
-from errors import MISSING, InputError, info, print_error
-from pipeline import Pipeline, Prepared, with_model_defaults
+from errors import MISSING, InputError, print_error
 from regional.layout import Layout
-from regional.reader import naming, read_layout
-from tools.metadata import SUFFIXES, carried_by, check_writable, is_made_by, made_of, settings, write
-from tools.sheets import contact_sheet
+from tools.flags import Output
+from tools.metadata import SUFFIXES, Metadata, check_writable, matches, metadata_in
+from tools.sweeps import swept_settings
 
-SWEPT = (
-    "base_ratio", "mask_inject_steps", "double_inject_interval", "single_inject_interval", "guidance", "steps",
-    "method", "preset", "region_max_sequence_length",
-)  # fmt: skip
+Labels = tuple[str, ...]  # of swept settings, each key=value
+Reader = Callable[[Path | None, dict[str, Any]], Layout]
 
 
-MODEL_FLAGS = ("model", "flux", "t5", "clip", "ae")
+class Name(NamedTuple):
+    """What an image's name is made of: its layout's name, the swept settings and the seed."""
 
+    layout: str
+    sweep: Labels
+    seed: int | None = None
+    has_seeds: bool = False
 
-CHUNK = 100  # layouts whose prompts are encoded together: at full size some 2 GB of memory
-
-
-class Names(NamedTuple):
-    """What goes into a picture's name: its layout's, and where there are others, the swept settings and the seed."""
-
-    name: str
-    sweep: tuple[str, ...]
-    seed: tuple[str, ...]
+    def fill(self, template: str) -> Path:
+        """The path for a template; what tells images apart and has no place in it is appended."""
+        seed = str(self.seed)
+        rest = [] if "{sweep}" in template else [*self.sweep]
+        rest += [seed] if self.has_seeds and "{seed}" not in template else []
+        path = template.replace("{name}", self.layout).replace("{seed}", seed)
+        path = Path(path.replace("{sweep}", "_".join(self.sweep)))
+        return path.with_stem("_".join([path.stem, *rest]))
 
 
 class Job(NamedTuple):
-    """One picture. file: its layout's. sheet: where the sheet of its sweep goes."""
+    """One image. source: its layout's file, or None. files: those to write, by what they hold; all
+    record the metadata. sheet: the contact sheet of its sweep."""
 
-    names: Names
-    file: Path | None
+    source: Path | None
     layout: Layout
     seed: int
-    output: Path
-    latents: Path | None
+    sweep: Labels
+    files: dict[str, Path]
     sheet: Path | None
 
 
+class Worker(NamedTuple):
+    """This process among those that split the images. is_shared: others take part in the run."""
+
+    index: int
+    count: int
+    is_shared: bool
+
+
 class Failures:
-    """A context in which one layout of many may fail: it is reported, and the others go on. Of one alone it is the
-    program's error."""
+    """Counts the layouts that fail while others continue; of a single one it is the run's error."""
 
-    def __init__(self, args: argparse.Namespace):
-        # of several processes that draw together one can't go on without the others
-        self.count, self.alone = 0, len(layout_files(args)) <= 1 or bool(args.parallel)
+    def __init__(self, is_alone: bool):
+        self.count = 0
+        self.is_alone = is_alone
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
-        if self.alone or not isinstance(error, (InputError, OSError, torch.OutOfMemoryError)):
-            return False
-        print_error(error)
-        self.count += 1
-        return True
-
-
-def missing_of(group: list[Job], pipeline: Pipeline, args: argparse.Namespace) -> list[tuple[Job, Prepared, dict]]:
-    """Those pictures of one layout that are still to be made, with the layout prepared and what makes them."""
-    checkpoint, layout = pipeline.checkpoint, with_model_defaults(group[0].layout, pipeline.checkpoint.flux)
-    files = {part: str(getattr(checkpoint, part).path) for part in ("flux", "t5", "clip", "ae")}
-    used = {"model": checkpoint.name, "files": files, "dtype": str(pipeline.dtype), "torch": torch.__version__}
-    # what changes a picture's last bits, or more
-    how = {"fp8": pipeline.fp8, "compile": pipeline.compile, "processes": pipeline.parallel and pipeline.parallel.size}
-    used |= {key: value for key, value in how.items() if value}
-    used |= {"attention": args.attention} if args.attention != "auto" else {}
-    used["given"] = {key: value for key in MODEL_FLAGS if (value := getattr(args, key))}
-    missing = []
-    for job in group:
-        made_by = settings(layout, job.seed, used)
-        others = [file for file in files_of(job, args) if not is_made_by(file, made_by)]
-        if others or args.overwrite:
-            check_files(others, args)
-            missing.append((job, made_by))
-        else:
-            info(f"{job.output}: exists already, made by the same settings; it is kept")
-            print(job.output)
-    if not missing:
-        return []
-    with naming(group[0].file, flags_of(args)):
-        prepared = pipeline.prepare(group[0].layout)
-    return [(job, prepared, made_by) for job, made_by in missing]
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        try:
+            yield
+        except (InputError, OSError, torch.OutOfMemoryError) as error:
+            if self.is_alone:
+                raise
+            print_error(error)
+            self.count += 1
 
 
-def is_writer(pipeline: Pipeline) -> bool:
-    return not pipeline.parallel or pipeline.parallel.rank == 0
-
-
-# ------------------------------------------------------------------------------------------------ settings and files
-
-
-def layout_files(args: argparse.Namespace) -> list[Path | None]:
-    """The files that --layout names, of a folder all in it; [None] where the command line alone says what to draw."""
+def layout_files(output: Output) -> list[Path | None]:
+    """The files that --layout names, all in a folder; or the image whose metadata are the layout;
+    or [None] if the command line is."""
     files = []
-    for path in args.layout:
-        if not os.path.isdir(path):
-            files.append(path)
-        elif found := sorted(file for kind in ("yaml", "yml") for file in path.glob(f"*.{kind}")):
-            files += found
-        else:
-            raise InputError("--layout", path, "there is no layout in this folder, no .yaml and no .yml")
-    return files or [None]
+    for path in output.layout:
+        found = [path]
+        if os.path.isdir(path):
+            found = sorted(file for kind in ("yaml", "yml") for file in path.glob(f"*.{kind}"))
+        if not found:
+            raise InputError("--layout", path, "there is no layout (.yaml, .yml) in this folder")
+        files += found
+    return files or [output.config_from_metadata]
 
 
-def flags_of(args: argparse.Namespace) -> dict[str, Any]:
-    return {key: value for key, value in vars(args).items() if key in Layout.__struct_fields__ and key != "seed"}
+def worker_of(shard: str | None, is_parallel: bool) -> Worker:
+    """From --shard, or else the variables of torchrun or SLURM, which --parallel uses otherwise."""
+    if is_parallel:
+        return Worker(0, 1, is_shared=True)
+    env = os.environ
+    if shard is None:
+        pairs = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+        found = (f"{env[rank]}/{env[size]}" for rank, size in pairs if rank in env and size in env)
+        shard = next(found, "0/1")
+    index, _, count = shard.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise InputError("--shard", shard, "expected INDEX/COUNT, e.g. 0/4")
+    return Worker(int(index), int(count), is_shared=int(count) > 1)
 
 
-def plan_jobs(args: argparse.Namespace, size: int, failures: Failures) -> list[Job]:
-    """The pictures of this run, or of this worker of several. `size` is the model's default width and height. Refuses,
-    before any work, what could not be written."""
-    sweeps = [parse_sweep(text) for text in args.sweep]
-    if len(dict(sweeps)) < len(sweeps):
-        raise InputError("--sweep", ", ".join(args.sweep), "a key is swept twice")
-    metadata = made_of(args.config_from_metadata) if args.config_from_metadata else None
-    index, count = shard_of(args)
-    together, jobs, several = count > 1 or bool(args.parallel), [], len(layout_files(args)) > 1
-    for file in layout_files(args):
-        file = file or args.config_from_metadata
-        with failures:
+def plan_jobs(
+    files: list[Path | None], output: Output, read: Reader, worker: Worker, failures: Failures
+) -> list[Job]:  # fmt: skip
+    """The images of this worker. read: gives a file's layout with some keys overridden. InputError,
+    before any model is loaded, for what could not be written."""
+    jobs = []
+    for file in files:
+        with failures.caught():
             layouts = {}
-            for values in itertools.product(*(values for _, values in sweeps)):
-                swept = {key: value for (key, _), value in zip(sweeps, values)}
-                label = tuple(f"{key}={value}" for key, value in swept.items())
-                layouts[label] = read_layout(file, flags_of(args) | swept, size, metadata)
-            jobs += jobs_of(file, layouts, args, several, together)
-    outputs = [path for job in jobs for path in (job.output, job.latents) if path]
-    if len(set(outputs)) < len(outputs):
-        twice = next(path for path in outputs if outputs.count(path) > 1)
-        raise InputError("--output", twice, "several images would have this name; put {name} or {seed} into it")
-    read = {os.path.abspath(file) for file in layout_files(args) if file}
-    for path in (path for job in jobs for path in files_of(job, args) if os.path.abspath(path) in read):
-        raise InputError("--output", path, "that is a layout of this run")
-    if not several:
-        for job in jobs:
-            # if what is there and says how it was made is to be kept is seen later
-            check_files([file for file in files_of(job, args) if not carried_by(file)], args)
+            for swept in swept_settings(output.sweep):
+                labels = tuple(f"{key}={value}" for key, value in swept.items())
+                layouts[labels] = read(file, swept)
+            jobs += jobs_of(file, layouts, output, worker, is_one=len(files) == 1)
+    check_names(jobs, files if output.layout else [])
     for sheet in {job.sheet for job in jobs if job.sheet}:
-        check_writable(sheet, args.overwrite)
-    return jobs[index::count]
-
-
-def jobs_of(
-    file: Path | None, layouts: dict[tuple[str, ...], Layout], args: argparse.Namespace, several: bool, sharded: bool
-) -> list[Job]:
-    seeds = list(dict.fromkeys(getattr(args, "seed", None) or [next(iter(layouts.values())).seed]))
-    for seed in seeds:
-        if seed is None and sharded:
-            raise InputError("seed", MISSING, "missing; workers that share images can't each choose one", file)
-        if seed is not None and not 0 <= seed < 2**63:
-            raise InputError("--seed", seed, "expected a number from 0 to 2^63 - 1")
-    name = file.stem if file else "picture"
-    runs = [
-        (layout, seed, Names(name, swept, (str(seed),) if len(seeds) > 1 else ()))
-        for swept, layout in layouts.items()
-        for seed in seeds
-    ]
-    names = [names for *_, names in runs] + ([Names(name, ("sheet",), ())] if args.sweep else [])
-    output = args.output or ("{name}.png" if several or sharded else free_name(names))
-    if not output.lower().endswith(SUFFIXES):
-        raise InputError("--output", output, f"the suffix must be one of {', '.join(SUFFIXES)}")
-    if args.save_latents and not args.save_latents.endswith(".safetensors"):
-        raise InputError("--save-latents", args.save_latents, "the suffix must be .safetensors")
-    jobs, chosen = [], random.randrange(2**32)
-    for layout, seed, names in runs:
-        path = filled(output, names, chosen if seed is None else seed)
-        if seed is None:  # what is there already may be finished, by the seed that it has
-            seed = (carried_by(path) or {"seed": chosen})["seed"]
-        latents = filled(args.save_latents, names, seed) if args.save_latents else None
-        sheet = filled(output, Names(name, ("sheet",), ()), seed) if args.sweep else None
-        jobs.append(Job(names, file, layout, seed, path, latents, sheet))
+        check_writable(sheet, output.overwrite)
+    jobs = jobs[worker.index :: worker.count]
+    if len(files) == 1:
+        for job in jobs:
+            is_finished(job, output, None)
     return jobs
 
 
-def filled(template: str, names: Names, seed: int) -> Path:
-    """The path with {name}, {seed} and {sweep} filled in; what tells pictures apart and is not in it is appended."""
-    rest = [mark for key in ("sweep", "seed") if f"{{{key}}}" not in template for mark in getattr(names, key)]
-    for key, value in {"name": names.name, "seed": str(seed), "sweep": "_".join(names.sweep)}.items():
-        template = template.replace(f"{{{key}}}", value)
-    path = Path(template)
-    return path.with_stem("_".join([path.stem, *rest]))
+def jobs_of(
+    file: Path | None, layouts: dict[Labels, Layout], output: Output, worker: Worker, is_one: bool
+) -> list[Job]:
+    """The jobs of one layout file; layouts: by the labels of what is swept."""
+    seeds = list(dict.fromkeys(output.seed)) or [next(iter(layouts.values())).seed]
+    if None in seeds and worker.is_shared:
+        source = file or "the command line"
+        raise InputError("seed", MISSING, "is missing; workers can't choose one each", source)
+    for seed in seeds:
+        if seed is not None and not 0 <= seed < 2**63:
+            raise InputError("--seed", seed, "expected a number from 0 to 2^63 - 1")
+    name = partial(Name, file.stem if file else "picture", has_seeds=len(seeds) > 1)
+    names = [name(labels, seed) for labels in layouts for seed in seeds]
+    sheet_name = name(("sheet",), has_seeds=False)
+    template = output.output or "{name}.png"
+    if not output.output and is_one and not worker.is_shared:
+        template = free_template(names + [sheet_name] * bool(output.sweep))
+    if not template.lower().endswith(SUFFIXES):
+        raise InputError("--output", template, f"the suffix must be one of {', '.join(SUFFIXES)}")
+    if output.save_latents and not output.save_latents.endswith(".safetensors"):
+        raise InputError("--save-latents", output.save_latents, "the suffix must be .safetensors")
+    chosen = random.randrange(2**32)
+    jobs = []
+    for own in names:
+        if own.seed is None:  # An existing image may be finished, with the seed that it has.
+            own = own._replace(seed=chosen)
+            found = metadata_in(own.fill(template)) or {}
+            own = own._replace(seed=found.get("seed", chosen))
+        image = own.fill(template)
+        files = {"image": image}
+        if output.save_latents:
+            files["latents"] = own.fill(output.save_latents)
+        if output.metadata:
+            files["metadata"] = image.with_suffix(".json")
+        if output.attention_maps:
+            files["maps"] = output.attention_maps / f"{image.stem}.safetensors"
+        sheet = sheet_name._replace(seed=own.seed).fill(template) if output.sweep else None
+        jobs.append(Job(file, layouts[own.sweep], own.seed, own.sweep, files, sheet))
+    return jobs
 
 
-def free_name(names: list[Names]) -> str:
-    """The default template, or the first of {name}_1, {name}_2 ... where nothing is in the way."""
+def free_template(names: list[Name]) -> str:
+    """The default template, or the first of {name}_1, {name}_2 ... whose files do not exist."""
     templates = ["{name}.png", *(f"{{name}}_{i}.png" for i in range(1, 10000))]
-    return next(t for t in templates if not any(filled(t, each, 0).exists() for each in names))
+    return next(t for t in templates if not any(name.fill(t).exists() for name in names))
 
 
-def files_of(job: Job, args: argparse.Namespace) -> list[Path]:
-    """All that is written of a picture, each of which carries what made it; of attention maps the numbers."""
-    files = [job.output] + ([job.latents] if job.latents else [])
-    files += [job.output.with_suffix(".json")] if args.metadata else []
-    return files + ([args.attention_maps / f"{job.output.stem}.safetensors"] if args.attention_maps else [])
+def check_names(jobs: list[Job], layouts: list[Path | None]) -> None:
+    """InputError if a file would be written twice, or is a layout of this run."""
+    read = {os.path.abspath(file) for file in layouts if file}
+    written = set()
+    for path in (path for job in jobs for path in job.files.values()):
+        if path in written:
+            problem = "several images would have this name; put {name} or {seed} into it"
+            raise InputError("--output", path, problem)
+        if os.path.abspath(path) in read:
+            raise InputError("--output", path, "that is a layout of this run")
+        written.add(path)
 
 
-def check_files(files: list[Path], args: argparse.Namespace) -> None:
-    for file in files:
-        if args.attention_maps and file.parent == args.attention_maps:
-            args.attention_maps.mkdir(parents=True, exist_ok=True)
-            for sheet in file.parent.glob(f"{glob.escape(file.stem)}_step*.png"):
-                check_writable(sheet, args.overwrite)
-        check_writable(file, args.overwrite)
-
-
-def shard_of(args: argparse.Namespace) -> tuple[int, int]:
-    """Which worker this is, of how many: --shard, or torchrun's or SLURM's variables."""
-    if args.parallel:
-        return 0, 1
-    env = os.environ
-    text = args.shard
-    if text is None:
-        pairs = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
-        text = next((f"{env[rank]}/{env[size]}" for rank, size in pairs if rank in env and size in env), "0/1")
-    index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise InputError("--shard", text, "expected I/N, a number from 0 on and how many there are, such as 0/4")
-    return int(index), int(count)
-
-
-def parse_sweep(text: str) -> tuple[str, list[Any]]:
-    key, _, values = text.partition("=")
-    key = key.strip().replace("-", "_")
-    if key not in SWEPT or not values:
-        raise InputError("--sweep", text, f"expected one of {', '.join(SWEPT)}, then = and values")
-    try:
-        return key, [yaml.safe_load(value) for value in values.split(",")]
-    except yaml.YAMLError as error:
-        raise InputError("--sweep", text, "its values can't be read") from error
-
-
-def write_sheets(jobs: list[Job], args: argparse.Namespace) -> None:
-    """Of each sweep: a column for each value of the last key, a row for each of everything else."""
-    if shard_of(args)[1] > 1:
-        info("no sheet is made of a sweep that several workers share")
-        return
-    several = len({job.seed for job in jobs}) > 1
-    for path in dict.fromkeys(job.sheet for job in jobs):
-        rows = {}
-        for job in (job for job in jobs if job.sheet == path):
-            *others, column = job.names.sweep
-            row = ", ".join([*others, *([f"seed {job.seed}"] if several else [])])
-            rows.setdefault(row, {})[column] = Image.open(job.output)
-        pictures = {row: list(images.values()) for row, images in rows.items()}
-        write(path, contact_sheet(pictures, list(next(iter(rows.values())))).save)
-        print(path)
+def is_finished(job: Job, output: Output, metadata: Metadata | None) -> bool:
+    """Do all files of an image exist with this metadata, or with any if it is None? InputError if
+    one of the others is in the way."""
+    is_same = partial(matches, metadata=metadata) if metadata else metadata_in
+    others = [file for file in job.files.values() if not is_same(file)]
+    maps = job.files.get("maps")
+    if maps in others:
+        maps.parent.mkdir(parents=True, exist_ok=True)
+        others += maps.parent.glob(f"{glob.escape(maps.stem)}_step*.png")
+    for file in others:
+        check_writable(file, output.overwrite)
+    return not others and not output.overwrite

@@ -1,4 +1,4 @@
-"""What a run writes: pictures that carry what made them, each file under a temporary name until it is whole."""
+"""What a run writes: images that embed their metadata, and every file whole or not at all."""
 
 import glob
 import hashlib
@@ -19,16 +19,16 @@ from errors import MISSING, InputError, warn
 from regional.layout import Layout
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+EXIF_DESCRIPTION = 0x010E
+EXIF_SOFTWARE = 0x0131
+MAX_JPEG_EXIF = 65_000  # bytes: the segments of a JPEG file have 16-bit lengths
+UNREADABLE = (OSError, ValueError, SyntaxError, SafetensorError, Image.DecompressionBombError)
 
-
-EXIF_DESCRIPTION, EXIF_SOFTWARE = 0x010E, 0x0131
-
-
-MAX_JPEG_EXIF = 65_000  # bytes; a JPEG's segments have 16-bit lengths
+Metadata = dict[str, Any]
 
 
 def write(path: Path, save: Callable[[Path], None]) -> None:
-    """Save under a temporary name, then rename: a file of the right name is always whole."""
+    """Save under a temporary name, then rename: a file of the final name is always whole."""
     unfinished = path.with_stem(f".{path.stem}.{os.getpid()}")
     try:
         save(unfinished)
@@ -38,98 +38,106 @@ def write(path: Path, save: Callable[[Path], None]) -> None:
 
 
 def remove_unfinished(path: Path) -> None:
-    """What killed runs left of this file."""
+    """Remove the temporary files that killed runs left of this file."""
     for file in path.parent.glob(f".{glob.escape(path.stem)}.*{path.suffix}"):
         if file.stem.removeprefix(f".{path.stem}.").isdecimal():  # and not .x.1.77.png for x.png
             file.unlink(missing_ok=True)
 
 
 def check_writable(path: Path, overwrite: bool) -> None:
+    """InputError if the file can't be written, or exists and is not to be overwritten."""
     folder = path.absolute().parent
     if not folder.is_dir():
         raise InputError(path, MISSING, f"there is no folder {path.parent} to write it to")
     if len(os.fsencode(path.name)) > 200 or path.is_dir() or not os.access(folder, os.W_OK):
         raise InputError(path, MISSING, "no file of this name can be written there")
     if path.exists() and not overwrite:
-        raise InputError(path, MISSING, "exists already; choose another --output, or add --overwrite")
+        raise InputError(path, MISSING, "exists already; --overwrite replaces it")
 
 
-def settings(layout: Layout, seed: int, run: dict[str, Any]) -> dict[str, Any]:
-    """All that made a picture, as JSON: the layout with every default filled in, hashes of the pictures it names, the
-    seed, and of the run the model, its files and how they were given, dtype and torch."""
-    files = [layout.map, *(r.mask for r in layout.regions), *(x.image for x in (*layout.loras, *layout.controlnets))]
-    hashes = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files if file}
-    return json.loads(json.dumps({**msgspec.to_builtins(layout), "seed": seed, **run, "pictures": hashes}))
+def image_metadata(layout: Layout, seed: int, run: Metadata) -> Metadata:
+    """All that determines an image, as JSON; layout: filled in; run: Pipeline.metadata."""
+    files = [layout.map, *(region.mask for region in layout.regions)]
+    files += [entry.image for entry in (*layout.loras, *layout.controlnets)]
+    data = {file: Path(file).read_bytes() for file in files if file}
+    hashes = {file: hashlib.sha256(data[file]).hexdigest()[:16] for file in data}
+    keys = msgspec.to_builtins(layout)
+    return json.loads(json.dumps({**keys, "seed": seed, **run, "pictures": hashes}))
 
 
-def save_picture(image: Image.Image, made_by: dict[str, Any] | None, file: Path) -> None:
-    """Write PNG, JPEG or WebP, with what made it: a line for people's tools (A1111's), and everything as JSON."""
-    if made_by is None:
-        image.save(file, quality=95)
-        return
+def save_image(image: Image.Image, metadata: Metadata | None, path: Path) -> None:
+    """Write PNG, JPEG or WebP with its metadata: a line that other tools read, and all as JSON."""
+    how = {} if metadata is None else embedded(metadata, path.suffix.lower())
+    write(path, partial(image.save, quality=95, **how))
+
+
+def embedded(metadata: Metadata, suffix: str) -> dict[str, Any]:
+    """The arguments with which Pillow embeds the metadata."""
     line = (
-        f"Steps: {made_by['steps']}, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: {made_by['guidance']}, "
-        f"Seed: {made_by['seed']}, Size: {made_by['width']}x{made_by['height']}, Model: {made_by['model']}, "
-        f"Base ratio: {made_by['base_ratio']}, Mask inject steps: {made_by['mask_inject_steps']}"
-    )
-    if file.suffix.lower() == ".png":
+        "Steps: {steps}, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: {guidance}, "
+        "Seed: {seed}, Size: {width}x{height}, Model: {model}, Base ratio: {base_ratio}, "
+        "Mask inject steps: {mask_inject_steps}"
+    ).format_map(metadata)
+    if suffix == ".png":
         info = PngImagePlugin.PngInfo()
-        info.add_text("parameters", f"{made_by['prompt']}\n{line}")
-        info.add_text("layout", json.dumps(made_by, ensure_ascii=False))
-        image.save(file, pnginfo=info)
-        return
+        info.add_text("parameters", f"{metadata['prompt']}\n{line}")
+        info.add_text("layout", json.dumps(metadata, ensure_ascii=False))
+        return {"pnginfo": info}
     exif = Image.Exif()
-    exif[EXIF_DESCRIPTION] = json.dumps(made_by)
+    exif[EXIF_DESCRIPTION] = json.dumps(metadata)
     exif[EXIF_SOFTWARE] = line
-    if file.suffix.lower() != ".webp" and len(exif.tobytes()) > MAX_JPEG_EXIF:
-        warn(f"the layout's {len(exif.tobytes()):,} bytes don't fit into a JPEG; this one does not carry it")
+    size = len(exif.tobytes())
+    if suffix != ".webp" and size > MAX_JPEG_EXIF:
+        warn(f"the {size:,} bytes of metadata do not fit into a JPEG; it has none")
         del exif[EXIF_DESCRIPTION]
-    image.save(file, exif=exif, quality=95)
+    return {"exif": exif}
 
 
-def save_json(made_by: dict[str, Any], path: Path) -> None:
-    text = json.dumps(made_by, ensure_ascii=False, indent=1) + "\n"
+def save_json(metadata: Metadata, path: Path) -> None:
+    text = json.dumps(metadata, ensure_ascii=False, indent=1) + "\n"
     write(path, partial(Path.write_text, data=text, encoding="utf-8"))
 
 
-def save_tensor(name: str, tensor: Tensor, made_by: dict[str, Any], path: Path) -> None:
-    data = save({name: tensor.cpu().contiguous()}, {"layout": json.dumps(made_by)})
-    write(path, partial(Path.write_bytes, data=data))  # save_file would write to a temporary name of its own choice
+def save_tensor(name: str, tensor: Tensor, metadata: Metadata, path: Path) -> None:
+    data = save({name: tensor.cpu().contiguous()}, {"layout": json.dumps(metadata)})
+    write(path, partial(Path.write_bytes, data=data))
 
 
-def made_of(path: Path) -> dict[str, Any]:
-    """What a picture carries of how it was made, or what its side-car .json says. InputError where there is nothing."""
+def read_metadata(path: Path) -> Metadata:
+    """The metadata of an image, of latents, or of a .json next to an image. InputError if none."""
     try:
-        if path.suffix.lower() == ".json":
-            text = path.read_text(encoding="utf-8")
-        elif path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                text = (file.metadata() or {}).get("layout")
-        else:
-            with Image.open(path) as image:
-                text = image.info.get("layout") or image.getexif().get(EXIF_DESCRIPTION)
-            side_car = path.with_suffix(".json")
-            text = text or (side_car.read_text(encoding="utf-8") if side_car.exists() else None)
-        made_by = json.loads(text or "null")
+        metadata = json.loads(metadata_text(path) or "null")
     except FileNotFoundError:
         raise InputError(path, MISSING, "there is no such file") from None
-    except (OSError, ValueError, SyntaxError, SafetensorError, Image.DecompressionBombError) as error:
-        raise InputError(path, MISSING, f"not a picture of this program that can be read ({error})") from None
-    if not isinstance(made_by, dict) or not {"prompt", "seed", "model"} <= made_by.keys():
-        raise InputError(path, MISSING, "carries nothing of how it was made; its settings are not known")
-    return made_by
+    except UNREADABLE as error:
+        raise InputError(path, MISSING, f"its metadata can't be read ({error})") from None
+    if not isinstance(metadata, dict) or not {"prompt", "seed", "model"} <= metadata.keys():
+        raise InputError(path, MISSING, "contains no generation metadata")
+    return metadata
 
 
-def carried_by(path: Path) -> dict[str, Any] | None:
-    """The same, or None where there is nothing."""
+def metadata_text(path: Path) -> str | None:
+    if path.suffix.lower() == ".json":
+        return path.read_text(encoding="utf-8")
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("layout")
+    with Image.open(path) as image:
+        text = image.info.get("layout") or image.getexif().get(EXIF_DESCRIPTION)
+    side_car = path.with_suffix(".json")
+    return text or (side_car.read_text(encoding="utf-8") if side_car.exists() else None)
+
+
+def metadata_in(path: Path) -> Metadata | None:
+    """The same, or None if there are none."""
     try:
-        return made_of(path)
+        return read_metadata(path)
     except InputError:
         return None
 
 
-def is_made_by(path: Path, made_by: dict[str, Any]) -> bool:
-    """Is this a picture that is there, and made with these settings (by whatever version of torch, and however the
-    model's files were given)?"""
-    found, apart = carried_by(path) if path.exists() else None, {"torch": None, "given": None}
-    return found is not None and {**found, **apart} == {**made_by, **apart}
+def matches(path: Path, metadata: Metadata) -> bool:
+    """Was this file made with these settings, by any version of torch?"""
+    found = metadata_in(path) if path.exists() else None
+    ignored = {"torch": None, "given": None}
+    return found is not None and {**found, **ignored} == {**metadata, **ignored}

@@ -3,7 +3,6 @@
 The key comes from OPENAI_API_KEY alone: a stored token of the hub must not go to any other place.
 """
 
-import argparse
 import json
 import os
 import re
@@ -179,13 +178,3 @@ def write_plan(layout: dict[str, Any], file: Path, overwrite: bool = False) -> N
     style = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None, "width": 110}
     text = HEADER + yaml.safe_dump(layout, **style)
     write(file, partial(Path.write_text, data=text, encoding="utf-8"))
-
-
-def write_the_plan(args: argparse.Namespace) -> int:
-    output = Path(args.output or "plan.yaml")
-    check_writable(output, args.overwrite)
-    width, height = (getattr(args, side, 1024) for side in ("width", "height"))
-    layout = plan(args.plan, width, height, args.llm_url, args.llm_model)
-    write_plan(layout, output, args.overwrite)
-    print(output)
-    return 0

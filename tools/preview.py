@@ -1,6 +1,5 @@
 """A layout without a model: an image of its regions as tokens, and a report of what they hold."""
 
-import argparse
 import math
 import textwrap
 
@@ -9,17 +8,10 @@ import torch
 from msgspec.structs import replace
 from PIL import Image, ImageDraw, ImageFont
 
-import weights
-from errors import InputError, print_error, warn
-from formats.hub import is_repository
 from model.transformer import FluxParams
-from pipeline import text_lengths, with_model_defaults
 from regional.layout import Layout, Region
 from regional.mask import BACKGROUND_BIT, RegionTokens, region_tokens, token_grid
-from regional.reader import read_layout
 from tools.cost import cost, resolved
-from tools.jobs import flags_of, layout_files
-from tools.metadata import SUFFIXES, check_writable, write
 from tools.sheets import fitting
 
 # For 61 regions. The first seven are Okabe and Ito's, a little lighter, which color-blind people
@@ -265,34 +257,3 @@ def doubts(layout: Layout, tokens: RegionTokens) -> list[str]:
         elif (inside[:, own].sum(dim=0) > 1).all():
             found.append(f"{name} has no token of its own: each is shared with other regions.")
     return found
-
-
-def look(args: argparse.Namespace) -> int:
-    """--check and --preview: without a model, but for its sizes and tokenizers where they are at hand."""
-    checkpoint = None if is_repository(args.model) else weights.find(args.model, args.flux, args.t5, args.clip, args.ae)
-    params = weights.flux_params(checkpoint.flux) if checkpoint else FluxParams()
-    size = weights.model_defaults(checkpoint.flux)["size"] if checkpoint else 1024
-    valid, layouts = True, []
-    for file in [image] if image else layout_files(args):
-        try:
-            layout = read_layout(file, flags_of(args), size, metadata)
-        except InputError as error:
-            print_error(error)
-            valid = False
-            continue
-        layouts.append((file, layout))
-        if args.check:
-            layout = with_model_defaults(layout, checkpoint.flux) if checkpoint else layout
-            text, warnings = report(layout, params, text_lengths(layout, checkpoint) if checkpoint else None)
-            print(f"{file or 'the command line'}: valid", text, sep="\n")
-            for warning in warnings:
-                warn(warning)
-    if args.preview:
-        for file, layout in layouts:
-            output = args.preview.with_stem(f"{args.preview.stem}_{file.stem}") if len(layouts) > 1 else args.preview
-            if output.suffix.lower() not in SUFFIXES:
-                raise InputError("--preview", output, f"the suffix must be one of {', '.join(SUFFIXES)}")
-            check_writable(output, args.overwrite)
-            write(output, preview(layout).save)
-            print(output)
-    return 0 if valid else 2

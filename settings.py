@@ -1,0 +1,69 @@
+"""How a run works, whatever the layout: flags, checks, metadata and replay all come from here."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta, Struct
+
+from errors import InputError
+
+MODEL_KEYS = ("model", "flux", "t5", "clip", "ae")  # which files a model consists of
+DEVICES = r"^(auto|cpu|mps|cuda(:[0-9]+)?)$"
+Name = str | None
+Parallel = Literal["ulysses", None]
+Dtype = Literal["auto", "float32", "bfloat16"]  # in float16 the activations of FLUX.1 overflow
+Attention = Literal["auto", "kernel", "portable", "dense"]
+Quantize = Literal["auto", "none", "fp8"]
+Offload = Literal["auto", "none", "blocks"]
+
+
+def about(text: str, **limits: str) -> Meta:
+    return Meta(description=text, **limits)
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """All that a run depends on besides the layout, the seed and the output."""
+
+    model: Annotated[Name, about("a folder, a Hugging Face repository, or pocket (default)")] = None
+    flux: Annotated[Name, about("load the transformer from this file or folder")] = None
+    t5: Annotated[Name, about("load the T5 text encoder from this file or folder")] = None
+    clip: Annotated[Name, about("load the CLIP text encoder from this file or folder")] = None
+    ae: Annotated[Name, about("load the VAE from this file or folder")] = None
+    device: Annotated[str, about("auto, cuda, cuda:N, cpu or mps", pattern=DEVICES)] = "auto"
+    dtype: Annotated[Dtype, about("auto: float32 on a CPU, else bfloat16")] = "auto"
+    attention: Annotated[Attention, about("auto: the kernel on CUDA, else portable")] = "auto"
+    quantize: Annotated[Quantize, about("FP8 weights; auto: if the file has them")] = "auto"
+    offload: Annotated[Offload, about("stream blocks from host memory; auto: if needed")] = "auto"
+    compile: Annotated[bool, about("use torch.compile: a slower start, then faster steps")] = False
+    parallel: Annotated[Parallel, about("one image on all GPUs, under torchrun")] = None
+    prompt_cache: Annotated[Name, about("keep prompt embeddings in this folder")] = None
+    verbose: Annotated[bool, about("print which attention functions are used")] = False
+
+    def checked(self) -> "Settings":
+        """The same settings, paths as text. InputError names the flag of an invalid value."""
+        given = msgspec.structs.asdict(self).items()
+        values = {key: str(value) if isinstance(value, Path) else value for key, value in given}
+        for key, kind in get_type_hints(Settings, include_extras=True).items():
+            try:
+                msgspec.convert(values[key], kind)
+            except msgspec.ValidationError:
+                is_choice = get_origin(kind.__origin__) is Literal
+                choices = ", ".join(map(str, get_args(kind.__origin__)))
+                expected = f"one of {choices}" if is_choice else kind.__metadata__[0].description
+                flag = "--" + key.replace("_", "-")
+                raise InputError(flag, values[key], f"expected {expected}") from None
+        return Settings(**values)
+
+
+def recorded(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The settings in an image's metadata, unchecked; the reverse of Pipeline.metadata."""
+    given = metadata.get("given")
+    files = given if isinstance(given, dict) else {"model": metadata["model"]}
+    return {
+        **{key: str(value) for key, value in files.items() if key in MODEL_KEYS},
+        "dtype": str(metadata.get("dtype", "auto")).removeprefix("torch."),
+        "attention": metadata.get("attention", "auto"),
+        "quantize": "fp8" if metadata.get("fp8") is True else "none",
+        "compile": metadata.get("compile") is True,
+    }

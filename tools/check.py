@@ -1,0 +1,75 @@
+"""Before a run: layouts checked, previewed, or planned by a language model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import weights
+from errors import InputError, print_error, warn
+from formats.hub import is_repository
+from model.tokenizers import T5Tokenizer
+from model.transformer import FluxParams
+from regional.layout import FLUX_DEV, Defaults, Layout
+from regional.mask import region_tokens
+from settings import MODEL_KEYS, Settings
+from tools.flags import DryRun, Output
+from tools.metadata import SUFFIXES, check_writable, write
+from tools.plan import plan, write_plan
+from tools.preview import preview, report
+
+
+def check_layouts(
+    files: list[Path | None], read: Callable[..., Layout], settings: Settings, dry_run: DryRun,
+    overwrite: bool,
+) -> int:  # fmt: skip
+    """--check and --preview, without reading weights; returns the exit code.
+
+    read: gives a layout by its file, overrides and the default size."""
+    checkpoint = None  # A repository's headers may not be at hand.
+    if not is_repository(settings.model):
+        checkpoint = weights.find(*(getattr(settings, key) for key in MODEL_KEYS))
+    params = weights.flux_params(checkpoint.flux) if checkpoint else FluxParams()
+    defaults = Defaults(**weights.model_defaults(checkpoint.flux)) if checkpoint else FLUX_DEV
+    layouts = []
+    for file in files:
+        try:
+            layout = read(file, {}, defaults.size).filled(defaults)
+        except InputError as error:
+            print_error(error)
+            continue
+        layouts.append((file, layout))
+        if dry_run.check:
+            lengths = prompt_lengths(layout, checkpoint.t5_tokenizer) if checkpoint else None
+            text, warnings = report(layout, params, lengths)
+            print(f"{file or 'the command line'}: valid", text, sep="\n")
+            for warning in warnings:
+                warn(warning)
+    for file, layout in layouts if dry_run.preview else ():
+        output = dry_run.preview
+        if len(layouts) > 1:
+            output = output.with_stem(f"{output.stem}_{file.stem}")
+        if output.suffix.lower() not in SUFFIXES:
+            expected = ", ".join(SUFFIXES)
+            raise InputError("--preview", output, f"the suffix must be one of {expected}")
+        check_writable(output, overwrite)
+        write(output, preview(layout).save)
+        print(output)
+    return 0 if len(layouts) == len(files) else 2
+
+
+def prompt_lengths(layout: Layout, tokenizer: Path) -> list[int]:
+    """The tokens of each prompt, the background's included, with the end token."""
+    prompts = [layout.prompt] + (region_tokens(layout).prompts if layout.regions else [])
+    encode = T5Tokenizer(tokenizer).encode
+    return [len(encode(prompt)[0]) + 1 for prompt in prompts]
+
+
+def write_planned_layout(dry_run: DryRun, overrides: dict[str, Any], output: Output) -> None:
+    """--plan: a layout file, plan.yaml by default."""
+    file = Path(output.output or "plan.yaml")
+    check_writable(file, output.overwrite)
+    width = overrides.get("width", 1024)
+    height = overrides.get("height", 1024)
+    found = plan(dry_run.plan, width, height, dry_run.llm_url, dry_run.llm_model)
+    write_plan(found, file, output.overwrite)
+    print(file)

@@ -1,0 +1,52 @@
+"""Sweeps: an image for each combination of some settings, and a contact sheet of them all."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from errors import InputError, info
+from tools.metadata import write
+from tools.sheets import contact_sheet
+
+SWEPT = (
+    "base_ratio", "mask_inject_steps", "double_inject_interval", "single_inject_interval",
+    "guidance", "steps", "method", "preset", "region_max_sequence_length",
+)  # fmt: skip
+
+
+def swept_settings(sweeps: Sequence[str]) -> list[dict[str, Any]]:
+    """The layout keys of each combination of the values in KEY=A,B, KEY=C,D ..."""
+    found = {}
+    for text in sweeps:
+        key, _, values = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if key not in SWEPT or not values:
+            raise InputError("--sweep", text, f"expected one of {', '.join(SWEPT)}, = and values")
+        if key in found:
+            raise InputError("--sweep", text, "this key is swept twice")
+        try:
+            found[key] = [yaml.safe_load(value) for value in values.split(",")]
+        except yaml.YAMLError:
+            raise InputError("--sweep", text, "its values are not valid YAML") from None
+    return [dict(zip(found, values)) for values in itertools.product(*found.values())]
+
+
+def write_sheets(jobs: list[Any], workers: int) -> None:
+    """The contact sheet of each sweep: a column for each value of the last key, a row for each
+    combination of the others and the seed. jobs: tools.jobs.Job."""
+    if workers > 1:
+        info("no sheet is made of a sweep that several workers share")
+        return
+    has_seeds = len({job.seed for job in jobs}) > 1
+    for path in dict.fromkeys(job.sheet for job in jobs):
+        rows = {}
+        for job in (job for job in jobs if job.sheet == path):
+            *others, column = job.sweep
+            row = ", ".join([*others, *[f"seed {job.seed}"] * has_seeds])
+            rows.setdefault(row, {})[column] = Image.open(job.files["image"])
+        images = {row: list(found.values()) for row, found in rows.items()}
+        write(path, contact_sheet(images, list(next(iter(rows.values())))).save)
+        print(path)
