@@ -29,7 +29,7 @@ from regional.reader import naming, read_layout
 from settings import Settings
 from tools.check import check_layouts, write_planned_layout
 from tools.flags import Command, Output, parse
-from tools.jobs import Failures, Job, is_finished, layout_files, plan_jobs, worker_of
+from tools.jobs import Failures, Job, device_of, is_finished, layout_files, plan_jobs, worker_of
 from tools.map_sheets import save_maps
 from tools.metadata import Metadata, image_metadata, remove_unfinished, save_image, save_json, save_tensor
 from tools.sweeps import write_sheets
@@ -153,13 +153,6 @@ def run(command: Command, stop: Stop, timer: Timer) -> int:
         if output.sweep and not failures.count and is_first(settings):
             write_sheets(jobs, worker.count)
     return 1 if failures.count else 0
-
-
-def device_of(name: str) -> str:
-    """Of several GPUs, each process of torchrun or SLURM takes its own."""
-    own = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
-    has_choice = name in ("auto", "cuda") and torch.cuda.device_count() > 1
-    return f"cuda:{own}" if own and has_choice else name
 
 
 def generate_all(

@@ -7,8 +7,9 @@ seen.
 """
 
 import shutil
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace, partial
 
 import msgspec
 import numpy as np
@@ -26,7 +27,7 @@ import weights
 from pipeline import Pipeline
 from regional.layout import Control, Layout, Lora, Region, RegionLora
 from regional.mask import region_tokens
-from regional.sampling import composed_velocity
+from regional.sampling import composed
 
 ADAPTERS = weights.POCKET.parent / "adapters"
 BARRED = str(ADAPTERS / "barred.safetensors")
@@ -147,12 +148,18 @@ def test_composition_converts_nothing_but_velocities():
     """They come in bfloat16 and are summed in float32; the fractions are on the device beforehand."""
     tokens = region_tokens(layout(*OVERLAPPING))
     values = [torch.full((1, 64, 64), float(i)).bfloat16() for i in range(len(tokens.prompts) + 1)]
-    *own, base = [lambda img, t, value=value: value for value in values]
-    velocity = composed_velocity(own, base, tokens, torch.full((64,), 0.25))
+    *own, base = values
+    run = SimpleNamespace(
+        conditioning=SimpleNamespace(regions=[torch.zeros(2, 8)] * len(own)),
+        tokens=tokens,
+        order=torch.arange(64),
+        velocity=lambda txt, branches: lambda img, t, step: own[branches.prompt - 1],
+    )
+    velocity = composed(run, torch.full((64,), 0.25), lambda img, t, step: base)
     img = torch.zeros(1, 64, 64)
-    velocity(img, torch.ones(1))
+    velocity(img, 1.0, 0)
     with Conversions() as conversions:
-        out = velocity(img, torch.ones(1))
+        out = velocity(img, 1.0, 0)
     assert conversions.count == 1  # of the base velocity; products convert the others as they read them
     cover = tokens.cover / tokens.cover.sum(0)
     regions = (cover * torch.arange(len(own))[:, None]).sum(0)[:, None]

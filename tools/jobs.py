@@ -106,6 +106,13 @@ def worker_of(shard: str | None, is_parallel: bool) -> Worker:
     return Worker(int(index), int(count), is_shared=int(count) > 1)
 
 
+def device_of(name: str) -> str:
+    """Of several GPUs, each process of torchrun or SLURM takes its own."""
+    own = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
+    has_choice = name in ("auto", "cuda") and torch.cuda.device_count() > 1
+    return f"cuda:{own}" if own and has_choice else name
+
+
 def plan_jobs(
     files: list[Path | None], output: Output, read: Reader, worker: Worker, failures: Failures
 ) -> list[Job]:  # fmt: skip
