@@ -27,6 +27,11 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def text_then_image(txt: Tensor, img: Tensor) -> Tensor:
+    """The plain sequence of the single blocks, (B, L_txt + L_img, ...)."""
+    return torch.cat([txt, img], dim=1)
+
+
 def rope_axes(head_dim: int) -> tuple[int, int, int]:
     """How many of a head's dimensions turn with each of (text, row, column): (16, 56, 56) for FLUX.1's 128."""
     return head_dim // 8, 7 * head_dim // 16, 7 * head_dim // 16

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.attention import Attention, Block, plain_attention, rope, rope_axes
+from model.attention import Attention, Block, plain_attention, rope, rope_axes, text_then_image
 from model.layers import DoubleStreamBlock, LastLayer, MLPEmbedder, SingleStreamBlock, Vectors, timestep_embedding
 
 Join = Callable[[Tensor, Tensor], Tensor]
@@ -34,11 +34,6 @@ class FluxParams:
     depth_single_blocks: int = 38
     theta: float = 10_000
     guidance_embed: bool = True
-
-
-def text_then_image(txt: Tensor, img: Tensor) -> Tensor:
-    """The plain sequence of the single blocks, (B, L_txt + L_img, ...)."""
-    return torch.cat([txt, img], dim=1)
 
 
 def as_it_is(x: Tensor, block: Block) -> Tensor:

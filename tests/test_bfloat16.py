@@ -9,7 +9,8 @@ seen.
 import shutil
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace, partial
+from functools import partial
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np

@@ -25,10 +25,10 @@ from benchmarks.gluon_attention import gluon_attention, head_view
 from model.attention import Block
 from model.transformer import Flux, FluxParams
 from regional import kernel
-from regional.attention import RegionalAttention, Tokens, dense_attention, in_one_sequence, portable_attention
+from regional.attention import RegionalAttention, Tokens, allowed, dense_attention, in_one_sequence, portable_attention
 from regional.kernel import Launch, kernel_attention, tile_lists
 from regional.layout import Layout, Region
-from regional.mask import BACKGROUND_BIT, allowed, region_tokens
+from regional.mask import BACKGROUND_BIT, region_tokens
 from sampler.flow import image_ids, text_ids
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU conftest.py asks for the interpreter

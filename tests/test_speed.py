@@ -8,9 +8,9 @@ from benchmarks import speed
 from benchmarks.failures import Failures
 from benchmarks.naive import Naive
 from model.transformer import Flux, FluxParams
-from regional.attention import RegionalAttention, portable_attention
+from regional.attention import RegionalAttention, allowed, portable_attention
 from regional.layout import Layout, Region
-from regional.mask import allowed, region_tokens
+from regional.mask import region_tokens
 from sampler.flow import image_ids, text_ids
 
 TEXT, WIDTH, HEIGHT = 5, 96, 64
