@@ -26,9 +26,9 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def text_then_image(txt: Tensor, img: Tensor) -> Tensor:
-    """The plain sequence of the single blocks, (B, L_txt + L_img, ...)."""
-    return torch.cat([txt, img], dim=1)
+def text_then_image(txt: Tensor, *img: Tensor) -> Tensor:
+    """The sequence of the single blocks, (B, L_txt + L_img, ...), plain with one image stream."""
+    return torch.cat([txt, *img], dim=1)
 
 
 def rope_axes(head_dim: int) -> tuple[int, int, int]:

@@ -5,16 +5,15 @@ Two branches ("Training-free Regional Prompting for Diffusion Transformers", arX
     base branch       [txt, img]            the base prompt and the whole image, no mask
     regional branch   [txt_1 .. txt_R, img] every region's prompt, masked by region bits
 
-and the image rows become (1 - base_ratio) * regional + base_ratio * base. In the double blocks
-both branches share one image stream, so its projections are computed once. Where the double blocks
-end it is duplicated: from there on the base branch runs plain FLUX by itself and only lends its
-attention to the blend. Both branches lie in one sequence, the base branch in one piece of it:
+and the image rows become (1 - base_ratio) * regional + base_ratio * base. The image stream, one in
+the double blocks, is duplicated where they end: from there on the base branch is plain FLUX and
+only lends its attention to the blend. Both branches lie in one sequence:
 
     double blocks     [txt_1 .. txt_R, txt, img]
     single blocks     [txt_1 .. txt_R, txt, base img, img]
 
-Tokens of the base branch alone have no bits: nobody sees them in the regional branch. A cheaper
-method than the published one, `base_stream: shared`, has the first form throughout.
+Tokens of the base branch alone have no bits: the regional branch does not see them. A cheaper
+method, `base_stream: shared`, has the first form throughout.
 """
 
 from collections.abc import Callable
@@ -30,12 +29,9 @@ OPEN_BIT = 62  # of all image tokens, where they all see each other; regions hav
 
 
 def allowed(bits_q: Tensor, bits_k: Tensor) -> Tensor:
-    """May a query with these region bits look at a key with those? int64 in, bool out, broadcasting.
-
-    This is the whole mask, and it is never stored. To try another rule, change it here, and its
-    line of Triton in kernel.py. Whatever the rule, a token without bits must see nothing and be
-    seen by nobody.
-    """
+    """Whether queries with these region bits see keys with those: int64 in, bool out. This is the
+    whole mask; to try another, change it here and in kernel.py. Whatever the rule, a token without
+    bits must see nothing and be seen by nobody."""
     return (bits_q & bits_k) != 0
 
 
@@ -46,9 +42,9 @@ class Tokens(NamedTuple):
     base_row: (L,) int64, its row in the base branch's output, where it has one.
     base_weight: (L,) float32 or float64, the base branch's fraction of its result.
     log_weight: (L, 1 + 2 R) float32, how image tokens weigh each region's prompt (1 .. R), and its
-    image tokens (R + 1 .. 2 R); column 0 is zero. as_key, as_query: (L,) int64, which column counts
-    for a token as another's key, and as its query: log_weight[q, as_key[k]] +
-    log_weight[k, as_query[q]] is added to a score. All None in the published method.
+    image tokens (R + 1 .. 2 R); column 0 is zero. as_key, as_query: (L,) int64, a token's column as
+    a key, and as a query: log_weight[q, as_key[k]] + log_weight[k, as_query[q]] is added to a
+    score. All None in the published method.
     """
 
     bits: Tensor
@@ -68,8 +64,7 @@ class Tokens(NamedTuple):
         return torch.lerp(regional.to(precise), base, weight).type_as(regional)
 
 
-# (q, k, v, base) -> out, for given tokens. q, k, v, out: (B, heads, L, head_dim); base, the base
-# branch's output to blend with: (B, heads, L_base, head_dim), or None without such a branch.
+# (q, k, v, base) -> out, all (B, heads, L, head_dim); base is the base branch's output, or None.
 MaskedAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -79,7 +74,8 @@ def dense_attention(tokens: Tokens) -> MaskedAttention:
     def masked(q: Tensor, k: Tensor, v: Tensor, base: Tensor | None = None) -> Tensor:
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         if tokens.log_weight is not None:
-            added = tokens.log_weight[:, tokens.as_key] + tokens.log_weight[:, tokens.as_query].T
+            weights = tokens.log_weight
+            added = weights[:, tokens.as_key] + weights[:, tokens.as_query].T
             scores = scores + added.to(scores)
         mask = allowed(tokens.bits[:, None], tokens.bits[None, :])
         weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
@@ -90,8 +86,8 @@ def dense_attention(tokens: Tokens) -> MaskedAttention:
 
 
 def portable_attention(tokens: Tokens) -> MaskedAttention:
-    """The same without any L x L tensor, on any device: one unmasked attention for each distinct
-    value of the bits, over just the keys that it may see."""
+    """The same on any device without an L x L tensor: for each value of the bits an unmasked
+    attention over the keys that it may see."""
     groups = []
     kinds = tokens.bits
     if tokens.log_weight is not None:  # rows that weigh their keys are apart
@@ -128,12 +124,11 @@ def added_scores(tokens: Tokens, rows: Tensor, keys: Tensor) -> Tensor | None:
 
 
 def in_one_sequence(
-    bits: Tensor, base_only: int, text_length: int, base_ratio: Tensor, log_weights: Tensor | None = None
-) -> Tokens:
-    """The tokens of [txt_1 .. txt_R, the first `base_only` tokens of the base branch, img].
-
-    bits: (L,) int64, those of [txt_1 .. txt_R, img]; base_ratio: (L_img,); log_weights: (L_img, 2 R).
-    """
+    bits: Tensor, base_only: int, text_length: int, base_ratio: Tensor,
+    log_weights: Tensor | None = None,
+) -> Tokens:  # fmt: skip
+    """The tokens of [txt_1 .. txt_R, the first `base_only` tokens of the base branch, img]. bits:
+    those of [txt_1 .. txt_R, img]; base_ratio: (L_img,); log_weights: (L_img, 2 R)."""
     image_length = len(base_ratio)
     texts, image = bits.split([len(bits) - image_length, image_length])
     base_row = torch.arange(text_length + image_length, device=bits.device)
@@ -149,7 +144,7 @@ def in_one_sequence(
     columns = torch.arange(1, regions + 1, device=bits.device)
     own = columns.repeat_interleave(length)
     nothing = bits.new_zeros(base_only)
-    alone = (image & ~(1 << OPEN_BIT))[:, None] == texts[::length]  # in one region alone, (L_img, R)
+    alone = (image & ~(1 << OPEN_BIT))[:, None] == texts[::length]  # (L_img, R): in one region
     alone = (alone * (regions + columns)).sum(dim=1)
     return tokens._replace(
         log_weight=F.pad(log_weights, (1, 0, len(tokens.bits) - image_length, 0)),
@@ -161,17 +156,14 @@ def in_one_sequence(
 class RegionalAttention:
     """The attention function and the `join` hook of a regional step.
 
-    make: what makes the masked attention of given tokens: one of the above, or the kernel; asked
-    when a block first needs it.
+    make: what makes the masked attention of given tokens, when a block first asks for it.
     bits: (L,) int64, those of [txt_1 .. txt_R, img].
     text_length, image_length: how many tokens the base prompt and the image have.
-    base_ratio: the base branch's weight in the image tokens, or in each of them, (L_img,).
-    is_masked: in which blocks the regional branch is masked. In the others all regions see each other.
+    base_ratio: the base branch's weight in the image tokens, or in each of them, (L_img,). Where
+    it is 0 everywhere, there is no base branch: Flux's txt is then [txt_1 .. txt_R] alone.
+    is_masked: in which blocks the regional branch is masked; else all regions see each other.
     log_weights: (L_img, 2 R) float32, those of RegionTokens, added to the scores in masked blocks.
-    shared: one image stream throughout; see the top of this file.
-
-    The txt given to Flux is [txt_1 .. txt_R, txt] along dimension 1, or [txt_1 .. txt_R] where
-    base_ratio is 0 everywhere: there is no base branch then.
+    shared: one image stream throughout.
     """
 
     def __init__(
@@ -180,11 +172,11 @@ class RegionalAttention:
         is_masked: Callable[[Block], bool] = lambda block: True,
         log_weights: Tensor | None = None, shared: bool = False,
     ):  # fmt: skip
-        # Apple's GPUs have no float64
-        precise = torch.float32 if bits.device.type == "mps" else torch.float64
-        ratio = torch.as_tensor(base_ratio, dtype=precise, device=bits.device)
+        device = bits.device
+        precise = torch.float32 if device.type == "mps" else torch.float64  # Apple's lack float64
+        ratio = torch.as_tensor(base_ratio, dtype=precise, device=device)
         self.base_ratio = ratio.expand(image_length)
-        self.log_weights = log_weights if log_weights is None else log_weights.to(bits.device)
+        self.log_weights = None if log_weights is None else log_weights.to(device)
         self.has_base = bool(self.base_ratio.any())
         self.make = make
         self.bits = bits
@@ -192,7 +184,7 @@ class RegionalAttention:
         start = len(bits) - image_length
         self.base = slice(start, start + text_length + image_length)  # its rows in the sequence
         self.is_masked = is_masked
-        self.streams = 1 + (self.has_base and not shared)  # of the image in the single blocks
+        self.streams = 1 + (self.has_base and not shared)  # image streams in the single blocks
         self.made: dict[tuple[str, bool], MaskedAttention] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
@@ -200,9 +192,8 @@ class RegionalAttention:
         key = block.kind, self.is_masked(block)
         if key not in self.made:
             self.made[key] = self.make(self.tokens(*key))
-        base = None
-        if self.has_base:
-            base = plain_attention(*(x[:, :, self.base] for x in (q, k, v)), block)
+        own = (x[:, :, self.base] for x in (q, k, v))
+        base = plain_attention(*own, block) if self.has_base else None
         return self.made[key](q, k, v, base)
 
     def tokens(self, kind: str, is_masked: bool) -> Tokens:
@@ -216,4 +207,4 @@ class RegionalAttention:
 
     def join(self, txt: Tensor, img: Tensor) -> Tensor:
         """The sequence of the single blocks; the image stream is duplicated here."""
-        return torch.cat([txt, img, img], dim=1) if self.streams == 2 else text_then_image(txt, img)
+        return text_then_image(txt, *[img] * self.streams)

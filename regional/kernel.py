@@ -25,23 +25,21 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from regional.attention import MaskedAttention, Tokens, allowed
 
 INTERPRETED = triton.knobs.runtime.interpret
-# A partial tile's time over a full one's: its instructions on sm_90 are 1.9 (Triton 3.6) or
-# 1.4 times (3.9) as many.
-MIXED_COST = 1.9
+MIXED_COST = 1.9  # a partial tile's instructions over a full one's on sm_90 (1.4 by Triton 3.9)
 HEADS_TOGETHER = 8  # heads side by side in the grid; K and V of more would not fit into the L2
 
 
 @triton.jit
 def bits_allowed(bits_q, bits_k):
-    """This is the whole mask: `allowed` of regional/attention.py."""
+    """This is the whole mask, as `allowed` in regional/attention.py."""
     return (bits_q & bits_k) != 0
 
 
 @triton.jit
 def load_tile(x, strides, head, start, L, ROWS: tl.constexpr, D: tl.constexpr,
               TMA: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
-    """Load rows start .. start + ROWS of a head (b, h), (ROWS, D); rows from L on are zeros. RAGGED
-    tells the pointers that the rows may go that far; TMA checks by itself."""
+    """Load rows start .. start + ROWS of a head (b, h); those from L on, which pointers expect only
+    if RAGGED, are zeros."""
     b, h = head
     stride_b, stride_h, stride_l = strides
     if TMA:
@@ -104,12 +102,10 @@ def regional_kernel(
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BASE: tl.constexpr,
     TMA: tl.constexpr, WEIGHTED: tl.constexpr, HEADS: tl.constexpr, MIXED_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program computes one tile of queries of one head.
-
-    The grid is (tiles * HEADS, heads / HEADS, images): HEADS heads are side by side, so that the
-    longest tiles of all of them start first. The second line of arguments is `Plan`; scale is
-    log2(e) / sqrt(D), as the hardware's exponential is of base 2; strides are named tensor_axis.
-    """
+    """One program computes one tile of queries of one head. The grid is (tiles * HEADS,
+    heads / HEADS, images): HEADS heads are side by side, so that the longest tiles of all start
+    first. The second line of arguments is `Plan`; scale is log2(e) / sqrt(D), as the hardware's
+    exponential is of base 2; strides are named tensor_axis."""
     tile = tl.program_id(0) // HEADS
     head = tl.program_id(2), tl.program_id(1) * HEADS + tl.program_id(0) % HEADS
     blend = base_row, base_weight
@@ -183,9 +179,9 @@ class Plan(NamedTuple):
 
 
 def cut(bits: Tensor, block: int) -> list[slice]:
-    """Cut the sequence into tiles of at most `block` tokens. They end where a run of equal bits ends
-    if that run or the next is as long as one and a half tiles: a tile across the border of a large
-    region is mixed with everything. Short runs share tiles, as half-empty ones cost more."""
+    """Cut the sequence into tiles of at most `block` tokens. They end where a run of equal bits
+    does, if that or the next is as long as 1.5 tiles: across the border of a large region a tile is
+    mixed with everything. Short runs share tiles, as half-empty ones cost more."""
     runs = bits.unique_consecutive(return_counts=True)[1].tolist()
     tiles = []
     start = end = 0
@@ -273,7 +269,8 @@ def launch_for(dtype: torch.dtype, capability: tuple[int, int], weighted: bool =
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, base: Tensor | None, plan: list[Tensor], pairs: int, launch: list[int]
+    q: Tensor, k: Tensor, v: Tensor, base: Tensor | None, plan: list[Tensor], pairs: int,
+    launch: list[int],
 ) -> Tensor:  # fmt: skip
     """Launch the kernel with the fields of a Plan and a Launch: q, k, v (B, H, L, D) and base
     (B, H, L_base, D) -> (B, H, L, D), laid out as (B, L, H, D)."""
@@ -283,16 +280,19 @@ def attend(
     out = empty_output(q, length)
     has_base = base is not None
     base = base if has_base else out  # the launcher wants a pointer; it is not read
-    if head_dim not in (32, 64, 128) or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    dtypes = torch.float16, torch.bfloat16, torch.float32
+    if head_dim not in (32, 64, 128) or q.dtype not in dtypes:
         raise ValueError(f"the kernel is not made for heads of {head_dim} in {q.dtype}")
     if any(x.stride(-1) != 1 for x in (q, k, v, base)):
         raise ValueError("the kernel needs q, k, v and base with a contiguous head dimension")
     if INTERPRETED and q.dtype == torch.bfloat16:
-        raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16 there")
+        wrong = "Triton's interpreter multiplies bfloat16 wrongly"
+        raise ValueError(f"{wrong}; use float32 or float16 there")
     tensors = q, k, v
     if launch.tma:
         rows = launch.block_m, launch.block_n, launch.block_n
-        tensors = [TensorDescriptor.from_tensor(x, [1, 1, n, head_dim]) for x, n in zip(tensors, rows)]
+        boxes = [[1, 1, n, head_dim] for n in rows]
+        tensors = map(TensorDescriptor.from_tensor, tensors, boxes)
     together = math.gcd(heads, HEADS_TOGETHER)
     regional_kernel[len(plan.queries) * together, heads // together, batch](
         *tensors, out, base, *plan,
@@ -312,8 +312,7 @@ def empty_output(q: Tensor, length: int) -> Tensor:
     return q.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 
 
-# As an operator of torch, so that torch.compile, the meta device and FlopCounterMode know what it
-# gives and costs.
+# An operator of torch: torch.compile, the meta device and FlopCounterMode know what it does.
 attend_op = torch.library.custom_op("regional::attend", attend, mutates_args=())
 attend_op.register_fake(lambda q, *rest: empty_output(q, q.shape[2]))
 

@@ -19,7 +19,7 @@ HIDES = {"last": "later", "first": "earlier", "smallest": "smaller"}  # which re
 class RegionTokens(NamedTuple):
     """The regions on the token grid.
 
-    prompts, prompt_bits: those of P regions, the background last, where it is needed.
+    prompts, prompt_bits: those of P regions, the background last if there is one.
     image_bits: (h w,) int64, the bits of the image tokens, row by row.
     cover: (P, h w) float32, how far each region covers each image token; 0 or 1 without feathers.
     strength: for each region, the weight of its prompt for its image tokens.
@@ -40,9 +40,8 @@ class RegionTokens(NamedTuple):
         return torch.cat([text, self.image_bits | (self.open_images << OPEN_BIT)])
 
     def log_weights(self) -> Tensor | None:
-        """How each image token weighs each region's prompt and then the tokens of each region alone,
-        as logarithms, (h w, 2 P) float32: by its cover, and prompts by their strength too, -inf
-        for 0. None where all are 0."""
+        """How each image token weighs each prompt, then the tokens of each region alone: logarithms
+        of its cover, for prompts times strength, (h w, 2 P) float32; None if all are 0."""
         prompts = self.cover * torch.tensor(self.strength)[:, None]
         weights = torch.cat([x.where(self.cover > 0, 1).log() for x in (prompts, self.cover)])
         return weights.T.contiguous() if weights.any() else None
@@ -57,10 +56,7 @@ class RegionTokens(NamedTuple):
 
     def sorted(self) -> tuple["RegionTokens", Tensor]:
         """The same with image tokens of equal bits side by side, and their old positions, (h w,).
-
-        To attention their order is the same, but tiles of equal bits need no mask. It is that of
-        the reflected Gray code, in which neighbors differ in few regions.
-        """
+        Tiles of equal bits need no mask; in the Gray code's order neighbors differ in little."""
         rank = self.image_bits
         for shift in (1, 2, 4, 8, 16, 32):
             rank = rank ^ (rank >> shift)
@@ -76,7 +72,8 @@ def region_tokens(layout: Layout) -> RegionTokens:
         tokens = token_grid(region, layout)
         if not tokens.any():
             tokens = most_covered(region, layout)
-            warnings.append(f"regions[{i}] covers no token's centre; it gets the one token it covers most.")
+            problem = "covers no token's centre; it gets the one token it covers most."
+            warnings.append(f"regions[{i}] {problem}")
         soft = region.feather > 16
         inside.append(feathered(tokens, region.feather) if soft else tokens.astype(np.float32))
     cover = np.stack(inside)
@@ -88,15 +85,12 @@ def region_tokens(layout: Layout) -> RegionTokens:
             if not cover[i].any():
                 above = f"{HIDES[layout.overlap]} regions"
                 warnings.append(f"regions[{i}] lies wholly under {above} and will not show.")
-    prompts = [r.prompt for r in layout.regions]
-    bits = list(range(len(cover)))
-    strength = [r.strength for r in layout.regions]
+    regions = [(r.prompt, i, r.strength) for i, r in enumerate(layout.regions)]
     rest = 1 - cover.sum(axis=0)
     if (rest > 1e-6).any():
-        prompts.append(layout.background_prompt)
-        bits.append(BACKGROUND_BIT)
-        strength.append(1.0)
+        regions.append((layout.background_prompt, BACKGROUND_BIT, 1.0))
         cover = np.concatenate([cover, np.where(rest > 1e-6, rest, 0)[None]])
+    prompts, bits, strength = map(list, zip(*regions))
     image_bits = sum((c > 0).astype(np.int64) << bit for c, bit in zip(cover, bits))
     open_images = layout.image_attention == "open"
     flat = torch.from_numpy(image_bits.flatten()), torch.from_numpy(cover.reshape(len(cover), -1))
@@ -105,8 +99,7 @@ def region_tokens(layout: Layout) -> RegionTokens:
 
 def regional_stages(layout: Layout, tokens: RegionTokens) -> list[tuple[int, Tensor]]:
     """The regional steps of a resolved layout in stages of equal settings: where each ends, and the
-    weight of the base branch for each image token, (h w,) float64. It is 1 for a region whose own
-    steps are over: that follows the base prompt."""
+    base branch's weight for each image token, (h w,) float64: 1 where a region's steps are over."""
     parts = (*layout.regions, layout)[: len(tokens.prompts)]  # the layout's are the background's
     stages = []
     start = 0
@@ -119,10 +112,10 @@ def regional_stages(layout: Layout, tokens: RegionTokens) -> list[tuple[int, Ten
 
 def stacking(cover: np.ndarray, overlap: str) -> list[int]:
     """The regions' indices, the topmost first."""
-    indices = list(range(len(cover)))
+    indices = range(len(cover))
     if overlap == "smallest":
         return sorted(indices, key=lambda i: cover[i].sum())
-    return indices[::-1] if overlap == "last" else indices
+    return list(reversed(indices) if overlap == "last" else indices)
 
 
 def feathered(tokens: np.ndarray, feather: float) -> np.ndarray:
@@ -133,20 +126,17 @@ def feathered(tokens: np.ndarray, feather: float) -> np.ndarray:
     reach = math.ceil(width / 2 - 0.5)
     window = np.clip(width / 2 + 0.5 - np.abs(np.arange(-reach, reach + 1)), 0, 1) / width
     for axis in (0, 1):
-        padded = np.pad(cover, [(reach, reach) if i == axis else (0, 0) for i in (0, 1)], mode="edge")
         size = cover.shape[axis]
+        around = [(reach, reach) if i == axis else (0, 0) for i in (0, 1)]
+        padded = np.pad(cover, around, mode="edge")
         cover = sum(w * padded.take(range(i, i + size), axis) for i, w in enumerate(window))
     return np.where(cover > 1e-6, cover.clip(max=1), 0).astype(np.float32)
 
 
-def grid_of(layout: Layout) -> tuple[int, int]:
-    """The rows and columns of image tokens."""
-    return layout.height // 16, layout.width // 16
-
-
 def token_grid(region: Region, layout: Layout) -> np.ndarray:
     """Which tokens' center pixels, (16 j + 8, 16 i + 8), lie in the region, (h, w) bool."""
-    h, w = grid_of(layout)
+    h = layout.height // 16
+    w = layout.width // 16
     x = 16 * np.arange(w) + 8
     y = 16 * np.arange(h) + 8
     if region.box:
@@ -161,14 +151,13 @@ def token_grid(region: Region, layout: Layout) -> np.ndarray:
 
 
 def region_mask(region: Region, layout: Layout) -> np.ndarray:
-    """The region's mask, or its color in the layout's map: (rows, columns) bool."""
+    """The region's mask, or its color in the map: (rows, columns) bool."""
     return read_mask(region.mask) if region.mask else read_color(layout.map, region.color)
 
 
 def in_polygons(polygons: tuple, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Even-odd, (len(y), len(x)) bool: a point is inside if a ray from it to the left crosses an odd
-    number of edges. An edge holds its upper end and not its lower one, and a point on an edge lies
-    to its right: boxes are half-open too."""
+    """Even-odd, (len(y), len(x)) bool: rays from inside to the left cross an odd number of edges.
+    As boxes are half-open, an edge holds its upper end alone; a point on it lies to the right."""
     flips = np.zeros((len(y), len(x) + 1), dtype=bool)  # where a row goes in or out
     for points in polygons:
         for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1]):
@@ -180,7 +169,8 @@ def in_polygons(polygons: tuple, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def most_covered(region: Region, layout: Layout) -> np.ndarray:
     """The one token that a very small region covers most, (h, w) bool."""
-    h, w = grid_of(layout)
+    h = layout.height // 16
+    w = layout.width // 16
     if region.box:
         x0, y0, x1, y1 = region.box
         area = np.outer(overlap(y0, y1, h), overlap(x0, x1, w))
