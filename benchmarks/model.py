@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from model.transformer import Flux, FluxParams
 from regional.attention import RegionalAttention, Tokens, dense_attention
 from regional.kernel import HEADS_TOGETHER, launch_for, tile_lists
-from regional.layout import Layout, Region
+from regional.layout import FLUX_DEV, Layout, Region
 from regional.mask import region_tokens
 from runtime.offload import FLUX_MODULATION
 from runtime.unmasked import forbids_nothing
@@ -59,7 +59,7 @@ PREDICTED = ("R = 1, the whole image", "R = 4, quadrants", "R = 16, 4 x 4")  # w
 
 def layout_of(boxes: Boxes) -> Layout:
     regions = [Region(prompt="", box=tuple(round(SIZE * x) for x in box)) for box in boxes]
-    return Layout(prompt="", width=SIZE, height=SIZE, regions=tuple(regions))
+    return Layout(prompt="", width=SIZE, height=SIZE, regions=tuple(regions)).resolved(FLUX_DEV)
 
 
 def tokens_of(boxes: Boxes, kind: str = "single") -> Tokens:
