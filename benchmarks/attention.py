@@ -39,11 +39,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.failures import Failures  # noqa: E402
 from model.attention import Block, apply_rope, plain_attention
 from model.layers import QKNorm  # noqa: E402
-from regional.attention import RegionalAttention, Tokens, portable_attention  # noqa: E402
-from regional.kernel import kernel_attention  # noqa: E402
+from regional.attention import RegionalAttention, Tokens, allowed, portable_attention  # noqa: E402
 from regional.layout import Layout, Region  # noqa: E402
-from regional.mask import allowed, region_tokens  # noqa: E402
+from regional.mask import region_tokens  # noqa: E402
 from runtime.choose import fastest_backends  # noqa: E402
+from runtime.unmasked import kernel_or_library  # noqa: E402
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -112,7 +112,7 @@ BLOCK = Block("single", 0)
 
 
 def our_kernel(setting: Setting) -> Callable[[Tokens], Attend]:
-    return partial(kernel_attention, dtype=setting.dtype, device=torch.device(setting.device))
+    return partial(kernel_or_library, dtype=setting.dtype, device=torch.device(setting.device))
 
 
 def gluon(setting: Setting) -> Callable[[Tokens], Attend]:

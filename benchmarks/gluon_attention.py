@@ -268,9 +268,8 @@ def gluon_attention(tokens: Tokens, dtype: torch.dtype, device: torch.device) ->
     """
     if tokens.log_weight is not None or dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"the Gluon kernel supports neither weighted prompts nor {dtype}")
-    *lists, _ = tile_lists(tokens.bits.cpu(), BLOCK_M, BLOCK_N)
-    given = (tokens.base_row.int(), tokens.base_weight.float(), *lists)
-    base_row, base_weight, queries, *lists = (x.to(device) for x in given)
+    plan, _ = tile_lists(tokens, BLOCK_M, BLOCK_N)
+    plan = [x.to(device) for x in plan[:6]]  # it has no weights
 
     def masked(q: Tensor, k: Tensor, v: Tensor, base: Tensor | None = None) -> Tensor:
         batch, heads, length, head_dim = q.shape
@@ -286,8 +285,8 @@ def gluon_attention(tokens: Tokens, dtype: torch.dtype, device: torch.device) ->
             descriptors.append(TensorDescriptor.from_tensor(matrix, [rows, head_dim], layout))
             places += place
         together = math.gcd(heads, HEADS_TOGETHER)
-        gluon_kernel[len(queries) * together, heads // together, batch](
-            *descriptors, out, base, base_row, base_weight, queries, *lists, *places,
+        gluon_kernel[len(plan[2]) * together, heads // together, batch](
+            *descriptors, out, base, *plan, *places,
             *(stride for x in (out, base) for stride in x.stride()[:3]),
             math.log2(math.e) / head_dim**0.5,
             BASE=has_base, HEADS=together, STAGES=STAGES, num_warps=4, enable_fp_fusion=True,

@@ -16,10 +16,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from model.transformer import Flux, FluxParams
 from regional.attention import RegionalAttention, Tokens, dense_attention
-from regional.kernel import HEADS_TOGETHER, forbids_nothing, launch_for, tile_lists
-from regional.layout import Layout, Region
+from regional.kernel import HEADS_TOGETHER, launch_for, tile_lists
+from regional.layout import FLUX_DEV, Layout, Region
 from regional.mask import region_tokens
 from runtime.offload import FLUX_MODULATION
+from runtime.unmasked import forbids_nothing
 from tools.cost import plain_flops, regional_flops
 
 SMS = 132  # multiprocessors
@@ -58,7 +59,7 @@ PREDICTED = ("R = 1, the whole image", "R = 4, quadrants", "R = 16, 4 x 4")  # w
 
 def layout_of(boxes: Boxes) -> Layout:
     regions = [Region(prompt="", box=tuple(round(SIZE * x) for x in box)) for box in boxes]
-    return Layout(prompt="", width=SIZE, height=SIZE, regions=tuple(regions))
+    return Layout(prompt="", width=SIZE, height=SIZE, regions=tuple(regions)).resolved(FLUX_DEV)
 
 
 def tokens_of(boxes: Boxes, kind: str = "single") -> Tokens:
@@ -70,8 +71,8 @@ def tokens_of(boxes: Boxes, kind: str = "single") -> Tokens:
 def programs(tokens: Tokens, full: float = FULL) -> tuple[list[float], int]:
     """The microseconds of each program of one head, in launch order; and the allowed pairs."""
     launch = launch_for(torch.bfloat16, (9, 0))
-    queries, *_, pairs = tile_lists(tokens.bits, launch.block_m, launch.block_n)
-    _, _, full_begin, mixed_begin, keys_end = queries.T
+    plan, pairs = tile_lists(tokens, launch.block_m, launch.block_n)
+    _, _, full_begin, mixed_begin, keys_end = plan.queries.T
     work = FIXED + full * (mixed_begin - full_begin) + PARTIAL * (keys_end - mixed_begin)
     return torch.where(keys_end > full_begin, work, EMPTY).tolist(), pairs
 

@@ -55,9 +55,9 @@ from model.attention import Attention, plain_attention
 from model.fp8 import Fp8Linear, can_multiply, to_fp8  # noqa: E402
 from model.transformer import Flux, FluxParams  # noqa: E402
 from pipeline import Pipeline, Prepared
-from regional.attention import RegionalAttention  # noqa: E402
-from regional.layout import Layout, Region  # noqa: E402
-from regional.mask import RegionTokens, allowed, region_tokens  # noqa: E402
+from regional.attention import RegionalAttention, allowed  # noqa: E402
+from regional.layout import FLUX_DEV, Layout, Region  # noqa: E402
+from regional.mask import RegionTokens, region_tokens  # noqa: E402
 from regional.sampling import Conditioning, guidance_of, noise_levels, sample  # noqa: E402
 from runtime.choose import (
     choose_attention,  # noqa: E402
@@ -207,7 +207,7 @@ def grid_layout(width: int, height: int, regions: int, text_length: int) -> Layo
         prompt="p", width=width, height=height, steps=REGIONAL + LATE, mask_inject_steps=REGIONAL, base_ratio=RATIO,
         max_sequence_length=text_length, region_max_sequence_length=text_length,
         regions=tuple(Region(prompt="r", box=box) for box in boxes),
-    )  # fmt: skip
+    ).resolved(FLUX_DEV)  # fmt: skip
 
 
 def scene(setting: Setting, width: int, height: int, regions: int) -> Scene:
@@ -714,7 +714,7 @@ def caps(setting: Setting, failures: Failures) -> list[Goal]:
     """Whole runs with four regions under each cap, and without it; the weights are loaded under it too."""
     describe(setting)
     given = scene(setting, *setting.sizes[0], 4)
-    prepared = Prepared(given.layout, given.tokens, given.conditioning, {}, [])
+    prepared = Prepared(given.layout, given.tokens, given.conditioning, {}, [], None)
     uncapped, goals = {}, []
     print("| | cap, GB | weights, GB | peak, GB | run, s | without the cap, s |\n|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 
 from model.attention import Attention, Block
-from regional.attention import added_scores, in_one_sequence
-from regional.mask import allowed
+from regional.attention import added_scores, allowed, in_one_sequence
 from regional.sampling import Branches, Forward, Pass
 
 

@@ -138,7 +138,7 @@ def hooks_for(
         term = change.term
         if change.magnitude is not None:  # a DoRA's term is the whole matrix that it comes to
             rows, linear = slice(change.start, change.stop), module.get_submodule(layer)
-            weight = linear.widened(rows) if isinstance(linear, Fp8Linear) else linear.weight[rows]
+            weight = linear.upcast(rows) if isinstance(linear, Fp8Linear) else linear.weight[rows]
             term = Full(change.delta(weight.to(torch.promote_types(weight.dtype, torch.float32))))
         term = converted(term, device, dtype)
         index = tokens.nonzero().flatten().to(device)

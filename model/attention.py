@@ -1,6 +1,5 @@
-"""The seam of the model: attention is a function `(q, k, v, block) -> out`, and this is the plain one. Also RoPE.
-
-Whoever wants another attention (regional/attention.py does) passes another function to Flux.forward.
+"""The seam of the model: attention is a function `(q, k, v, block) -> out`, and this is the plain
+one; regional/attention.py has others for Flux.forward. Also RoPE.
 """
 
 from collections.abc import Callable
@@ -12,13 +11,13 @@ from torch import Tensor
 
 
 class Block(NamedTuple):
-    """Which block is asking for attention: `kind` is "double" or "single", `index` counts from 0 within its kind."""
+    """Which block asks for attention: kind, "double" or "single", and its index within the kind."""
 
     kind: str
     index: int
 
 
-# q, k, v: (B, heads, L, head_dim), already normalised and rotated -> (B, heads, L, head_dim)
+# q, k, v: (B, heads, L, head_dim), already normalized and rotated -> (B, heads, L, head_dim)
 Attention = Callable[[Tensor, Tensor, Tensor, Block], Tensor]
 
 
@@ -27,16 +26,24 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def text_then_image(txt: Tensor, *img: Tensor) -> Tensor:
+    """The sequence of the single blocks, (B, L_txt + L_img, ...), plain with one image stream."""
+    return torch.cat([txt, *img], dim=1)
+
+
 def rope_axes(head_dim: int) -> tuple[int, int, int]:
-    """How many of a head's dimensions turn with each of (text, row, column): (16, 56, 56) for FLUX.1's 128."""
-    return head_dim // 8, 7 * head_dim // 16, 7 * head_dim // 16
+    """How many of a head's dimensions turn with text, row and column: (16, 56, 56) of 128."""
+    side = 7 * head_dim // 16
+    return head_dim // 8, side, side
 
 
-def rope(ids: Tensor, axes: tuple[int, ...], theta: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rotary position table: ids (B, L, len(axes)) -> (B, L, head_dim / 2, 2), the cosine and sine of every angle.
+def rope(
+    ids: Tensor, axes: tuple[int, ...], theta: float, dtype: torch.dtype = torch.float32
+) -> Tensor:  # fmt: skip
+    """ids (B, L, len(axes)) -> (B, L, head_dim / 2, 2), the cosine and sine of every angle.
 
-    Angles are computed in float64 on the CPU, where the table stays, so that it is the same for every device; it is
-    stored in `dtype`, float32 or wider.
+    Angles are computed in float64 on the CPU, where the result stays, so that it is the same for
+    every device; it is stored in `dtype`, float32 or float64.
     """
     angles = []
     for axis, dim in enumerate(axes):
@@ -47,13 +54,12 @@ def rope(ids: Tensor, axes: tuple[int, ...], theta: float, dtype: torch.dtype = 
 
 
 def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
-    """Rotate each pair (x[2i], x[2i+1]) by its angle.
+    """Rotate each pair (x[2i], x[2i+1]) by its angle: x (B, heads, L, head_dim), pe as from `rope`.
 
-    x (B, heads, L, head_dim), pe (B, L, head_dim / 2, 2). The result has the shape of x and lies in
-    memory as (B, L, heads, head_dim): attention then writes its output in this order too, and the
-    projection that follows copies nothing. The halves are rounded to x's dtype before they are
-    interleaved: rounding afterwards gives the same bits, but torch.compile then stores the result
-    in float32 and converts it in another kernel.
+    The result lies in memory as (B, L, heads, head_dim): attention then writes its output so too,
+    and the projection that follows copies nothing. The halves are rounded to x's dtype before they
+    are interleaved: rounding afterwards gives the same bits, but torch.compile then stores the
+    result in float32 and converts it in another kernel.
     """
     even, odd = x.transpose(1, 2).to(pe.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = pe.unsqueeze(2).unbind(-1)

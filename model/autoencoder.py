@@ -1,5 +1,9 @@
-"""FLUX.1's autoencoder: pictures to latents (8 times smaller, 16 channels) and back. Names are the official ones."""
+"""FLUX.1's autoencoder: images to latents (8 times smaller, 16 channels) and back.
 
+Modules carry the names of the official checkpoint.
+"""
+
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +33,10 @@ def norm(groups: int, channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
+def sequence(**modules: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(modules))
+
+
 class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__()
@@ -51,132 +59,80 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.norm = norm(groups, channels)
-        self.q = conv(channels, channels, 1)
-        self.k = conv(channels, channels, 1)
-        self.v = conv(channels, channels, 1)
-        self.proj_out = conv(channels, channels, 1)
+        for name in ("q", "k", "v", "proj_out"):
+            self.add_module(name, conv(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (rearrange(m(h), "B C h w -> B 1 (h w) C").contiguous() for m in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)
+        qkv = [rearrange(layer(h), "B C h w -> B 1 (h w) C") for layer in (self.q, self.k, self.v)]
+        h = F.scaled_dot_product_attention(*(y.contiguous() for y in qkv))
         return x + self.proj_out(rearrange(h, "B 1 (h w) C -> B C h w", h=x.shape[2]))
 
 
-class Mid(nn.Module):
-    def __init__(self, channels: int, groups: int):
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, groups)
-        self.attn_1 = AttnBlock(channels, groups)
-        self.block_2 = ResnetBlock(channels, channels, groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+def level(count: int, in_channels: int, out_channels: int, groups: int) -> nn.Sequential:
+    """The `count` blocks of one resolution; a step to the next may be appended."""
+    sizes = [in_channels] + [out_channels] * count
+    blocks = [ResnetBlock(*pair, groups) for pair in zip(sizes, sizes[1:])]
+    return sequence(block=nn.Sequential(*blocks))
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+def middle(channels: int, groups: int) -> nn.Sequential:
+    before = ResnetBlock(channels, channels, groups)
+    after = ResnetBlock(channels, channels, groups)
+    return sequence(block_1=before, attn_1=AttnBlock(channels, groups), block_2=after)
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = conv(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Level(nn.Module):
-    """The blocks of one resolution, and the step to the next where there is one (`downsample` or `upsample`)."""
-
-    def __init__(self, blocks: list[ResnetBlock]):
-        super().__init__()
-        self.block = nn.ModuleList(blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        for name in ("downsample", "upsample"):
-            x = getattr(self, name)(x) if hasattr(self, name) else x
-        return x
+def encoder(p: AutoEncoderParams) -> nn.Sequential:
+    channels = p.ch
+    levels = []
+    for mult in p.ch_mult:
+        levels.append(level(p.num_res_blocks, channels, p.ch * mult, p.norm_groups))
+        channels = p.ch * mult
+        if len(levels) < len(p.ch_mult):
+            half = nn.Conv2d(channels, channels, 3, stride=2)
+            levels[-1].downsample = sequence(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=half)
+    return sequence(
+        conv_in=conv(3, p.ch), down=nn.Sequential(*levels), mid=middle(channels, p.norm_groups),
+        norm_out=norm(p.norm_groups, channels), silu=nn.SiLU(),
+        conv_out=conv(channels, 2 * p.z_channels),
+    )  # fmt: skip
 
 
-class Encoder(nn.Module):
-    def __init__(self, p: AutoEncoderParams):
-        super().__init__()
-        self.conv_in = conv(3, p.ch)
-        self.down = nn.ModuleList()
-        channels = p.ch
-        for i, mult in enumerate(p.ch_mult):
-            blocks = []
-            for _ in range(p.num_res_blocks):
-                blocks.append(ResnetBlock(channels, p.ch * mult, p.norm_groups))
-                channels = p.ch * mult
-            level = Level(blocks)
-            if i != len(p.ch_mult) - 1:
-                level.downsample = Downsample(channels)
-            self.down.append(level)
-        self.mid = Mid(channels, p.norm_groups)
-        self.norm_out = norm(p.norm_groups, channels)
-        self.conv_out = conv(channels, 2 * p.z_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
-        for level in self.down:
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
-
-
-class Decoder(nn.Module):
-    def __init__(self, p: AutoEncoderParams):
-        super().__init__()
-        channels = p.ch * p.ch_mult[-1]
-        self.conv_in = conv(p.z_channels, channels)
-        self.mid = Mid(channels, p.norm_groups)
-        levels: list[Level] = []  # from the smallest resolution up; the checkpoint numbers them the other way round
-        for i, mult in reversed(list(enumerate(p.ch_mult))):
-            blocks = []
-            for _ in range(p.num_res_blocks + 1):
-                blocks.append(ResnetBlock(channels, p.ch * mult, p.norm_groups))
-                channels = p.ch * mult
-            level = Level(blocks)
-            if i != 0:
-                level.upsample = Upsample(channels)
-            levels.append(level)
-        self.up = nn.ModuleList(reversed(levels))
-        self.norm_out = norm(p.norm_groups, channels)
-        self.conv_out = conv(channels, 3)
-
-    def forward(self, z: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+def decoder(p: AutoEncoderParams) -> nn.Sequential:
+    channels = p.ch * p.ch_mult[-1]
+    start = conv(p.z_channels, channels)
+    mid = middle(channels, p.norm_groups)
+    up = nn.Sequential()  # from the smallest resolution on; the checkpoint numbers them backwards
+    for i, mult in reversed(list(enumerate(p.ch_mult))):
+        up.add_module(str(i), level(p.num_res_blocks + 1, channels, p.ch * mult, p.norm_groups))
+        channels = p.ch * mult
+        if i > 0:
+            enlarge = nn.Upsample(scale_factor=2.0, mode="nearest")
+            up[-1].upsample = sequence(enlarge=enlarge, conv=conv(channels, channels))
+    return sequence(
+        conv_in=start, mid=mid, up=up, norm_out=norm(p.norm_groups, channels), silu=nn.SiLU(),
+        conv_out=conv(channels, 3),
+    )  # fmt: skip
 
 
 class AutoEncoder(nn.Module):
     def __init__(self, params: AutoEncoderParams):
         super().__init__()
         self.params = params
-        self.encoder = Encoder(params)
-        self.decoder = Decoder(params)
+        self.encoder = encoder(params)
+        self.decoder = decoder(params)
 
-    def encode(self, picture: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> latents (B, 16, H/8, W/8): the mean of the posterior, shifted and scaled."""
-        mean, _logvar = self.encoder(picture).chunk(2, dim=1)
+    def encode(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> latents (B, 16, H / 8, W / 8), the posterior's mean scaled."""
+        mean, _ = self.encoder(image).chunk(2, dim=1)
         return self.params.scale_factor * (mean - self.params.shift_factor)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents (B, 16, H/8, W/8), as the transformer makes them -> picture (B, 3, H, W), about [-1, 1]."""
+        """Latents (B, 16, H / 8, W / 8) -> image (B, 3, H, W), about [-1, 1]."""
         return self.decoder(latents / self.params.scale_factor + self.params.shift_factor)
 
 
-def to_uint8(picture: Tensor) -> Tensor:
+def to_uint8(image: Tensor) -> Tensor:
     """(B, 3, H, W) about [-1, 1] -> (B, H, W, 3) uint8."""
-    return rearrange(((picture.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8), "B C H W -> B H W C")
+    levels = ((image.float() / 2 + 0.5).clamp(0, 1) * 255).round()
+    return rearrange(levels.to(torch.uint8), "B C H W -> B H W C")

@@ -1,4 +1,4 @@
-"""CLIP-L's text encoder. Modules carry Hugging Face's names. FLUX.1 uses its pooled vector alone."""
+"""CLIP-L's text encoder. Modules carry Hugging Face's names. FLUX.1 uses the pooled vector."""
 
 from dataclasses import dataclass
 
@@ -36,16 +36,13 @@ class SelfAttention(nn.Module):
     def __init__(self, p: CLIPParams):
         super().__init__()
         self.num_heads = p.num_heads
-        self.q_proj = nn.Linear(p.hidden_size, p.hidden_size)
-        self.k_proj = nn.Linear(p.hidden_size, p.hidden_size)
-        self.v_proj = nn.Linear(p.hidden_size, p.hidden_size)
-        self.out_proj = nn.Linear(p.hidden_size, p.hidden_size)
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            self.add_module(name, nn.Linear(p.hidden_size, p.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            rearrange(m(x), "B L (H d) -> B H L d", H=self.num_heads) for m in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        layers = self.q_proj, self.k_proj, self.v_proj
+        qkv = (rearrange(y(x), "B L (H d) -> B H L d", H=self.num_heads) for y in layers)
+        out = F.scaled_dot_product_attention(*qkv, is_causal=True)
         return self.out_proj(rearrange(out, "B H L d -> B L (H d)"))
 
 
@@ -73,30 +70,20 @@ class Layer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Encoder(nn.Module):
-    def __init__(self, p: CLIPParams):
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(p) for _ in range(p.num_layers))
-
-
-class TextModel(nn.Module):
-    def __init__(self, p: CLIPParams):
-        super().__init__()
-        self.embeddings = Embeddings(p)
-        self.encoder = Encoder(p)
-        self.final_layer_norm = nn.LayerNorm(p.hidden_size)
-
-
 class CLIPTextEncoder(nn.Module):
     def __init__(self, params: CLIPParams):
         super().__init__()
         self.params = params
-        self.text_model = TextModel(params)
+        layers = nn.ModuleList(Layer(params) for _ in range(params.num_layers))
+        self.text_model = nn.Module()
+        self.text_model.embeddings = Embeddings(params)
+        self.text_model.encoder = nn.ModuleDict({"layers": layers})
+        self.text_model.final_layer_norm = nn.LayerNorm(params.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, L) -> (B, hidden_size): the final state at the first end-of-text token, which has the largest id."""
+        """ids (B, L) -> (B, hidden_size): the state at the first end token, the largest id."""
         x = self.text_model.embeddings(ids)
-        for layer in self.text_model.encoder.layers:
+        for layer in self.text_model.encoder["layers"]:
             x = layer(x)
         x = self.text_model.final_layer_norm(x)
         return x[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]

@@ -1,7 +1,6 @@
 """Linear layers in 8-bit floating point (float8_e4m3fn): half of bfloat16's memory, and twice its
-speed on GPUs that multiply in it.
-
-A weight has one scale for each output, an input one for each token, found anew each time: value = number * scale.
+speed on GPUs that multiply in it. Value = number * scale; a weight has a scale for each output, an
+input one for each token, found anew each time.
 """
 
 from functools import cache
@@ -16,7 +15,7 @@ LARGEST = torch.finfo(FP8).max
 
 
 def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (L, D) -> numbers (L, D) in float8_e4m3fn and scales (L, 1) in float32, so that each row's largest is 448."""
+    """x (L, D) -> numbers (L, D), each row's largest 448, and scales (L, 1) in float32."""
     scale = (x.abs().amax(dim=-1, keepdim=True).float() / LARGEST).clamp(min=1e-12)
     return (x / scale).to(FP8), scale
 
@@ -48,13 +47,11 @@ def scaled_product(
     It is an operator of its own because torch 2.13 cannot compile `scaled_mm` for a GPU if the bias
     is a slice of a larger one, as that of `single_blocks.linear1` is.
     """
-    on_gpu = x.is_cuda  # where bfloat16 is all that there is for scales by rows
-    out = F.scaled_mm(
-        x, weight.t(), x_scale, ScalingType.RowWise, scale.t(), ScalingType.RowWise,
-        bias=bias.bfloat16() if on_gpu else bias.to(dtype), output_dtype=torch.bfloat16 if on_gpu else dtype,
-        use_fast_accum=on_gpu,
-    )  # fmt: skip
-    return out.to(dtype)
+    on_gpu = x.is_cuda
+    out_dtype = torch.bfloat16 if on_gpu else dtype  # a GPU has no other for scales by rows
+    scales = x_scale, ScalingType.RowWise, scale.t(), ScalingType.RowWise
+    how = {"bias": bias.to(out_dtype), "output_dtype": out_dtype, "use_fast_accum": on_gpu}
+    return F.scaled_mm(x, weight.t(), *scales, **how).to(dtype)
 
 
 @scaled_product.register_fake
@@ -63,25 +60,28 @@ def product_like(x, x_scale, weight, scale, bias, dtype):
 
 
 class Fp8Linear(nn.Module):
-    """weight (out, in) in float8_e4m3fn, scale (out, 1) in float32, bias (out,) in the dtype of the inputs.
+    """weight (out, in) in float8_e4m3fn, scale (out, 1) in float32, bias (out,) in any dtype.
 
-    Where the device can't multiply such numbers, `multiplies` is false and the weight is widened for each call.
+    Where the device can't multiply such numbers, `multiplies` is false and each call upcasts them.
     """
 
     def __init__(self, in_features: int, out_features: int, multiplies: bool):
         super().__init__()
-        self.in_features, self.out_features, self.multiplies = in_features, out_features, multiplies
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=FP8), requires_grad=False)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.multiplies = multiplies
+        weight = torch.empty(out_features, in_features, dtype=FP8)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale = nn.Parameter(torch.empty(out_features, 1), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
 
-    def widened(self, rows: slice = slice(None)) -> Tensor:
+    def upcast(self, rows: slice = slice(None)) -> Tensor:
         return self.weight[rows].float() * self.scale[rows]
 
     def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         """x (B, L, in) -> (B, L, out), or the outputs `rows` of it."""
         if not self.multiplies:
-            return F.linear(x, self.widened(rows).to(x.dtype), self.bias[rows])
-        numbers, scale = to_fp8(x.flatten(0, -2))
-        out = scaled_product(numbers, scale, self.weight[rows], self.scale[rows], self.bias[rows], x.dtype)
+            return F.linear(x, self.upcast(rows).to(x.dtype), self.bias[rows])
+        layer = self.weight[rows], self.scale[rows], self.bias[rows]
+        out = scaled_product(*to_fp8(x.flatten(0, -2)), *layer, x.dtype)
         return out.unflatten(0, x.shape[:-1])

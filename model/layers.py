@@ -1,9 +1,10 @@
-"""The building blocks of the FLUX.1 transformer. Modules carry the names of the official checkpoint.
+"""The building blocks of FLUX.1's transformer. Modules carry the official checkpoint's names.
 
-Notation: B images, L tokens, D hidden size, H heads, d = D / H.
+B images, L tokens, D hidden size, H heads, d = D / H.
 """
 
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -18,45 +19,41 @@ Vectors = Tensor | tuple[Tensor, Tensor]
 
 
 def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """Sinusoids of 1000 t, cosine first: t (B,) in [0, 1] -> (B, dim).
-
-    Computed in float32 (float64 for a float64 model): bfloat16 would round a guidance of 3500 to 3504.
-    """
+    """Sinusoids of 1000 t, cosine first: t (B,) in [0, 1] -> (B, dim). They are computed in float32
+    or float64: bfloat16 would round a guidance of 3500 to 3504."""
     precise = torch.promote_types(dtype, torch.float32)
-    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=precise, device=t.device) / (dim // 2))
+    steps = torch.arange(dim // 2, dtype=precise, device=t.device)
+    freqs = torch.exp(-math.log(10000) * steps / (dim // 2))
     args = 1000.0 * t.to(precise)[:, None] * freqs
     return torch.cat([args.cos(), args.sin()], dim=-1).to(dtype)
 
 
 def embedding(count: int, width: int) -> nn.Embedding:
-    """torch's, but on the meta device without its random initialization, which takes a second there."""
+    """torch's, but not initialized on the meta device, where that takes a second."""
     weight = torch.empty(count, width)
-    return nn.Embedding(count, width, _weight=weight if weight.is_meta else nn.init.normal_(weight))
+    weight = weight if weight.is_meta else nn.init.normal_(weight)
+    return nn.Embedding(count, width, _weight=weight)
 
 
-class MLPEmbedder(nn.Module):
-    """(B, in_dim) -> (B, D)."""
+def mlp_embedder(in_dim: int, hidden: int) -> nn.Sequential:
+    layers = {"in_layer": nn.Linear(in_dim, hidden), "silu": nn.SiLU()}
+    return nn.Sequential(OrderedDict(layers, out_layer=nn.Linear(hidden, hidden)))
 
-    def __init__(self, in_dim: int, hidden: int):
-        super().__init__()
-        self.in_layer = nn.Linear(in_dim, hidden)
-        self.out_layer = nn.Linear(hidden, hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out_layer(F.silu(self.in_layer(x)))
+def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
+    """Root-mean-square norm over the last dimension, computed in float32 or more."""
+    precise = x.to(torch.promote_types(x.dtype, torch.float32))
+    rrms = torch.rsqrt(precise.square().mean(dim=-1, keepdim=True) + 1e-6)
+    return (precise * rrms).type_as(x) * scale
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, computed in float32 or more."""
-
     def __init__(self, dim: int):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        precise = x.to(torch.promote_types(x.dtype, torch.float32))
-        rrms = torch.rsqrt(precise.square().mean(dim=-1, keepdim=True) + 1e-6)
-        return (precise * rrms).type_as(x) * self.scale
+        return rms_norm(x, self.scale)
 
 
 class QKNorm(nn.Module):
@@ -66,23 +63,29 @@ class QKNorm(nn.Module):
         self.key_norm = RMSNorm(head_dim)
 
     def forward(self, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Split the fused projection (B, L, 3 D) into q, k, v (B, H, L, d) and normalize q and k."""
+        """Split the fused projection (B, L, 3 D) into q, k, v (B, H, L, d); normalize q and k."""
         q, k, v = rearrange(qkv, "B L (three H d) -> three B H L d", three=3, H=heads)
         return self.query_norm(q), self.key_norm(k), v
 
 
 class SelfAttention(nn.Module):
-    """The projections around attention; the attention itself runs over both streams, in DoubleStreamBlock."""
+    """The projections of one stream; the attention itself runs over both, in DoubleStreamBlock."""
 
     def __init__(self, hidden: int, heads: int):
         super().__init__()
+        self.heads = heads
         self.qkv = nn.Linear(hidden, hidden * 3)
         self.norm = QKNorm(hidden // heads)
         self.proj = nn.Linear(hidden, hidden)
 
+    def forward(self, x: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, L, D) -> normalized q, k and v (B, H, L, d)."""
+        shift, scale, *_ = vectors.chunk(6, dim=-1)
+        return self.norm(self.qkv(modulate(x, shift, scale)), self.heads)
+
 
 class Modulation(nn.Module):
-    """adaLN: the conditioning vector (B, D) -> shift, scale and gate, once or twice, concatenated: (B, 1, n D)."""
+    """adaLN: the conditioning vector (B, D) -> shifts, scales and gates, (B, 1, n D)."""
 
     def __init__(self, hidden: int, multiplier: int):
         super().__init__()
@@ -98,11 +101,12 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def mlp(hidden: int, mlp_hidden: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(hidden, mlp_hidden), nn.GELU(approximate="tanh"), nn.Linear(mlp_hidden, hidden))
+    gelu = nn.GELU(approximate="tanh")
+    return nn.Sequential(nn.Linear(hidden, mlp_hidden), gelu, nn.Linear(mlp_hidden, hidden))
 
 
 class FusedLinear(nn.Linear):
-    """Several layers that read the same input, as one matrix; `rows` gives the outputs of some of them alone."""
+    """Several layers that read the same input; `rows` gives the outputs of some of them alone."""
 
     def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         return F.linear(x, self.weight[rows], self.bias[rows])
@@ -113,7 +117,6 @@ class DoubleStreamBlock(nn.Module):
 
     def __init__(self, hidden: int, heads: int, mlp_hidden: int):
         super().__init__()
-        self.heads = heads
         self.img_mod = Modulation(hidden, 6)
         self.img_attn = SelfAttention(hidden, heads)
         self.img_mlp = mlp(hidden, mlp_hidden)
@@ -123,44 +126,43 @@ class DoubleStreamBlock(nn.Module):
 
     def vectors(self, vecs: list[Tensor]) -> list[Vectors]:
         """For each vec (B, D) the vectors that `forward` takes, 6 for the image and 6 for the text.
-
-        One layer handles all of them before the other does: their weights may have to be fetched.
-        """
+        One layer handles them all before the other: its weights may have to be fetched."""
         img = [self.img_mod(vec) for vec in vecs]
         txt = [self.txt_mod(vec) for vec in vecs]
         return list(zip(img, txt))
 
     def forward(
-        self, img: Tensor, txt: Tensor, vectors: Vectors, pe: Tensor, attention: Attention, block: Block
-    ) -> tuple[Tensor, Tensor]:
+        self, img: Tensor, txt: Tensor, vectors: Vectors, pe: Tensor, attention: Attention,
+        block: Block,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """img (B, L_img, D), txt (B, L_txt, D), pe (B, L_txt + L_img, d / 2, 2) -> new img, txt."""
-        return self.finish(img, txt, vectors, attention(*self.project(img, txt, vectors, pe), block))
+        attn = attention(*self.project(img, txt, vectors, pe), block)
+        return self.finish(img, txt, vectors, attn)
 
-    def project(self, img: Tensor, txt: Tensor, vectors: Vectors, pe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, img: Tensor, txt: Tensor, vectors: Vectors, pe: Tensor) -> tuple[Tensor, ...]:
         """What attention is given: q, k, v (B, H, L_txt + L_img, d), normalized and rotated."""
-        (img_shift, img_scale, *_), (txt_shift, txt_scale, *_) = (x.chunk(6, dim=-1) for x in vectors)
-        img_q, img_k, img_v = self.img_attn.norm(self.img_attn.qkv(modulate(img, img_shift, img_scale)), self.heads)
-        txt_q, txt_k, txt_v = self.txt_attn.norm(self.txt_attn.qkv(modulate(txt, txt_shift, txt_scale)), self.heads)
+        img_q, img_k, img_v = self.img_attn(img, vectors[0])
+        txt_q, txt_k, txt_v = self.txt_attn(txt, vectors[1])
         q = apply_rope(torch.cat([txt_q, img_q], dim=2), pe)
         k = apply_rope(torch.cat([txt_k, img_k], dim=2), pe)
         return q, k, torch.cat([txt_v, img_v], dim=2)
 
-    def finish(self, img: Tensor, txt: Tensor, vectors: Vectors, attn: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(self, img: Tensor, txt: Tensor, vectors: Vectors, attn: Tensor) -> tuple:
         """All that follows attention, whose output `attn` is (B, H, L_txt + L_img, d)."""
-        img_vectors, txt_vectors = vectors
-        _, _, img_gate1, img_shift, img_scale, img_gate2 = img_vectors.chunk(6, dim=-1)
-        _, _, txt_gate1, txt_shift, txt_scale, txt_gate2 = txt_vectors.chunk(6, dim=-1)
         attn = rearrange(attn, "B H L d -> B L (H d)")
         txt_attn, img_attn = attn.split([txt.shape[1], img.shape[1]], dim=1)
-        img = img + img_gate1 * self.img_attn.proj(img_attn)
-        img = img + img_gate2 * self.img_mlp(modulate(img, img_shift, img_scale))
-        txt = txt + txt_gate1 * self.txt_attn.proj(txt_attn)
-        txt = txt + txt_gate2 * self.txt_mlp(modulate(txt, txt_shift, txt_scale))
+        img = self.finish_stream(img, vectors[0], self.img_attn.proj(img_attn), self.img_mlp)
+        txt = self.finish_stream(txt, vectors[1], self.txt_attn.proj(txt_attn), self.txt_mlp)
         return img, txt
+
+    def finish_stream(self, x: Tensor, vectors: Tensor, attn: Tensor, mlp: nn.Module) -> Tensor:
+        _, _, gate1, shift, scale, gate2 = vectors.chunk(6, dim=-1)
+        x = x + gate1 * attn
+        return x + gate2 * mlp(modulate(x, shift, scale))
 
 
 class SingleStreamBlock(nn.Module):
-    """One stream, attention and MLP side by side: linear1 makes q, k, v and the MLP's input, linear2 joins them."""
+    """One stream; attention and MLP side by side, between linear1 and linear2."""
 
     def __init__(self, hidden: int, heads: int, mlp_hidden: int):
         super().__init__()
@@ -175,8 +177,9 @@ class SingleStreamBlock(nn.Module):
         return [self.modulation(vec) for vec in vecs]
 
     def forward(
-        self, x: Tensor, vectors: Vectors, pe: Tensor, attention: Attention, block: Block, last: int | None = None
-    ) -> Tensor:
+        self, x: Tensor, vectors: Vectors, pe: Tensor, attention: Attention, block: Block,
+        last: int | None = None,
+    ) -> Tensor:  # fmt: skip
         """x (B, L, D), pe (B, L, d / 2, 2) -> new x; with `last` only its last so many rows."""
         *qkv, h = self.project(x, vectors, pe)
         attn = attention(*qkv, block)
@@ -186,8 +189,8 @@ class SingleStreamBlock(nn.Module):
             x, h, attn = x[:, first:], h[:, first:], attn[:, :, first:]
         return self.finish(x, h, vectors, attn)
 
-    def project(self, x: Tensor, vectors: Vectors, pe: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What attention is given, q, k, v (B, H, L, d), and h (B, L, D), which the MLP reads too."""
+    def project(self, x: Tensor, vectors: Vectors, pe: Tensor) -> tuple[Tensor, ...]:
+        """What attention is given, q, k, v (B, H, L, d), and h (B, L, D), the MLP's input."""
         shift, scale, _ = vectors.chunk(3, dim=-1)
         h = modulate(x, shift, scale)
         q, k, v = self.norm(self.linear1(h, rows=slice(0, 3 * x.shape[-1])), self.heads)
@@ -196,15 +199,14 @@ class SingleStreamBlock(nn.Module):
     def finish(self, x: Tensor, h: Tensor, vectors: Vectors, attn: Tensor) -> Tensor:
         """All that follows attention, whose output `attn` is (B, H, L, d)."""
         gate = vectors.chunk(3, dim=-1)[2]
-        # where tokens have vectors of their own, x may be the last of them alone
+        # Where tokens have vectors of their own, x may be the last of them alone.
         gate = gate[:, max(0, gate.shape[1] - x.shape[1]) :]
         mlp = F.gelu(self.linear1(h, rows=slice(3 * x.shape[-1], None)), approximate="tanh")
-        return x + gate * self.linear2(torch.cat([rearrange(attn, "B H L d -> B L (H d)"), mlp], dim=-1))
+        attn = rearrange(attn, "B H L d -> B L (H d)")
+        return x + gate * self.linear2(torch.cat([attn, mlp], dim=-1))
 
 
 class LastLayer(nn.Module):
-    """(B, L, D) -> (B, L, out_channels)."""
-
     def __init__(self, hidden: int, out_channels: int):
         super().__init__()
         self.linear = nn.Linear(hidden, out_channels)

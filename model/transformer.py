@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.attention import Attention, Block, plain_attention, rope, rope_axes
-from model.layers import DoubleStreamBlock, LastLayer, MLPEmbedder, SingleStreamBlock, Vectors, timestep_embedding
+from model import layers
+from model.attention import Attention, Block, plain_attention, rope, rope_axes, text_then_image
+from model.layers import DoubleStreamBlock, LastLayer, SingleStreamBlock, Vectors
 
 Join = Callable[[Tensor, Tensor], Tensor]
 AfterBlock = Callable[[Tensor, Block], Tensor]
@@ -36,19 +37,13 @@ class FluxParams:
     guidance_embed: bool = True
 
 
-def text_then_image(txt: Tensor, img: Tensor) -> Tensor:
-    """The plain sequence of the single blocks, (B, L_txt + L_img, ...)."""
-    return torch.cat([txt, img], dim=1)
-
-
 def as_it_is(x: Tensor, block: Block) -> Tensor:
     return x
 
 
 class Hidden(NamedTuple):
     """The tokens between two blocks: img (B, L_img, D), txt (B, L_txt, D), their rotary embeddings
-    pe (B, L_txt + L_img, d / 2, 2), and length, L_img. After the double blocks, img is the sequence
-    that `join` made, and txt is None."""
+    pe (B, L_txt + L_img, d / 2, 2), and L_img. After the double blocks, img is what `join` made."""
 
     img: Tensor
     txt: Tensor | None
@@ -62,7 +57,7 @@ def known_rope(
     ids: bytes, shape: torch.Size, ids_dtype: torch.dtype, params: FluxParams,
     dtype: torch.dtype, device: torch.device,
 ) -> Tensor:  # fmt: skip
-    """`rope`, cached: every step needs the same rotary embeddings; a GPU would wait for them."""
+    """`rope`, cached: every step needs the same, and a GPU would wait for it."""
     positions = torch.frombuffer(bytearray(ids), dtype=ids_dtype).reshape(shape)
     axes = rope_axes(params.hidden_size // params.num_heads)
     return rope(positions, axes, params.theta, dtype).to(device)
@@ -77,14 +72,15 @@ class Streams(nn.Module):
         hidden = params.hidden_size
         sizes = hidden, params.num_heads, params.mlp_hidden
         self.img_in = nn.Linear(params.in_channels, hidden)
-        self.time_in = MLPEmbedder(256, hidden)
-        self.vector_in = MLPEmbedder(params.vec_in_dim, hidden)
+        self.time_in = layers.mlp_embedder(256, hidden)
+        self.vector_in = layers.mlp_embedder(params.vec_in_dim, hidden)
         if params.guidance_embed:
-            self.guidance_in = MLPEmbedder(256, hidden)
+            self.guidance_in = layers.mlp_embedder(256, hidden)
         self.txt_in = nn.Linear(params.context_in_dim, hidden)
-        single = params.depth_single_blocks
-        self.double_blocks = nn.ModuleList(DoubleStreamBlock(*sizes) for _ in range(params.depth))
-        self.single_blocks = nn.ModuleList(SingleStreamBlock(*sizes) for _ in range(single))
+        double = [DoubleStreamBlock(*sizes) for _ in range(params.depth)]
+        single = [SingleStreamBlock(*sizes) for _ in range(params.depth_single_blocks)]
+        self.double_blocks = nn.ModuleList(double)
+        self.single_blocks = nn.ModuleList(single)
 
     @property
     def modulated(self) -> list[nn.Module]:
@@ -93,9 +89,9 @@ class Streams(nn.Module):
 
     def conditioning(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
         """The vector that modulates every block, (B, D)."""
-        vec = self.time_in(timestep_embedding(timesteps, 256, y.dtype)) + self.vector_in(y)
+        vec = self.time_in(layers.timestep_embedding(timesteps, 256, y.dtype)) + self.vector_in(y)
         if self.params.guidance_embed:
-            vec = vec + self.guidance_in(timestep_embedding(guidance, 256, y.dtype))
+            vec = vec + self.guidance_in(layers.timestep_embedding(guidance, 256, y.dtype))
         return vec
 
     def modulation(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> list[Vectors]:
@@ -104,11 +100,9 @@ class Streams(nn.Module):
         vec = self.conditioning(timesteps, y, guidance)
         return [module.vectors([vec])[0] for module in self.modulated]
 
-    def modulations(
-        self, timesteps: list[float], y: Tensor, guidance: Tensor | None
-    ) -> list[list[Vectors]]:  # fmt: skip
-        """`modulation` at all these timesteps, layer by layer: each is fetched to the device once."""
-        batches = [torch.full((len(y),), t, device=y.device) for t in timesteps]
+    def modulations(self, times: list[float], y: Tensor, guidance: Tensor | None) -> list[list]:
+        """`modulation` at all these times, layer by layer: each is fetched to the device once."""
+        batches = [torch.full((len(y),), t, device=y.device) for t in times]
         vecs = [self.conditioning(t, y, guidance) for t in batches]
         return [list(x) for x in zip(*(module.vectors(vecs) for module in self.modulated))]
 
@@ -169,14 +163,13 @@ class Flux(Streams):
         """The velocity, (B, L_img, out_channels).
 
         img: (B, L_img, in_channels), packed latents; txt: (B, L_txt, context), T5's output;
-        img_ids, txt_ids: (B, L, 3), positions; modulation: `modulation` of the timestep.
-        `join(txt, img)` makes the sequence of the single blocks, which must end with the image
-        tokens to decode; it is also called with the rotary embeddings, so it may only repeat, drop
-        and reorder rows (dimension 1). `after_block(x, block)` replaces a block's output x: img in
-        double blocks, the sequence in single blocks, of which the last one gives L_img rows.
+        img_ids, txt_ids: (B, L, 3), positions. `join(txt, img)` makes the sequence of the single
+        blocks, which must end with the image tokens to decode; it is also called with the rotary
+        embeddings, so it may only repeat, drop and reorder rows (dimension 1). `after_block(x,
+        block)` replaces a block's output x: img in double blocks, else the sequence.
         """
-        seam = attention, join, after_block
-        hidden = self.blocks(self.embed(img, img_ids, txt, txt_ids), modulation, *seam)
+        hidden = self.embed(img, img_ids, txt, txt_ids)
+        hidden = self.blocks(hidden, modulation, attention, join, after_block)
         return self.decode(hidden, modulation)
 
     def decode(self, hidden: Hidden, modulation: list[Vectors]) -> Tensor:

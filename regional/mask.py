@@ -1,7 +1,4 @@
-"""Regions as one integer per token. `allowed` is the whole mask; it is never stored.
-
-To try another mask rule, change `allowed` here, and its line of Triton in kernel.py; every attention here uses it.
-"""
+"""Regions as one integer per token: bit i of a token is set where region i covers it."""
 
 import math
 from typing import NamedTuple
@@ -11,28 +8,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from regional.attention import OPEN_BIT
 from regional.images import read_color, read_mask
 from regional.layout import Layout, Region
 
 BACKGROUND_BIT = 61  # the written regions have bits 0-60
-OPEN_BIT = 62  # of all image tokens, where they all see each other
-
-
-def allowed(bits_q: Tensor, bits_k: Tensor) -> Tensor:
-    """May a query with these region bits look at a key with those? int64 in, bool out, broadcasting.
-
-    Whatever the rule, a token without bits must see nothing and be seen by nobody: padding has none.
-    """
-    return (bits_q & bits_k) != 0
+HIDES = {"last": "later", "first": "earlier", "smallest": "smaller"}  # which regions lie above
 
 
 class RegionTokens(NamedTuple):
     """The regions on the token grid.
 
-    prompts, prompt_bits: a prompt and a bit for each of P regions, the background last, where it is needed.
+    prompts, prompt_bits: those of P regions, the background last if there is one.
     image_bits: (h w,) int64, the bits of the image tokens, row by row.
     cover: (P, h w) float32, how far each region covers each image token; 0 or 1 without feathers.
-    strength: for each region, the weight of its text for its image tokens.
+    strength: for each region, the weight of its prompt for its image tokens.
     open_images: all image tokens see each other.
     """
 
@@ -45,15 +35,15 @@ class RegionTokens(NamedTuple):
     warnings: list[str]
 
     def bits(self, text_length: int) -> Tensor:
-        """Bits of the sequence [txt_1 .. txt_R, img] with texts of `text_length` tokens each, (L,) int64."""
+        """Bits of [txt_1 .. txt_R, img] with prompts of `text_length` tokens each, (L,) int64."""
         text = torch.tensor([1 << bit for bit in self.prompt_bits]).repeat_interleave(text_length)
         return torch.cat([text, self.image_bits | (self.open_images << OPEN_BIT)])
 
     def log_weights(self) -> Tensor | None:
-        """How each image token weighs each region's text and, then, the tokens of each region alone, as logarithms,
-        (h w, 2 P) float32: by its cover, and texts by their strength too, -inf for 0. None where all are 0."""
-        texts = self.cover * torch.tensor(self.strength)[:, None]
-        weights = torch.cat([x.where(self.cover > 0, 1).log() for x in (texts, self.cover)])
+        """How each image token weighs each prompt, then the tokens of each region alone: logarithms
+        of its cover, for prompts times strength, (h w, 2 P) float32; None if all are 0."""
+        prompts = self.cover * torch.tensor(self.strength)[:, None]
+        weights = torch.cat([x.where(self.cover > 0, 1).log() for x in (prompts, self.cover)])
         return weights.T.contiguous() if weights.any() else None
 
     def mean(self, values: list[float]) -> Tensor:
@@ -65,11 +55,8 @@ class RegionTokens(NamedTuple):
         return values @ cover / cover.sum(0)
 
     def sorted(self) -> tuple["RegionTokens", Tensor]:
-        """The same with the image tokens of equal bits side by side, and their old positions, (h w,) int64.
-
-        Attention does not care about the order of tokens, but tiles of equal bits need no mask. The order is that of
-        the reflected Gray code, in which neighbours differ in few regions.
-        """
+        """The same with image tokens of equal bits side by side, and their old positions, (h w,).
+        Tiles of equal bits need no mask; in the Gray code's order neighbors differ in little."""
         rank = self.image_bits
         for shift in (1, 2, 4, 8, 16, 32):
             rank = rank ^ (rank >> shift)
@@ -78,28 +65,32 @@ class RegionTokens(NamedTuple):
 
 
 def region_tokens(layout: Layout) -> RegionTokens:
-    """Rasterise a layout's regions to its grid of (height / 16) x (width / 16) tokens."""
-    inside, warnings = [], []
+    """Rasterize a layout's regions to its grid of (height / 16) x (width / 16) tokens."""
+    inside = []
+    warnings = []
     for i, region in enumerate(layout.regions):
         tokens = token_grid(region, layout)
         if not tokens.any():
             tokens = most_covered(region, layout)
-            warnings.append(f"regions[{i}] covers no token's centre; it gets the one token it covers most.")
-        inside.append(feathered(tokens, region.feather) if region.feather > 16 else tokens.astype(np.float32))
+            problem = "covers no token's centre; it gets the one token it covers most."
+            warnings.append(f"regions[{i}] {problem}")
+        soft = region.feather > 16
+        inside.append(feathered(tokens, region.feather) if soft else tokens.astype(np.float32))
     cover = np.stack(inside)
     if layout.overlap != "share":
         order = stacking(cover, layout.overlap)
-        for place, i in enumerate(order):  # the topmost first: what it leaves is for the others
+        for place, i in enumerate(order):  # The topmost is first: what it leaves is for the others.
             cover[i] = np.minimum(cover[i], 1 - cover[order[:place]].sum(axis=0).clip(max=1))
             cover[i][cover[i] < 1e-6] = 0
             if not cover[i].any():
-                warnings.append(f"regions[{i}] lies wholly under {HIDES[layout.overlap]} regions and will not show.")
-    prompts, bits = [r.prompt for r in layout.regions], list(range(len(cover)))
-    strength = [r.strength for r in layout.regions]
+                above = f"{HIDES[layout.overlap]} regions"
+                warnings.append(f"regions[{i}] lies wholly under {above} and will not show.")
+    regions = [(r.prompt, i, r.strength) for i, r in enumerate(layout.regions)]
     rest = 1 - cover.sum(axis=0)
     if (rest > 1e-6).any():
-        prompts, bits, strength = prompts + [layout.background_prompt], bits + [BACKGROUND_BIT], strength + [1.0]
+        regions.append((layout.background_prompt, BACKGROUND_BIT, 1.0))
         cover = np.concatenate([cover, np.where(rest > 1e-6, rest, 0)[None]])
+    prompts, bits, strength = map(list, zip(*regions))
     image_bits = sum((c > 0).astype(np.int64) << bit for c, bit in zip(cover, bits))
     open_images = layout.image_attention == "open"
     flat = torch.from_numpy(image_bits.flatten()), torch.from_numpy(cover.reshape(len(cover), -1))
@@ -108,8 +99,7 @@ def region_tokens(layout: Layout) -> RegionTokens:
 
 def regional_stages(layout: Layout, tokens: RegionTokens) -> list[tuple[int, Tensor]]:
     """The regional steps of a resolved layout in stages of equal settings: where each ends, and the
-    weight of the base branch for each image token, (h w,) float64. It is 1 for a region whose own
-    steps are over: that follows the base prompt."""
+    base branch's weight for each image token, (h w,) float64: 1 where a region's steps are over."""
     parts = (*layout.regions, layout)[: len(tokens.prompts)]  # the layout's are the background's
     stages = []
     start = 0
@@ -120,33 +110,35 @@ def regional_stages(layout: Layout, tokens: RegionTokens) -> list[tuple[int, Ten
     return stages
 
 
-HIDES = {"last": "later", "first": "earlier", "smallest": "smaller"}  # which regions lie above
-
-
 def stacking(cover: np.ndarray, overlap: str) -> list[int]:
     """The regions' indices, the topmost first."""
-    indices = list(range(len(cover)))
+    indices = range(len(cover))
     if overlap == "smallest":
         return sorted(indices, key=lambda i: cover[i].sum())
-    return indices[::-1] if overlap == "last" else indices
+    return list(reversed(indices) if overlap == "last" else indices)
 
 
 def feathered(tokens: np.ndarray, feather: float) -> np.ndarray:
-    """The share of each token's surroundings, `feather` pixels wide and high, that is in the region: float32 in [0, 1].
-    Beyond the picture it goes on as at its edge."""
-    cover, width = tokens.astype(np.float32), feather / 16
+    """The fraction of each token's surroundings, `feather` pixels wide and high, that is in the
+    region: float32 in [0, 1]. Beyond the image it goes on as at its edge."""
+    cover = tokens.astype(np.float32)
+    width = feather / 16
     reach = math.ceil(width / 2 - 0.5)
     window = np.clip(width / 2 + 0.5 - np.abs(np.arange(-reach, reach + 1)), 0, 1) / width
     for axis in (0, 1):
-        padded = np.pad(cover, [(reach, reach) if i == axis else (0, 0) for i in (0, 1)], mode="edge")
-        cover = sum(w * padded.take(range(i, i + cover.shape[axis]), axis) for i, w in enumerate(window))
+        size = cover.shape[axis]
+        around = [(reach, reach) if i == axis else (0, 0) for i in (0, 1)]
+        padded = np.pad(cover, around, mode="edge")
+        cover = sum(w * padded.take(range(i, i + size), axis) for i, w in enumerate(window))
     return np.where(cover > 1e-6, cover.clip(max=1), 0).astype(np.float32)
 
 
 def token_grid(region: Region, layout: Layout) -> np.ndarray:
-    """Which tokens' centre pixels, (16 j + 8, 16 i + 8), lie in the region: (height / 16, width / 16) bool."""
-    h, w = layout.height // 16, layout.width // 16
-    x, y = 16 * np.arange(w) + 8, 16 * np.arange(h) + 8
+    """Which tokens' center pixels, (16 j + 8, 16 i + 8), lie in the region, (h, w) bool."""
+    h = layout.height // 16
+    w = layout.width // 16
+    x = 16 * np.arange(w) + 8
+    y = 16 * np.arange(h) + 8
     if region.box:
         x0, y0, x1, y1 = region.box
         return ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
@@ -159,13 +151,13 @@ def token_grid(region: Region, layout: Layout) -> np.ndarray:
 
 
 def region_mask(region: Region, layout: Layout) -> np.ndarray:
-    """The region's own picture, or its color in the layout's map: (rows, columns) bool."""
+    """The region's mask, or its color in the map: (rows, columns) bool."""
     return read_mask(region.mask) if region.mask else read_color(layout.map, region.color)
 
 
 def in_polygons(polygons: tuple, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Even-odd, (len(y), len(x)) bool: a point is inside if a ray from it to the left crosses an odd number of edges.
-    An edge holds its upper end and not its lower one; a point on an edge lies to its right: as boxes are half-open."""
+    """Even-odd, (len(y), len(x)) bool: rays from inside to the left cross an odd number of edges.
+    As boxes are half-open, an edge holds its upper end alone; a point on it lies to the right."""
     flips = np.zeros((len(y), len(x) + 1), dtype=bool)  # where a row goes in or out
     for points in polygons:
         for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1]):
@@ -176,19 +168,16 @@ def in_polygons(polygons: tuple, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def most_covered(region: Region, layout: Layout) -> np.ndarray:
-    """The one token that a very small region covers most, (height / 16, width / 16) bool."""
-    h, w = layout.height // 16, layout.width // 16
+    """The one token that a very small region covers most, (h, w) bool."""
+    h = layout.height // 16
+    w = layout.width // 16
     if region.box:
         x0, y0, x1, y1 = region.box
-        overlap = [
-            np.clip(np.minimum(high, 16 * np.arange(n) + 16) - np.maximum(low, 16 * np.arange(n)), 0, None)
-            for low, high, n in ((y0, y1, h), (x0, x1, w))
-        ]
-        area = np.outer(*overlap)
+        area = np.outer(overlap(y0, y1, h), overlap(x0, x1, w))
     elif region.polygon:
         fine = in_polygons(region.polygon, 4 * np.arange(4 * w) + 2, 4 * np.arange(4 * h) + 2)
         area = fine.reshape(h, 4, w, 4).sum(axis=(1, 3))
-        if not area.any():  # smaller than that: the token of its first point
+        if not area.any():  # It is smaller than that: the token of its first point counts.
             x, y = region.polygon[0][0]
             area[min(int(y) // 16, h - 1), min(int(x) // 16, w - 1)] = 1
     else:
@@ -197,3 +186,9 @@ def most_covered(region: Region, layout: Layout) -> np.ndarray:
     one = np.zeros(h * w, dtype=bool)
     one[area.argmax()] = True
     return one.reshape(h, w)
+
+
+def overlap(low: float, high: float, tokens: int) -> np.ndarray:
+    """The pixels that each of a row of tokens shares with [low, high)."""
+    start = 16 * np.arange(tokens)
+    return np.clip(np.minimum(high, start + 16) - np.maximum(low, start), 0, None)

@@ -1,7 +1,6 @@
 """The denoising of one image: noise in, latents out; first the regional steps, then plain FLUX.
-
-Whatever an image can do without (ControlNets, LoRAs of regions, sequence parallelism ...) is an
-extension, a function that wraps the forward pass; docs/extensions.md shows how to write one.
+What an image can do without is an extension, a function that wraps the forward pass: see
+docs/extensions.md.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.attention import Attention, Block, plain_attention
+from model.attention import Attention, Block, plain_attention, text_then_image
 from model.layers import Vectors
-from model.transformer import AfterBlock, Flux, FluxParams, Join, as_it_is, text_then_image
+from model.transformer import AfterBlock, Flux, FluxParams, Join, as_it_is
 from regional.attention import MaskedAttention, RegionalAttention, Tokens
 from regional.layout import Layout
 from regional.mask import RegionTokens, regional_stages
@@ -204,10 +203,7 @@ def composed(run: Run, base_ratio: Tensor, plain: Velocity) -> Velocity:
 
     def velocity(img: Tensor, t: float, step: int) -> Tensor:
         # The sum is float32, as img is, whatever the dtype of the velocities.
-        pairs = zip(fractions, regions)
-        mean = sum(fraction.to(img) * region(img, t, step) for fraction, region in pairs)
-        if not has_base:
-            return mean
-        return torch.lerp(mean, plain(img, t, step).to(mean), ratio.to(mean))
+        mean = sum(f.to(img) * region(img, t, step) for f, region in zip(fractions, regions))
+        return torch.lerp(mean, plain(img, t, step).to(mean), ratio.to(mean)) if has_base else mean
 
     return velocity

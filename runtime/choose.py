@@ -68,6 +68,7 @@ def choose_attention(
     if name == "kernel" or name == "auto" and device.type == "cuda":
         try:
             from regional import kernel
+            from runtime.unmasked import kernel_or_library
         except ImportError as error:
             problem = f"Triton is missing here ({error}); try --attention portable"
             raise InputError("--attention", name, problem) from error
@@ -84,7 +85,7 @@ def choose_attention(
     if device.type == "cuda" and (lacking := lacks_for_triton()):
         problem = f"Triton compiles its launcher with {lacking}, which this machine lacks; install it, or try "
         raise InputError("--attention", asked, problem + "--attention portable")
-    return partial(kernel.kernel_attention, dtype=dtype, device=device)
+    return partial(kernel_or_library, dtype=dtype, device=device)
 
 
 def lacks_for_triton() -> str:

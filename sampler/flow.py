@@ -49,10 +49,7 @@ def denoise(
     callback: Callable[[Tensor], None] = lambda img: None,
 ) -> Tensor:
     """Euler's method; step i leads from sigmas[i] to sigmas[i + 1]. img: (B, L, 64) float32.
-
-    `callback(img)` is called after every step. Euler keeps no memory: "these steps with one
-    velocity, those with another" is two calls.
-    """
+    `callback(img)` is called after every step. Euler has no memory: two calls may split steps."""
     for step in steps:
         t = sigmas[step]
         img = img + (sigmas[step + 1] - t) * velocity(img, t, step).float()

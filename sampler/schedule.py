@@ -7,7 +7,7 @@ def sigmas(steps: int, image_tokens: int, shift: bool) -> list[float]:
     """`steps + 1` noise levels from 1 to 0.
 
     With `shift` (FLUX.1-dev; not schnell) large images spend more steps at high noise: t becomes
-    e^mu / (e^mu + 1 / t - 1), where mu is linear in the number of image tokens, through (256, 0.5) and (4096, 1.15).
+    e^mu / (e^mu + 1 / t - 1), mu linear in the image tokens, through (256, 0.5) and (4096, 1.15).
     """
     linear = [1 - i / steps for i in range(steps + 1)]
     if not shift:

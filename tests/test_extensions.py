@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 import weights
@@ -16,7 +17,7 @@ from model.attention import plain_attention
 from model.transformer import Flux, FluxParams, text_then_image
 from pipeline import Pipeline
 from regional.attention import RegionalAttention, dense_attention, portable_attention
-from regional.layout import Layout, Region
+from regional.layout import FLUX_DEV, Layout, Region
 from regional.mask import region_tokens
 from regional.sampling import Branches, Conditioning, Run, modulations, noise_levels, regional, sample
 from sampler.flow import image_ids, noise, pack, text_ids, unpack
@@ -26,8 +27,8 @@ IMAGE, TEXT, STEPS = 16, 5, 4
 LAYOUT = Layout(
     prompt="p", width=64, height=64, steps=STEPS, mask_inject_steps=2,
     regions=(Region(prompt="a", box=(0, 0, 32, 64)), Region(prompt="b", box=(16, 16, 64, 64))),
-)  # fmt: skip
-PLAIN = Layout(prompt="p", width=64, height=64, steps=STEPS)
+).resolved(FLUX_DEV)  # fmt: skip
+PLAIN = Layout(prompt="p", width=64, height=64, steps=STEPS).resolved(FLUX_DEV)
 GUIDANCE = torch.tensor([3.5])
 IDS = image_ids(64, 64)
 
@@ -251,10 +252,9 @@ def test_latents_can_be_joined_by_channel():
 
     joined = control_lora(pack(image))
     assert torch.equal(latents(wide, joined, layout=PLAIN), euler(wide, velocity))
-    everywhere = Layout(
-        prompt="p", width=64, height=64, steps=STEPS, mask_inject_steps=STEPS, base_ratio=1,
-        regions=LAYOUT.regions,
-    )  # fmt: skip
+    only_base = {"base_ratio": 1.0, "mask_inject_steps": STEPS}
+    regions = tuple(replace(region, **only_base) for region in LAYOUT.regions)
+    everywhere = replace(LAYOUT, regions=regions, **only_base)
     assert (latents(wide, joined, layout=everywhere) - euler(wide, velocity)).abs().max() < 1e-5
 
 
@@ -265,16 +265,13 @@ def test_the_pages_example_logs_every_blocks_entropy():
     example, use = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
     pipeline = Pipeline("pocket", device="cpu")
-    names = {
-        "torch": torch,
-        "pipeline": pipeline,
-        "layout": Layout(prompt="a red circle", width=64, height=64, steps=2),
-    }
+    layout = Layout(prompt="a red circle", width=64, height=64, steps=2)
+    names = {"torch": torch, "pipeline": pipeline, "layout": layout}
     exec(example + use, names)
     params = weights.flux_params(pipeline.checkpoint.flux)
     blocks = [("double", i) for i in range(params.depth)] + [("single", i) for i in range(params.depth_single_blocks)]
     assert [entry[:3] for entry in names["log"]] == [(step, *block) for step in range(2) for block in blocks]
     tokens = names["prepared"].conditioning.txt.shape[1] + 16
     assert all(0 < entropy < math.log(tokens) for *_, entropy in names["log"])
-    without = pipeline.latents(names["prepared"], seed=1)
+    without = pipeline.denoise(names["prepared"], seed=1)
     assert torch.equal(names["latents"], without)

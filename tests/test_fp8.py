@@ -75,7 +75,7 @@ def test_a_layer_in_fp8_is_near_the_layer(dtype, multiplies):
         assert error(found[..., row] - bias[row], without) < (0.3 if dtype == torch.bfloat16 and row == 0 else 0.05)
     assert torch.equal(layer(x, rows=slice(32, 64)), found[..., 32:64])
     numbers, scale = to_fp8(x.flatten(0, 1)) if multiplies else (x.flatten(0, 1), torch.ones(66, 1))
-    emulated = F.linear(numbers.double() * scale.double(), layer.widened().double(), bias.double()).view(2, 33, 96)
+    emulated = F.linear(numbers.double() * scale.double(), layer.upcast().double(), bias.double()).view(2, 33, 96)
     assert error(found, emulated) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
@@ -110,7 +110,7 @@ def test_the_blocks_matrices_and_no_others_become_fp8(tmp_path):
     assert names == expected | {f"single_blocks.{i}.linear{j}" for i in range(3) for j in (1, 2)}
     state = tiny.flux_state()
     for name, layer in fp8_layers(flux).items():
-        assert error(layer.widened(), state[f"{name}.weight"]) < 0.03
+        assert error(layer.upcast(), state[f"{name}.weight"]) < 0.03
         assert torch.equal(layer.bias, state[f"{name}.bias"])
     others = {name for name, tensor in flux.state_dict().items() if tensor.dtype == torch.float32}
     assert {"img_in.weight", "double_blocks.0.img_mod.lin.weight", "final_layer.linear.weight"} <= others
@@ -157,7 +157,7 @@ def test_a_merged_lora_is_in_the_8_bits(tmp_path, stored):
     state[name] = state[name].to(stored)
     merges = {name: lambda weight: weight + delta}
     flux = weights.load(source_of(tmp_path, state), "cpu", torch.float32, merges, placement=IN_FP8)
-    assert error(flux.single_blocks[1].linear2.widened(), state[name].float() + delta) < 0.03
+    assert error(flux.single_blocks[1].linear2.upcast(), state[name].float() + delta) < 0.03
 
 
 def test_a_dora_of_a_region_sees_the_weight_that_the_8_bits_stand_for():
@@ -167,7 +167,7 @@ def test_a_dora_of_a_region_sees_the_weight_that_the_8_bits_stand_for():
     x = torch.randn(1, 4, 16)
     with added(layer, hooks_for(layer, [Addition(change, 0.8, torch.ones(4).bool())], torch.device("cpu"), x.dtype)):
         found = layer["0"](x) - layer["0"].forward(x)
-    expected = merge(layer["0"].widened(), [(change, 0.8)]) - layer["0"].widened()
+    expected = merge(layer["0"].upcast(), [(change, 0.8)]) - layer["0"].upcast()
     torch.testing.assert_close(found, F.linear(x, expected), rtol=1e-4, atol=1e-3)
 
 

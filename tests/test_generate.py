@@ -27,6 +27,7 @@ from regional.layout import Layout
 from regional.mask import RegionTokens
 from regional.reader import read_layout
 from runtime import choose
+from runtime.unmasked import kernel_or_library
 from settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -267,7 +268,7 @@ def test_which_attention_is_chosen(monkeypatch, kernel):
         return choose.choose_attention(name, torch.device(device), torch.bfloat16, False)
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert chosen("auto", "cuda").func is chosen("kernel", "cuda").func is kernel.kernel_attention
+    assert chosen("auto", "cuda").func is chosen("kernel", "cuda").func is kernel_or_library
     assert chosen("auto", "mps") is chosen("auto", "cpu") is chosen("portable", "cuda") is portable_attention
     assert chosen("dense", "cuda") is dense_attention
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

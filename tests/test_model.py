@@ -117,7 +117,7 @@ def test_cudnn_is_left_out_where_it_reads_out_of_bounds(monkeypatch, version, as
     tried = []
     monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
-    monkeypatch.setattr("model.attention.sdpa_kernel", lambda x: tried.append(x) or nullcontext())
+    monkeypatch.setattr("runtime.choose.sdpa_kernel", lambda x: tried.append(x) or nullcontext())
     fastest_backends(torch.randn(1, 1, 4, 32))
     assert (SDPBackend.CUDNN_ATTENTION in tried) == asked and SDPBackend.FLASH_ATTENTION in tried
 

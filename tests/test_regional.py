@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.attention import Block, apply_rope, plain_attention, rope, rope_axes
 from model.layers import modulate, timestep_embedding
 from model.transformer import Flux, FluxParams
-from regional.attention import RegionalAttention, Tokens, dense_attention, in_one_sequence, portable_attention
+from regional.attention import RegionalAttention, Tokens, allowed, dense_attention, in_one_sequence, portable_attention
 from regional.layout import Layout, Region
-from regional.mask import BACKGROUND_BIT, allowed, region_tokens
+from regional.mask import BACKGROUND_BIT, region_tokens
 from regional.sampling import composed
 from sampler.flow import image_ids, text_ids
 

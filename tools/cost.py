@@ -1,8 +1,9 @@
 """What a layout costs: FLOPs of the transformer's matrix products, two for each multiplication."""
 
 from model.transformer import FluxParams
+from regional.attention import allowed
 from regional.layout import FLUX_DEV, Layout
-from regional.mask import RegionTokens, allowed, regional_stages
+from regional.mask import RegionTokens, regional_stages
 
 Stage = tuple[int, int, str]  # its last step, the FLOPs of each of its steps, its name
 

@@ -1,0 +1,96 @@
+"""Where the mask forbids nothing, the library's attention computes what the kernel would, faster.
+
+Without this file every image is the same: `kernel_attention` alone may take its place.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from regional.attention import MaskedAttention, Tokens, allowed
+from regional.kernel import empty_output, kernel_attention, store_blended
+
+
+def kernel_or_library(tokens: Tokens, dtype: torch.dtype, device: torch.device) -> MaskedAttention:
+    """The masked attention of tokens on a GPU: the kernel, or the library if it does as well."""
+    if tokens.log_weight is None and forbids_nothing(tokens.bits):
+        return library_attention(tokens, device)
+    return kernel_attention(tokens, dtype, device)
+
+
+def forbids_nothing(bits: Tensor) -> bool:
+    """Whether all tokens with bits, (L,) int64, may see each other, as without a mask."""
+    values = bits[bits != 0].unique()
+    return len(values) > 0 and bool(allowed(values[:, None], values[None, :]).all())
+
+
+def library_attention(tokens: Tokens, device: torch.device) -> MaskedAttention:
+    """The library's attention over the tokens that have bits, which all see each other."""
+    counts = tokens.bits.cpu() != 0
+    row = torch.where(counts, counts.cumsum(0) - 1, -1)
+    _, lengths = counts.unique_consecutive(return_counts=True)
+    ends = lengths.cumsum(0).tolist()
+    runs = [slice(start, end) for start, end in zip([0, *ends], ends) if counts[start]]
+    given = row.int(), tokens.base_row.int(), tokens.base_weight.float()
+    row, base_row, base_weight = (x.to(device) for x in given)
+
+    def counting_rows(x: Tensor) -> Tensor:
+        pieces = [x[:, :, run] for run in runs]
+        return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
+
+    def masked(q: Tensor, k: Tensor, v: Tensor, base: Tensor | None = None) -> Tensor:
+        regional = F.scaled_dot_product_attention(*(counting_rows(x) for x in (q, k, v)))
+        if base is None and regional.shape == q.shape:
+            return regional
+        return blend_op(regional, row, base, base_row, base_weight)
+
+    return masked
+
+
+@triton.jit
+def blend_kernel(
+    regional, row, o, base, base_row, base_weight,
+    regional_b, regional_h, regional_l, o_b, o_h, o_l, base_b, base_h, base_l, L,
+    D: tl.constexpr, ROWS: tl.constexpr, BASE: tl.constexpr,
+):  # fmt: skip
+    """One program writes ROWS tokens of one head; the grid is (tiles, heads, images).
+
+    Token i is row row[i] of `regional`, or zeros where that is -1, blended with base.
+    """
+    h, b = tl.program_id(1), tl.program_id(2)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    source = tl.load(row + rows, mask=rows < L, other=-1)[:, None]
+    pointers = regional + b.to(tl.int64) * regional_b + h.to(tl.int64) * regional_h
+    pointers += source.to(tl.int64) * regional_l + tl.arange(0, D)[None]
+    acc = tl.load(pointers, mask=source >= 0, other=0.0).to(tl.float32)
+    strides = (o_b, o_h, o_l), (base_b, base_h, base_l)
+    store_blended(acc, o, base, (base_row, base_weight), strides, (b, h), rows, L, BASE)
+
+
+def blend(
+    regional: Tensor, row: Tensor, base: Tensor | None, base_row: Tensor, base_weight: Tensor
+) -> Tensor:  # fmt: skip
+    """All tokens' results from `regional`, those of the ones that have bits.
+
+    regional (B, H, n, D), base (B, H, L_base, D); row, base_row (L,) int32 and base_weight (L,)
+    float32 as in `blend_kernel` -> (B, H, L, D), laid out as (B, L, H, D).
+    """
+    batch, heads, _, head_dim = regional.shape
+    length = len(row)
+    rows = 64
+    out = empty_output(regional, length)
+    has_base = base is not None
+    base = base if has_base else out  # the launcher wants a pointer; it is not read
+    blend_kernel[triton.cdiv(length, rows), heads, batch](
+        regional, row, out, base, base_row, base_weight,
+        *(stride for x in (regional, out, base) for stride in x.stride()[:3]), length,
+        D=head_dim, ROWS=rows, BASE=has_base, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+# As an operator of torch, so that torch.compile and the meta device know what it gives.
+blend_op = torch.library.custom_op("regional::blend", blend, mutates_args=())
+blend_op.register_fake(lambda regional, row, *rest: empty_output(regional, len(row)))
