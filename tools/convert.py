@@ -40,6 +40,7 @@ from regional.images import opened, readable
 from regional.layout import FLUX_DEV, SHAPES, Layout, Region, count_of
 from regional.mask import in_polygons, region_mask
 from regional.reader import read_layout, value_at
+from tools.metadata import check_writable
 
 Data = dict[str, Any]
 Files = dict[str, Any]  # by name: a text, an image, or what becomes JSON; "" stands for TARGET
@@ -119,11 +120,11 @@ def boxed(pairs: Any) -> list[Data]:
 def chosen(entries: list[Any], names: list[tuple[Any, ...]], source: Source) -> Any:
     """The entry one of whose names is --image, or the only one."""
     wanted = source.image
-    found = [e for e, own in zip(entries, names) if wanted is None or wanted in map(str, own)]
-    if len(found) == 1:
-        return found[0]
-    problem = f"{len(found)} of the {len(entries)} images match, expected one"
-    raise InputError("--image", MISSING if wanted is None else wanted, problem, source.path)
+    found = [e for e, own in zip(entries, names) if wanted in (None, *map(str, own))]
+    if len(found) != 1:
+        problem = f"{len(found)} of the {len(entries)} images match, expected one"
+        raise InputError("--image", MISSING if wanted is None else wanted, problem, source.path)
+    return found[0]
 
 
 def percent(fraction: Fraction) -> str:
@@ -282,17 +283,15 @@ def to_coco(layout: Layout, stem: str) -> Files:
         name = f"{stem}.png"
         annotations.append({"image_id": 1, "file_name": name, "segments_info": segments})
         return files | {name: color_map(layout)}
-    for i, (region, kind) in enumerate(zip(layout.regions, kinds)):
+    for i, region in enumerate(layout.regions):
         polygons = region.polygon or ()
         if polygons and overlapping(polygons, layout.width, layout.height):
             raise InputError(f"regions[{i}].polygon", MISSING, "coco fills holes and overlaps")
         outline = [[value for point in points for value in point] for points in polygons]
-        edges = outline or [region.box]
-        xs = [x for xy in edges for x in xy[::2]]
-        ys = [y for xy in edges for y in xy[1::2]]
+        xs, ys = zip(*(region.box[:2], region.box[2:]) if region.box else sum(polygons, ()))
         box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
         area = int(pixels_of(region, layout).sum())
-        entry = {"id": i + 1, "image_id": 1, "bbox": box, "area": area, **kind}
+        entry = {"id": i + 1, "image_id": 1, "bbox": box, "area": area, **kinds[i]}
         annotations.append(entry | ({"segmentation": outline} if outline else {}))
     return files
 
@@ -497,16 +496,16 @@ def to_layout(source: Source, form: str, stem: str) -> Files:
     layout = FORMS[form][0](text if form == "rpg" else parsed(text), source)
     own = (layout.get("width"), layout.get("height"))
     is_known = None not in own
-    if is_known and source.size:
-        problem = f"the file's own is {own[0]} x {own[1]}"
-        raise InputError("--size", source.size, problem, source.path)
-    if not (is_known or source.size or form in ("forge", "rpg")):
+    size = source.size
+    if is_known and size:
+        raise InputError("--size", size, f"the file's own is {own[0]} x {own[1]}", source.path)
+    files = {}
+    if is_known or size:
+        layout["width"], layout["height"] = checked(size or own, list[Side], "size")
+        files = fitted(layout, stem)
+    elif form not in ("forge", "rpg"):  # whose boxes are in percent
         problem = "needed, because the file does not state the size"
         raise InputError("--size", MISSING, problem, source.path)
-    files = {}
-    if is_known or source.size:  # without a size all is in percent
-        layout["width"], layout["height"] = checked(source.size or own, list[Side], "size")
-        files = fitted(layout, stem)
     if not layout["prompt"]:
         layout["prompt"] = ", ".join(region["prompt"] for region in layout["regions"])
         warn("there is no base prompt; the prompts of the regions, joined, stand in for it")
@@ -523,9 +522,17 @@ def fitted(layout: Data, stem: str) -> Files:
     layout["width"], layout["height"] = new
     if new != old:
         warn(f"{old[0]} x {old[1]} are not multiples of 16: scaled to {new[0]} x {new[1]}")
-    images = [(layout, "map", f"{stem}.map.png")]
+    files = {}
+
+    def take(holder: Data, key: str, name: str) -> None:
+        if key in holder:
+            image = read_image(holder[key], key)
+            files[name] = image if new == old else image.resize(new, Image.Resampling.NEAREST)
+            holder[key] = name
+
+    take(layout, "map", f"{stem}.map.png")
     for i, region in enumerate(layout["regions"]):
-        images.append((region, "mask", f"{stem}.{i}.png"))
+        take(region, "mask", f"{stem}.{i}.png")
         points = sum(region.get("polygon", []), [])
         for numbers in [*points, region.get("box", [])]:
             for k, value in enumerate(numbers):
@@ -536,12 +543,6 @@ def fitted(layout: Data, stem: str) -> Files:
                     warn(f"regions[{i}]: {value:g} lies outside {old[0]} x {old[1]} and is cut off")
                 scaled = round(inside * new[k % 2] / old[k % 2], 6)
                 numbers[k] = int(scaled) if float(scaled).is_integer() else scaled
-    files = {}
-    for holder, key, name in images:
-        if key in holder:
-            image = read_image(holder[key], key)
-            files[name] = image if new == old else image.resize(new, Image.Resampling.NEAREST)
-            holder[key] = name
     return files
 
 
@@ -564,16 +565,12 @@ def to_form(layout: Layout, form: str, stem: str) -> Files:
 
 def write(files: Files, target: Path, overwrite: bool, source: Path | None) -> None:
     """Write all files or none. A layout, made from `source`, is read once before it is there."""
-    folder = target.parent
     if target.name in files:
         raise InputError(target, MISSING, "a file next to it needs this name, choose another one")
-    if not folder.is_dir():
-        raise InputError(target, MISSING, f"there is no folder {folder}")
     files = {name or target.name: content for name, content in files.items()}
-    taken = [folder / name for name in files if (folder / name).exists()]
-    if taken and not overwrite:
-        raise InputError(taken[0], MISSING, "exists already; --overwrite replaces it")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".convert") as made:
+    for name in files:
+        check_writable(target.with_name(name), overwrite)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".convert") as made:
         for name, content in files.items():
             path = Path(made, name)
             if isinstance(content, Image.Image):
@@ -582,18 +579,19 @@ def write(files: Files, target: Path, overwrite: bool, source: Path | None) -> N
             if not isinstance(content, str):
                 content = json.dumps(content, ensure_ascii=False) + "\n"
             path.write_text(content, encoding="utf-8")
+        layout = Path(made, target.name)
         try:
             if source:
-                read_layout(Path(made, target.name), {})
+                read_layout(layout, {})
         except InputError as error:
-            problem = str(error).replace(f"{Path(made, target.name)}: ", "")
-            problem = problem.replace(f"{made}{os.sep}", "").rstrip(".")
-            raise InputError(source, MISSING, problem) from None
+            problem = str(error).replace(f"{layout}: ", "").replace(f"{made}{os.sep}", "")
+            raise InputError(source, MISSING, problem.rstrip(".")) from None
         for name in files:
-            os.replace(Path(made, name), folder / name)
+            os.replace(Path(made, name), target.with_name(name))
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; returns its exit code: 0, 2 for bad input, 1 for other failures."""
     parser = argparse.ArgumentParser("python -m tools.convert", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_mutually_exclusive_group(required=True).add_argument
@@ -610,12 +608,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     unknown = "the size of the image, if SOURCE does not state it"
     add("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help=unknown)
     add("--overwrite", action="store_true", help="replace existing files")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the program; returns its exit code: 0, 2 for bad input, 1 for other failures."""
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     stem = args.target.stem
     try:
         if args.writes:
