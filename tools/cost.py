@@ -25,10 +25,10 @@ def cost(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[str]:
             lines.append(f"steps {start + 1} to {end}: {what}, {each}")
         total += (end - start) * flops
         start = end
-    more = layout.controlnets or any(region.loras for region in layout.regions)
-    note = "; ControlNets and regions' LoRAs come on top" if more else ""
     times = f"{total / (start * plain):.2f} times plain FLUX.1"
-    return [*lines, f"altogether: {amount(total)}, {times}{note}"]
+    if layout.controlnets or any(region.loras for region in layout.regions):
+        times += "; ControlNets and regions' LoRAs come on top"
+    return [*lines, f"altogether: {amount(total)}, {times}"]
 
 
 def amount(flops: int) -> str:
@@ -40,9 +40,9 @@ def stages(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[Sta
     name = "composed of the regions' images" if layout.method == "rpg" else "regional"
     found = []
     for end, ratio in regional_stages(layout, tokens) if layout.regions else ():
-        has_base = bool(ratio.any())
-        flops = regional_flops(layout, params, tokens, has_base)
-        found.append((end, flops, name if has_base else f"{name}, no base branch"))
+        base = bool(ratio.any())
+        flops = regional_flops(layout, params, tokens, base)
+        found.append((end, flops, name if base else f"{name}, no base branch"))
     plain = plain_flops(params, layout.max_sequence_length, tokens.cover.shape[1])
     return [*found, (layout.steps, plain, "plain")]
 
@@ -71,8 +71,7 @@ def plain_flops(params: FluxParams, text: int, image: int) -> int:
 
 
 def forward_flops(params: FluxParams, text: int, image: int, pairs: int, streams: int = 1) -> int:
-    """FLOPs of a pass with so many text and image tokens, (query, key) in all blocks together, and
-    image streams in the single blocks."""
+    """FLOPs of a pass. pairs: (query, key), of all blocks; streams: of the image, when single."""
     d = params.hidden_size
     mlp = 2 * d * params.mlp_hidden
     single = params.depth_single_blocks

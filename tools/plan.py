@@ -78,7 +78,9 @@ def plan(
     messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
     strict = {"name": "layout", "strict": True, "schema": schema}
     form = {"type": "json_schema", "json_schema": strict}
-    body = {"messages": messages, "response_format": form} | ({"model": model} if model else {})
+    body = {"messages": messages, "response_format": form}
+    if model:
+        body["model"] = model
     for is_last in (False, False, True):
         answer = ask(url, body, timeout)
         try:
@@ -116,9 +118,9 @@ def ask(url: str, body: dict[str, Any], timeout: float) -> str:
     except Exception as error:  # the HTTP library's have no common base, and may hold secrets
         reason = public(str(error)) or type(error).__name__
         raise InputError(public(url), MISSING, f"no answer ({reason}) in {timeout:g} s") from None
-    status = response.status_code
     text = response.text
     if not response.is_success:
+        status = response.status_code
         message = re.search(r'"message"\s*:\s*"((?:[^"\\]|\\.)+)"', text)
         message = public(message[1] if message else text)[:200]
         problem = f"HTTP {status} {response.reason_phrase}, {message!r}{HINTS.get(status, '')}"
@@ -133,12 +135,12 @@ def ask(url: str, body: dict[str, Any], timeout: float) -> str:
         content = message.get("content") or ""
         content = content.rpartition("</think>")[2].partition("<think>")[0].strip()
         refusal = message.get("refusal") or ("" if content else "an empty answer")
+        problem = f"the model refuses: {public(str(refusal))[:200]!r}"
     except (ValueError, LookupError, TypeError, AttributeError):
+        refusal = True
         problem = f"not a chat completion: {public(text)[:200]!r}"
-        raise InputError(public(url), MISSING, problem) from None
     if refusal:
-        refusal = public(str(refusal))[:200]
-        raise InputError(public(url), MISSING, f"the model refuses: {refusal!r}")
+        raise InputError(public(url), MISSING, problem)
     return content
 
 
