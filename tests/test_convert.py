@@ -165,28 +165,22 @@ def test_a_form_is_read_and_its_regions_survive_the_way_back(form, files, expect
     assert regions_of("back.yaml") == regions_of("layout.yaml")
 
 
+def test_every_form_has_a_hand_made_example():
+    assert {form.split()[0] for form, *_ in BY_HAND.values()} == set(FORMS)
+
+
 def test_a_byte_order_mark_is_skipped():
     put(**{"in": "\ufeff" + json.dumps(SAM)})
     assert convert("--from layoutsam in layout.yaml") == 0
 
 
-def test_every_form_has_a_hand_made_example():
-    assert {form.split()[0] for form, *_ in BY_HAND.values()} == set(FORMS)
-
-
-def test_the_image_of_a_form_is_copied_next_to_the_layout():
-    put(**{"in": SEG2ANY, "in_png": halves(GREEN, RED)})
-    Path("out").mkdir()
-    assert convert("--from seg2any in out/layout.yaml") == 0
-    assert sorted(os.listdir("out")) == ["layout.map.png", "layout.yaml"]
-    assert regions_of("out/layout.yaml")[1] == [0b01, 0b10]
-
-
-def test_panoptic_images_may_lie_in_the_folder_of_the_files_name():
+def test_images_are_copied_next_to_the_layout_and_panoptic_ones_may_lie_in_a_folder():
     Path("val").mkdir()
     put(**{"val_json": PANOPTIC, "val/3_png": halves(BLACK, (44, 3, 1))})
-    assert convert("--from coco val.json layout.yaml") == 0
-    assert regions_of("layout.yaml")[1] == [1 << 61, 1]
+    Path("out").mkdir()
+    assert convert("--from coco val.json out/layout.yaml") == 0
+    assert sorted(os.listdir("out")) == ["layout.map.png", "layout.yaml"]
+    assert regions_of("out/layout.yaml")[1] == [1 << 61, 1]
 
 
 def test_sizes_become_the_nearest_multiples_of_16_and_shapes_and_images_are_scaled(capsys):
@@ -306,6 +300,10 @@ def pair(**keys) -> dict:
     return PUBLISHED | {"1": {"description": "a"} | keys}
 
 
+def painted(*color: int) -> dict:
+    return SEG2ANY | {"segments_info": [{"color": color, "text": "a"}]}
+
+
 FROM_MISTAKES = [  # form and options, the file in.txt, words of the sentence
     ("published", [1, 2], "the file = [1, 2]: expected object"),
     ("published", "{'a': open}", "{'a': open}\": neither JSON nor"),
@@ -339,18 +337,10 @@ FROM_MISTAKES = [  # form and options, the file in.txt, words of the sentence
     ("gradio --size 0 9", GRADIO, "size[0] = 0: expected int >= 1"),
     ("gradio --size 9 9", {"boxes": [{"xmin": 0}]}, "boxes[0] = {'xmin': 0}: object missing required field label"),
     ("gradio --size 32 16", {"boxes": [GRADIO_BOX | {"label": ""}]}, "regions[0].prompt = '': expected"),
-    (
-        "gradio --size 32 16",
-        {"boxes": [GRADIO_BOX | {"xmax": float("nan")}]},
-        "regions[0].box[2] = nan: outside the image",
-    ),
+    ("gradio --size 32 16", {"boxes": [GRADIO_BOX | {"xmax": float("nan")}]}, "regions[0].box[2] = nan: outside"),
     ("seg2any --beside gone.png", SEG2ANY, "segments_info = gone.png: there is no such file"),
-    (
-        "seg2any --beside map.png",
-        SEG2ANY | {"segments_info": [{"color": [1, 2, 3], "text": "a"}]},
-        "color = [1, 2, 3]: noth",
-    ),
-    ("seg2any --beside map.png", SEG2ANY | {"segments_info": [{"color": [1, 2], "text": "a"}]}, "color = [1, 2]: exp"),
+    ("seg2any --beside map.png", painted(1, 2, 3), "color = [1, 2, 3]: nothing in the map"),
+    ("seg2any --beside map.png", painted(1, 2), "color = [1, 2]: exp"),
 ]
 HOLE = "prompt: y, polygon: [[[0, 0], [60, 0], [60, 40]], [[30, 10], [50, 10], [50, 30]]]"
 BOXES_ONLY = [form for form in FORMS if form not in ("coco", "invokeai", "seg2any")]

@@ -135,12 +135,13 @@ def test_the_schema_is_sent_in_the_form_of_strict_modes(server, ask):
     schema = form["json_schema"]["schema"]
     objects = {**schema["$defs"], "Plan": schema}
     names = {name: " ".join(part["properties"]) for name, part in objects.items()}
-    assert names == {"Box": "x0 y0 x1 y1", "Part": "prompt box", "Plan": "prompt background_prompt regions"}
+    plan_keys = "prompt background_prompt regions"
+    assert names == {"Box": "x0 y0 x1 y1", "Part": "prompt box", "Plan": plan_keys}
     known = {"type", "title", "description", "properties", "required", "additionalProperties", "$defs"}
     for part in objects.values():
         assert part["type"] == "object" and part["additionalProperties"] is False
         assert part["required"] == list(part["properties"]) and part.keys() <= known
-    assert json.dumps(schema) in server.contents(0)[0][1]  # for servers that ignore or refuse response_format
+    assert json.dumps(schema) in server.contents(0)[0][1]  # for servers without response_format
 
 
 def test_without_a_model_or_a_key_neither_is_sent(server, ask, monkeypatch):
@@ -153,19 +154,20 @@ def test_without_a_model_or_a_key_neither_is_sent(server, ask, monkeypatch):
     assert "a banana" in fails(ask, failure(500, "a banana"))
 
 
-@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/", "/v1/chat/completions", "/v1beta/openai/"])
-def test_the_url_may_be_given_in_several_ways(server, ask, monkeypatch, end):
-    monkeypatch.setenv("OPENAI_BASE_URL", server.url.removesuffix("/v1") + end)
-    path = "/v1beta/openai/chat/completions" if "openai" in end else "/v1/chat/completions"
-    for url in (server.url.removesuffix("/v1") + end, None):
-        ask(GOOD, url=url)
-        assert [request[0] for request in server.asked] == [path]
+def test_the_url_may_be_given_in_several_ways(server, ask, monkeypatch):
+    host = server.url.removesuffix("/v1")
+    for end in ("", "/", "/v1", "/v1/", "/v1/chat/completions", "/v1beta/openai/"):
+        monkeypatch.setenv("OPENAI_BASE_URL", host + end)
+        for url in (host + end, None):
+            ask(GOOD, url=url)
+            base = "/v1beta/openai" if "openai" in end else "/v1"
+            assert [request[0] for request in server.asked] == [f"{base}/chat/completions"]
 
 
-@pytest.mark.parametrize("url", [None, "", "localhost:8000", "ftp://x/v1", "http:///v1", "http://x/v1?key=pass-word"])
-def test_an_address_that_is_none_is_not_asked_and_not_shown(ask, url):
-    message = fails(ask, GOOD, url=url)
-    assert "--llm-url" in message and "OPENAI_BASE_URL" in message and "pass-word" not in message
+def test_an_address_that_is_none_is_not_asked_and_not_shown(ask):
+    for url in (None, "", "localhost:8000", "ftp://x/v1", "http:///v1", "http://x/v1?key=pass-word"):
+        message = fails(ask, GOOD, url=url)
+        assert "--llm-url" in message and "OPENAI_BASE_URL" in message
 
 
 def test_the_users_own_mistakes_come_before_any_question(server):
@@ -174,19 +176,15 @@ def test_the_users_own_mistakes_come_before_any_question(server):
     assert server.asked == []
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_what_stands_around_the_json_does_not_matter(server, ask):
+    for text in (
         f"Here you are:\n```json\n{GOOD}\n```\nHave fun!",
         f"<think>A first idea: {{'regions': []}}, no.</think>\n{GOOD}",
         f"its opening tag was in the template {{}} </think>```json\n{GOOD}```",
         GOOD.replace('"y0": 10', '"y0": "10"').replace('"y0": 20', '"y0": 20.0'),
-    ],
-    ids=["fence", "thoughts", "half-thoughts", "loose-numbers"],
-)
-def test_what_stands_around_the_json_does_not_matter(server, ask, text):
-    assert [r["box"][1] for r in ask(text)["regions"]] == ["10%", "20%"]
-    assert len(server.asked) == 1
+    ):
+        assert [r["box"][1] for r in ask(text)["regions"]] == ["10%", "20%"]
+        assert len(server.asked) == 1
 
 
 def test_after_bad_json_it_is_asked_again_with_the_reason(server, ask):
@@ -209,33 +207,30 @@ def test_after_three_bad_answers_it_gives_up(server, ask):
     assert message.startswith(server.url + "/chat/completions: no layout in three answers; the last: the JSON: not as")
 
 
-NONSENSE = {
-    "duplicates": ([LEFT, LEFT], "regions[0].box = [0, 10, 50, 100]: other regions cover all of it"),
-    "inside": ([LEFT, region(10, 20, 20, 40)], "regions[1].box = [10, 20, 20, 40]: other regions cover"),
-    "under two": ([LEFT, RIGHT, region(40, 20, 60, 90)], "regions[2].box = [40, 20, 60, 90]: other regions cover"),
-    "empty": ([LEFT, region(60, 20, 60, 90)], "regions[1].box = [60, 20, 60, 90]: expected 0 <= x0 < x1"),
-    "turned": ([region(50, 90, 90, 10)], "regions[0].box = [50, 90, 90, 10]: expected"),
-    "outside": ([region(0, 0, 100, 101)], "regions[0].box = [0, 0, 100, 101]: expected"),
-    "negative": ([region(-1, 0, 10, 10)], "regions[0].box = [-1, 0, 10, 10]: expected"),
-    "huge": ([region(0, 0, 10**30, 10)], "regions[0].box = [0, 0, 1000"),
-    "fraction": ([region(0, 0, 12.5, 10)], "Expected `int`, got `float` - at `$.regions[0].box.x1`"),
-    "62 regions": ([region(i, 0, i + 1, 9) for i in range(62)], "at most 61"),
-    "none": ([], "must not be empty"),
-    "no prompt": ([region(0, 0, 9, 9, " ")], "regions[0].prompt = ' ': expected"),
-    "other keys": ([{**LEFT, "mask": "/etc/passwd"}], "unknown field `mask`"),
-}
+COVERED = "other regions cover all of it"
+NONSENSE = [
+    (answer_with(LEFT, prompt=" "), "must not be empty"),
+    (answer_with(LEFT, LEFT), f"regions[0].box = [0, 10, 50, 100]: {COVERED}"),
+    (answer_with(LEFT, region(10, 20, 20, 40)), f"regions[1].box = [10, 20, 20, 40]: {COVERED}"),
+    (answer_with(LEFT, RIGHT, region(40, 20, 60, 90)), f"s[2].box = [40, 20, 60, 90]: {COVERED}"),
+    (answer_with(LEFT, region(60, 20, 60, 90)), "regions[1].box = [60, 20, 60, 90]: expected 0 <= x0 < x1"),
+    (answer_with(region(50, 90, 90, 10)), "regions[0].box = [50, 90, 90, 10]: expected"),
+    (answer_with(region(0, 0, 100, 101)), "regions[0].box = [0, 0, 100, 101]: expected"),
+    (answer_with(region(-1, 0, 10, 10)), "regions[0].box = [-1, 0, 10, 10]: expected"),
+    (answer_with(region(0, 0, 10**30, 10)), "regions[0].box = [0, 0, 1000"),
+    (answer_with(region(0, 0, 12.5, 10)), "Expected `int`, got `float` - at `$.regions[0].box.x1`"),
+    (answer_with(*[region(i, 0, i + 1, 9) for i in range(62)]), "at most 61"),
+    (answer_with(), "must not be empty"),
+    (answer_with(region(0, 0, 9, 9, " ")), "regions[0].prompt = ' ': expected"),
+    (answer_with({**LEFT, "mask": "/etc/passwd"}), "unknown field `mask`"),
+]
 
 
-@pytest.mark.parametrize("regions, reason", NONSENSE.values(), ids=NONSENSE)
-def test_nonsense_is_sent_back_with_the_reason(server, ask, regions, reason):
-    assert ask(answer_with(*regions), GOOD)["regions"][1]["prompt"] == "a brown dog at the sea"
+@pytest.mark.parametrize("answer, reason", NONSENSE)
+def test_nonsense_is_sent_back_with_the_reason(server, ask, answer, reason):
+    assert ask(answer, GOOD)["regions"][1]["prompt"] == "a brown dog at the sea"
     correction = server.contents(1)[3][1]
     assert reason in correction and "command line" not in correction
-
-
-def test_a_plan_needs_a_base_prompt(server, ask):
-    ask(answer_with(LEFT, prompt=" "), GOOD)
-    assert "must not be empty" in server.contents(1)[3][1]
 
 
 def test_many_regions_may_overlap_in_part(server, ask):
@@ -248,29 +243,31 @@ def test_many_regions_may_overlap_in_part(server, ask):
         assert len(server.asked) == 1
 
 
-GIVEN_UP = {  # the server's answer, and words of the message
-    "refusal": (completion(None, refusal="I can't draw that."), ["the model refuses", "I can't draw that."]),
-    "refusal with content": (completion(GOOD, refusal="I won't."), ["the model refuses", "I won't."]),
-    "empty": (completion("", refusal=None), ["the model refuses", "an empty answer"]),
-    "null": (completion(None), ["an empty answer"]),
-    "endless thoughts": (completion(f"<think>perhaps {GOOD}"), ["an empty answer"]),
-    "401": (failure(401, f"the key {KEY}\nis no good"), ["401 Unauthorized", "check OPENAI_API_KEY", "the key [key]"]),
-    "403": (failure(403, "x"), ["403 Forbidden", "check OPENAI_API_KEY"]),
-    "404": (failure(404, "x"), ["404 Not Found", "check --llm-url and --llm-model"]),
-    "400": (failure(400, "the prompt is too long"), ["400 Bad Request", "too long"]),
-    "500": (failure(500, "x"), ["500 Internal Server Error"]),
-    "no text": ((500, ""), ["500"]),
-    "plain text": ((500, "oops"), ["oops"]),
-    "a list": ((500, '[{"error": {"message": "oops"}}]'), ["'oops'"]),
-    "details": ((500, '{"detail": ["oops"]}'), ["oops"]),
-    "a web page": ((200, "<html>"), ["not a chat completion", "<html>"]),
-    "an empty list": ((200, "[]"), ["not a chat completion"]),
-    "no choice": ((200, '{"choices": []}'), ["not a chat completion"]),
-    "a number": ((200, '{"choices": [{"message": {"content": 1}}]}'), ["not a chat completion"]),
-}
+OPENAI = "check OPENAI_API_KEY"
+NO_CHAT = "not a chat completion"
+GIVEN_UP = [  # the server's answer, and words of the message
+    (completion(None, refusal="I can't draw that."), "the model refuses", "I can't draw that."),
+    (completion(GOOD, refusal="I won't."), "the model refuses", "I won't."),
+    (completion("", refusal=None), "the model refuses", "an empty answer"),
+    (completion(None), "an empty answer"),
+    (completion(f"<think>perhaps {GOOD}"), "an empty answer"),
+    (failure(401, f"the key {KEY}\nis no good"), "401 Unauthorized", OPENAI, "the key [key]"),
+    (failure(403, "x"), "403 Forbidden", OPENAI),
+    (failure(404, "x"), "404 Not Found", "check --llm-url and --llm-model"),
+    (failure(400, "the prompt is too long"), "400 Bad Request", "too long"),
+    (failure(500, "x"), "500 Internal Server Error"),
+    ((500, ""), "500"),
+    ((500, "oops"), "oops"),
+    ((500, '[{"error": {"message": "oops"}}]'), "'oops'"),
+    ((500, '{"detail": ["oops"]}'), "oops"),
+    ((200, "<html>"), NO_CHAT, "<html>"),
+    ((200, "[]"), NO_CHAT),
+    ((200, '{"choices": []}'), NO_CHAT),
+    ((200, '{"choices": [{"message": {"content": 1}}]}'), NO_CHAT),
+]
 
 
-@pytest.mark.parametrize("answer, words", GIVEN_UP.values(), ids=GIVEN_UP)
+@pytest.mark.parametrize("answer, words", [(answer, words) for answer, *words in GIVEN_UP])
 def test_what_cannot_get_better_is_one_sentence_and_not_asked_again(server, ask, answer, words):
     message = fails(ask, answer, GOOD)
     assert message.startswith(f"{server.url}/chat/completions: ")
@@ -305,16 +302,14 @@ def test_offline_nothing_is_asked(server, ask, monkeypatch):
     assert "HF_HUB_OFFLINE" in message and "pass-word" not in message and server.asked == []
 
 
-@pytest.mark.parametrize("key", ["half\nother", "half\x1bother", "half…other"])
-def test_a_key_that_no_header_can_hold_is_not_shown(server, ask, monkeypatch, key):
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-    message = fails(ask, GOOD)
-    assert "OPENAI_API_KEY" in message and "half" not in message and "other" not in message
-    assert server.asked == []
-
-
-def test_a_key_that_the_model_repeats_is_not_shown(ask):
+def test_a_key_that_no_header_can_hold_or_that_the_model_repeats_is_not_shown(server, ask, monkeypatch):
     assert "unknown field `[key] x`" in fails(ask, json.dumps({f"{KEY}\nx": 1}))
+    for key in ("half\nother", "half\x1bother", "half…other"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        server.asked.clear()
+        message = fails(ask, GOOD)
+        assert "OPENAI_API_KEY" in message and "half" not in message and "other" not in message
+        assert server.asked == []
 
 
 NO_SCHEMA = [
@@ -324,14 +319,12 @@ NO_SCHEMA = [
 ]
 
 
-@pytest.mark.parametrize("refusal", NO_SCHEMA)
-def test_a_refused_schema_is_left_out_with_a_message(server, ask, refusal):
-    assert len(ask(refusal, "{", GOOD)["regions"]) == 2
-    assert ["response_format" in body for _, _, body in server.asked] == [True, False, False]
-    assert "Asking without a JSON Schema" in ask.messages[0] and f"HTTP {refusal[0]}" in ask.messages[0]
-
-
-def test_a_refused_schema_is_left_out_once(server, ask):
+def test_a_refused_schema_is_left_out_once_with_a_message(server, ask):
+    for refusal in NO_SCHEMA:
+        assert len(ask(refusal, "{", GOOD)["regions"]) == 2
+        assert ["response_format" in body for _, _, body in server.asked] == [True, False, False]
+        assert "Asking without a JSON Schema" in ask.messages[0]
+        assert f"HTTP {refusal[0]}" in ask.messages[0]
     assert "HTTP 400" in fails(ask, NO_SCHEMA[0])
     assert len(server.asked) == 2
     assert "without a JSON Schema, which it does not take" in fails(ask, NO_SCHEMA[1], "no")

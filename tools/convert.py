@@ -40,7 +40,6 @@ from regional.images import opened, readable
 from regional.layout import FLUX_DEV, SHAPES, Layout, Region, count_of
 from regional.mask import in_polygons, region_mask
 from regional.reader import read_layout, value_at
-from tools.metadata import check_writable
 
 Data = dict[str, Any]
 Files = dict[str, Any]  # by name: a text, an image, or what becomes JSON; "" stands for TARGET
@@ -567,9 +566,12 @@ def write(files: Files, target: Path, overwrite: bool, source: Path | None) -> N
     """Write all files or none. A layout, made from `source`, is read once before it is there."""
     if target.name in files:
         raise InputError(target, MISSING, "a file next to it needs this name, choose another one")
+    if not target.parent.is_dir():
+        raise InputError(target, MISSING, f"there is no folder {target.parent}")
     files = {name or target.name: content for name, content in files.items()}
-    for name in files:
-        check_writable(target.with_name(name), overwrite)
+    taken = [path for path in map(target.with_name, files) if path.exists()]
+    if taken and not overwrite:
+        raise InputError(taken[0], MISSING, "exists already; --overwrite replaces it")
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".convert") as made:
         for name, content in files.items():
             path = Path(made, name)
