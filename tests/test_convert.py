@@ -55,8 +55,6 @@ def regions_of(file: str) -> tuple[list[str], list[int]]:
     return [region.prompt for region in layout.regions], region_tokens(layout).image_bits.tolist()
 
 
-# ------------------------------------------------------------------------------------------------ from each form
-
 GREEN, RED, WHITE, BLACK = (0, 128, 0), (128, 0, 0), (255, 255, 255), (0, 0, 0)
 TOWN = {"prompt": "a town", "width": 128, "height": 64}
 SMALL = {"prompt": "a town", "width": 32, "height": 16}
@@ -165,11 +163,8 @@ def test_a_form_is_read_and_its_regions_survive_the_way_back(form, files, expect
     assert regions_of("back.yaml") == regions_of("layout.yaml")
 
 
-def test_every_form_has_a_hand_made_example():
+def test_every_form_has_a_hand_made_example_and_a_byte_order_mark_is_skipped():
     assert {form.split()[0] for form, *_ in BY_HAND.values()} == set(FORMS)
-
-
-def test_a_byte_order_mark_is_skipped():
     put(**{"in": "\ufeff" + json.dumps(SAM)})
     assert convert("--from layoutsam in layout.yaml") == 0
 
@@ -221,9 +216,6 @@ def test_what_the_other_side_cannot_hold_is_reported(capsys):
         assert convert(command) == 0
         assert report in capsys.readouterr().err
     assert loaded("out")["mask_inject_steps"] == 4  # 40 % of 9, rounded
-
-
-# ------------------------------------------------------------------------------------------------ there and back
 
 
 def layout_of(*regions: str, head: str = "width: 112\nheight: 48") -> str:
@@ -287,9 +279,6 @@ def test_each_form_has_the_axes_in_its_own_order():
     assert Path("couple.txt").read_text() == "a town\nb\n"
     annotation = loaded("coco.json")["annotations"][0]
     assert (annotation["bbox"], annotation["area"]) == ([16, 8, 48, 16], 768)
-
-
-# ------------------------------------------------------------------------------------------------ refusals
 
 
 def coco(**annotation) -> dict:
@@ -386,18 +375,10 @@ def test_polygons_that_cover_each_other_are_read_with_a_warning(capsys):
         assert ("annotations[0].segmentation: its polygons overlap" in capsys.readouterr().err) == is_warned
 
 
-def test_nothing_is_overwritten_unless_asked(capsys):
-    put(in_yaml=SPLIT, out_txt="mine")
-    assert convert("--to forge in.yaml out.json") == 2
-    assert "out.txt: exists already; --overwrite replaces it." in capsys.readouterr().err
-    assert Path("out.txt").read_text() == "mine" and not Path("out.json").exists()
-    assert convert("--to forge in.yaml out.json --overwrite") == 0
-    assert Path("out.txt").read_text().startswith("a town\n")
-
-
-def test_a_file_that_cannot_be_read_or_written_is_named(capsys):
-    put(in_yaml=SPLIT, in_png=halves(RED, RED))
+def test_a_file_that_exists_or_cannot_be_read_or_written_is_named(capsys):
+    put(in_yaml=SPLIT, in_png=halves(RED, RED), out_txt="mine")
     messages = {
+        "--to forge in.yaml out.json": "out.txt: exists already; --overwrite replaces it.",
         "--to coco in.yaml gone/out.json": "gone/out.json: there is no folder gone.",
         "--to seg2any in.yaml out.png": "out.png: a file next to it needs this name",
         "--to coco gone.yaml out.json": "gone.yaml: there is no such layout file.",
@@ -407,6 +388,9 @@ def test_a_file_that_cannot_be_read_or_written_is_named(capsys):
     for command, message in messages.items():
         assert convert(command) == 2
         assert f"convert: {message}" in capsys.readouterr().err
+    assert Path("out.txt").read_text() == "mine" and not Path("out.json").exists()
+    assert convert("--to forge in.yaml out.json --overwrite") == 0
+    assert Path("out.txt").read_text().startswith("a town\n")
 
 
 @pytest.mark.parametrize("command", ["in out", "--from coco --to coco in out", "--to x a b"])
