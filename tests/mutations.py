@@ -133,7 +133,7 @@ MISTAKES = [
             ("test_batch.py", "shard_that_is_none")),
     Mistake("sweeps", "tools/sweeps.py",
             "key.strip().replace(\"-\", \"_\")", "key.strip()",
-            ("test_generate.py", "sweep_makes")),
+            ("test_batch.py", "sweep_that_makes or sweep_makes")),
     Mistake("preview", "tools/preview.py",
             "phase >= enlarged", "phase <= enlarged",
             ("test_preview.py", "striped")),

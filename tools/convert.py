@@ -91,13 +91,12 @@ def checked(value: Any, kind: Any, key: str = "") -> Any:
     try:
         return msgspec.convert(value, kind, strict=False)
     except UnicodeEncodeError:
-        problem = "invalid Unicode (unpaired surrogate)"
-        path = ""
+        message = "invalid Unicode (unpaired surrogate)"
     except msgspec.ValidationError as error:
-        problem, _, path = str(error).replace("`", "").partition(" - at $")
-        problem = problem[0].lower() + problem[1:]
+        message = str(error).replace("`", "")
+    problem, _, path = message.partition(" - at $")
     name = (key + path).lstrip(".") or "the file"
-    raise InputError(name, value_at(value, path), problem)
+    raise InputError(name, value_at(value, path), problem[0].lower() + problem[1:])
 
 
 def values(mapping: Any, key: str = "", /, **kinds: Any) -> tuple[Any, ...]:
@@ -494,13 +493,13 @@ def to_layout(source: Source, form: str, stem: str) -> Files:
     text = read_text(source.path)
     layout = FORMS[form][0](text if form == "rpg" else parsed(text), source)
     own = (layout.get("width"), layout.get("height"))
-    is_known = None not in own
-    size = source.size
-    if is_known and size:
-        raise InputError("--size", size, f"the file's own is {own[0]} x {own[1]}", source.path)
+    size = own if None not in own else source.size
+    if source.size and size is own:
+        problem = f"the file's own is {own[0]} x {own[1]}"
+        raise InputError("--size", source.size, problem, source.path)
     files = {}
-    if is_known or size:
-        layout["width"], layout["height"] = checked(size or own, list[Side], "size")
+    if size:
+        layout["width"], layout["height"] = checked(size, list[Side], "size")
         files = fitted(layout, stem)
     elif form not in ("forge", "rpg"):  # whose boxes are in percent
         problem = "needed, because the file does not state the size"
@@ -521,19 +520,10 @@ def fitted(layout: Data, stem: str) -> Files:
     layout["width"], layout["height"] = new
     if new != old:
         warn(f"{old[0]} x {old[1]} are not multiples of 16: scaled to {new[0]} x {new[1]}")
-    files = {}
-
-    def take(holder: Data, key: str, name: str) -> None:
-        if key in holder:
-            image = read_image(holder[key], key)
-            files[name] = image if new == old else image.resize(new, Image.Resampling.NEAREST)
-            holder[key] = name
-
-    take(layout, "map", f"{stem}.map.png")
+    images = [(layout, "map", f"{stem}.map.png")]
     for i, region in enumerate(layout["regions"]):
-        take(region, "mask", f"{stem}.{i}.png")
-        points = sum(region.get("polygon", []), [])
-        for numbers in [*points, region.get("box", [])]:
+        images.append((region, "mask", f"{stem}.{i}.png"))
+        for numbers in [*sum(region.get("polygon", []), []), region.get("box", [])]:
             for k, value in enumerate(numbers):
                 if isinstance(value, str):  # in percent
                     continue
@@ -542,6 +532,13 @@ def fitted(layout: Data, stem: str) -> Files:
                     warn(f"regions[{i}]: {value:g} lies outside {old[0]} x {old[1]} and is cut off")
                 scaled = round(inside * new[k % 2] / old[k % 2], 6)
                 numbers[k] = int(scaled) if float(scaled).is_integer() else scaled
+    files = {}
+    for holder, key, name in images:
+        if key in holder:
+            files[name] = read_image(holder[key], key)
+            if new != old:
+                files[name] = files[name].resize(new, Image.Resampling.NEAREST)
+            holder[key] = name
     return files
 
 
@@ -549,11 +546,10 @@ def to_form(layout: Layout, form: str, stem: str) -> Files:
     """The files of another form. What it has no place for is reported."""
     _, convert, kept = FORMS[form]
     files = convert(layout, stem)
-    own = kept | {"prompt", *SHAPES}
-    parts = {"": (layout, kept | {"regions", "map", "preset"})}
-    parts |= {f"regions[{i}].": (region, own) for i, region in enumerate(layout.regions)}
+    parts = {"": layout} | {f"regions[{i}].": r for i, r in enumerate(layout.regions)}
     lost = []
-    for start, (part, held) in parts.items():
+    for start, part in parts.items():
+        held = {*kept, "regions", "map", "preset"} if part is layout else {*kept, "prompt", *SHAPES}
         default = type(part)(prompt="")
         keys = [key for key in part.__struct_fields__ if key not in held]
         lost += [start + key for key in keys if getattr(part, key) != getattr(default, key)]
@@ -569,9 +565,9 @@ def write(files: Files, target: Path, overwrite: bool, source: Path | None) -> N
     if not target.parent.is_dir():
         raise InputError(target, MISSING, f"there is no folder {target.parent}")
     files = {name or target.name: content for name, content in files.items()}
-    taken = [path for path in map(target.with_name, files) if path.exists()]
-    if taken and not overwrite:
-        raise InputError(taken[0], MISSING, "exists already; --overwrite replaces it")
+    for path in map(target.with_name, files):
+        if path.exists() and not overwrite:
+            raise InputError(path, MISSING, "exists already; --overwrite replaces it")
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".convert") as made:
         for name, content in files.items():
             path = Path(made, name)

@@ -1,7 +1,7 @@
 """What a layout costs: FLOPs of the transformer's matrix products, two for each multiplication."""
 
 from model.transformer import FluxParams
-from regional.layout import FLUX_DEV, Layout
+from regional.layout import FLUX_DEV, Defaults, Layout
 from regional.mask import RegionTokens, allowed, regional_stages
 
 Stage = tuple[int, int, str]  # its last step, the FLOPs of each of its steps, its name
@@ -9,8 +9,8 @@ Stage = tuple[int, int, str]  # its last step, the FLOPs of each of its steps, i
 
 def resolved(layout: Layout, params: FluxParams) -> Layout:
     """A layout for a transformer of these sizes, with the other defaults of FLUX.1-dev."""
-    depths = {"depth": params.depth, "depth_single_blocks": params.depth_single_blocks}
-    return layout.resolved(FLUX_DEV._replace(**depths))
+    blocks = params.depth, params.depth_single_blocks
+    return layout.resolved(Defaults(*FLUX_DEV[:3], *blocks))
 
 
 def cost(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[str]:
@@ -41,8 +41,8 @@ def stages(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[Sta
     found = []
     for end, ratio in regional_stages(layout, tokens) if layout.regions else ():
         base = bool(ratio.any())
-        flops = regional_flops(layout, params, tokens, base)
-        found.append((end, flops, name if base else f"{name}, no base branch"))
+        what = name if base else f"{name}, no base branch"
+        found.append((end, regional_flops(layout, params, tokens, base), what))
     plain = plain_flops(params, layout.max_sequence_length, tokens.cover.shape[1])
     return [*found, (layout.steps, plain, "plain")]
 

@@ -62,8 +62,8 @@ def plan(
     prompt: str, width: int, height: int, url: str | None = None, model: str | None = None,
     timeout: float = 120,
 ) -> dict[str, Any]:  # fmt: skip
-    """A layout's keys for this prompt, with boxes in percent. What is no layout is asked for again,
-    twice at most. url: by default OPENAI_BASE_URL. timeout: seconds without a byte."""
+    """A layout's keys, with boxes in percent. What is no layout is asked for again, twice at most.
+    url: by default OPENAI_BASE_URL. timeout: seconds without a byte."""
     read_layout(None, {"prompt": prompt, "width": width, "height": height})  # fails without asking
     url = (url or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/")
     url = url.removesuffix("/chat/completions")
@@ -90,8 +90,8 @@ def plan(
         if not is_last:
             info(f"{public(url)}: asking again: {problem}")
         correction = f"This can't be used: {problem} Answer with the whole JSON object, corrected."
-        messages += [{"role": "assistant", "content": answer}]
-        messages += [{"role": "user", "content": correction}]
+        messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "user", "content": correction})
     how = "" if "response_format" in body else " (without a JSON Schema, which it does not take)"
     problem = f"no layout in three answers{how}; the last: {problem.removesuffix('.')}"
     raise InputError(public(url), MISSING, problem)
@@ -99,9 +99,9 @@ def plan(
 
 def key() -> str:
     found = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not (found.isascii() and found.isprintable()):
-        raise InputError("OPENAI_API_KEY", MISSING, "it has characters that no key has")
-    return found
+    if found.isascii() and found.isprintable():
+        return found
+    raise InputError("OPENAI_API_KEY", MISSING, "it has characters that no key has")
 
 
 def public(text: str) -> str:
@@ -175,7 +175,6 @@ def check_boxes(boxes: list[tuple[int, int, int, int]]) -> None:
 
 
 def write_plan(layout: dict[str, Any], file: Path, overwrite: bool = False) -> None:
-    """Write a layout's keys as a file, whole or not at all."""
     check_writable(file, overwrite)
     style = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None, "width": 110}
     text = HEADER + yaml.safe_dump(layout, **style)
