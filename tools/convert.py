@@ -227,22 +227,25 @@ def from_coco(data: Any, source: Source) -> Data:
     number, prompt, width, height = values(image, "images", **kinds)
     names = dict(rows(categories or [], "categories", id=int, name=str))
     layout = {"prompt": prompt, "width": width, "height": height, "regions": []}
-    own = [(f"annotations[{i}]", x) for i, x in enumerate(annotations) if x.get("image_id") == number]
     parts = []
-    for key, entry in own:
+    for i, entry in enumerate(annotations):
+        if entry.get("image_id") != number:
+            continue
+        key = f"annotations[{i}]"
         if entry.get("segments_info") is None:
-            parts.append((key, entry))
-        else:
-            name, segments = values(entry, key, file_name=str, segments_info=list[Data])
-            inside = source.path.with_suffix("") / name  # a folder with the name of the file
-            found = inside if inside.is_file() else source.path.parent / name
-            layout["map"] = str(source.beside or found)
-            parts += [(f"{key}.segments_info[{j}]", part) for j, part in enumerate(segments)]
-    for key, part in parts:
+            parts.append((key, entry, False))
+            continue
+        name, segments = values(entry, key, file_name=str, segments_info=list[Data])
+        inside = source.path.with_suffix("") / name  # a folder with the name of the file
+        found = inside if inside.is_file() else source.path.parent / name
+        layout["map"] = str(source.beside or found)
+        key += ".segments_info"
+        parts += [(f"{key}[{j}]", part, True) for j, part in enumerate(segments)]
+    for key, part, is_panoptic in parts:
         (category,) = values(part, key, category_id=int)
         if category not in names:
             raise InputError(f"{key}.category_id", category, "there is no such category")
-        if "map" in layout:
+        if is_panoptic:
             shape = {"color": values(part, key, id=int)[0]}
         else:
             shape = coco_shape(part, key, layout, source.boxes)

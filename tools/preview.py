@@ -42,8 +42,7 @@ def preview(layout: Layout) -> Image.Image:
     cover = tokens.cover.numpy().reshape(-1, h, w)
     names = names_of(tokens)
     colors = np.array([color(bit) for bit in tokens.prompt_bits])
-    regions = [name != "background" for name in names]
-    several = cover[regions].sum(axis=0) > 1.001
+    several = cover[: len(layout.regions)].sum(axis=0) > 1.001
     pixels = painted(cover / cover.sum(axis=0), several, colors, cell)
     fine = replace(layout, width=layout.width * cell, height=layout.height * cell)
     for region, own in zip(layout.regions, colors):
@@ -85,8 +84,8 @@ def enlarged(grid: np.ndarray, by: int) -> np.ndarray:
 
 
 def painted(parts: np.ndarray, several: np.ndarray, colors: np.ndarray, cell: int) -> np.ndarray:
-    """The token grid, (h cell, w cell, 3), from each region's fraction of each token (P, h, w),
-    where there are `several` (h, w), and colors (P, 3): stripes are as wide as the fractions."""
+    """(h cell, w cell, 3) from each region's fraction of each token (P, h, w), where there are
+    `several` (h, w), and colors (P, 3): stripes are as wide as the fractions."""
     pixels = enlarged(np.tensordot(parts, colors, axes=(0, 0)), cell)
     y, x = np.indices(pixels.shape[:2])
     phase = (x + y) % STRIPES / STRIPES
@@ -99,10 +98,11 @@ def painted(parts: np.ndarray, several: np.ndarray, colors: np.ndarray, cell: in
 
 def magnified(region: Region, by: int) -> Region:
     """A region with its coordinates multiplied; masks and maps have none."""
-    box = region.box and tuple(by * value for value in region.box)
-    polygon = region.polygon
-    polygon = polygon and [[(by * x, by * y) for x, y in points] for points in polygon]
-    return replace(region, box=box, polygon=polygon)
+    if region.box:
+        return replace(region, box=tuple(by * value for value in region.box))
+    polygons = region.polygon or ()
+    polygons = [[(by * x, by * y) for x, y in points] for points in polygons]
+    return replace(region, polygon=polygons or None)
 
 
 def peeled(inside: np.ndarray) -> np.ndarray:
@@ -173,15 +173,16 @@ def with_legend(
     entries = [lines_of(*entry, 40, most) for entry in entries]
     step = LINE * max(map(len, entries)) + 10
     is_below = image.width > 1.2 * image.height
+    left = GAP if is_below else image.width + 2 * GAP
     columns = math.ceil(len(names) / max(8, image.height // step))
     columns = image.width // COLUMN if is_below else columns
     rows = math.ceil(len(names) / columns)
-    left = GAP if is_below else image.width + 2 * GAP
     width = max(image.width + 2 * GAP, left + COLUMN * columns)
     heading = lines_of(*head, width // 8, 3)
     top = LINE * len(heading) + 2 * GAP
     start = top + is_below * (image.height + GAP)
-    sheet = Image.new("RGB", (width, max(top + image.height + GAP, start + step * rows)), "white")
+    height = max(top + image.height + GAP, start + step * rows)
+    sheet = Image.new("RGB", (width, height), "white")
     sheet.paste(image, (GAP, top))
     draw = ImageDraw.Draw(sheet)
     write_lines(draw, GAP, GAP, heading, width - 2 * GAP)
@@ -199,7 +200,8 @@ def with_legend(
 def details(layout: Layout, tokens: RegionTokens, i: int) -> str:
     """A region's tokens and fraction of the image, and those of its settings that were changed."""
     own = layout.regions[i] if i < len(layout.regions) else None
-    found = [counted(int((tokens.cover[i] > 0).sum())), f"{tokens.cover[i].mean():.1%}"]
+    cover = tokens.cover[i]
+    found = [counted(int((cover > 0).sum())), f"{cover.mean():.1%}"]
     for key, default in DEFAULT_VALUES.items():
         value = getattr(own, key, default)
         if value != default:
@@ -247,8 +249,8 @@ def doubts(layout: Layout, tokens: RegionTokens) -> list[str]:
         if fraction < 0.02:
             few = f"{counted(int(own.sum()))}, {fraction:.1%} of the image"
             found.append(f"{name} covers only {few}, and may not show.")
-        others = inside[: len(layout.regions)]
-        around = [j for j, other in enumerate(others) if j != i and not (own & ~other).any()]
+        others = enumerate(inside[: len(layout.regions)])
+        around = [j for j, other in others if j != i and not (own & ~other).any()]
         if around:
             found.append(f"{name} lies wholly in regions[{around[0]}]; both prompts count there.")
         elif (inside[:, own].sum(dim=0) > 1).all():
