@@ -121,7 +121,7 @@ MISTAKES = [
             ("test_settings.py", "preset")),
     Mistake("metadata", "tools/metadata.py",
             "image.info.get(\"layout\") or", "",
-            ("test_batch.py", "made_again_from")),
+            ("test_batch.py", "reproduced_from_its_metadata")),
     Mistake("resume decision", "tools/metadata.py",
             "found is not None and", "found is not None or",
             ("test_batch.py", "of_other_settings")),
