@@ -178,7 +178,7 @@ def test_images_are_copied_next_to_the_layout_and_panoptic_ones_may_lie_in_a_fol
     assert regions_of("out/layout.yaml")[1] == [1 << 61, 1]
 
 
-def test_sizes_become_the_nearest_multiples_of_16_and_shapes_and_images_are_scaled(capsys):
+def test_sizes_become_multiples_of_16_and_shapes_and_images_are_scaled_and_cut(capsys):
     # 100 -> 96 and 50 -> 48, both by 0.96; 968 lies between 960 and 976, the lower is taken
     boxes = {"boxes": [{"xmin": 50, "ymin": 25, "xmax": 100, "ymax": 50, "label": "a tree"}]}
     put(gradio=boxes, published=PUBLISHED | {"image_height": 968})
@@ -193,12 +193,10 @@ def test_sizes_become_the_nearest_multiples_of_16_and_shapes_and_images_are_scal
     with Image.open("map.map.png") as image:
         assert image.size == (32, 32) and len(image.getcolors()) == 2
     assert regions_of("map.yaml")[1] == [0b01, 0b10] * 2
-
-
-def test_what_lies_outside_the_image_is_cut_off_with_a_warning(capsys):
     put(**{"in": SAM | {"bbox_list": "[[-3, 0, 64, 64], [64.5, 0, 128.25, 32]]"}})
-    assert convert("--from layoutsam in layout.yaml") == 0
-    assert [region.box for region in read("layout.yaml").regions] == [(0, 0, 64, 64), (64.5, 0, 128, 32)]
+    assert convert("--from layoutsam in cut.yaml") == 0
+    boxes = [region.box for region in read("cut.yaml").regions]
+    assert boxes == [(0, 0, 64, 64), (64.5, 0, 128, 32)]
     err = capsys.readouterr().err
     assert "regions[0]: -3 lies outside" in err and "regions[1]: 128.25 lies outside" in err
 
@@ -273,11 +271,12 @@ def test_forms_that_hold_all_of_a_layout_come_back_word_for_word():
 
 
 def test_each_form_has_the_axes_in_its_own_order():
-    put(layout_yaml=layout_of("prompt: b, box: [16, 8, 64, 24], strength: 2", head="width: 64\nheight: 32"))
-    assert convert("--to forge layout.yaml couple.json") == convert("--to coco layout.yaml coco.json") == 0
-    assert loaded("couple.json") == [[0, 1, 0, 1, 1], [0.25, 1, 0.25, 0.75, 2]]
-    assert Path("couple.txt").read_text() == "a town\nb\n"
-    annotation = loaded("coco.json")["annotations"][0]
+    box = "prompt: b, box: [16, 8, 64, 24], strength: 2"
+    put(layout_yaml=layout_of(box, head="width: 64\nheight: 32"))
+    assert convert("--to forge layout.yaml a.json") == convert("--to coco layout.yaml b.json") == 0
+    assert loaded("a.json") == [[0, 1, 0, 1, 1], [0.25, 1, 0.25, 0.75, 2]]
+    assert Path("a.txt").read_text() == "a town\nb\n"
+    annotation = loaded("b.json")["annotations"][0]
     assert (annotation["bbox"], annotation["area"]) == ([16, 8, 48, 16], 768)
 
 
