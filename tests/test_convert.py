@@ -55,8 +55,6 @@ def regions_of(file: str) -> tuple[list[str], list[int]]:
     return [region.prompt for region in layout.regions], region_tokens(layout).image_bits.tolist()
 
 
-# ------------------------------------------------------------------------------------------------ from each form
-
 GREEN, RED, WHITE, BLACK = (0, 128, 0), (128, 0, 0), (255, 255, 255), (0, 0, 0)
 TOWN = {"prompt": "a town", "width": 128, "height": 64}
 SMALL = {"prompt": "a town", "width": 32, "height": 16}
@@ -165,31 +163,22 @@ def test_a_form_is_read_and_its_regions_survive_the_way_back(form, files, expect
     assert regions_of("back.yaml") == regions_of("layout.yaml")
 
 
-def test_a_byte_order_mark_is_skipped():
+def test_every_form_has_a_hand_made_example_and_a_byte_order_mark_is_skipped():
+    assert {form.split()[0] for form, *_ in BY_HAND.values()} == set(FORMS)
     put(**{"in": "\ufeff" + json.dumps(SAM)})
     assert convert("--from layoutsam in layout.yaml") == 0
 
 
-def test_every_form_has_a_hand_made_example():
-    assert {form.split()[0] for form, *_ in BY_HAND.values()} == set(FORMS)
-
-
-def test_the_image_of_a_form_is_copied_next_to_the_layout():
-    put(**{"in": SEG2ANY, "in_png": halves(GREEN, RED)})
-    Path("out").mkdir()
-    assert convert("--from seg2any in out/layout.yaml") == 0
-    assert sorted(os.listdir("out")) == ["layout.map.png", "layout.yaml"]
-    assert regions_of("out/layout.yaml")[1] == [0b01, 0b10]
-
-
-def test_panoptic_images_may_lie_in_the_folder_of_the_files_name():
+def test_images_are_copied_next_to_the_layout_and_panoptic_ones_may_lie_in_a_folder():
     Path("val").mkdir()
     put(**{"val_json": PANOPTIC, "val/3_png": halves(BLACK, (44, 3, 1))})
-    assert convert("--from coco val.json layout.yaml") == 0
-    assert regions_of("layout.yaml")[1] == [1 << 61, 1]
+    Path("out").mkdir()
+    assert convert("--from coco val.json out/layout.yaml") == 0
+    assert sorted(os.listdir("out")) == ["layout.map.png", "layout.yaml"]
+    assert regions_of("out/layout.yaml")[1] == [1 << 61, 1]
 
 
-def test_sizes_become_the_nearest_multiples_of_16_and_shapes_and_images_are_scaled(capsys):
+def test_sizes_become_multiples_of_16_and_shapes_and_images_are_scaled_and_cut(capsys):
     # 100 -> 96 and 50 -> 48, both by 0.96; 968 lies between 960 and 976, the lower is taken
     boxes = {"boxes": [{"xmin": 50, "ymin": 25, "xmax": 100, "ymax": 50, "label": "a tree"}]}
     put(gradio=boxes, published=PUBLISHED | {"image_height": 968})
@@ -204,12 +193,10 @@ def test_sizes_become_the_nearest_multiples_of_16_and_shapes_and_images_are_scal
     with Image.open("map.map.png") as image:
         assert image.size == (32, 32) and len(image.getcolors()) == 2
     assert regions_of("map.yaml")[1] == [0b01, 0b10] * 2
-
-
-def test_what_lies_outside_the_image_is_cut_off_with_a_warning(capsys):
     put(**{"in": SAM | {"bbox_list": "[[-3, 0, 64, 64], [64.5, 0, 128.25, 32]]"}})
-    assert convert("--from layoutsam in layout.yaml") == 0
-    assert [region.box for region in read("layout.yaml").regions] == [(0, 0, 64, 64), (64.5, 0, 128, 32)]
+    assert convert("--from layoutsam in cut.yaml") == 0
+    boxes = [region.box for region in read("cut.yaml").regions]
+    assert boxes == [(0, 0, 64, 64), (64.5, 0, 128, 32)]
     err = capsys.readouterr().err
     assert "regions[0]: -3 lies outside" in err and "regions[1]: 128.25 lies outside" in err
 
@@ -227,9 +214,6 @@ def test_what_the_other_side_cannot_hold_is_reported(capsys):
         assert convert(command) == 0
         assert report in capsys.readouterr().err
     assert loaded("out")["mask_inject_steps"] == 4  # 40 % of 9, rounded
-
-
-# ------------------------------------------------------------------------------------------------ there and back
 
 
 def layout_of(*regions: str, head: str = "width: 112\nheight: 48") -> str:
@@ -287,15 +271,13 @@ def test_forms_that_hold_all_of_a_layout_come_back_word_for_word():
 
 
 def test_each_form_has_the_axes_in_its_own_order():
-    put(layout_yaml=layout_of("prompt: b, box: [16, 8, 64, 24], strength: 2", head="width: 64\nheight: 32"))
-    assert convert("--to forge layout.yaml couple.json") == convert("--to coco layout.yaml coco.json") == 0
-    assert loaded("couple.json") == [[0, 1, 0, 1, 1], [0.25, 1, 0.25, 0.75, 2]]
-    assert Path("couple.txt").read_text() == "a town\nb\n"
-    annotation = loaded("coco.json")["annotations"][0]
+    box = "prompt: b, box: [16, 8, 64, 24], strength: 2"
+    put(layout_yaml=layout_of(box, head="width: 64\nheight: 32"))
+    assert convert("--to forge layout.yaml a.json") == convert("--to coco layout.yaml b.json") == 0
+    assert loaded("a.json") == [[0, 1, 0, 1, 1], [0.25, 1, 0.25, 0.75, 2]]
+    assert Path("a.txt").read_text() == "a town\nb\n"
+    annotation = loaded("b.json")["annotations"][0]
     assert (annotation["bbox"], annotation["area"]) == ([16, 8, 48, 16], 768)
-
-
-# ------------------------------------------------------------------------------------------------ refusals
 
 
 def coco(**annotation) -> dict:
@@ -304,6 +286,10 @@ def coco(**annotation) -> dict:
 
 def pair(**keys) -> dict:
     return PUBLISHED | {"1": {"description": "a"} | keys}
+
+
+def painted(*color: int) -> dict:
+    return SEG2ANY | {"segments_info": [{"color": color, "text": "a"}]}
 
 
 FROM_MISTAKES = [  # form and options, the file in.txt, words of the sentence
@@ -339,18 +325,10 @@ FROM_MISTAKES = [  # form and options, the file in.txt, words of the sentence
     ("gradio --size 0 9", GRADIO, "size[0] = 0: expected int >= 1"),
     ("gradio --size 9 9", {"boxes": [{"xmin": 0}]}, "boxes[0] = {'xmin': 0}: object missing required field label"),
     ("gradio --size 32 16", {"boxes": [GRADIO_BOX | {"label": ""}]}, "regions[0].prompt = '': expected"),
-    (
-        "gradio --size 32 16",
-        {"boxes": [GRADIO_BOX | {"xmax": float("nan")}]},
-        "regions[0].box[2] = nan: outside the image",
-    ),
+    ("gradio --size 32 16", {"boxes": [GRADIO_BOX | {"xmax": float("nan")}]}, "regions[0].box[2] = nan: outside"),
     ("seg2any --beside gone.png", SEG2ANY, "segments_info = gone.png: there is no such file"),
-    (
-        "seg2any --beside map.png",
-        SEG2ANY | {"segments_info": [{"color": [1, 2, 3], "text": "a"}]},
-        "color = [1, 2, 3]: noth",
-    ),
-    ("seg2any --beside map.png", SEG2ANY | {"segments_info": [{"color": [1, 2], "text": "a"}]}, "color = [1, 2]: exp"),
+    ("seg2any --beside map.png", painted(1, 2, 3), "color = [1, 2, 3]: nothing in the map"),
+    ("seg2any --beside map.png", painted(1, 2), "color = [1, 2]: exp"),
 ]
 HOLE = "prompt: y, polygon: [[[0, 0], [60, 0], [60, 40]], [[30, 10], [50, 10], [50, 30]]]"
 BOXES_ONLY = [form for form in FORMS if form not in ("coco", "invokeai", "seg2any")]
@@ -396,18 +374,10 @@ def test_polygons_that_cover_each_other_are_read_with_a_warning(capsys):
         assert ("annotations[0].segmentation: its polygons overlap" in capsys.readouterr().err) == is_warned
 
 
-def test_nothing_is_overwritten_unless_asked(capsys):
-    put(in_yaml=SPLIT, out_txt="mine")
-    assert convert("--to forge in.yaml out.json") == 2
-    assert "out.txt: exists already; --overwrite replaces it." in capsys.readouterr().err
-    assert Path("out.txt").read_text() == "mine" and not Path("out.json").exists()
-    assert convert("--to forge in.yaml out.json --overwrite") == 0
-    assert Path("out.txt").read_text().startswith("a town\n")
-
-
-def test_a_file_that_cannot_be_read_or_written_is_named(capsys):
-    put(in_yaml=SPLIT, in_png=halves(RED, RED))
+def test_a_file_that_exists_or_cannot_be_read_or_written_is_named(capsys):
+    put(in_yaml=SPLIT, in_png=halves(RED, RED), out_txt="mine")
     messages = {
+        "--to forge in.yaml out.json": "out.txt: exists already; --overwrite replaces it.",
         "--to coco in.yaml gone/out.json": "gone/out.json: there is no folder gone.",
         "--to seg2any in.yaml out.png": "out.png: a file next to it needs this name",
         "--to coco gone.yaml out.json": "gone.yaml: there is no such layout file.",
@@ -417,6 +387,9 @@ def test_a_file_that_cannot_be_read_or_written_is_named(capsys):
     for command, message in messages.items():
         assert convert(command) == 2
         assert f"convert: {message}" in capsys.readouterr().err
+    assert Path("out.txt").read_text() == "mine" and not Path("out.json").exists()
+    assert convert("--to forge in.yaml out.json --overwrite") == 0
+    assert Path("out.txt").read_text().startswith("a town\n")
 
 
 @pytest.mark.parametrize("command", ["in out", "--from coco --to coco in out", "--to x a b"])

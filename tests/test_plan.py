@@ -40,27 +40,14 @@ def failure(status: int, message: str) -> tuple[int, str]:
     return status, json.dumps({"error": {"message": message, "type": "x"}})
 
 
-class Server(ThreadingHTTPServer):
-    """Gives the answers in order, the last one for ever, and keeps what it was asked: (path, headers, body)."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answers = []
-        self.asked = []
-        self.wait = threading.Event()
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-    def contents(self, request: int) -> list[tuple[str, str]]:
-        return [(message["role"], message["content"]) for message in self.asked[request][2]["messages"]]
-
-
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
+        """Gives the server's answers in order, the last one for ever, and notes what is asked."""
+        asked = self.server.asked
+        answers = self.server.answers
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append((self.path, self.headers, body))
-        status, text = self.server.answers[min(len(self.server.asked), len(self.server.answers)) - 1]
+        asked.append((self.path, self.headers, body))
+        status, text = answers[min(len(asked), len(answers)) - 1]
         if status is None:  # stays silent until the test is over
             self.server.wait.wait(10)
             return
@@ -74,15 +61,23 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
+    """asked: (path, headers, body) of each request."""
     for name in ("OPENAI_BASE_URL", "HF_TOKEN", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    server = Server()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked = []
+    server.wait = threading.Event()
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.wait.set()
     server.shutdown()
     server.server_close()
+
+
+def contents(server, request: int) -> list[tuple[str, str]]:
+    return [(part["role"], part["content"]) for part in server.asked[request][2]["messages"]]
 
 
 @pytest.fixture
@@ -124,7 +119,7 @@ def test_an_answer_becomes_a_layout_in_percent(server, ask):
     path, headers, body = server.asked[0]
     assert path == "/v1/chat/completions" and body["model"] == "some-model"
     assert headers["Authorization"] == f"Bearer {KEY}" and KEY not in json.dumps(body)
-    (role, instructions), user = server.contents(0)
+    (role, instructions), user = contents(server, 0)
     assert role == "system" and "512 x 256" in instructions and user == ("user", REQUEST)
 
 
@@ -135,12 +130,13 @@ def test_the_schema_is_sent_in_the_form_of_strict_modes(server, ask):
     schema = form["json_schema"]["schema"]
     objects = {**schema["$defs"], "Plan": schema}
     names = {name: " ".join(part["properties"]) for name, part in objects.items()}
-    assert names == {"Box": "x0 y0 x1 y1", "Part": "prompt box", "Plan": "prompt background_prompt regions"}
+    plan_keys = "prompt background_prompt regions"
+    assert names == {"Box": "x0 y0 x1 y1", "Part": "prompt box", "Plan": plan_keys}
     known = {"type", "title", "description", "properties", "required", "additionalProperties", "$defs"}
     for part in objects.values():
         assert part["type"] == "object" and part["additionalProperties"] is False
         assert part["required"] == list(part["properties"]) and part.keys() <= known
-    assert json.dumps(schema) in server.contents(0)[0][1]  # for servers that ignore or refuse response_format
+    assert json.dumps(schema) in contents(server, 0)[0][1]  # for servers without response_format
 
 
 def test_without_a_model_or_a_key_neither_is_sent(server, ask, monkeypatch):
@@ -153,47 +149,41 @@ def test_without_a_model_or_a_key_neither_is_sent(server, ask, monkeypatch):
     assert "a banana" in fails(ask, failure(500, "a banana"))
 
 
-@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/", "/v1/chat/completions", "/v1beta/openai/"])
-def test_the_url_may_be_given_in_several_ways(server, ask, monkeypatch, end):
-    monkeypatch.setenv("OPENAI_BASE_URL", server.url.removesuffix("/v1") + end)
-    path = "/v1beta/openai/chat/completions" if "openai" in end else "/v1/chat/completions"
-    for url in (server.url.removesuffix("/v1") + end, None):
-        ask(GOOD, url=url)
-        assert [request[0] for request in server.asked] == [path]
+def test_the_url_may_be_given_in_several_ways(server, ask, monkeypatch):
+    host = server.url.removesuffix("/v1")
+    for end in ("", "/", "/v1", "/v1/", "/v1/chat/completions", "/v1beta/openai/"):
+        monkeypatch.setenv("OPENAI_BASE_URL", host + end)
+        for url in (host + end, None):
+            ask(GOOD, url=url)
+            base = "/v1beta/openai" if "openai" in end else "/v1"
+            assert [request[0] for request in server.asked] == [f"{base}/chat/completions"]
 
 
-@pytest.mark.parametrize("url", [None, "", "localhost:8000", "ftp://x/v1", "http:///v1", "http://x/v1?key=pass-word"])
-def test_an_address_that_is_none_is_not_asked_and_not_shown(ask, url):
-    message = fails(ask, GOOD, url=url)
-    assert "--llm-url" in message and "OPENAI_BASE_URL" in message and "pass-word" not in message
-
-
-def test_the_users_own_mistakes_come_before_any_question(server):
+def test_an_address_that_is_none_and_a_size_that_is_none_are_not_asked_about(server, ask):
+    for url in (None, "", "localhost:8000", "ftp://x/v1", "http:///v1", "http://x/v1?key=pass-word"):
+        message = fails(ask, GOOD, url=url)
+        assert "--llm-url" in message and "OPENAI_BASE_URL" in message
     with pytest.raises(InputError, match="500"):
         plan(REQUEST, 500, 256, server.url)
     assert server.asked == []
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_what_stands_around_the_json_does_not_matter(server, ask):
+    for text in (
         f"Here you are:\n```json\n{GOOD}\n```\nHave fun!",
         f"<think>A first idea: {{'regions': []}}, no.</think>\n{GOOD}",
         f"its opening tag was in the template {{}} </think>```json\n{GOOD}```",
         GOOD.replace('"y0": 10', '"y0": "10"').replace('"y0": 20', '"y0": 20.0'),
-    ],
-    ids=["fence", "thoughts", "half-thoughts", "loose-numbers"],
-)
-def test_what_stands_around_the_json_does_not_matter(server, ask, text):
-    assert [r["box"][1] for r in ask(text)["regions"]] == ["10%", "20%"]
-    assert len(server.asked) == 1
+    ):
+        assert [r["box"][1] for r in ask(text)["regions"]] == ["10%", "20%"]
+        assert len(server.asked) == 1
 
 
 def test_after_bad_json_it_is_asked_again_with_the_reason(server, ask):
     bad = GOOD[:-3]
     assert len(ask(f"<think>hm</think>{bad}", GOOD)["regions"]) == 2
     assert len(server.asked) == 2
-    first, second = server.contents(0), server.contents(1)
+    first, second = contents(server, 0), contents(server, 1)
     assert second[:2] == first and second[2] == ("assistant", bad)
     role, correction = second[3]
     assert role == "user" and "truncated" in correction
@@ -204,38 +194,37 @@ def test_after_bad_json_it_is_asked_again_with_the_reason(server, ask):
 def test_after_three_bad_answers_it_gives_up(server, ask):
     message = fails(ask, "{}", "{", "no layout at all", GOOD)
     assert len(server.asked) == 3 and len(ask.messages) == 2
-    assert [role for role, _ in server.contents(2)] == ["system", "user"] + ["assistant", "user"] * 2
-    assert "missing required field `prompt`" in server.contents(2)[3][1]
-    assert message.startswith(server.url + "/chat/completions: no layout in three answers; the last: the JSON: not as")
+    roles = [role for role, _ in contents(server, 2)]
+    assert roles == ["system", "user"] + ["assistant", "user"] * 2
+    assert "missing required field `prompt`" in contents(server, 2)[3][1]
+    last = "no layout in three answers; the last: the JSON: not as"
+    assert message.startswith(f"{server.url}/chat/completions: {last}")
 
 
-NONSENSE = {
-    "duplicates": ([LEFT, LEFT], "regions[0].box = [0, 10, 50, 100]: other regions cover all of it"),
-    "inside": ([LEFT, region(10, 20, 20, 40)], "regions[1].box = [10, 20, 20, 40]: other regions cover"),
-    "under two": ([LEFT, RIGHT, region(40, 20, 60, 90)], "regions[2].box = [40, 20, 60, 90]: other regions cover"),
-    "empty": ([LEFT, region(60, 20, 60, 90)], "regions[1].box = [60, 20, 60, 90]: expected 0 <= x0 < x1"),
-    "turned": ([region(50, 90, 90, 10)], "regions[0].box = [50, 90, 90, 10]: expected"),
-    "outside": ([region(0, 0, 100, 101)], "regions[0].box = [0, 0, 100, 101]: expected"),
-    "negative": ([region(-1, 0, 10, 10)], "regions[0].box = [-1, 0, 10, 10]: expected"),
-    "huge": ([region(0, 0, 10**30, 10)], "regions[0].box = [0, 0, 1000"),
-    "fraction": ([region(0, 0, 12.5, 10)], "Expected `int`, got `float` - at `$.regions[0].box.x1`"),
-    "62 regions": ([region(i, 0, i + 1, 9) for i in range(62)], "at most 61"),
-    "none": ([], "must not be empty"),
-    "no prompt": ([region(0, 0, 9, 9, " ")], "regions[0].prompt = ' ': expected"),
-    "other keys": ([{**LEFT, "mask": "/etc/passwd"}], "unknown field `mask`"),
-}
+COVERED = "other regions cover all of it"
+NONSENSE = [
+    (answer_with(LEFT, prompt=" "), "must not be empty"),
+    (answer_with(LEFT, LEFT), f"regions[0].box = [0, 10, 50, 100]: {COVERED}"),
+    (answer_with(LEFT, region(10, 20, 20, 40)), f"regions[1].box = [10, 20, 20, 40]: {COVERED}"),
+    (answer_with(LEFT, RIGHT, region(40, 20, 60, 90)), f"s[2].box = [40, 20, 60, 90]: {COVERED}"),
+    (answer_with(LEFT, region(60, 20, 60, 90)), "regions[1].box = [60, 20, 60, 90]: expected 0 <= x0 < x1"),
+    (answer_with(region(50, 90, 90, 10)), "regions[0].box = [50, 90, 90, 10]: expected"),
+    (answer_with(region(0, 0, 100, 101)), "regions[0].box = [0, 0, 100, 101]: expected"),
+    (answer_with(region(-1, 0, 10, 10)), "regions[0].box = [-1, 0, 10, 10]: expected"),
+    (answer_with(region(0, 0, 10**30, 10)), "regions[0].box = [0, 0, 1000"),
+    (answer_with(region(0, 0, 12.5, 10)), "Expected `int`, got `float` - at `$.regions[0].box.x1`"),
+    (answer_with(*[region(i, 0, i + 1, 9) for i in range(62)]), "at most 61"),
+    (answer_with(), "must not be empty"),
+    (answer_with(region(0, 0, 9, 9, " ")), "regions[0].prompt = ' ': expected"),
+    (answer_with({**LEFT, "mask": "/etc/passwd"}), "unknown field `mask`"),
+]
 
 
-@pytest.mark.parametrize("regions, reason", NONSENSE.values(), ids=NONSENSE)
-def test_nonsense_is_sent_back_with_the_reason(server, ask, regions, reason):
-    assert ask(answer_with(*regions), GOOD)["regions"][1]["prompt"] == "a brown dog at the sea"
-    correction = server.contents(1)[3][1]
+@pytest.mark.parametrize("answer, reason", NONSENSE)
+def test_nonsense_is_sent_back_with_the_reason(server, ask, answer, reason):
+    assert ask(answer, GOOD)["regions"][1]["prompt"] == "a brown dog at the sea"
+    correction = contents(server, 1)[3][1]
     assert reason in correction and "command line" not in correction
-
-
-def test_a_plan_needs_a_base_prompt(server, ask):
-    ask(answer_with(LEFT, prompt=" "), GOOD)
-    assert "must not be empty" in server.contents(1)[3][1]
 
 
 def test_many_regions_may_overlap_in_part(server, ask):
@@ -248,29 +237,31 @@ def test_many_regions_may_overlap_in_part(server, ask):
         assert len(server.asked) == 1
 
 
-GIVEN_UP = {  # the server's answer, and words of the message
-    "refusal": (completion(None, refusal="I can't draw that."), ["the model refuses", "I can't draw that."]),
-    "refusal with content": (completion(GOOD, refusal="I won't."), ["the model refuses", "I won't."]),
-    "empty": (completion("", refusal=None), ["the model refuses", "an empty answer"]),
-    "null": (completion(None), ["an empty answer"]),
-    "endless thoughts": (completion(f"<think>perhaps {GOOD}"), ["an empty answer"]),
-    "401": (failure(401, f"the key {KEY}\nis no good"), ["401 Unauthorized", "check OPENAI_API_KEY", "the key [key]"]),
-    "403": (failure(403, "x"), ["403 Forbidden", "check OPENAI_API_KEY"]),
-    "404": (failure(404, "x"), ["404 Not Found", "check --llm-url and --llm-model"]),
-    "400": (failure(400, "the prompt is too long"), ["400 Bad Request", "too long"]),
-    "500": (failure(500, "x"), ["500 Internal Server Error"]),
-    "no text": ((500, ""), ["500"]),
-    "plain text": ((500, "oops"), ["oops"]),
-    "a list": ((500, '[{"error": {"message": "oops"}}]'), ["'oops'"]),
-    "details": ((500, '{"detail": ["oops"]}'), ["oops"]),
-    "a web page": ((200, "<html>"), ["not a chat completion", "<html>"]),
-    "an empty list": ((200, "[]"), ["not a chat completion"]),
-    "no choice": ((200, '{"choices": []}'), ["not a chat completion"]),
-    "a number": ((200, '{"choices": [{"message": {"content": 1}}]}'), ["not a chat completion"]),
-}
+OPENAI = "check OPENAI_API_KEY"
+NO_CHAT = "not a chat completion"
+GIVEN_UP = [  # the server's answer, and words of the message
+    (completion(None, refusal="I can't draw that."), "the model refuses", "I can't draw that."),
+    (completion(GOOD, refusal="I won't."), "the model refuses", "I won't."),
+    (completion("", refusal=None), "the model refuses", "an empty answer"),
+    (completion(None), "an empty answer"),
+    (completion(f"<think>perhaps {GOOD}"), "an empty answer"),
+    (failure(401, f"the key {KEY}\nis no good"), "401 Unauthorized", OPENAI, "the key [key]"),
+    (failure(403, "x"), "403 Forbidden", OPENAI),
+    (failure(404, "x"), "404 Not Found", "check --llm-url and --llm-model"),
+    (failure(400, "the prompt is too long"), "400 Bad Request", "too long"),
+    (failure(500, "x"), "500 Internal Server Error"),
+    ((500, ""), "500"),
+    ((500, "oops"), "oops"),
+    ((500, '[{"error": {"message": "oops"}}]'), "'oops'"),
+    ((500, '{"detail": ["oops"]}'), "oops"),
+    ((200, "<html>"), NO_CHAT, "<html>"),
+    ((200, "[]"), NO_CHAT),
+    ((200, '{"choices": []}'), NO_CHAT),
+    ((200, '{"choices": [{"message": {"content": 1}}]}'), NO_CHAT),
+]
 
 
-@pytest.mark.parametrize("answer, words", GIVEN_UP.values(), ids=GIVEN_UP)
+@pytest.mark.parametrize("answer, words", [(answer, words) for answer, *words in GIVEN_UP])
 def test_what_cannot_get_better_is_one_sentence_and_not_asked_again(server, ask, answer, words):
     message = fails(ask, answer, GOOD)
     assert message.startswith(f"{server.url}/chat/completions: ")
@@ -290,31 +281,25 @@ def test_no_answer_is_one_sentence(server, ask):
         assert f"{url}/chat/completions: no answer (" in fails(ask, GOOD, url=url)
 
 
-def test_a_password_in_the_address_is_used_but_never_shown(server, ask):
+def test_a_password_in_the_address_is_used_but_never_shown(server, ask, monkeypatch):
     url = server.url.replace("//", "//user:pass-word@")
     ask("{", GOOD, url=url)
     assert server.asked[0][1]["Authorization"].startswith("Basic ")
     messages = ask.messages + [fails(ask, answer, url=url, timeout=0.2) for answer in ((500, f"at {url}"), (None, ""))]
     for message in messages:
         assert server.url in message and "pass-word" not in message and "user" not in message
-
-
-def test_offline_nothing_is_asked(server, ask, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    message = fails(ask, GOOD, url=server.url.replace("//", "//user:pass-word@"))
-    assert "HF_HUB_OFFLINE" in message and "pass-word" not in message and server.asked == []
+    assert "HF_HUB_OFFLINE" in fails(ask, GOOD, url=url) and server.asked == []
 
 
-@pytest.mark.parametrize("key", ["half\nother", "half\x1bother", "half…other"])
-def test_a_key_that_no_header_can_hold_is_not_shown(server, ask, monkeypatch, key):
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-    message = fails(ask, GOOD)
-    assert "OPENAI_API_KEY" in message and "half" not in message and "other" not in message
-    assert server.asked == []
-
-
-def test_a_key_that_the_model_repeats_is_not_shown(ask):
+def test_a_key_that_no_header_can_hold_or_that_the_model_repeats_is_not_shown(server, ask, monkeypatch):
     assert "unknown field `[key] x`" in fails(ask, json.dumps({f"{KEY}\nx": 1}))
+    for key in ("half\nother", "half\x1bother", "half…other"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        server.asked.clear()
+        message = fails(ask, GOOD)
+        assert "OPENAI_API_KEY" in message and "half" not in message and "other" not in message
+        assert server.asked == []
 
 
 NO_SCHEMA = [
@@ -324,41 +309,32 @@ NO_SCHEMA = [
 ]
 
 
-@pytest.mark.parametrize("refusal", NO_SCHEMA)
-def test_a_refused_schema_is_left_out_with_a_message(server, ask, refusal):
-    assert len(ask(refusal, "{", GOOD)["regions"]) == 2
-    assert ["response_format" in body for _, _, body in server.asked] == [True, False, False]
-    assert "Asking without a JSON Schema" in ask.messages[0] and f"HTTP {refusal[0]}" in ask.messages[0]
-
-
-def test_a_refused_schema_is_left_out_once(server, ask):
+def test_a_refused_schema_is_left_out_once_with_a_message(server, ask):
+    for refusal in NO_SCHEMA:
+        assert len(ask(refusal, "{", GOOD)["regions"]) == 2
+        assert ["response_format" in body for _, _, body in server.asked] == [True, False, False]
+        assert "Asking without a JSON Schema" in ask.messages[0]
+        assert f"HTTP {refusal[0]}" in ask.messages[0]
     assert "HTTP 400" in fails(ask, NO_SCHEMA[0])
     assert len(server.asked) == 2
     assert "without a JSON Schema, which it does not take" in fails(ask, NO_SCHEMA[1], "no")
     assert len(server.asked) == 4
 
 
-def test_the_file_reads_as_the_layout(ask, tmp_path):
+def test_the_file_reads_as_the_layout_and_is_written_whole_or_left_as_it_was(ask, tmp_path):
     prompt = "no: a cat, 50% “grey”\n# and 猫 🐈"
     layout = ask(answer_with(region(0, 10, 50, 100, prompt), RIGHT, prompt="yes"))
     file = tmp_path / "plan.yaml"
-    write_plan(layout, file)
+    file.write_text("mine")
+    with pytest.raises(InputError, match="exists already"):
+        write_plan(layout, file)
+    with pytest.raises(InputError, match="there is no folder"):
+        write_plan(layout, tmp_path / "none" / "plan.yaml", overwrite=True)
+    assert file.read_text() == "mine"
+    write_plan(layout, file, overwrite=True)
     read = read_layout(file, {})
     assert (read.prompt, read.background_prompt, read.width, read.height) == ("yes", "the sea", 512, 256)
     boxes = [(prompt, (0, 25.6, 256, 256)), ("a brown dog at the sea", (256, 51.2, 512, 256))]
     assert [(r.prompt, r.box) for r in read.regions] == boxes
     assert "box: [0%, 10%, 50%, 100%]" in file.read_text(encoding="utf-8")
-    assert list(tmp_path.iterdir()) == [file]
-
-
-def test_a_file_is_written_whole_or_left_as_it_was(tmp_path):
-    file = tmp_path / "plan.yaml"
-    file.write_text("mine")
-    with pytest.raises(InputError, match="exists already"):
-        write_plan({"prompt": "x"}, file)
-    assert file.read_text() == "mine"
-    write_plan({"prompt": "x"}, file, overwrite=True)
-    assert read_layout(file, {}).prompt == "x"
-    with pytest.raises(InputError, match="there is no folder"):
-        write_plan({"prompt": "x"}, tmp_path / "none" / "plan.yaml", overwrite=True)
     assert list(tmp_path.iterdir()) == [file]

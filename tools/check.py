@@ -49,8 +49,8 @@ def check_layouts(
         if len(layouts) > 1:
             output = output.with_stem(f"{output.stem}_{file.stem}")
         if output.suffix.lower() not in SUFFIXES:
-            expected = ", ".join(SUFFIXES)
-            raise InputError("--preview", output, f"the suffix must be one of {expected}")
+            problem = f"the suffix must be one of {', '.join(SUFFIXES)}"
+            raise InputError("--preview", output, problem)
         check_writable(output, overwrite)
         write(output, preview(layout).save)
         print(output)
@@ -59,17 +59,16 @@ def check_layouts(
 
 def prompt_lengths(layout: Layout, tokenizer: Path) -> list[int]:
     """The tokens of each prompt, the background's included, with the end token."""
-    prompts = [layout.prompt] + (region_tokens(layout).prompts if layout.regions else [])
+    prompts = region_tokens(layout).prompts if layout.regions else []
     encode = T5Tokenizer(tokenizer).encode
-    return [len(encode(prompt)[0]) + 1 for prompt in prompts]
+    return [len(encode(prompt)[0]) + 1 for prompt in (layout.prompt, *prompts)]
 
 
 def write_planned_layout(dry_run: DryRun, overrides: dict[str, Any], output: Output) -> None:
     """--plan: a layout file, plan.yaml by default."""
     file = Path(output.output or "plan.yaml")
     check_writable(file, output.overwrite)
-    width = overrides.get("width", 1024)
-    height = overrides.get("height", 1024)
-    found = plan(dry_run.plan, width, height, dry_run.llm_url, dry_run.llm_model)
+    size = [overrides.get(key, 1024) for key in ("width", "height")]
+    found = plan(dry_run.plan, *size, dry_run.llm_url, dry_run.llm_model)
     write_plan(found, file, output.overwrite)
     print(file)

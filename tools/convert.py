@@ -32,6 +32,7 @@ from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 import msgspec
 import numpy as np
 import yaml
+from msgspec import Meta
 from PIL import Image
 
 from errors import MISSING, InputError, info, warn
@@ -43,24 +44,23 @@ from regional.reader import read_layout, value_at
 Data = dict[str, Any]
 Files = dict[str, Any]  # by name: a text, an image, or what becomes JSON; "" stands for TARGET
 Box = tuple[float, float, float, float]
-Side = Annotated[int, msgspec.Meta(ge=1, le=16384)]
-Unit = Annotated[float, msgspec.Meta(ge=0, le=1)]
-Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
+Side = Annotated[int, Meta(ge=1, le=16384)]
+Unit = Annotated[float, Meta(ge=0, le=1)]
+Byte = Annotated[int, Meta(ge=0, le=255)]
 BOUNDS = ("x_min", "y_min", "x_max", "y_max")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 COLORS = [tuple(product((0, 85, 170, 255), repeat=3))[23 * i % 64] for i in range(64)]
-BACKGROUND, *PALETTE = COLORS  # black, and 63 colors that lie far apart
+BLACK, *PALETTE = COLORS  # 63 colors that lie far apart
 
 
 class Source(NamedTuple):
     """The file that becomes a layout, and what the flags state about it."""
 
     path: Path
-    text: str
-    image: str | None = None
-    boxes: bool = False
-    beside: Path | None = None
-    size: list[int] | None = None
+    image: str | None
+    boxes: bool
+    beside: Path | None
+    size: list[int] | None
 
 
 def read_text(path: Path) -> str:
@@ -91,39 +91,38 @@ def checked(value: Any, kind: Any, key: str = "") -> Any:
     try:
         return msgspec.convert(value, kind, strict=False)
     except UnicodeEncodeError:
-        raise InputError(key or "the file", value, "invalid Unicode (unpaired surrogate)") from None
+        message = "invalid Unicode (unpaired surrogate)"
     except msgspec.ValidationError as error:
-        message, _, path = str(error).replace("`", "").partition(" - at $")
+        message = str(error).replace("`", "")
+    problem, _, path = message.partition(" - at $")
     name = (key + path).lstrip(".") or "the file"
-    raise InputError(name, value_at(value, path), message[0].lower() + message[1:])
+    raise InputError(name, value_at(value, path), problem[0].lower() + problem[1:])
 
 
-def values(mapping: Any, key: str, **kinds: Any) -> tuple[Any, ...]:
+def values(mapping: Any, key: str = "", /, **kinds: Any) -> tuple[Any, ...]:
     """A mapping's values under these names, of these types; what may be None may be missing."""
-    optional = {name for name, kind in kinds.items() if type(None) in get_args(kind)}
-    fields = [(*item, None) if item[0] in optional else item for item in kinds.items()]
+    fields = [(n, k, None) if type(None) in get_args(k) else (n, k) for n, k in kinds.items()]
     record = msgspec.defstruct("Record", fields, kw_only=True)
     return msgspec.structs.astuple(checked(mapping, record, key))
+
+
+def rows(entries: list[Any], key: str, /, **kinds: Any) -> list[tuple[Any, ...]]:
+    return [values(entry, f"{key}[{i}]", **kinds) for i, entry in enumerate(entries)]
+
+
+def boxed(pairs: Any) -> list[Data]:
+    """Regions from their prompts and boxes."""
+    return [{"prompt": prompt, "box": list(box)} for prompt, box in pairs]
 
 
 def chosen(entries: list[Any], names: list[tuple[Any, ...]], source: Source) -> Any:
     """The entry one of whose names is --image, or the only one."""
     wanted = source.image
-    found = [e for e, own in zip(entries, names) if wanted is None or wanted in map(str, own)]
+    found = [e for e, own in zip(entries, names) if wanted in (None, *map(str, own))]
     if len(found) != 1:
         problem = f"{len(found)} of the {len(entries)} images match, expected one"
         raise InputError("--image", MISSING if wanted is None else wanted, problem, source.path)
     return found[0]
-
-
-def size_of(source: Source, *own: int | None) -> Data:
-    """The size of the image: the form's own, or --size where it has none."""
-    is_known = bool(own) and None not in own
-    if is_known == bool(source.size):
-        needed = "needed, because the file does not state the size"
-        problem = f"the file's own is {own[0]} x {own[1]}" if is_known else needed
-        raise InputError("--size", source.size or MISSING, problem, source.path)
-    return dict(zip(("width", "height"), checked(source.size or list(own), list[Side], "size")))
 
 
 def percent(fraction: Fraction) -> str:
@@ -132,14 +131,15 @@ def percent(fraction: Fraction) -> str:
 
 
 def boxes_of(layout: Layout, form: str) -> list[list[int]]:
-    return [pixel_box(region, f"regions[{i}]", form) for i, region in enumerate(layout.regions)]
+    return [pixel_box(region, i, form) for i, region in enumerate(layout.regions)]
 
 
-def pixel_box(region: Region, key: str, form: str) -> list[int]:
+def pixel_box(region: Region, i: int, form: str) -> list[int]:
     """The box of integers that holds the same pixels."""
+    key = f"regions[{i}]"
     if region.shape != "box":
         raise InputError(key, MISSING, f"it has a {region.shape}, {form} has only boxes")
-    x0, y0, x1, y1 = (math.ceil(value) for value in region.box)
+    x0, y0, x1, y1 = map(math.ceil, region.box)
     if x0 == x1 or y0 == y1:
         raise InputError(f"{key}.box", list(region.box), "there is no pixel in it")
     return [x0, y0, x1, y1]
@@ -149,20 +149,22 @@ def pixels_of(region: Region, layout: Layout) -> np.ndarray:
     """Which pixels lie in the region, (height, width) bool, as regional/mask.py sees it."""
     x = np.arange(layout.width)
     y = np.arange(layout.height)
-    if region.shape in ("box", "polygon"):
-        x0, y0, x1, y1 = region.box or (0, 0, 0, 0)
-        return in_polygons(region.polygon or [[(x0, y0), (x1, y0), (x1, y1), (x0, y1)]], x, y)
+    if region.box:
+        x0, y0, x1, y1 = region.box
+        return ((y0 <= y) & (y < y1))[:, None] & (x0 <= x) & (x < x1)
+    if region.polygon:
+        return in_polygons(region.polygon, x, y)
     mask = region_mask(region, layout)
     return mask[y * mask.shape[0] // layout.height][:, x * mask.shape[1] // layout.width]
 
 
 def color_map(layout: Layout) -> Image.Image:
     """One image of all regions, the i-th in PALETTE[i]."""
-    canvas = np.full((layout.height, layout.width, 3), BACKGROUND, dtype=np.uint8)
-    order = list(range(len(layout.regions)))
-    for i in order if layout.overlap == "first" else order[::-1]:  # the topmost first
-        pixels = pixels_of(layout.regions[i], layout)
-        visible = pixels & (canvas == BACKGROUND).all(axis=2)
+    canvas = np.full((layout.height, layout.width, 3), BLACK, dtype=np.uint8)
+    topmost_first = 1 if layout.overlap == "first" else -1
+    for i, region in list(enumerate(layout.regions))[::topmost_first]:
+        pixels = pixels_of(region, layout)
+        visible = pixels & (canvas == BLACK).all(axis=2)
         if (pixels & ~visible).any() and layout.overlap not in ("first", "last"):
             raise InputError(f"regions[{i}]", MISSING, "it overlaps another, a pixel has one color")
         if not visible.any():
@@ -179,8 +181,6 @@ def overlapping(polygons: Any, width: int, height: int) -> bool:
     return bool((covered != in_polygons(polygons, x, y)).any())
 
 
-# -------------------------------------------------------------------------- the forms
-
 PUBLISHED = {
     "base_prompt": "prompt", "background_prompt": "background_prompt",
     "image_width": "width", "image_height": "height", "num_inference_steps": "steps",
@@ -190,22 +190,21 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def from_published(source: Source) -> Data:
-    """infer_flux_regional.py of the published code: its settings, and the regions by their numbers,
-    among them or as `regional_prompt_mask_pairs`; boxes are x0, y0, x1, y1 in pixels."""
-    data = checked(parsed(source.text), Data, "the file")
+def from_published(data: Any, source: Source) -> Data:
+    """The settings in infer_flux_regional.py, with regions by number, or in a dict of their own."""
+    data = checked(data, Data, "the file")
     pairs = data.pop("regional_prompt_mask_pairs", None)
     pairs = pairs or {key: data.pop(key) for key in list(data) if key.isdigit()}
     types = get_type_hints(Layout, include_extras=True) | {"width": Side, "height": Side}
     layout = {"prompt": ""}
-    for theirs in (key for key in PUBLISHED if key in data):
-        layout[PUBLISHED[theirs]] = checked(data[theirs], types[PUBLISHED[theirs]], theirs)
-    layout |= size_of(source, layout.get("width"), layout.get("height"))
-    if lost := sorted(data.keys() - PUBLISHED.keys()):
-        warn(f"a layout has no place for {', '.join(lost)}")
-    pairs = checked(pairs, Data, "regions")
-    pairs = [values(pair, key, description=str, mask=Box) for key, pair in pairs.items()]
-    return layout | {"regions": [{"prompt": text, "box": list(box)} for text, box in pairs]}
+    for theirs, ours in PUBLISHED.items():
+        if theirs in data:
+            layout[ours] = checked(data.pop(theirs), types[ours], theirs)
+    if data:
+        warn(f"a layout has no place for {', '.join(sorted(data))}")
+    pairs = checked(pairs, Data, "regions").items()
+    regions = boxed(values(pair, key, description=str, mask=Box) for key, pair in pairs)
+    return {**layout, "regions": regions}
 
 
 def to_published(layout: Layout, stem: str) -> Files:
@@ -219,51 +218,51 @@ def to_published(layout: Layout, stem: str) -> Files:
     return {"": data}
 
 
-def from_coco(source: Source) -> Data:
-    """COCO's instances and panoptic segments (cocodataset.org, "data format"): boxes x, y, width,
-    height in pixels, polygons x1, y1, x2, y2 ..., or an image of colors R + 256 G + 65536 B."""
+def from_coco(data: Any, source: Source) -> Data:
+    """cocodataset.org, "data format": instances, or panoptic segments in an image of their ids."""
     kinds = {"images": list[Data], "annotations": list[Data], "categories": list[Data] | None}
-    images, annotations, categories = values(parsed(source.text), "", **kinds)
+    images, annotations, categories = values(data, **kinds)
     image = chosen(images, [(i.get("id"), i.get("file_name")) for i in images], source)
     kinds = {"id": int | str, "caption": str | None, "width": Side, "height": Side}
-    number, prompt, *size = values(image, "images", **kinds)
-    categories = list(enumerate(categories or ()))
-    names = dict(values(entry, f"categories[{i}]", id=int, name=str) for i, entry in categories)
-    layout = {"prompt": prompt, **size_of(source, *size), "regions": []}
+    number, prompt, width, height = values(image, "images", **kinds)
+    names = dict(rows(categories or [], "categories", id=int, name=str))
+    layout = {"prompt": prompt, "width": width, "height": height, "regions": []}
+    parts = []
     for i, entry in enumerate(annotations):
         if entry.get("image_id") != number:
             continue
         key = f"annotations[{i}]"
-        parts = {key: entry}
-        is_panoptic = entry.get("segments_info") is not None
+        if entry.get("segments_info") is None:
+            parts.append((key, entry, False))
+            continue
+        name, segments = values(entry, key, file_name=str, segments_info=list[Data])
+        inside = source.path.with_suffix("") / name  # a folder with the name of the file
+        found = inside if inside.is_file() else source.path.parent / name
+        layout["map"] = str(source.beside or found)
+        key += ".segments_info"
+        parts += [(f"{key}[{j}]", part, True) for j, part in enumerate(segments)]
+    for key, part, is_panoptic in parts:
+        (category,) = values(part, key, category_id=int)
+        if category not in names:
+            raise InputError(f"{key}.category_id", category, "there is no such category")
         if is_panoptic:
-            name, segments = values(entry, key, file_name=str, segments_info=list[Data])
-            inside = source.path.with_suffix("") / name  # a folder with the name of the file
-            found = inside if inside.is_file() else source.path.parent / name
-            layout["map"] = str(source.beside or found)
-            parts = {f"{key}.segments_info[{j}]": part for j, part in enumerate(segments)}
-        for key, part in parts.items():
-            category = values(part, key, category_id=int)[0]
-            if category not in names:
-                raise InputError(f"{key}.category_id", category, "there is no such category")
-            if is_panoptic:
-                shape = {"color": values(part, key, id=int)[0]}
-            else:
-                shape = coco_shape(part, key, layout, source.boxes)
-            layout["regions"].append({"prompt": names[category], **shape})
+            shape = {"color": values(part, key, id=int)[0]}
+        else:
+            shape = coco_shape(part, key, layout, source.boxes)
+        layout["regions"].append({"prompt": names[category], **shape})
     return layout
 
 
 def coco_shape(entry: Data, key: str, layout: Data, boxes: bool) -> Data:
     """The polygons of an annotation; its box where it has none, or where boxes are asked for."""
-    outline = values(entry, key, segmentation=list[list[float]] | Data | None)[0]
+    (outline,) = values(entry, key, segmentation=list[list[float]] | Data | None)
     if boxes or not outline:
-        x, y, w, h = values(entry, key, bbox=Box)[0]
+        ((x, y, w, h),) = values(entry, key, bbox=Box)
         return {"box": [x, y, x + w, y + h]}
-    key = f"{key}.segmentation"
+    key += ".segmentation"
     if isinstance(outline, dict):
         raise InputError(key, MISSING, "run-length encoding is not read; --boxes takes the boxes")
-    if not all(len(numbers) >= 6 and len(numbers) % 2 == 0 for numbers in outline):
+    if any(len(xy) < 6 or len(xy) % 2 for xy in outline):
         raise InputError(key, outline, "expected lists of x1, y1, x2, y2, x3, y3 and so on")
     polygons = [[list(point) for point in zip(xy[::2], xy[1::2])] for xy in outline]
     if overlapping(polygons, layout["width"], layout["height"]):
@@ -272,46 +271,46 @@ def coco_shape(entry: Data, key: str, layout: Data, boxes: bool) -> Data:
 
 
 def to_coco(layout: Layout, stem: str) -> Files:
+    size = {"width": layout.width, "height": layout.height}
+    image = {"id": 1, "file_name": f"{stem}.jpg", **size, "caption": layout.prompt}
     names = list(dict.fromkeys(region.prompt for region in layout.regions))
-    image = {"id": 1, "file_name": f"{stem}.jpg", "width": layout.width, "height": layout.height}
-    image["caption"] = layout.prompt
     categories = [{"id": i + 1, "name": name} for i, name in enumerate(names)]
-    data = {"images": [image], "categories": categories, "annotations": []}
+    annotations = []
+    files = {"": {"images": [image], "categories": categories, "annotations": annotations}}
     kinds = [{"category_id": names.index(r.prompt) + 1, "iscrowd": 0} for r in layout.regions]
     if any(region.shape in ("mask", "color") for region in layout.regions):
         ids = [r + 256 * g + 65536 * b for r, g, b in PALETTE]
         segments = [{"id": number, **kind} for number, kind in zip(ids, kinds)]
-        panoptic = {"image_id": 1, "file_name": f"{stem}.png", "segments_info": segments}
-        return {"": data | {"annotations": [panoptic]}, f"{stem}.png": color_map(layout)}
-    for i, (region, kind) in enumerate(zip(layout.regions, kinds)):
-        if region.polygon and overlapping(region.polygon, layout.width, layout.height):
-            raise InputError(f"regions[{i}].polygon", MISSING, "coco fills holes and overlaps")
+        name = f"{stem}.png"
+        annotations.append({"image_id": 1, "file_name": name, "segments_info": segments})
+        return files | {name: color_map(layout)}
+    for i, region in enumerate(layout.regions):
         polygons = region.polygon or ()
+        if polygons and overlapping(polygons, layout.width, layout.height):
+            raise InputError(f"regions[{i}].polygon", MISSING, "coco fills holes and overlaps")
         outline = [[value for point in points for value in point] for points in polygons]
-        xs = [x for xy in outline or [region.box] for x in xy[::2]]
-        ys = [y for xy in outline or [region.box] for y in xy[1::2]]
+        xs, ys = zip(*(region.box[:2], region.box[2:]) if region.box else sum(polygons, ()))
         box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
         area = int(pixels_of(region, layout).sum())
-        own = {"id": i + 1, "image_id": 1, "bbox": box, "area": area, **kind}
-        data["annotations"].append(own | ({"segmentation": outline} if outline else {}))
-    return {"": data}
+        entry = {"id": i + 1, "image_id": 1, "bbox": box, "area": area, **kinds[i]}
+        annotations.append(entry | ({"segmentation": outline} if outline else {}))
+    return files
 
 
-def from_forge(source: Source) -> Data:
-    """Forge Couple's advanced mapping: rows x0, x1, y0, y1, weight in fractions of the image, and
-    a line of prompt for each. A first row that is the whole image holds the base prompt."""
-    rows = checked(parsed(source.text), list[tuple[Unit, Unit, Unit, Unit, float]], "mapping")
+def from_forge(data: Any, source: Source) -> Data:
+    """Rows of x0, x1, y0, y1, weight. A first one that is the whole image is the base prompt's."""
+    mapping = checked(data, list[tuple[Unit, Unit, Unit, Unit, float]], "mapping")
     path = source.beside or source.path.with_suffix(".txt")
     prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if len(prompts) != len(rows):
-        problem = f"{len(rows)} rows, for {len(prompts)} lines of prompts in {path}"
+    if len(prompts) != len(mapping):
+        problem = f"{len(mapping)} rows, for {len(prompts)} lines of prompts in {path}"
         raise InputError("mapping", MISSING, problem)
-    layout = {"prompt": "", **(size_of(source) if source.size else {}), "regions": []}
-    if rows and rows[0][:4] == (0, 1, 0, 1):
+    layout = {"prompt": "", "width": None, "height": None, "regions": []}
+    if mapping and mapping[0][:4] == (0, 1, 0, 1):
         layout["prompt"] = prompts.pop(0)
-        weight = rows.pop(0)[4]
+        weight = mapping.pop(0)[4]
         warn(f"mapping[0] is the base prompt; a layout has no place for its weight {weight:g}")
-    for prompt, (*edges, weight) in zip(prompts, rows):
+    for prompt, (*edges, weight) in zip(prompts, mapping):
         x0, x1, y0, y1 = (percent(Fraction(str(edge))) for edge in edges)
         strength = {} if weight == 1 else {"strength": weight}
         layout["regions"].append({"prompt": prompt, "box": [x0, y0, x1, y1], **strength})
@@ -324,57 +323,58 @@ def to_forge(layout: Layout, stem: str) -> Files:
         raise InputError("prompt", layout.prompt, "forge's first line must not be empty")
     w = layout.width
     h = layout.height
-    rows = [[0, 1, 0, 1, 1]]
+    mapping = [[0, 1, 0, 1, 1]]
     for region, (x0, y0, x1, y1) in zip(layout.regions, boxes_of(layout, "forge")):
-        rows.append([x0 / w, x1 / w, y0 / h, y1 / h, region.strength])
-    return {"": rows, f"{stem}.txt": "\n".join(lines) + "\n"}
+        mapping.append([x0 / w, x1 / w, y0 / h, y1 / h, region.strength])
+    return {"": mapping, f"{stem}.txt": "\n".join(lines) + "\n"}
 
 
-def from_rpg(source: Source) -> Data:
+def from_rpg(data: Any, source: Source) -> Data:
     """RPG's plan, or the two lines of Regional Prompter. Rows of the split ratio end with ; and
-    give their height, then their columns, with commas; without ; there are only columns. Prompts
-    are joined by BREAK; one more, before the others or before ADDBASE, is the base prompt."""
+    give their height, then their columns; without ; there are only columns. One prompt more than
+    parts, the first, is the base prompt."""
     plan = r"Final split ratio:([^\n]*).*?Regional Prompt:(.*)"
-    found = re.search(plan, source.text, re.DOTALL)
-    split, prompts = found.groups() if found else source.text.strip().partition("\n")[::2]
-    rows = [[number.strip() for number in row.split(",")] for row in split.strip("; ").split(";")]
-    for number in (number for row in rows for number in row):
+    found = re.search(plan, data, re.DOTALL)
+    split, prompts = found.groups() if found else data.strip().partition("\n")[::2]
+    grid = [[number.strip() for number in row.split(",")] for row in split.strip("; ").split(";")]
+    for number in sum(grid, []):
         if not (re.fullmatch(r"\d+(\.\d+)?", number) and float(number)):
             raise InputError("split ratio", split, "expected numbers above 0, with , and ; between")
     if command := re.search(r"\bADD(ROW|COL|COMM)\b", prompts):
         raise InputError("Regional Prompt", command[0], "not read, only BREAK and ADDBASE are")
-    rows = [["1", *rows[0]]] if len(rows) == 1 else rows
+    grid = [["1", *grid[0]]] if len(grid) == 1 else grid
     boxes = []
-    ys = borders([row[0] for row in rows])
-    for row, y0, y1 in zip(rows, ys, ys[1:]):
+    ys = borders([row[0] for row in grid])
+    for row, y0, y1 in zip(grid, ys, ys[1:]):
         xs = borders(row[1:] or ["1"])
         boxes += [[x0, y0, x1, y1] for x0, x1 in zip(xs, xs[1:])]
     lines = [line.strip() for line in re.split(r"\b(?:BREAK|ADDBASE)\b", prompts)]
     prompt = lines.pop(0) if len(lines) == len(boxes) + 1 else ""
     if len(lines) != len(boxes):
         raise InputError("split ratio", split, f"{len(boxes)} parts, for {len(lines)} prompts")
-    regions = [{"prompt": line, "box": box} for line, box in zip(lines, boxes)]
-    return {"prompt": prompt, **(size_of(source) if source.size else {}), "regions": regions}
+    size = {"width": None, "height": None}
+    return {"prompt": prompt, **size, "regions": boxed(zip(lines, boxes))}
 
 
 def borders(numbers: list[str]) -> list[str]:
     """2, 1, 1 -> 0%, 50%, 75%, 100%."""
-    parts = [Fraction(number) for number in numbers]
-    return [percent(end / sum(parts)) for end in accumulate(parts, initial=Fraction(0))]
+    ends = list(accumulate(map(Fraction, numbers), initial=Fraction(0)))
+    return [percent(end / ends[-1]) for end in ends]
 
 
 def to_rpg(layout: Layout, stem: str) -> Files:
     boxes = zip(layout.regions, boxes_of(layout, "rpg"))
     cells = sorted((y0, y1, x0, x1, region.prompt) for region, (x0, y0, x1, y1) in boxes)
-    rows = {span: list(row) for span, row in groupby(cells, key=lambda cell: cell[:2])}
-    columns = [[cell[2:4] for cell in row] for row in rows.values()]
-    if not (is_tiling(rows, layout.height) and all(is_tiling(x, layout.width) for x in columns)):
+    grid = {ys: list(row) for ys, row in groupby(cells, key=lambda cell: cell[:2])}
+    columns = [[cell[2:4] for cell in row] for row in grid.values()]
+    if not (is_tiling(grid, layout.height) and all(is_tiling(xs, layout.width) for xs in columns)):
         raise InputError("regions", MISSING, "their boxes form no split into rows of columns")
     split = []
-    for (y0, y1), row in zip(rows, columns):
-        widths = [str(x1 - x0) for x0, x1 in row]
-        height = [str(y1 - y0)] if len(rows) > 1 else []
-        split.append(",".join(height + (widths if len(widths) > 1 or not height else [])))
+    for (y0, y1), row in zip(grid, columns):
+        numbers = [str(y1 - y0)] if len(grid) > 1 else []
+        if len(row) > 1 or not numbers:
+            numbers += [str(x1 - x0) for x0, x1 in row]
+        split.append(",".join(numbers))
     prompts = [" ".join(text.split()) for text in (layout.prompt, *(cell[4] for cell in cells))]
     if word := re.search(r"\b(BREAK|ADD(BASE|ROW|COL|COMM))\b", " ".join(prompts)):
         raise InputError("prompt", word[0], "it is a keyword in rpg")
@@ -387,89 +387,87 @@ def is_tiling(spans: Any, end: int) -> bool:
     return [low for low, _ in spans] + [end] == [0] + [high for _, high in spans]
 
 
-def from_layoutsam(source: Source) -> Data:
-    """Rows of the dataset LayoutSAM (CreatiLayout): boxes x0, y0, x1, y1 in pixels, and captions,
-    lists that are given as text. Detailed captions are preferred."""
-    data = parsed(source.text)
-    rows = data if isinstance(data, list) else [data]
-    row = chosen(rows, [(i,) for i in range(len(rows))], source)
-    prompt, *size = values(row, "", global_caption=str, width=Side, height=Side)
+def from_layoutsam(data: Any, source: Source) -> Data:
+    """A row's lists are given as text. Detailed captions are preferred."""
+    data = data if isinstance(data, list) else [data]
+    row = chosen(data, [(i,) for i in range(len(data))], source)
+    prompt, width, height = values(row, global_caption=str, width=Side, height=Side)
     kinds = {"bbox_list": Any, "region_captions": Any, "detail_region_captions": Any | None}
-    boxes, short, detailed = values(row, "", **kinds)
+    boxes, short, detailed = values(row, **kinds)
     boxes = checked(parsed(boxes), list[Box], "bbox_list")
     prompts = checked(parsed(detailed), list[str] | None, "detail_region_captions")
     prompts = prompts or checked(parsed(short), list[str], "region_captions")
     if len(prompts) != len(boxes):
         raise InputError("bbox_list", MISSING, f"{len(boxes)} boxes, for {len(prompts)} captions")
-    regions = [{"prompt": text, "box": list(box)} for text, box in zip(prompts, boxes)]
-    return {"prompt": prompt, **size_of(source, *size), "regions": regions}
+    size = {"width": width, "height": height}
+    return {"prompt": prompt, **size, "regions": boxed(zip(prompts, boxes))}
 
 
 def to_layoutsam(layout: Layout, stem: str) -> Files:
     row = {"global_caption": layout.prompt, "width": layout.width, "height": layout.height}
-    captions = str([region.prompt for region in layout.regions])
     row["bbox_list"] = str(boxes_of(layout, "layoutsam"))
+    captions = str([region.prompt for region in layout.regions])
     return {"": row | {"region_captions": captions, "detail_region_captions": captions}}
 
 
-def from_invokeai(source: Source) -> Data:
-    """InvokeAI's regional guidance: bounds in pixels, the upper ones exclusive, or a mask."""
+def from_invokeai(data: Any, source: Source) -> Data:
     kinds = {"positive_prompt": str | None, "width": Side | None, "height": Side | None}
-    prompt, *size, entries = values(parsed(source.text), "", **kinds, regions=list[Data])
-    layout = {"prompt": prompt, **size_of(source, *size), "regions": []}
+    prompt, width, height, entries = values(data, **kinds, regions=list[Data])
+    layout = {"prompt": prompt, "width": width, "height": height, "regions": []}
     for i, entry in enumerate(entries):
-        text, mask = values(entry, f"regions[{i}]", positive_prompt=str, mask=str | None)
+        key = f"regions[{i}]"
+        prompt, mask = values(entry, key, positive_prompt=str, mask=str | None)
         if mask:
             shape = {"mask": str(source.path.parent / mask)}
         else:
-            box = values(entry, f"regions[{i}]", **dict.fromkeys(BOUNDS, float))
-            shape = {"box": list(box)}
-        layout["regions"].append({"prompt": text, **shape})
+            shape = {"box": [*values(entry, key, **dict.fromkeys(BOUNDS, float))]}
+        layout["regions"].append({"prompt": prompt, **shape})
     return layout
 
 
 def to_invokeai(layout: Layout, stem: str) -> Files:
     size = {"width": layout.width, "height": layout.height}
-    files = {"": {"positive_prompt": layout.prompt, **size, "regions": []}}
+    regions = []
+    files = {"": {"positive_prompt": layout.prompt, **size, "regions": regions}}
     for i, region in enumerate(layout.regions):
         if region.box:
-            shape = dict(zip(BOUNDS, pixel_box(region, f"regions[{i}]", "invokeai")))
+            shape = dict(zip(BOUNDS, pixel_box(region, i, "invokeai")))
         else:
             shape = {"mask": f"{stem}.{i}.png"}
             files[shape["mask"]] = Image.fromarray(pixels_of(region, layout))
-        files[""]["regions"].append({"positive_prompt": region.prompt, **shape})
+        regions.append({"positive_prompt": region.prompt, **shape})
     return files
 
 
-def from_gradio(source: Source) -> Data:
-    """gradio_image_annotation's value: corners in pixels of an image, which may be its file."""
-    image, entries = values(parsed(source.text), "", image=Any | None, boxes=list[Data])
+def from_gradio(data: Any, source: Source) -> Data:
+    image, entries = values(data, image=Any | None, boxes=list[Data])
     path = source.beside or source.path.parent / (image if isinstance(image, str) else "")
-    size = read_image(path, "image").size if source.beside or os.path.isfile(path) else [None]
-    kinds = {"label": str, **dict.fromkeys(CORNERS, float)}
-    boxes = [values(entry, f"boxes[{i}]", **kinds) for i, entry in enumerate(entries)]
-    regions = [{"prompt": label, "box": box} for label, *box in boxes]
-    return {"prompt": "", **size_of(source, *size), "regions": regions}
+    width = height = None
+    if source.beside or os.path.isfile(path):
+        width, height = read_image(path, "image").size
+    boxes = rows(entries, "boxes", label=str, **dict.fromkeys(CORNERS, float))
+    regions = boxed((label, box) for label, *box in boxes)
+    return {"prompt": "", "width": width, "height": height, "regions": regions}
 
 
 def to_gradio(layout: Layout, stem: str) -> Files:
     boxes = []
     for region, box, color in zip(layout.regions, boxes_of(layout, "gradio"), PALETTE):
-        boxes.append(dict(zip(CORNERS, box)) | {"label": region.prompt, "color": color})
+        boxes.append({**dict(zip(CORNERS, box)), "label": region.prompt, "color": color})
+    name = f"{stem}.png"
     blank = Image.new("RGB", (layout.width, layout.height), "white")
-    return {"": {"image": f"{stem}.png", "boxes": boxes}, f"{stem}.png": blank}
+    return {"": {"image": name, "boxes": boxes}, name: blank}
 
 
-def from_seg2any(source: Source) -> Data:
-    """Seg2Any's JSON: a caption, and for each color of a map the text of its segment."""
+def from_seg2any(data: Any, source: Source) -> Data:
     kinds = {"caption": str, "seed": int | None, "segments_info": list[Data]}
-    prompt, seed, entries = values(parsed(source.text), "", **kinds)
+    prompt, seed, entries = values(data, **kinds)
     path = source.beside or source.path.with_suffix(".png")
-    size = size_of(source, *read_image(path, "segments_info").size)
-    kinds = {"text": str, "color": tuple[Byte, Byte, Byte]}
-    segments = [values(entry, f"segments_info[{i}]", **kinds) for i, entry in enumerate(entries)]
+    width, height = read_image(path, "segments_info").size
+    layout = {"prompt": prompt, "seed": seed, "width": width, "height": height, "map": str(path)}
+    segments = rows(entries, "segments_info", text=str, color=tuple[Byte, Byte, Byte])
     regions = [{"prompt": text, "color": list(color)} for text, color in segments]
-    return {"prompt": prompt, "seed": seed, **size, "map": str(path), "regions": regions}
+    return {**layout, "regions": regions}
 
 
 def to_seg2any(layout: Layout, stem: str) -> Files:
@@ -480,24 +478,35 @@ def to_seg2any(layout: Layout, stem: str) -> Files:
     return {"": data, f"{stem}.png": color_map(layout)}
 
 
-# -------------------------------------------------------------------------- the command
-
+SIZED = {"prompt", "width", "height"}
 FORMS = {  # reader, writer, and the keys that the form can hold, besides shapes
     "published": (from_published, to_published, {*PUBLISHED.values()}),
-    "coco": (from_coco, to_coco, {"prompt", "width", "height"}),
+    "coco": (from_coco, to_coco, SIZED),
     "forge": (from_forge, to_forge, {"prompt", "strength"}),
     "rpg": (from_rpg, to_rpg, {"prompt"}),
-    "layoutsam": (from_layoutsam, to_layoutsam, {"prompt", "width", "height"}),
-    "invokeai": (from_invokeai, to_invokeai, {"prompt", "width", "height"}),
+    "layoutsam": (from_layoutsam, to_layoutsam, SIZED),
+    "invokeai": (from_invokeai, to_invokeai, SIZED),
     "gradio": (from_gradio, to_gradio, {"width", "height"}),
-    "seg2any": (from_seg2any, to_seg2any, {"prompt", "width", "height", "seed", "overlap"}),
+    "seg2any": (from_seg2any, to_seg2any, {*SIZED, "seed", "overlap"}),
 }
 
 
 def to_layout(source: Source, form: str, stem: str) -> Files:
     """The layout in YAML, and the images that it names."""
-    layout = FORMS[form][0](source)
-    files = fitted(layout, stem) if "width" in layout else {}  # without a size all is in percent
+    text = read_text(source.path)
+    layout = FORMS[form][0](text if form == "rpg" else parsed(text), source)
+    own = (layout.get("width"), layout.get("height"))
+    size = own if None not in own else source.size
+    if source.size and size is own:
+        problem = f"the file's own is {own[0]} x {own[1]}"
+        raise InputError("--size", source.size, problem, source.path)
+    files = {}
+    if size:
+        layout["width"], layout["height"] = checked(size, list[Side], "size")
+        files = fitted(layout, stem)
+    elif form not in ("forge", "rpg"):  # whose boxes are in percent
+        problem = "needed, because the file does not state the size"
+        raise InputError("--size", MISSING, problem, source.path)
     if not layout["prompt"]:
         layout["prompt"] = ", ".join(region["prompt"] for region in layout["regions"])
         warn("there is no base prompt; the prompts of the regions, joined, stand in for it")
@@ -517,8 +526,7 @@ def fitted(layout: Data, stem: str) -> Files:
     images = [(layout, "map", f"{stem}.map.png")]
     for i, region in enumerate(layout["regions"]):
         images.append((region, "mask", f"{stem}.{i}.png"))
-        points = [point for points in region.get("polygon", ()) for point in points]
-        for numbers in [*points, region.get("box", [])]:
+        for numbers in [*sum(region.get("polygon", []), []), region.get("box", [])]:
             for k, value in enumerate(numbers):
                 if isinstance(value, str):  # in percent
                     continue
@@ -530,8 +538,9 @@ def fitted(layout: Data, stem: str) -> Files:
     files = {}
     for holder, key, name in images:
         if key in holder:
-            image = read_image(holder[key], key)
-            files[name] = image if new == old else image.resize(new, Image.Resampling.NEAREST)
+            files[name] = read_image(holder[key], key)
+            if new != old:
+                files[name] = files[name].resize(new, Image.Resampling.NEAREST)
             holder[key] = name
     return files
 
@@ -540,11 +549,10 @@ def to_form(layout: Layout, form: str, stem: str) -> Files:
     """The files of another form. What it has no place for is reported."""
     _, convert, kept = FORMS[form]
     files = convert(layout, stem)
-    parts = [("", layout, kept | {"regions", "map", "preset"})]
-    own = kept | {"prompt", *SHAPES}
-    parts += [(f"regions[{i}].", region, own) for i, region in enumerate(layout.regions)]
+    parts = {"": layout} | {f"regions[{i}].": r for i, r in enumerate(layout.regions)}
     lost = []
-    for start, part, held in parts:
+    for start, part in parts.items():
+        held = {*kept, "regions", "map", "preset"} if part is layout else {*kept, "prompt", *SHAPES}
         default = type(part)(prompt="")
         keys = [key for key in part.__struct_fields__ if key not in held]
         lost += [start + key for key in keys if getattr(part, key) != getattr(default, key)]
@@ -555,35 +563,36 @@ def to_form(layout: Layout, form: str, stem: str) -> Files:
 
 def write(files: Files, target: Path, overwrite: bool, source: Path | None) -> None:
     """Write all files or none. A layout, made from `source`, is read once before it is there."""
-    folder = target.parent
     if target.name in files:
         raise InputError(target, MISSING, "a file next to it needs this name, choose another one")
-    if not folder.is_dir():
-        raise InputError(target, MISSING, f"there is no folder {folder}")
+    if not target.parent.is_dir():
+        raise InputError(target, MISSING, f"there is no folder {target.parent}")
     files = {name or target.name: content for name, content in files.items()}
-    taken = [folder / name for name in files if (folder / name).exists()]
-    if taken and not overwrite:
-        raise InputError(taken[0], MISSING, "exists already; --overwrite replaces it")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".convert") as made:
+    for path in map(target.with_name, files):
+        if path.exists() and not overwrite:
+            raise InputError(path, MISSING, "exists already; --overwrite replaces it")
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".convert") as made:
         for name, content in files.items():
+            path = Path(made, name)
             if isinstance(content, Image.Image):
-                content.save(Path(made, name), format="PNG")
+                content.save(path, format="PNG")
                 continue
-            is_text = isinstance(content, str)
-            text = content if is_text else json.dumps(content, ensure_ascii=False) + "\n"
-            Path(made, name).write_text(text, encoding="utf-8")
+            if not isinstance(content, str):
+                content = json.dumps(content, ensure_ascii=False) + "\n"
+            path.write_text(content, encoding="utf-8")
+        layout = Path(made, target.name)
         try:
             if source:
-                read_layout(Path(made, target.name), {})
+                read_layout(layout, {})
         except InputError as error:
-            problem = str(error).replace(f"{Path(made, target.name)}: ", "")
-            problem = problem.replace(f"{made}{os.sep}", "").rstrip(".")
-            raise InputError(source, MISSING, problem) from None
+            problem = str(error).replace(f"{layout}: ", "").replace(f"{made}{os.sep}", "")
+            raise InputError(source, MISSING, problem.rstrip(".")) from None
         for name in files:
-            os.replace(Path(made, name), folder / name)
+            os.replace(Path(made, name), target.with_name(name))
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; returns its exit code: 0, 2 for bad input, 1 for other failures."""
     parser = argparse.ArgumentParser("python -m tools.convert", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_mutually_exclusive_group(required=True).add_argument
@@ -600,19 +609,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     unknown = "the size of the image, if SOURCE does not state it"
     add("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help=unknown)
     add("--overwrite", action="store_true", help="replace existing files")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the program; returns its exit code: 0, 2 for bad input, 1 for other failures."""
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     stem = args.target.stem
     try:
         if args.writes:
             files = to_form(read_layout(args.source, {}), args.writes, stem)
         else:
-            text = read_text(args.source)
-            source = Source(args.source, text, args.image, args.boxes, args.beside, args.size)
+            source = Source(args.source, args.image, args.boxes, args.beside, args.size)
             files = to_layout(source, args.reads, stem)
         write(files, args.target, args.overwrite, args.source if args.reads else None)
     except InputError as error:

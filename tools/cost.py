@@ -2,7 +2,7 @@
 
 from model.transformer import FluxParams
 from regional.attention import allowed
-from regional.layout import FLUX_DEV, Layout
+from regional.layout import FLUX_DEV, Defaults, Layout
 from regional.mask import RegionTokens, regional_stages
 
 Stage = tuple[int, int, str]  # its last step, the FLOPs of each of its steps, its name
@@ -10,8 +10,8 @@ Stage = tuple[int, int, str]  # its last step, the FLOPs of each of its steps, i
 
 def resolved(layout: Layout, params: FluxParams) -> Layout:
     """A layout for a transformer of these sizes, with the other defaults of FLUX.1-dev."""
-    depths = {"depth": params.depth, "depth_single_blocks": params.depth_single_blocks}
-    return layout.resolved(FLUX_DEV._replace(**depths))
+    blocks = params.depth, params.depth_single_blocks
+    return layout.resolved(Defaults(*FLUX_DEV[:3], *blocks))
 
 
 def cost(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[str]:
@@ -26,10 +26,10 @@ def cost(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[str]:
             lines.append(f"steps {start + 1} to {end}: {what}, {each}")
         total += (end - start) * flops
         start = end
-    more = layout.controlnets or any(region.loras for region in layout.regions)
-    note = "; ControlNets and regions' LoRAs come on top" if more else ""
     times = f"{total / (start * plain):.2f} times plain FLUX.1"
-    return [*lines, f"altogether: {amount(total)}, {times}{note}"]
+    if layout.controlnets or any(region.loras for region in layout.regions):
+        times += "; ControlNets and regions' LoRAs come on top"
+    return [*lines, f"altogether: {amount(total)}, {times}"]
 
 
 def amount(flops: int) -> str:
@@ -41,9 +41,9 @@ def stages(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[Sta
     name = "composed of the regions' images" if layout.method == "rpg" else "regional"
     found = []
     for end, ratio in regional_stages(layout, tokens) if layout.regions else ():
-        has_base = bool(ratio.any())
-        flops = regional_flops(layout, params, tokens, has_base)
-        found.append((end, flops, name if has_base else f"{name}, no base branch"))
+        base = bool(ratio.any())
+        what = name if base else f"{name}, no base branch"
+        found.append((end, regional_flops(layout, params, tokens, base), what))
     plain = plain_flops(params, layout.max_sequence_length, tokens.cover.shape[1])
     return [*found, (layout.steps, plain, "plain")]
 
@@ -72,8 +72,7 @@ def plain_flops(params: FluxParams, text: int, image: int) -> int:
 
 
 def forward_flops(params: FluxParams, text: int, image: int, pairs: int, streams: int = 1) -> int:
-    """FLOPs of a pass with so many text and image tokens, (query, key) in all blocks together, and
-    image streams in the single blocks."""
+    """FLOPs of a pass. pairs: (query, key), of all blocks; streams: of the image, when single."""
     d = params.hidden_size
     mlp = 2 * d * params.mlp_hidden
     single = params.depth_single_blocks

@@ -31,10 +31,9 @@ class Name(NamedTuple):
 
     def fill(self, template: str) -> Path:
         """The path for a template; what tells images apart and has no place in it is appended."""
-        seed = str(self.seed)
         rest = [] if "{sweep}" in template else [*self.sweep]
-        rest += [seed] if self.has_seeds and "{seed}" not in template else []
-        path = template.replace("{name}", self.layout).replace("{seed}", seed)
+        rest += [str(self.seed)] if self.has_seeds and "{seed}" not in template else []
+        path = template.replace("{name}", self.layout).replace("{seed}", str(self.seed))
         path = Path(path.replace("{sweep}", "_".join(self.sweep)))
         return path.with_stem("_".join([path.stem, *rest]))
 
@@ -84,7 +83,7 @@ def layout_files(output: Output) -> list[Path | None]:
     for path in output.layout:
         found = [path]
         if os.path.isdir(path):
-            found = sorted(file for kind in ("yaml", "yml") for file in path.glob(f"*.{kind}"))
+            found = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
         if not found:
             raise InputError("--layout", path, "there is no layout (.yaml, .yml) in this folder")
         files += found
@@ -96,10 +95,10 @@ def worker_of(shard: str | None, is_parallel: bool) -> Worker:
     if is_parallel:
         return Worker(0, 1, is_shared=True)
     env = os.environ
-    if shard is None:
-        pairs = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
-        found = (f"{env[rank]}/{env[size]}" for rank, size in pairs if rank in env and size in env)
-        shard = next(found, "0/1")
+    for rank, size in ("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"):
+        if shard is None and rank in env and size in env:
+            shard = f"{env[rank]}/{env[size]}"
+    shard = "0/1" if shard is None else shard
     index, _, count = shard.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise InputError("--shard", shard, "expected INDEX/COUNT, e.g. 0/4")
@@ -130,9 +129,8 @@ def plan_jobs(
     for sheet in {job.sheet for job in jobs if job.sheet}:
         check_writable(sheet, output.overwrite)
     jobs = jobs[worker.index :: worker.count]
-    if len(files) == 1:
-        for job in jobs:
-            is_finished(job, output, None)
+    for job in jobs if len(files) == 1 else ():
+        is_finished(job, output, None)
     return jobs
 
 
@@ -161,9 +159,8 @@ def jobs_of(
     jobs = []
     for own in names:
         if own.seed is None:  # An existing image may be finished, with the seed that it has.
-            own = own._replace(seed=chosen)
-            found = metadata_in(own.fill(template)) or {}
-            own = own._replace(seed=found.get("seed", chosen))
+            found = metadata_in(own._replace(seed=chosen).fill(template)) or {"seed": chosen}
+            own = own._replace(seed=found["seed"])
         image = own.fill(template)
         files = {"image": image}
         if output.save_latents:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ Metadata = dict[str, Any]
 
 
 def write(path: Path, save: Callable[[Path], None]) -> None:
-    """Save under a temporary name, then rename: a file of the final name is always whole."""
+    """Save under a temporary name, then rename: a file is whole or not there."""
     unfinished = path.with_stem(f".{path.stem}.{os.getpid()}")
     try:
         save(unfinished)
@@ -59,8 +60,9 @@ def image_metadata(layout: Layout, seed: int, run: Metadata) -> Metadata:
     """All that determines an image, as JSON; layout: filled in; run: Pipeline.metadata."""
     files = [layout.map, *(region.mask for region in layout.regions)]
     files += [entry.image for entry in (*layout.loras, *layout.controlnets)]
-    data = {file: Path(file).read_bytes() for file in files if file}
-    hashes = {file: hashlib.sha256(data[file]).hexdigest()[:16] for file in data}
+    hashes = {}
+    for file in filter(None, files):
+        hashes[file] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
     keys = msgspec.to_builtins(layout)
     return json.loads(json.dumps({**keys, "seed": seed, **run, "pictures": hashes}))
 
@@ -72,7 +74,7 @@ def save_image(image: Image.Image, metadata: Metadata | None, path: Path) -> Non
 
 
 def embedded(metadata: Metadata, suffix: str) -> dict[str, Any]:
-    """The arguments with which Pillow embeds the metadata."""
+    """Pillow's arguments."""
     line = (
         "Steps: {steps}, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: {guidance}, "
         "Seed: {seed}, Size: {width}x{height}, Model: {model}, Base ratio: {base_ratio}, "
@@ -129,15 +131,12 @@ def metadata_text(path: Path) -> str | None:
 
 
 def metadata_in(path: Path) -> Metadata | None:
-    """The same, or None if there are none."""
-    try:
+    with suppress(InputError):
         return read_metadata(path)
-    except InputError:
-        return None
 
 
 def matches(path: Path, metadata: Metadata) -> bool:
     """Was this file made with these settings, by any version of torch?"""
-    found = metadata_in(path) if path.exists() else None
+    found = metadata_in(path)
     ignored = {"torch": None, "given": None}
     return found is not None and {**found, **ignored} == {**metadata, **ignored}

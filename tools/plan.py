@@ -62,8 +62,8 @@ def plan(
     prompt: str, width: int, height: int, url: str | None = None, model: str | None = None,
     timeout: float = 120,
 ) -> dict[str, Any]:  # fmt: skip
-    """A layout's keys for this prompt, with boxes in percent. What is no layout is asked for again,
-    twice at most. url: by default OPENAI_BASE_URL. timeout: seconds without a byte."""
+    """A layout's keys, with boxes in percent. What is no layout is asked for again, twice at most.
+    url: by default OPENAI_BASE_URL. timeout: seconds without a byte."""
     read_layout(None, {"prompt": prompt, "width": width, "height": height})  # fails without asking
     url = (url or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/")
     url = url.removesuffix("/chat/completions")
@@ -78,7 +78,9 @@ def plan(
     messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
     strict = {"name": "layout", "strict": True, "schema": schema}
     form = {"type": "json_schema", "json_schema": strict}
-    body = {"messages": messages, "response_format": form} | ({"model": model} if model else {})
+    body = {"messages": messages, "response_format": form}
+    if model:
+        body["model"] = model
     for is_last in (False, False, True):
         answer = ask(url, body, timeout)
         try:
@@ -88,8 +90,8 @@ def plan(
         if not is_last:
             info(f"{public(url)}: asking again: {problem}")
         correction = f"This can't be used: {problem} Answer with the whole JSON object, corrected."
-        messages += [{"role": "assistant", "content": answer}]
-        messages += [{"role": "user", "content": correction}]
+        messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "user", "content": correction})
     how = "" if "response_format" in body else " (without a JSON Schema, which it does not take)"
     problem = f"no layout in three answers{how}; the last: {problem.removesuffix('.')}"
     raise InputError(public(url), MISSING, problem)
@@ -97,9 +99,9 @@ def plan(
 
 def key() -> str:
     found = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not (found.isascii() and found.isprintable()):
-        raise InputError("OPENAI_API_KEY", MISSING, "it has characters that no key has")
-    return found
+    if found.isascii() and found.isprintable():
+        return found
+    raise InputError("OPENAI_API_KEY", MISSING, "it has characters that no key has")
 
 
 def public(text: str) -> str:
@@ -116,9 +118,9 @@ def ask(url: str, body: dict[str, Any], timeout: float) -> str:
     except Exception as error:  # the HTTP library's have no common base, and may hold secrets
         reason = public(str(error)) or type(error).__name__
         raise InputError(public(url), MISSING, f"no answer ({reason}) in {timeout:g} s") from None
-    status = response.status_code
     text = response.text
     if not response.is_success:
+        status = response.status_code
         message = re.search(r'"message"\s*:\s*"((?:[^"\\]|\\.)+)"', text)
         message = public(message[1] if message else text)[:200]
         problem = f"HTTP {status} {response.reason_phrase}, {message!r}{HINTS.get(status, '')}"
@@ -133,12 +135,12 @@ def ask(url: str, body: dict[str, Any], timeout: float) -> str:
         content = message.get("content") or ""
         content = content.rpartition("</think>")[2].partition("<think>")[0].strip()
         refusal = message.get("refusal") or ("" if content else "an empty answer")
+        problem = f"the model refuses: {public(str(refusal))[:200]!r}"
     except (ValueError, LookupError, TypeError, AttributeError):
+        refusal = True
         problem = f"not a chat completion: {public(text)[:200]!r}"
-        raise InputError(public(url), MISSING, problem) from None
     if refusal:
-        refusal = public(str(refusal))[:200]
-        raise InputError(public(url), MISSING, f"the model refuses: {refusal!r}")
+        raise InputError(public(url), MISSING, problem)
     return content
 
 
@@ -173,7 +175,6 @@ def check_boxes(boxes: list[tuple[int, int, int, int]]) -> None:
 
 
 def write_plan(layout: dict[str, Any], file: Path, overwrite: bool = False) -> None:
-    """Write a layout's keys as a file, whole or not at all."""
     check_writable(file, overwrite)
     style = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None, "width": 110}
     text = HEADER + yaml.safe_dump(layout, **style)

@@ -42,7 +42,7 @@ def preview(layout: Layout) -> Image.Image:
     cover = tokens.cover.numpy().reshape(-1, h, w)
     names = names_of(tokens)
     colors = np.array([color(bit) for bit in tokens.prompt_bits])
-    several = cover[[name != "background" for name in names]].sum(axis=0) > 1.001
+    several = cover[: len(layout.regions)].sum(axis=0) > 1.001
     pixels = painted(cover / cover.sum(axis=0), several, colors, cell)
     fine = replace(layout, width=layout.width * cell, height=layout.height * cell)
     for region, own in zip(layout.regions, colors):
@@ -61,8 +61,8 @@ def grid_tokens(layout: Layout) -> RegionTokens:
     """region_tokens; without regions everything is background."""
     if layout.regions:
         return region_tokens(layout)
-    box = (0, 0, layout.width, layout.height)
-    everything = Region(prompt="(no regions: the base prompt alone)", box=box)
+    prompt = "(no regions: the base prompt alone)"
+    everything = Region(prompt=prompt, box=(0, 0, layout.width, layout.height))
     tokens = region_tokens(replace(layout, regions=(everything,)))
     return tokens._replace(prompt_bits=[BACKGROUND_BIT])
 
@@ -76,7 +76,6 @@ def counted(tokens: int) -> str:
 
 
 def color(bit: int) -> tuple[int, ...]:
-    """Red, green and blue of the region with this bit."""
     return (228, 228, 228) if bit == BACKGROUND_BIT else tuple(bytes.fromhex(COLORS[bit]))
 
 
@@ -85,8 +84,8 @@ def enlarged(grid: np.ndarray, by: int) -> np.ndarray:
 
 
 def painted(parts: np.ndarray, several: np.ndarray, colors: np.ndarray, cell: int) -> np.ndarray:
-    """The token grid, (h cell, w cell, 3), from each region's fraction of each token (P, h, w),
-    where there are `several` (h, w), and colors (P, 3): stripes are as wide as the fractions."""
+    """(h cell, w cell, 3) from each region's fraction of each token (P, h, w), where there are
+    `several` (h, w), and colors (P, 3): stripes are as wide as the fractions."""
     pixels = enlarged(np.tensordot(parts, colors, axes=(0, 0)), cell)
     y, x = np.indices(pixels.shape[:2])
     phase = (x + y) % STRIPES / STRIPES
@@ -99,10 +98,11 @@ def painted(parts: np.ndarray, several: np.ndarray, colors: np.ndarray, cell: in
 
 def magnified(region: Region, by: int) -> Region:
     """A region with its coordinates multiplied; masks and maps have none."""
-    box = region.box and tuple(by * value for value in region.box)
-    polygon = region.polygon
-    polygon = polygon and [[(by * x, by * y) for x, y in points] for points in polygon]
-    return replace(region, box=box, polygon=polygon)
+    if region.box:
+        return replace(region, box=tuple(by * value for value in region.box))
+    polygons = region.polygon or ()
+    polygons = [[(by * x, by * y) for x, y in points] for points in polygons]
+    return replace(region, polygon=polygons or None)
 
 
 def peeled(inside: np.ndarray) -> np.ndarray:
@@ -113,8 +113,7 @@ def peeled(inside: np.ndarray) -> np.ndarray:
 
 
 def innermost(inside: np.ndarray) -> tuple[float, float, float]:
-    """Row and column of a point deep inside, and its distance from the outside, from (h, w) bool
-    with some True."""
+    """Row and column of a point deep inside (h, w) bool, and its distance from the outside."""
     depth = 0.5
     while (inner := peeled(inside)).any():
         inside = inner
@@ -131,16 +130,18 @@ def write_names(
     if there is room."""
     zoom = 2 * (96 // max(cover.shape[1:])) + 1  # odd: a token has a middle
     regions = (cover > 0).sum(axis=0)
-    free = enlarged(np.ones(cover.shape[1:], dtype=bool), zoom)
+    free = enlarged(regions >= 0, zoom)
     for name, own, edge in zip(names, cover, colors):
         mine = (own > 0) & (own == cover.max(axis=0))
         mine = mine if mine.any() else own > 0
         if not mine.any():  # it lies wholly under others
             continue
         mine = enlarged(mine & (regions == regions[mine].min()), zoom)
-        room = mine & free if (mine & free).any() else mine
-        y, x, radius = (value * cell / zoom for value in innermost(room))
-        size = min(32 if name.isdigit() else 20, max(12, 3 * radius / max(2, len(name))))
+        room = mine & free
+        place = innermost(room if room.any() else mine)
+        y, x, radius = (value * cell / zoom for value in place)
+        size = 3 * radius / max(2, len(name))
+        size = min(32 if name.isdigit() else 20, max(12, size))
         font = ImageFont.load_default(size)
         half = font.getlength(name) / 2 + size / 4
         box = (x - half, y - 0.6 * size, x + half, y + 0.6 * size)
@@ -150,16 +151,13 @@ def write_names(
         free[y0 : y1 + 1, x0 : x1 + 1] = False
 
 
-Lines = list[tuple[str, str]]  # of text, each with its color
-
-
-def lines_of(prompt: str, about: str, letters: int, most: int) -> Lines:
-    """A prompt, cut to so many lines of so many letters, and its details."""
+def lines_of(prompt: str, about: str, letters: int, most: int) -> list[tuple[str, str]]:
+    """Lines of so many letters, each with its color: at most so many of the prompt, its details."""
     lines = textwrap.wrap(prompt, letters, max_lines=most, placeholder=" ...")
     return [(x, "black") for x in lines] + [(x, "dimgray") for x in textwrap.wrap(about, letters)]
 
 
-def write_lines(draw: ImageDraw.ImageDraw, x: int, y: int, lines: Lines, width: int) -> None:
+def write_lines(draw: ImageDraw.ImageDraw, x: int, y: int, lines: list, width: int) -> None:
     for i, (line, ink) in enumerate(lines):
         font = ImageFont.load_default(15 if ink == "black" else 13)
         draw.text((x, y + LINE * i), fitting(line, width, font), ink, font)
@@ -175,15 +173,16 @@ def with_legend(
     entries = [lines_of(*entry, 40, most) for entry in entries]
     step = LINE * max(map(len, entries)) + 10
     is_below = image.width > 1.2 * image.height
+    left = GAP if is_below else image.width + 2 * GAP
     columns = math.ceil(len(names) / max(8, image.height // step))
     columns = image.width // COLUMN if is_below else columns
     rows = math.ceil(len(names) / columns)
-    left = GAP if is_below else image.width + 2 * GAP
     width = max(image.width + 2 * GAP, left + COLUMN * columns)
     heading = lines_of(*head, width // 8, 3)
     top = LINE * len(heading) + 2 * GAP
     start = top + is_below * (image.height + GAP)
-    sheet = Image.new("RGB", (width, max(top + image.height + GAP, start + step * rows)), "white")
+    height = max(top + image.height + GAP, start + step * rows)
+    sheet = Image.new("RGB", (width, height), "white")
     sheet.paste(image, (GAP, top))
     draw = ImageDraw.Draw(sheet)
     write_lines(draw, GAP, GAP, heading, width - 2 * GAP)
@@ -201,15 +200,13 @@ def with_legend(
 def details(layout: Layout, tokens: RegionTokens, i: int) -> str:
     """A region's tokens and fraction of the image, and those of its settings that were changed."""
     own = layout.regions[i] if i < len(layout.regions) else None
-    found = [counted(int((tokens.cover[i] > 0).sum())), f"{tokens.cover[i].mean():.1%}"]
+    cover = tokens.cover[i]
+    found = [counted(int((cover > 0).sum())), f"{cover.mean():.1%}"]
     for key, default in DEFAULT_VALUES.items():
         value = getattr(own, key, default)
         if value != default:
             found.append(f"{key} {value if isinstance(value, str) else format(value, 'g')}")
     return ", ".join(found)
-
-
-# -------------------------------------------------------------------------- the report
 
 
 def report(layout: Layout, params: FluxParams, known: list[int] | None) -> tuple[str, list[str]]:
@@ -218,19 +215,21 @@ def report(layout: Layout, params: FluxParams, known: list[int] | None) -> tuple
     layout = resolved(layout, params)
     tokens = grid_tokens(layout)
     everywhere = torch.ones(tokens.cover.shape[1])
-    entries = [("base", "prompt", layout.prompt, layout.max_sequence_length, everywhere)]
+    parts = [("base", layout.prompt, everywhere)]
     if layout.regions:
-        for name, prompt, cover in zip(names_of(tokens), tokens.prompts, tokens.cover):
-            key = f"regions[{name}].prompt" if name.isdigit() else "background_prompt"
-            entries.append((name, key, prompt, layout.region_max_sequence_length, cover))
+        parts += zip(names_of(tokens), tokens.prompts, tokens.cover)
     warnings = tokens.warnings + doubts(layout, tokens)
     lines = [f"{'region':<12}{'tokens':>7}{'image':>9}{'text':>13}   prompt"]
-    for (name, key, prompt, limit, cover), count in zip(entries, known or [None] * len(entries)):
+    for (name, prompt, cover), count in zip(parts, known or [None] * len(parts)):
+        is_base = name == "base"
+        limit = layout.max_sequence_length if is_base else layout.region_max_sequence_length
         held = f"up to {limit}" if count is None else f"{count} of {limit}"
         size = f"{int((cover > 0).sum()):>7}{cover.mean():>9.1%}"
         prompt = textwrap.shorten(prompt, 60, placeholder=" ...")
         lines.append(f"{name:<12}{size}{held:>13}   {prompt}")
         if count is not None and count > limit:
+            key = {"base": "prompt", "background": "background_prompt"}
+            key = key.get(name, f"regions[{name}].prompt")
             warnings.append(f"{key} has {count} tokens, and only the first {limit} are read.")
     return "\n".join([*lines, "", *cost(layout, params, tokens)]), warnings
 
@@ -250,8 +249,8 @@ def doubts(layout: Layout, tokens: RegionTokens) -> list[str]:
         if fraction < 0.02:
             few = f"{counted(int(own.sum()))}, {fraction:.1%} of the image"
             found.append(f"{name} covers only {few}, and may not show.")
-        others = [j for j in range(len(layout.regions)) if j != i]
-        around = [j for j in others if not (own & ~inside[j]).any()]
+        others = enumerate(inside[: len(layout.regions)])
+        around = [j for j, other in others if j != i and not (own & ~other).any()]
         if around:
             found.append(f"{name} lies wholly in regions[{around[0]}]; both prompts count there.")
         elif (inside[:, own].sum(dim=0) > 1).all():
