@@ -2,7 +2,7 @@
 checks again; `resolved` parses what is written as text, and below that nobody parses."""
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from fractions import Fraction
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -56,11 +56,6 @@ PRESET = "control: defaults that suit many regions; keys that are set take prece
 METHOD = "rpg: blend whole images, the paper's baseline; plain: unmodified FLUX"
 
 
-def about(description: str) -> Meta:
-    """What a key means, for the JSON Schema and the help of its flag."""
-    return Meta(description=description)
-
-
 class Defaults(NamedTuple):
     """What a model decides where a layout does not: its steps, text tokens, width and height, and
     its numbers of double and single blocks."""
@@ -76,37 +71,38 @@ FLUX_DEV = Defaults(24, 512, 1024, 19, 38)
 
 
 class Part(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A part of a layout file."""
+    """A part of a layout file. Its keys are annotated with what they mean, for the JSON Schema and
+    the help of flags."""
 
 
 class Lora(Part):
     """A LoRA for the whole image."""
 
-    file: Annotated[str, about(FILE_OR_REPOSITORY)]
-    scale: Annotated[Scale, about("how strongly it acts")] = 1.0
-    image: Annotated[str | None, about("the control image of a control LoRA")] = None
+    file: Annotated[str, FILE_OR_REPOSITORY]
+    scale: Annotated[Scale, "how strongly it acts"] = 1.0
+    image: Annotated[str | None, "the control image of a control LoRA"] = None
 
 
 class RegionLora(Part):
     """A LoRA for one region."""
 
-    file: Annotated[str, about(FILE_OR_REPOSITORY)]
-    scale: Annotated[Scale, about("how strongly it acts")] = 1.0
-    plain_steps: Annotated[bool, about("act on its image tokens in the plain steps too")] = False
+    file: Annotated[str, FILE_OR_REPOSITORY]
+    scale: Annotated[Scale, "how strongly it acts"] = 1.0
+    plain_steps: Annotated[bool, "act on its image tokens in the plain steps too"] = False
 
 
 class Control(Part):
     """A ControlNet and the image that it follows."""
 
-    model: Annotated[str, about(FILE_OR_REPOSITORY)]
-    image: Annotated[str, about("the image that it follows")]
-    mode: Annotated[Index | Mode | None, about(MODE)] = None
-    scale: Annotated[Scale, about("how strongly it acts")] = 0.7
-    start: Annotated[Ratio, about("the fraction of the steps from which it acts")] = 0.0
-    end: Annotated[Ratio, about("the fraction of the steps until which it acts")] = 1.0
-    region: Annotated[Index | None, about("the index of the one region that it acts on")] = None
-    residuals: Annotated[Literal["all", "published"], about(RESIDUALS)] = "all"
-    preprocess: Annotated[Literal["canny"] | None, about("canny: follow its edges")] = None
+    model: Annotated[str, FILE_OR_REPOSITORY]
+    image: Annotated[str, "the image that it follows"]
+    mode: Annotated[Index | Mode | None, MODE] = None
+    scale: Annotated[Scale, "how strongly it acts"] = 0.7
+    start: Annotated[Ratio, "the fraction of the steps from which it acts"] = 0.0
+    end: Annotated[Ratio, "the fraction of the steps until which it acts"] = 1.0
+    region: Annotated[Index | None, "the index of the one region that it acts on"] = None
+    residuals: Annotated[Literal["all", "published"], RESIDUALS] = "all"
+    preprocess: Annotated[Literal["canny"] | None, "canny: follow its edges"] = None
 
     def acts(self, step: int, steps: int) -> bool:
         return step / steps >= self.start and (step + 1) / steps <= self.end
@@ -115,16 +111,16 @@ class Control(Part):
 class Region(Part):
     """A region: its prompt, and exactly one shape, a box, polygon, mask or color."""
 
-    prompt: Annotated[Text, about("what the region shows, in words")]
-    box: Annotated[Box | None, about("x0, y0, x1, y1, half-open, in pixels or 25%")] = None
-    polygon: Annotated[Polygon | None, about("points [x, y], or lists of them (even-odd)")] = None
-    mask: Annotated[str | None, about("an image; pixels >= 128 are inside")] = None
-    color: Annotated[Color | None, about("one of the layout's map")] = None
-    strength: Annotated[Strength, about("attention weight of its prompt; published: 1")] = 1.0
-    feather: Annotated[Feather, about("over how many pixels its edge is soft")] = 0.0
-    mask_inject_steps: Annotated[Count | None, about("its own steps, a count or 40%")] = None
-    base_ratio: Annotated[Ratio | None, about("its own, in place of the layout's")] = None
-    loras: Annotated[tuple[RegionLora, ...], about("LoRAs for this region alone")] = ()
+    prompt: Annotated[Text, "what the region shows, in words"]
+    box: Annotated[Box | None, "x0, y0, x1, y1, half-open, in pixels or 25%"] = None
+    polygon: Annotated[Polygon | None, "points [x, y], or lists of them (even-odd)"] = None
+    mask: Annotated[str | None, "an image; pixels >= 128 are inside"] = None
+    color: Annotated[Color | None, "one of the layout's map"] = None
+    strength: Annotated[Strength, "attention weight of its prompt; published: 1"] = 1.0
+    feather: Annotated[Feather, "over how many pixels its edge is soft"] = 0.0
+    mask_inject_steps: Annotated[Count | None, "its own steps, a count or 40%"] = None
+    base_ratio: Annotated[Ratio | None, "its own, in place of the layout's"] = None
+    loras: Annotated[tuple[RegionLora, ...], "LoRAs for this region alone"] = ()
 
     @property
     def shape(self) -> str:
@@ -137,30 +133,30 @@ Regions = Annotated[tuple[Region, ...], Meta(max_length=MAX_REGIONS)]
 class Layout(Part):
     """One image. A key that is null takes the model's default; for the seed, a random number."""
 
-    prompt: Annotated[str, about("the base prompt; enough for an image without a layout")]
-    background_prompt: Annotated[str, about("the prompt where there is no region")] = "a photo"
-    width: Annotated[Pixels, about("in pixels, a multiple of 16")] = 1024
-    height: Annotated[Pixels, about("in pixels, a multiple of 16")] = 1024
-    steps: Annotated[Steps | None, about("denoising steps; default: the model's")] = None
-    guidance: Annotated[Guidance, about("guidance of FLUX.1-dev")] = 3.5
-    seed: Annotated[Seed | None, about("of the noise; default: random")] = None
-    base_ratio: Annotated[Ratio, about("weight of the base-prompt branch in the blend")] = 0.3
-    mask_inject_steps: Annotated[Count, about("regional steps, a count or 40%")] = "40%"
-    double_inject_interval: Annotated[Interval, about("mask every N-th double block")] = 1
-    single_inject_interval: Annotated[Interval, about("mask every N-th single block")] = 1
-    double_blocks: Annotated[Blocks | None, about(WHICH_BLOCKS)] = None
-    single_blocks: Annotated[Blocks | None, about(WHICH_BLOCKS)] = None
-    image_attention: Annotated[Literal["isolated", "open"], about(OPEN)] = "isolated"
-    base_stream: Annotated[Literal["separate", "shared"], about(SHARED)] = "separate"
-    max_sequence_length: Annotated[Tokens | None, about("text tokens of the base prompt")] = None
-    region_max_sequence_length: Annotated[Tokens | SomePercent | None, about(REGION_TOKENS)] = None
-    preset: Annotated[Literal["published", "control"], about(PRESET)] = "published"
-    map: Annotated[str | None, about("an image of the regions that are given by color")] = None
-    overlap: Annotated[Overlap, about("which of its regions a token belongs to")] = "share"
-    method: Annotated[Literal["regional", "rpg", "plain"], about(METHOD)] = "regional"
-    loras: Annotated[tuple[Lora, ...], about("LoRAs for the whole image")] = ()
-    controlnets: Annotated[tuple[Control, ...], about("ControlNets for the whole image")] = ()
-    regions: Annotated[Regions, about(f"at most {MAX_REGIONS}")] = ()
+    prompt: Annotated[str, "the base prompt; enough for an image without a layout"]
+    background_prompt: Annotated[str, "the prompt where there is no region"] = "a photo"
+    width: Annotated[Pixels, "in pixels, a multiple of 16"] = 1024
+    height: Annotated[Pixels, "in pixels, a multiple of 16"] = 1024
+    steps: Annotated[Steps | None, "denoising steps; default: the model's"] = None
+    guidance: Annotated[Guidance, "guidance of FLUX.1-dev"] = 3.5
+    seed: Annotated[Seed | None, "of the noise; default: random"] = None
+    base_ratio: Annotated[Ratio, "weight of the base-prompt branch in the blend"] = 0.3
+    mask_inject_steps: Annotated[Count, "regional steps, a count or 40%"] = "40%"
+    double_inject_interval: Annotated[Interval, "mask every N-th double block"] = 1
+    single_inject_interval: Annotated[Interval, "mask every N-th single block"] = 1
+    double_blocks: Annotated[Blocks | None, WHICH_BLOCKS] = None
+    single_blocks: Annotated[Blocks | None, WHICH_BLOCKS] = None
+    image_attention: Annotated[Literal["isolated", "open"], OPEN] = "isolated"
+    base_stream: Annotated[Literal["separate", "shared"], SHARED] = "separate"
+    max_sequence_length: Annotated[Tokens | None, "text tokens of the base prompt"] = None
+    region_max_sequence_length: Annotated[Tokens | SomePercent | None, REGION_TOKENS] = None
+    preset: Annotated[Literal["published", "control"], PRESET] = "published"
+    map: Annotated[str | None, "an image of the regions that are given by color"] = None
+    overlap: Annotated[Overlap, "which of its regions a token belongs to"] = "share"
+    method: Annotated[Literal["regional", "rpg", "plain"], METHOD] = "regional"
+    loras: Annotated[tuple[Lora, ...], "LoRAs for the whole image"] = ()
+    controlnets: Annotated[tuple[Control, ...], "ControlNets for the whole image"] = ()
+    regions: Annotated[Regions, f"at most {MAX_REGIONS}"] = ()
 
     def filled(self, defaults: Defaults) -> "Layout":
         """The layout with what it leaves to the model; this is what metadata record."""
@@ -178,12 +174,13 @@ class Layout(Part):
         """
         layout = self.filled(defaults)
 
-        def own(part: Layout | Region) -> dict[str, Any]:
+        def own(part: Any) -> Any:
             ratio = self.base_ratio if part.base_ratio is None else part.base_ratio
             steps = part.mask_inject_steps
             steps = count_of(self.mask_inject_steps if steps is None else steps, layout.steps)
             is_plain = ratio == 1 or self.method == "plain"
-            return {"mask_inject_steps": 0 if is_plain else steps, "base_ratio": float(ratio)}
+            steps = 0 if is_plain else steps
+            return replace(part, mask_inject_steps=steps, base_ratio=float(ratio))
 
         def masked(kind: str, depth: int) -> frozenset[int]:
             blocks = getattr(self, f"{kind}_blocks")
@@ -192,9 +189,8 @@ class Layout(Part):
             return frozenset(i for i in range(depth) if blocks_of(blocks, i))
 
         return replace(
-            layout,
-            **own(self),
-            regions=tuple(replace(region, **own(region)) for region in self.regions),
+            own(layout),
+            regions=tuple(map(own, self.regions)),
             double_blocks=masked("double", defaults.depth),
             single_blocks=masked("single", defaults.depth_single_blocks),
             controlnets=tuple(replace(c, mode=MODES.get(c.mode, c.mode)) for c in self.controlnets),
@@ -232,7 +228,7 @@ def blocks_of(blocks: Collection[int] | str, index: int) -> bool:
 
 # The preset `control` held best as regions grow (measured in docs/control): less of the base
 # prompt, more regional steps for many regions, and a quarter of the base prompt's text tokens.
-PRESETS: dict[str, Callable[[int], dict[str, Any]]] = {
+PRESETS = {
     "published": lambda regions: {},
     "control": lambda regions: {
         "base_ratio": 0.1,
