@@ -35,8 +35,8 @@ class InputError(Exception):
 
     def within(self, source: str | Path | None) -> "InputError":
         """The same error with its source, unless it has one or its key is a file or a flag."""
-        is_known = isinstance(self.key, Path) or self.key.startswith("--")
-        self.source = self.source or (None if is_known else source)
+        if not (isinstance(self.key, Path) or self.key.startswith("--")):
+            self.source = self.source or source
         return self
 
 

@@ -1,5 +1,5 @@
-"""What a layout is: frozen structs. `regional.reader` makes and checks them, and below it nobody
-checks again; `resolved` parses what is written as text, and below that nobody parses."""
+"""What a layout is: frozen structs. `regional.reader` checks them, `resolved` parses what is text in
+them; below that nobody checks or parses again."""
 
 import re
 from collections.abc import Collection
@@ -19,8 +19,8 @@ MODES = {"canny": 0, "tile": 1, "depth": 2, "blur": 3, "pose": 4, "gray": 5, "lq
 PERCENT = r"0{0,6}(100(\.0{1,20})?|[0-9]{1,2}(\.[0-9]{1,20})?)%"  # at most 100%
 EVERY = r"\s*every\s+([1-9][0-9]{0,8})\s*"
 BLOCK_RANGE = r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?"
-BLOCKS = rf"^({EVERY}|{BLOCK_RANGE}(,{BLOCK_RANGE})*)$(?!\n)"
 HEX = r"^#[0-9a-fA-F]{6}$(?!\n)"
+BLOCKS = rf"^({EVERY}|{BLOCK_RANGE}(,{BLOCK_RANGE})*)$(?!\n)"
 
 Pixels = Annotated[int, Meta(ge=16, le=8192)]
 Steps = Annotated[int, Meta(ge=1, le=10000)]
@@ -39,16 +39,20 @@ Count = Index | Percent
 Text = Annotated[str, Meta(pattern=r"\S")]
 Overlap = Literal["share", "last", "first", "smallest"]
 Mode = Literal[tuple(MODES)]
-Blocks = tuple[Index, ...] | str  # the reader has BLOCKS and colors: limits on text in a union
+Blocks = tuple[Index, ...] | str  # with patterns in unions of text and lists msgspec crashes
 Position = int | float | str  # pixels, or a percentage of the width or height
 Box = tuple[Position, Position, Position, Position]
+Points = Annotated[tuple[tuple[Position, Position], ...], Meta(min_length=3)]
 Polygon = Annotated[tuple[Any, ...], Meta(min_length=1)]  # the reader tells points from lists
-Color = int | str | tuple[int, int, int]  # with lists crash msgspec
+Byte = Annotated[int, Meta(ge=0, le=255)]
+RGB = Annotated[tuple[Byte, ...], Meta(min_length=3, max_length=3)]
+Color = Annotated[int, Meta(ge=0, lt=2**24)] | str | RGB
 
 FILE_OR_REPOSITORY = "a path, or a repository, org/name or org/name:file"
 MODE = f"a union's mode, a number or {', '.join(MODES)}"
 RESIDUALS = "published: none of the single blocks' for the base branch, as in the paper's code"
 WHICH_BLOCKS = 'which are masked, in place of the interval: "every 2", "0-18", "0-4, 8" or a list'
+COLOR = 'one of the layout\'s map: "#rrggbb", [r, g, b] or an index'
 OPEN = "open: all image tokens see each other"
 SHARED = "shared: one image stream in the single blocks too; cheaper, not the published method"
 REGION_TOKENS = "text tokens of each region, a count or 25% of max_sequence_length"
@@ -71,8 +75,7 @@ FLUX_DEV = Defaults(24, 512, 1024, 19, 38)
 
 
 class Part(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A part of a layout file. Its keys are annotated with what they mean, for the JSON Schema and
-    the help of flags."""
+    """A part of a layout file; each key is annotated with its range and its meaning."""
 
 
 class Lora(Part):
@@ -115,7 +118,7 @@ class Region(Part):
     box: Annotated[Box | None, "x0, y0, x1, y1, half-open, in pixels or 25%"] = None
     polygon: Annotated[Polygon | None, "points [x, y], or lists of them (even-odd)"] = None
     mask: Annotated[str | None, "an image; pixels >= 128 are inside"] = None
-    color: Annotated[Color | None, "one of the layout's map"] = None
+    color: Annotated[Color | None, COLOR] = None
     strength: Annotated[Strength, "attention weight of its prompt; published: 1"] = 1.0
     feather: Annotated[Feather, "over how many pixels its edge is soft"] = 0.0
     mask_inject_steps: Annotated[Count | None, "its own steps, a count or 40%"] = None
@@ -162,13 +165,14 @@ class Layout(Part):
         """The layout with what it leaves to the model; this is what metadata record."""
         length = self.max_sequence_length or defaults.max_sequence_length
         own = self.region_max_sequence_length or length
-        own = max(2, percent_of(own, length)) if isinstance(own, str) else own
+        if isinstance(own, str):
+            own = max(2, count_of(own, length))
         lengths = {"max_sequence_length": length, "region_max_sequence_length": own}
         return replace(self, steps=self.steps or defaults.steps, **lengths)
 
     def resolved(self, defaults: Defaults) -> "Layout":
         """The filled layout with nothing left to parse: counts are ints, and each region has its
-        own. double_blocks and single_blocks are frozensets of the masked blocks' indices.
+        own; double_blocks and single_blocks are frozensets of the masked blocks' indices.
 
         No step is regional at base_ratio 1 or by the plain method: both are plain FLUX.
         """
@@ -178,14 +182,14 @@ class Layout(Part):
             ratio = self.base_ratio if part.base_ratio is None else part.base_ratio
             steps = part.mask_inject_steps
             steps = count_of(self.mask_inject_steps if steps is None else steps, layout.steps)
-            is_plain = ratio == 1 or self.method == "plain"
-            steps = 0 if is_plain else steps
+            if ratio == 1 or self.method == "plain":
+                steps = 0
             return replace(part, mask_inject_steps=steps, base_ratio=float(ratio))
 
         def masked(kind: str, depth: int) -> frozenset[int]:
+            every = getattr(self, f"{kind}_inject_interval")
             blocks = getattr(self, f"{kind}_blocks")
-            if blocks is None:
-                return frozenset(range(0, depth, getattr(self, f"{kind}_inject_interval")))
+            blocks = range(0, depth, every) if blocks is None else blocks
             return frozenset(i for i in range(depth) if blocks_of(blocks, i))
 
         return replace(
@@ -206,14 +210,11 @@ class Layout(Part):
         return block.index in (self.double_blocks if block.kind == "double" else self.single_blocks)
 
 
-def percent_of(percent: str, whole: int) -> int:
-    """A percentage such as 40% of a count, rounded half up."""
-    return int(Fraction(percent.rstrip("%")) * whole / 100 + Fraction(1, 2))
-
-
 def count_of(count: int | str, whole: int) -> int:
-    """A count, or a percentage, of a whole: at most all of it."""
-    return percent_of(count, whole) if isinstance(count, str) else min(count, whole)
+    """A count, or a percentage rounded half up, of a whole: at most all of it."""
+    if isinstance(count, str):
+        return int(Fraction(count.rstrip("%")) * whole / 100 + Fraction(1, 2))
+    return min(count, whole)
 
 
 def blocks_of(blocks: Collection[int] | str, index: int) -> bool:

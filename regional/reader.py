@@ -12,19 +12,16 @@ from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 import msgspec
 import numpy as np
 import yaml
-from msgspec import Meta
+from msgspec import Struct
 from msgspec.structs import replace
 
 from errors import MISSING, InputError, InputErrors, describe
 from regional.images import check_file, read_color, read_image, read_mask, readable
-from regional.layout import (
-    BLOCKS, HEX, PERCENT, PRESETS, SHAPES, Control, Layout, Part, Position, Region,
-)  # fmt: skip
+from regional.layout import BLOCKS, HEX, PERCENT, PRESETS, SHAPES, Control, Layout, Points, Region
 
 MAX_BYTES = 1_000_000  # of a file; YAML takes up to 12 s and 280 MB for so many
 MAX_NUMBER = 100  # characters; a file full of 1:1:1:1... would take hours
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*(:.+)?"  # org/name, or one of its files
-Points = Annotated[tuple[tuple[Position, Position], ...], Meta(min_length=3)]
 
 
 def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024) -> Layout:
@@ -52,11 +49,9 @@ def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024) 
     return layout
 
 
-# ------------------------------------------------------------------------------------------- YAML
-
 TAG = "tag:yaml.org,2002:"
-TYPES = [TAG + name for name in ("str", "int", "float", "bool", "null", "merge")]
-TEXT, *_, MERGE = TYPES
+TYPES = [TAG + name for name in ("str", "merge", "int", "float", "bool", "null")]
+TEXT, MERGE, *_ = TYPES
 
 
 class Loader(yaml.SafeLoader):
@@ -131,27 +126,24 @@ def read_yaml(file: Path) -> Any:
     raise InputError(file, MISSING, problem)
 
 
-# ------------------------------------------------------------------------------------------ types
-
-
 @cache
-def fields_of(struct: type[Part]) -> dict[str, tuple[Any, type[Part] | None]]:
+def fields_of(struct: type[Struct]) -> dict[str, tuple[Any, type[Struct] | None]]:
     """Each key's type, and for lists of parts that of an entry."""
     found = {}
     for name, kind in get_type_hints(struct, include_extras=True).items():
         entry = next(iter(get_args(get_args(kind)[0])), None)
-        is_part = isinstance(entry, type) and issubclass(entry, Part)
+        is_part = isinstance(entry, type) and issubclass(entry, Struct)
         found[name] = (Annotated[list, *kind.__metadata__], entry) if is_part else (kind, None)
     return found
 
 
-def check_types(data: Any, struct: type[Part], path: str, mistakes: InputErrors) -> None:
+def check_types(data: Any, struct: type[Struct], path: str, mistakes: InputErrors) -> None:
     """Check the keys of a mapping one by one, for msgspec stops at its first mistake."""
     key = path.removesuffix(".") or "the layout"
     require(isinstance(data, dict), key, data, "expected a mapping of keys to values")
     for field in msgspec.structs.fields(struct):
+        is_there = field.name in data or not field.required
         with mistakes.caught():
-            is_there = field.name in data or not field.required
             require(is_there, path + field.name, MISSING, "missing")
     for key, value in data.items():
         with mistakes.caught():
@@ -161,7 +153,7 @@ def check_types(data: Any, struct: type[Part], path: str, mistakes: InputErrors)
                     check_types(part, entry, f"{path}{key}[{i}].", mistakes)
 
 
-def check_type(value: Any, struct: type[Part], key: str, path: str) -> type[Part] | None:
+def check_type(value: Any, struct: type[Struct], key: str, path: str) -> type[Struct] | None:
     """InputError for a value not of its key's type; returns the type of its entries."""
     known = fields_of(struct)
     if key not in known:
@@ -203,9 +195,6 @@ def require(is_good: Any, key: str, value: Any, problem: str) -> None:
         raise InputError(key, value, problem)
 
 
-# ---------------------------------------------------------------------------- what types can't say
-
-
 def checked(layout: Layout, folder: Path, overrides: dict, mistakes: InputErrors) -> Layout:
     """The layout with paths from the working directory and shapes in pixels."""
     if layout.map is not None:
@@ -234,7 +223,7 @@ def checked(layout: Layout, folder: Path, overrides: dict, mistakes: InputErrors
     return layout
 
 
-def checked_part(part: Part, layout: Layout, folder: Path, path: str) -> Part:
+def checked_part(part: Struct, layout: Layout, folder: Path, path: str) -> Struct:
     """A region, LoRA or ControlNet. folder: where its paths start. path: its key."""
     if isinstance(part, Region):
         return checked_region(part, layout, folder, path)
@@ -257,8 +246,7 @@ def located(folder: Path, name: str) -> str:
     """A file or folder by its path from the layout's folder; a repository of the hub as it is."""
     path = folder / name
     if os.path.exists(path):  # False also for names that no file can have
-        is_good = path.is_file() or path.is_dir()
-        require(is_good, path, MISSING, "neither a file nor a folder")
+        require(path.is_file() or path.is_dir(), path, MISSING, "neither a file nor a folder")
         return str(path)
     if re.fullmatch(REPOSITORY, name):
         return name
@@ -297,7 +285,6 @@ def box_in_pixels(box: tuple, layout: Layout, key: str) -> tuple[float, ...]:
 
 def polygons_in_pixels(polygon: tuple, layout: Layout, key: str) -> tuple:
     """A list of points, or several of them, as several."""
-    sides = (layout.width, layout.height)
     for given in ([polygon], polygon):
         with suppress(msgspec.ValidationError, UnicodeEncodeError):
             polygons = msgspec.convert(given, tuple[Points, ...])
@@ -307,7 +294,9 @@ def polygons_in_pixels(polygon: tuple, layout: Layout, key: str) -> tuple:
         raise InputError(key, polygon, problem)
 
     def in_pixels(i: int, point: tuple) -> tuple[float, ...]:
-        return tuple(pixels(value, side, f"{key}[{i}]") for value, side in zip(point, sides))
+        x, y = point
+        name = f"{key}[{i}]"
+        return pixels(x, layout.width, name), pixels(y, layout.height, name)
 
     return tuple(tuple(in_pixels(*entry) for entry in enumerate(points)) for points in polygons)
 
@@ -316,22 +305,19 @@ def pixels(value: float | str, side: int, key: str) -> float:
     """A position in pixels, from pixels or a percentage of the side."""
     place = value
     if isinstance(value, str):
-        is_percent = re.fullmatch(PERCENT, value)
-        require(is_percent, key, value, "expected pixels, or a percentage such as 25%")
+        is_good = re.fullmatch(PERCENT, value)
+        require(is_good, key, value, "expected pixels, or a percentage such as 25%")
         place = Fraction(value[:-1]) * side / 100
-    is_inside = 0 <= place <= side
-    require(is_inside, key, value, f"outside the image, expected 0 to {side} pixels")
+    problem = f"outside the image, expected 0 to {side} pixels"
+    require(0 <= place <= side, key, value, problem)
     return float(place)
 
 
 def check_color(color: Any, layout: Layout, key: str) -> None:
     problem = "a color needs the layout's map, an image, and there is none"
     require(layout.map is not None, key, color, problem)
-    is_good = isinstance(color, tuple) and all(0 <= value <= 255 for value in color)
-    is_good |= isinstance(color, str) and bool(re.search(HEX, color))
-    is_good |= isinstance(color, int) and 0 <= color < 2**24
-    problem = 'expected "#rrggbb", [r, g, b] from 0 to 255, or an index'
-    require(is_good, key, color, problem)
+    is_good = not isinstance(color, str) or re.search(HEX, color)
+    require(is_good, key, color, 'expected "#rrggbb", [r, g, b] from 0 to 255, or an index')
     inside = readable(partial(read_color, color=color), layout.map, key)
     check_mask(inside, layout, key, color, "nothing in the map is of this color")
 

@@ -23,7 +23,7 @@ org/name:file of a repository, and its scale; repeatable"""
 NO_FLAGS = ("seed", "map", "loras", "controlnets", "regions")  # keys of Layout
 LAYOUT_FLAGS = {key: key for key in Layout.__struct_fields__ if key not in NO_FLAGS}
 CONTROL_FLAGS = {key: f"control_{key}" for key in ("image", "mode", "scale", "start", "end")}
-CONTROL_FLAGS |= {"model": "controlnet", "preprocess": "preprocess"}
+CONTROL_FLAGS = {"model": "controlnet", **CONTROL_FLAGS, "preprocess": "preprocess"}
 TYPES = {inspect.IntType: int, inspect.FloatType: float, inspect.StrType: str}
 TYPES |= {inspect.CustomType: Path}
 FIELDS = "{name}, {seed} and {sweep}"
@@ -74,19 +74,14 @@ def naming(file: Path | None, overrides: dict[str, Any]) -> Iterator[None]:
         yield
     except InputError as error:
         for mistake in getattr(error, "errors", [error]):
-            if found := flag_of(str(mistake.key), overrides):
-                mistake.key = found
+            parts = re.match(r"(?s)(\w*)(\[\d+\])?\.?(\w*)(.*)", str(mistake.key))
+            key, entry, field, rest = parts.groups()
+            flags = {"loras": "lora", "controlnets": CONTROL_FLAGS.get(field, "controlnet")}
+            if key in overrides and (key in flags or not entry):
+                mistake.key = flag(flags.get(key, key)) + rest
                 mistake.source = "the command line"
             mistake.within(file or "the command line")
         raise
-
-
-def flag_of(key: str, overrides: dict[str, Any]) -> str | None:
-    root, entry, field, rest = re.match(r"(?s)(\w*)(\[\d+\])?\.?(\w*)(.*)", key).groups()
-    if root not in overrides or entry and root not in ("loras", "controlnets"):
-        return None
-    names = {"loras": "lora", "controlnets": CONTROL_FLAGS.get(field, "controlnet")}
-    return flag(names.get(root, root)) + rest
 
 
 def parse(argv: list[str] | None = None) -> Command:
@@ -149,18 +144,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_flags(group: Any, struct: type[Struct], names: dict[str, str] | None = None) -> None:
-    """A flag for each key of a struct, or for those in `names`, by the key's type and meaning."""
+    """Flags for a struct's keys, all or those in `names`, by their types and descriptions."""
     hints = get_type_hints(struct, include_extras=True)
-    for field in inspect.type_info(struct).fields:
-        name = names.get(field.name) if names else field.name
-        if name is None:
-            continue
-        kind = field.type
+    fields = {field.name: field.type for field in inspect.type_info(struct).fields}
+    for key, name in (names or {key: key for key in fields}).items():
+        kind = fields[key]
         kinds = getattr(kind, "types", (kind,))
-        text = hints[field.name].__metadata__[-1].replace("%", "%%")
+        text = hints[key].__metadata__[-1].replace("%", "%%")
         how: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
         if isinstance(kind, inspect.BoolType):
-            how["action"] = argparse.BooleanOptionalAction if name == "compile" else "store_true"
+            how["action"] = argparse.BooleanOptionalAction if key == "compile" else "store_true"
         elif isinstance(kind, inspect.VarTupleType):
             how |= {"action": "extend", "nargs": "+"}
             kinds = (kind.item_type,)

@@ -14,7 +14,6 @@ NUMBER = {"type": "number", "minimum": 0, "maximum": 8192}
 POSITION = {"anyOf": [NUMBER, {"type": "string", "pattern": f"^{PERCENT}$"}]}
 POINT = {"type": "array", "prefixItems": [POSITION] * 2, "minItems": 2, "items": False}
 POINTS = {"type": "array", "minItems": 3, "items": POINT}
-BYTE = {"type": "integer", "minimum": 0, "maximum": 255}
 
 # What the reader checks beyond types, by key and JSON type.
 LIMITS = {
@@ -22,15 +21,11 @@ LIMITS = {
     "height": {"integer": {"multipleOf": 16}},
     "double_blocks": {"string": {"pattern": BLOCKS}},
     "single_blocks": {"string": {"pattern": BLOCKS}},
+    "color": {"string": {"pattern": HEX}},
     "map": {"string": {"minLength": 1}},
     "box": {"array": {"prefixItems": [POSITION] * 4}},
     "polygon": {"array": {"anyOf": [POINTS, {"items": POINTS}]}},
     "mask": {"string": {"minLength": 1}},
-    "color": {
-        "integer": {"minimum": 0, "maximum": 2**24 - 1},
-        "string": {"pattern": HEX},
-        "array": {"prefixItems": [BYTE] * 3},
-    },
 }
 
 
