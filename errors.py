@@ -1,6 +1,8 @@
 """Bad input, worded in one place, and messages to the user."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,70 +13,60 @@ MOST = 10  # mistakes that are reported at once
 class InputError(Exception):
     """Bad input; generate.py prints it and exits with 2.
 
-    key: what is wrong, such as regions[1].box, a flag or a file's Path. value: what was given, or
-    MISSING to name none; file names as Paths. problem: one clause, without a full stop. source:
-    where the key stands, a file's name or "the command line".
+    key: what is wrong, such as regions[1].box, a flag or a file's Path. value: what was given; file
+    names as Paths. problem: a clause, without a full stop. source: the key's file, if it has one.
     """
 
-    def __init__(self, key: str | Path, value: Any, problem: str, source: str | Path | None = None):
-        super().__init__(key, value, problem, source)
+    def __init__(self, key: str | Path, value: Any, problem: str, source: Any = None):
         self.key = key
         self.value = value
         self.problem = problem
         self.source = source
 
     def __str__(self) -> str:
-        name = shown(self.key)
-        is_flag = name.startswith("--")  # shown as it was typed
+        text = f"{shown(self.source)}: " if self.source else ""
+        text += shown(self.key)
         if self.value is not MISSING:
+            is_flag = str(self.key).startswith("--")  # shown as it was typed
             is_name = is_flag or isinstance(self.value, Path)
-            name += " " if is_flag else " = "
-            name += shown(self.value) if is_name else describe(self.value)
-        start = f"{shown(self.source)}: " if self.source else ""
-        return f"{start}{name}: {shown(' '.join(self.problem.split()))}."
+            text += " " if is_flag else " = "
+            text += shown(self.value) if is_name else describe(self.value)
+        return f"{text}: {shown(' '.join(self.problem.split()))}."
 
-    def within(self, source: str | Path) -> "InputError":
+    def within(self, source: str | Path | None) -> "InputError":
         """The same error with its source, unless it has one or its key is a file or a flag."""
-        if not (self.source or isinstance(self.key, Path) or self.key.startswith("--")):
-            self.source = source
+        if not (isinstance(self.key, Path) or self.key.startswith("--")):
+            self.source = self.source or source
         return self
 
 
 class InputErrors(InputError):
-    """Several mistakes, a line for each. As a context it collects InputErrors; the tenth, or
-    `raise_any`, raises them all."""
+    """Several mistakes, a line for each."""
 
-    def __init__(self):
+    def __init__(self, source: Path | None):
+        super().__init__("", MISSING, "", source)
         self.errors: list[InputError] = []
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, InputError) or error is self:
-            return False
-        self.errors.append(error)
-        if len(self.errors) == MOST:
-            raise self
-        return True
-
-    def raise_any(self) -> None:
-        if self.errors:
-            raise self
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Collects an InputError; the tenth raises them all."""
+        try:
+            yield
+        except InputError as error:
+            if error is self:
+                raise
+            self.errors.append(error.within(self.source))
+            if len(self.errors) == MOST:
+                raise self from None
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.errors))
 
-    def within(self, source: str | Path) -> "InputErrors":
-        for error in self.errors:
-            error.within(source)
-        return self
-
 
 def describe(value: Any, most: int = 80) -> str:
-    """A value as Python writes it, cut to `most` characters."""
+    """A value as Python writes it, tuples as lists, cut to `most` characters."""
     try:
-        text = repr(value)
+        text = repr(list(value) if isinstance(value, tuple) else value)
     except (RecursionError, ValueError):  # nested too deeply; an integer of over 4300 digits
         return f"{type(value).__name__} of a size that can't be shown"
     return text if len(text) <= most else text[: most - 3] + "..."

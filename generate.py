@@ -25,10 +25,10 @@ from errors import InputError, info, print_error
 from formats.hub import is_repository
 from pipeline import Pipeline, Prepared
 from regional.layout import FLUX_DEV, Layout
-from regional.reader import naming, read_layout
+from regional.reader import read_layout
 from settings import Settings
 from tools.check import check_layouts, write_planned_layout
-from tools.flags import Command, Output, parse
+from tools.flags import Command, Output, naming, parse
 from tools.jobs import Failures, Job, device_of, is_finished, layout_files, plan_jobs, worker_of
 from tools.map_sheets import save_maps
 from tools.metadata import Metadata, image_metadata, remove_unfinished, save_image, save_json, save_tensor
@@ -112,7 +112,7 @@ def is_first(settings: Settings) -> bool:
 
 
 def run(command: Command, stop: Stop, timer: Timer) -> int:
-    settings, overrides, output, dry_run, metadata = command
+    settings, overrides, output, dry_run, recorded = command
     is_dry = dry_run.check or dry_run.preview or dry_run.plan is not None
     if is_dry and not is_first(settings):
         return 0
@@ -121,7 +121,11 @@ def run(command: Command, stop: Stop, timer: Timer) -> int:
         return 0
 
     def read(file: Path | None, swept: dict[str, Any], size: int) -> Layout:
-        return read_layout(file, overrides | swept, size, metadata)
+        given = overrides | swept
+        with naming(file, given):
+            if recorded is not None:  # by the image `file`
+                return read_layout(None, recorded | given, size)
+            return read_layout(file, given, size)
 
     files = layout_files(output)
     if dry_run.check or dry_run.preview:

@@ -9,8 +9,8 @@ from msgspec import Meta, Struct
 from errors import InputError
 
 MODEL_KEYS = ("model", "flux", "t5", "clip", "ae")  # which files a model consists of
-DEVICES = r"^(auto|cpu|mps|cuda(:[0-9]+)?)$"
 Name = str | None
+Device = Annotated[str, Meta(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")]
 Parallel = Literal["ulysses", None]
 Dtype = Literal["auto", "float32", "bfloat16"]  # in float16 the activations of FLUX.1 overflow
 Attention = Literal["auto", "kernel", "portable", "dense"]
@@ -18,42 +18,43 @@ Quantize = Literal["auto", "none", "fp8"]
 Offload = Literal["auto", "none", "blocks"]
 
 
-def about(text: str, **limits: str) -> Meta:
-    return Meta(description=text, **limits)
-
-
 class Settings(Struct, frozen=True, kw_only=True):
     """All that a run depends on besides the layout, the seed and the output."""
 
-    model: Annotated[Name, about("a folder, a Hugging Face repository, or pocket (default)")] = None
-    flux: Annotated[Name, about("load the transformer from this file or folder")] = None
-    t5: Annotated[Name, about("load the T5 text encoder from this file or folder")] = None
-    clip: Annotated[Name, about("load the CLIP text encoder from this file or folder")] = None
-    ae: Annotated[Name, about("load the VAE from this file or folder")] = None
-    device: Annotated[str, about("auto, cuda, cuda:N, cpu or mps", pattern=DEVICES)] = "auto"
-    dtype: Annotated[Dtype, about("auto: float32 on a CPU, else bfloat16")] = "auto"
-    attention: Annotated[Attention, about("auto: the kernel on CUDA, else portable")] = "auto"
-    quantize: Annotated[Quantize, about("FP8 weights; auto: if the file has them")] = "auto"
-    offload: Annotated[Offload, about("stream blocks from host memory; auto: if needed")] = "auto"
-    compile: Annotated[bool, about("use torch.compile: a slower start, then faster steps")] = False
-    parallel: Annotated[Parallel, about("one image on all GPUs, under torchrun")] = None
-    prompt_cache: Annotated[Name, about("keep prompt embeddings in this folder")] = None
-    verbose: Annotated[bool, about("print which attention functions are used")] = False
+    model: Annotated[Name, "a folder, a Hugging Face repository, or pocket (default)"] = None
+    flux: Annotated[Name, "load the transformer from this file or folder"] = None
+    t5: Annotated[Name, "load the T5 text encoder from this file or folder"] = None
+    clip: Annotated[Name, "load the CLIP text encoder from this file or folder"] = None
+    ae: Annotated[Name, "load the VAE from this file or folder"] = None
+    device: Annotated[Device, "auto, cuda, cuda:N, cpu or mps"] = "auto"
+    dtype: Annotated[Dtype, "auto: float32 on a CPU, else bfloat16"] = "auto"
+    attention: Annotated[Attention, "auto: the kernel on CUDA, else portable"] = "auto"
+    quantize: Annotated[Quantize, "FP8 weights; auto: if the file has them"] = "auto"
+    offload: Annotated[Offload, "stream blocks from host memory; auto: if needed"] = "auto"
+    compile: Annotated[bool, "use torch.compile: a slower start, then faster steps"] = False
+    parallel: Annotated[Parallel, "one image on all GPUs, under torchrun"] = None
+    prompt_cache: Annotated[Name, "keep prompt embeddings in this folder"] = None
+    verbose: Annotated[bool, "print which attention functions are used"] = False
 
     def checked(self) -> "Settings":
         """The same settings, paths as text. InputError names the flag of an invalid value."""
-        given = msgspec.structs.asdict(self).items()
-        values = {key: str(value) if isinstance(value, Path) else value for key, value in given}
+        values = msgspec.structs.asdict(self)
         for key, kind in get_type_hints(Settings, include_extras=True).items():
+            if isinstance(values[key], Path):
+                values[key] = str(values[key])
             try:
                 msgspec.convert(values[key], kind)
             except msgspec.ValidationError:
+                options = get_args(kind.__origin__)
                 is_choice = get_origin(kind.__origin__) is Literal
-                choices = ", ".join(map(str, get_args(kind.__origin__)))
-                expected = f"one of {choices}" if is_choice else kind.__metadata__[0].description
-                flag = "--" + key.replace("_", "-")
-                raise InputError(flag, values[key], f"expected {expected}") from None
+                expected = f"one of {', '.join(map(str, options))}"
+                problem = f"expected {expected if is_choice else kind.__metadata__[-1]}"
+                raise InputError(flag(key), values[key], problem) from None
         return Settings(**values)
+
+
+def flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
 
 
 def recorded(metadata: dict[str, Any]) -> dict[str, Any]:

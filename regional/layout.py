@@ -1,8 +1,8 @@
-"""What a layout is: frozen structs. `regional.reader` makes and checks them, and below it nobody
-checks again; `resolved` parses what is written as text, and below that nobody parses."""
+"""What a layout is: frozen structs. `regional.reader` checks them, `resolved` parses what is text in
+them; below that nobody checks or parses again."""
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from fractions import Fraction
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -19,8 +19,8 @@ MODES = {"canny": 0, "tile": 1, "depth": 2, "blur": 3, "pose": 4, "gray": 5, "lq
 PERCENT = r"0{0,6}(100(\.0{1,20})?|[0-9]{1,2}(\.[0-9]{1,20})?)%"  # at most 100%
 EVERY = r"\s*every\s+([1-9][0-9]{0,8})\s*"
 BLOCK_RANGE = r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?"
-BLOCKS = rf"^({EVERY}|{BLOCK_RANGE}(,{BLOCK_RANGE})*)$(?!\n)"
 HEX = r"^#[0-9a-fA-F]{6}$(?!\n)"
+BLOCKS = rf"^({EVERY}|{BLOCK_RANGE}(,{BLOCK_RANGE})*)$(?!\n)"
 
 Pixels = Annotated[int, Meta(ge=16, le=8192)]
 Steps = Annotated[int, Meta(ge=1, le=10000)]
@@ -39,26 +39,25 @@ Count = Index | Percent
 Text = Annotated[str, Meta(pattern=r"\S")]
 Overlap = Literal["share", "last", "first", "smallest"]
 Mode = Literal[tuple(MODES)]
-Blocks = tuple[Index, ...] | str  # the reader has BLOCKS and colors: limits on text in a union
+Blocks = tuple[Index, ...] | str  # with patterns in unions of text and lists msgspec crashes
 Position = int | float | str  # pixels, or a percentage of the width or height
 Box = tuple[Position, Position, Position, Position]
+Points = Annotated[tuple[tuple[Position, Position], ...], Meta(min_length=3)]
 Polygon = Annotated[tuple[Any, ...], Meta(min_length=1)]  # the reader tells points from lists
-Color = int | str | tuple[int, int, int]  # with lists crash msgspec
+Byte = Annotated[int, Meta(ge=0, le=255)]
+RGB = Annotated[tuple[Byte, ...], Meta(min_length=3, max_length=3)]
+Color = Annotated[int, Meta(ge=0, lt=2**24)] | str | RGB
 
 FILE_OR_REPOSITORY = "a path, or a repository, org/name or org/name:file"
 MODE = f"a union's mode, a number or {', '.join(MODES)}"
 RESIDUALS = "published: none of the single blocks' for the base branch, as in the paper's code"
 WHICH_BLOCKS = 'which are masked, in place of the interval: "every 2", "0-18", "0-4, 8" or a list'
+COLOR = 'one of the layout\'s map: "#rrggbb", [r, g, b] or an index'
 OPEN = "open: all image tokens see each other"
 SHARED = "shared: one image stream in the single blocks too; cheaper, not the published method"
 REGION_TOKENS = "text tokens of each region, a count or 25% of max_sequence_length"
 PRESET = "control: defaults that suit many regions; keys that are set take precedence"
 METHOD = "rpg: blend whole images, the paper's baseline; plain: unmodified FLUX"
-
-
-def about(description: str) -> Meta:
-    """What a key means, for the JSON Schema and the help of its flag."""
-    return Meta(description=description)
 
 
 class Defaults(NamedTuple):
@@ -76,37 +75,37 @@ FLUX_DEV = Defaults(24, 512, 1024, 19, 38)
 
 
 class Part(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A part of a layout file."""
+    """A part of a layout file; each key is annotated with its range and its meaning."""
 
 
 class Lora(Part):
     """A LoRA for the whole image."""
 
-    file: Annotated[str, about(FILE_OR_REPOSITORY)]
-    scale: Annotated[Scale, about("how strongly it acts")] = 1.0
-    image: Annotated[str | None, about("the control image of a control LoRA")] = None
+    file: Annotated[str, FILE_OR_REPOSITORY]
+    scale: Annotated[Scale, "how strongly it acts"] = 1.0
+    image: Annotated[str | None, "the control image of a control LoRA"] = None
 
 
 class RegionLora(Part):
     """A LoRA for one region."""
 
-    file: Annotated[str, about(FILE_OR_REPOSITORY)]
-    scale: Annotated[Scale, about("how strongly it acts")] = 1.0
-    plain_steps: Annotated[bool, about("act on its image tokens in the plain steps too")] = False
+    file: Annotated[str, FILE_OR_REPOSITORY]
+    scale: Annotated[Scale, "how strongly it acts"] = 1.0
+    plain_steps: Annotated[bool, "act on its image tokens in the plain steps too"] = False
 
 
 class Control(Part):
     """A ControlNet and the image that it follows."""
 
-    model: Annotated[str, about(FILE_OR_REPOSITORY)]
-    image: Annotated[str, about("the image that it follows")]
-    mode: Annotated[Index | Mode | None, about(MODE)] = None
-    scale: Annotated[Scale, about("how strongly it acts")] = 0.7
-    start: Annotated[Ratio, about("the fraction of the steps from which it acts")] = 0.0
-    end: Annotated[Ratio, about("the fraction of the steps until which it acts")] = 1.0
-    region: Annotated[Index | None, about("the index of the one region that it acts on")] = None
-    residuals: Annotated[Literal["all", "published"], about(RESIDUALS)] = "all"
-    preprocess: Annotated[Literal["canny"] | None, about("canny: follow its edges")] = None
+    model: Annotated[str, FILE_OR_REPOSITORY]
+    image: Annotated[str, "the image that it follows"]
+    mode: Annotated[Index | Mode | None, MODE] = None
+    scale: Annotated[Scale, "how strongly it acts"] = 0.7
+    start: Annotated[Ratio, "the fraction of the steps from which it acts"] = 0.0
+    end: Annotated[Ratio, "the fraction of the steps until which it acts"] = 1.0
+    region: Annotated[Index | None, "the index of the one region that it acts on"] = None
+    residuals: Annotated[Literal["all", "published"], RESIDUALS] = "all"
+    preprocess: Annotated[Literal["canny"] | None, "canny: follow its edges"] = None
 
     def acts(self, step: int, steps: int) -> bool:
         return step / steps >= self.start and (step + 1) / steps <= self.end
@@ -115,16 +114,16 @@ class Control(Part):
 class Region(Part):
     """A region: its prompt, and exactly one shape, a box, polygon, mask or color."""
 
-    prompt: Annotated[Text, about("what the region shows, in words")]
-    box: Annotated[Box | None, about("x0, y0, x1, y1, half-open, in pixels or 25%")] = None
-    polygon: Annotated[Polygon | None, about("points [x, y], or lists of them (even-odd)")] = None
-    mask: Annotated[str | None, about("an image; pixels >= 128 are inside")] = None
-    color: Annotated[Color | None, about("one of the layout's map")] = None
-    strength: Annotated[Strength, about("attention weight of its prompt; published: 1")] = 1.0
-    feather: Annotated[Feather, about("over how many pixels its edge is soft")] = 0.0
-    mask_inject_steps: Annotated[Count | None, about("its own steps, a count or 40%")] = None
-    base_ratio: Annotated[Ratio | None, about("its own, in place of the layout's")] = None
-    loras: Annotated[tuple[RegionLora, ...], about("LoRAs for this region alone")] = ()
+    prompt: Annotated[Text, "what the region shows, in words"]
+    box: Annotated[Box | None, "x0, y0, x1, y1, half-open, in pixels or 25%"] = None
+    polygon: Annotated[Polygon | None, "points [x, y], or lists of them (even-odd)"] = None
+    mask: Annotated[str | None, "an image; pixels >= 128 are inside"] = None
+    color: Annotated[Color | None, COLOR] = None
+    strength: Annotated[Strength, "attention weight of its prompt; published: 1"] = 1.0
+    feather: Annotated[Feather, "over how many pixels its edge is soft"] = 0.0
+    mask_inject_steps: Annotated[Count | None, "its own steps, a count or 40%"] = None
+    base_ratio: Annotated[Ratio | None, "its own, in place of the layout's"] = None
+    loras: Annotated[tuple[RegionLora, ...], "LoRAs for this region alone"] = ()
 
     @property
     def shape(self) -> str:
@@ -137,64 +136,65 @@ Regions = Annotated[tuple[Region, ...], Meta(max_length=MAX_REGIONS)]
 class Layout(Part):
     """One image. A key that is null takes the model's default; for the seed, a random number."""
 
-    prompt: Annotated[str, about("the base prompt; enough for an image without a layout")]
-    background_prompt: Annotated[str, about("the prompt where there is no region")] = "a photo"
-    width: Annotated[Pixels, about("in pixels, a multiple of 16")] = 1024
-    height: Annotated[Pixels, about("in pixels, a multiple of 16")] = 1024
-    steps: Annotated[Steps | None, about("denoising steps; default: the model's")] = None
-    guidance: Annotated[Guidance, about("guidance of FLUX.1-dev")] = 3.5
-    seed: Annotated[Seed | None, about("of the noise; default: random")] = None
-    base_ratio: Annotated[Ratio, about("weight of the base-prompt branch in the blend")] = 0.3
-    mask_inject_steps: Annotated[Count, about("regional steps, a count or 40%")] = "40%"
-    double_inject_interval: Annotated[Interval, about("mask every N-th double block")] = 1
-    single_inject_interval: Annotated[Interval, about("mask every N-th single block")] = 1
-    double_blocks: Annotated[Blocks | None, about(WHICH_BLOCKS)] = None
-    single_blocks: Annotated[Blocks | None, about(WHICH_BLOCKS)] = None
-    image_attention: Annotated[Literal["isolated", "open"], about(OPEN)] = "isolated"
-    base_stream: Annotated[Literal["separate", "shared"], about(SHARED)] = "separate"
-    max_sequence_length: Annotated[Tokens | None, about("text tokens of the base prompt")] = None
-    region_max_sequence_length: Annotated[Tokens | SomePercent | None, about(REGION_TOKENS)] = None
-    preset: Annotated[Literal["published", "control"], about(PRESET)] = "published"
-    map: Annotated[str | None, about("an image of the regions that are given by color")] = None
-    overlap: Annotated[Overlap, about("which of its regions a token belongs to")] = "share"
-    method: Annotated[Literal["regional", "rpg", "plain"], about(METHOD)] = "regional"
-    loras: Annotated[tuple[Lora, ...], about("LoRAs for the whole image")] = ()
-    controlnets: Annotated[tuple[Control, ...], about("ControlNets for the whole image")] = ()
-    regions: Annotated[Regions, about(f"at most {MAX_REGIONS}")] = ()
+    prompt: Annotated[str, "the base prompt; enough for an image without a layout"]
+    background_prompt: Annotated[str, "the prompt where there is no region"] = "a photo"
+    width: Annotated[Pixels, "in pixels, a multiple of 16"] = 1024
+    height: Annotated[Pixels, "in pixels, a multiple of 16"] = 1024
+    steps: Annotated[Steps | None, "denoising steps; default: the model's"] = None
+    guidance: Annotated[Guidance, "guidance of FLUX.1-dev"] = 3.5
+    seed: Annotated[Seed | None, "of the noise; default: random"] = None
+    base_ratio: Annotated[Ratio, "weight of the base-prompt branch in the blend"] = 0.3
+    mask_inject_steps: Annotated[Count, "regional steps, a count or 40%"] = "40%"
+    double_inject_interval: Annotated[Interval, "mask every N-th double block"] = 1
+    single_inject_interval: Annotated[Interval, "mask every N-th single block"] = 1
+    double_blocks: Annotated[Blocks | None, WHICH_BLOCKS] = None
+    single_blocks: Annotated[Blocks | None, WHICH_BLOCKS] = None
+    image_attention: Annotated[Literal["isolated", "open"], OPEN] = "isolated"
+    base_stream: Annotated[Literal["separate", "shared"], SHARED] = "separate"
+    max_sequence_length: Annotated[Tokens | None, "text tokens of the base prompt"] = None
+    region_max_sequence_length: Annotated[Tokens | SomePercent | None, REGION_TOKENS] = None
+    preset: Annotated[Literal["published", "control"], PRESET] = "published"
+    map: Annotated[str | None, "an image of the regions that are given by color"] = None
+    overlap: Annotated[Overlap, "which of its regions a token belongs to"] = "share"
+    method: Annotated[Literal["regional", "rpg", "plain"], METHOD] = "regional"
+    loras: Annotated[tuple[Lora, ...], "LoRAs for the whole image"] = ()
+    controlnets: Annotated[tuple[Control, ...], "ControlNets for the whole image"] = ()
+    regions: Annotated[Regions, f"at most {MAX_REGIONS}"] = ()
 
     def filled(self, defaults: Defaults) -> "Layout":
         """The layout with what it leaves to the model; this is what metadata record."""
         length = self.max_sequence_length or defaults.max_sequence_length
         own = self.region_max_sequence_length or length
-        own = max(2, percent_of(own, length)) if isinstance(own, str) else own
+        if isinstance(own, str):
+            own = max(2, count_of(own, length))
         lengths = {"max_sequence_length": length, "region_max_sequence_length": own}
         return replace(self, steps=self.steps or defaults.steps, **lengths)
 
     def resolved(self, defaults: Defaults) -> "Layout":
         """The filled layout with nothing left to parse: counts are ints, and each region has its
-        own. double_blocks and single_blocks are frozensets of the masked blocks' indices.
+        own; double_blocks and single_blocks are frozensets of the masked blocks' indices.
 
         No step is regional at base_ratio 1 or by the plain method: both are plain FLUX.
         """
         layout = self.filled(defaults)
 
-        def own(part: Layout | Region) -> dict[str, Any]:
+        def own(part: Any) -> Any:
             ratio = self.base_ratio if part.base_ratio is None else part.base_ratio
             steps = part.mask_inject_steps
             steps = count_of(self.mask_inject_steps if steps is None else steps, layout.steps)
-            is_plain = ratio == 1 or self.method == "plain"
-            return {"mask_inject_steps": 0 if is_plain else steps, "base_ratio": float(ratio)}
+            if ratio == 1 or self.method == "plain":
+                steps = 0
+            return replace(part, mask_inject_steps=steps, base_ratio=float(ratio))
 
         def masked(kind: str, depth: int) -> frozenset[int]:
+            every = getattr(self, f"{kind}_inject_interval")
             blocks = getattr(self, f"{kind}_blocks")
-            if blocks is None:
-                return frozenset(range(0, depth, getattr(self, f"{kind}_inject_interval")))
+            blocks = range(0, depth, every) if blocks is None else blocks
             return frozenset(i for i in range(depth) if blocks_of(blocks, i))
 
         return replace(
-            layout,
-            **own(self),
-            regions=tuple(replace(region, **own(region)) for region in self.regions),
+            own(layout),
+            regions=tuple(map(own, self.regions)),
             double_blocks=masked("double", defaults.depth),
             single_blocks=masked("single", defaults.depth_single_blocks),
             controlnets=tuple(replace(c, mode=MODES.get(c.mode, c.mode)) for c in self.controlnets),
@@ -210,14 +210,11 @@ class Layout(Part):
         return block.index in (self.double_blocks if block.kind == "double" else self.single_blocks)
 
 
-def percent_of(percent: str, whole: int) -> int:
-    """A percentage such as 40% of a count, rounded half up."""
-    return int(Fraction(percent.rstrip("%")) * whole / 100 + Fraction(1, 2))
-
-
 def count_of(count: int | str, whole: int) -> int:
-    """A count, or a percentage, of a whole: at most all of it."""
-    return percent_of(count, whole) if isinstance(count, str) else min(count, whole)
+    """A count, or a percentage rounded half up, of a whole: at most all of it."""
+    if isinstance(count, str):
+        return int(Fraction(count.rstrip("%")) * whole / 100 + Fraction(1, 2))
+    return min(count, whole)
 
 
 def blocks_of(blocks: Collection[int] | str, index: int) -> bool:
@@ -232,7 +229,7 @@ def blocks_of(blocks: Collection[int] | str, index: int) -> bool:
 
 # The preset `control` held best as regions grow (measured in docs/control): less of the base
 # prompt, more regional steps for many regions, and a quarter of the base prompt's text tokens.
-PRESETS: dict[str, Callable[[int], dict[str, Any]]] = {
+PRESETS = {
     "published": lambda regions: {},
     "control": lambda regions: {
         "base_ratio": 0.1,

@@ -17,23 +17,25 @@ Encode = Callable[[str, Tensor, Sequence[RegionLora]], Tensor]
 
 
 def encode_prompts(
-    layout: Layout, tokens: RegionTokens | None, t5: T5Tokenizer, clip: CLIPTokenizer, encode: Encode
-) -> Conditioning:
+    layout: Layout, tokens: RegionTokens | None, t5: T5Tokenizer, clip: CLIPTokenizer,
+    encode: Encode,
+) -> Conditioning:  # fmt: skip
     """Encode a filled layout's prompts; with CLIP the base prompt alone, or for method rpg all.
 
     Each prompt is encoded by itself: in a batch, rounding would depend on the others.
     """
-    regions = tokens.prompts if tokens else []
-    base_ids = tokenize(t5, [layout.prompt], layout.max_sequence_length)[0]
-    region_ids = tokenize(t5, regions, layout.region_max_sequence_length) if regions else []
-    clip_ids, cut = clip([layout.prompt] + regions * (layout.method == "rpg"))
+    prompts = tokens.prompts if tokens else []
+    base = tokenize(t5, [layout.prompt], layout.max_sequence_length)
+    txt = encode("t5", base, ())
+    states = []
+    if prompts:
+        loras = [region.loras for region in layout.regions] + [()]  # The background has none.
+        ids = tokenize(t5, prompts, layout.region_max_sequence_length)
+        states = [encode("t5", row[None], own) for row, own in zip(ids, loras)]
+    ids, cut = clip([layout.prompt] + prompts * (layout.method == "rpg"))
     if cut[0]:
         warn(f"CLIP reads 77 tokens of the base prompt; it ignores: {cut[0]!r}")
-    loras = [region.loras for region in layout.regions]
-    loras += [()] * (len(regions) - len(loras))  # the background has none
-    states = [encode("t5", ids[None], own) for ids, own in zip(region_ids, loras)]
-    y = torch.cat([encode("clip", ids[None], ()) for ids in clip_ids])
-    txt = encode("t5", base_ids[None], ())
+    y = torch.cat([encode("clip", row[None], ()) for row in ids])
     return Conditioning(txt, torch.cat(states) if states else None, y)
 
 

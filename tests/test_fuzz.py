@@ -1,5 +1,6 @@
-"""Whatever a layout file holds, it becomes a Layout whose regions can be drawn, or gets one sentence, in bounded time
-and memory. 22,000 random layouts, the same ones in each run, and files made to do harm."""
+"""Whatever a layout file holds, it becomes a Layout whose regions can be rasterized, or gets one
+sentence for each mistake, in bounded time and memory. The random layouts are the same in each run;
+FUZZ=5 in the environment makes five times as many."""
 
 import json
 import os
@@ -31,12 +32,13 @@ from regional.reader import MAX_BYTES, read_layout
 
 ROOT = Path(__file__).parent.parent
 LAYOUTS = [ROOT / "layout.yaml", *sorted((ROOT / "examples").glob("*.yaml"))]
-CASES = 7500, 12500  # near validity, and files with changed bytes
-MEMORY, SECONDS = 1000, 60  # MB, and for one layout on a slow machine
+CASES = 2000 * int(os.environ.get("FUZZ", 1))  # near validity, and with changed bytes
+MEMORY = 1000  # MB
+SECONDS = 60  # for one layout on a slow machine
 
 
 def read(file: Path) -> str | None:
-    """None for a layout that is good for all that a run asks of it, or the sentences that it gets."""
+    """None for a layout that is good for all that a run asks of it, or the sentences it gets."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
@@ -50,19 +52,17 @@ def read(file: Path) -> str | None:
             tokens = region_tokens(layout)
             tokens.bits(2), tokens.sorted()
             weights = tokens.log_weights()
-            assert (tokens.image_bits != 0).all() and not (tokens.cover.isnan() | (tokens.cover < 0)).any()
+            assert (tokens.image_bits != 0).all()
+            assert not (tokens.cover.isnan() | (tokens.cover < 0)).any()
             assert weights is None or not weights.isnan().any()
     return None
-
-
-PARTS = {"regions": Region, "loras": Lora, "controlnets": Control}
 
 
 def unknown_keys(values: Any, struct: type = Layout) -> list[str]:
     """The keys of a layout, as YAML has it, that the reader does not know."""
     found = [key for key in values if key not in struct.__struct_fields__]
-    for key, part in PARTS.items():
-        part = RegionLora if struct is Region else part
+    loras = RegionLora if struct is Region else Lora
+    for key, part in {"regions": Region, "loras": loras, "controlnets": Control}.items():
         entries = values.get(key) if key in struct.__struct_fields__ else None
         found += [name for entry in entries or () for name in unknown_keys(entry, part)]
     return found
@@ -70,7 +70,7 @@ def unknown_keys(values: Any, struct: type = Layout) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Pictures that layouts name, and what is in no way a picture."""
+    """Images that layouts name, and what is in no way an image."""
     folder = tmp_path_factory.mktemp("layouts")
     for name in ("disc.png", "edges.png"):
         shutil.copy(ROOT / "examples" / name, folder)
@@ -78,13 +78,13 @@ def folder(tmp_path_factory) -> Path:
     halves = Image.new("RGB", (32, 32), "red")
     halves.paste("blue", (16, 0, 32, 32))
     halves.save(folder / "halves.png")
-    (folder / "text.png").write_text("not a picture")
+    (folder / "text.png").write_text("not an image")
     os.mkfifo(folder / "pipe")
     (folder / "loop").symlink_to("loop")
     return folder
 
 
-# ------------------------------------------------------------------------------------------------ near validity
+# ---------------------------------------------------------------------------------- near validity
 
 SHAPES = [
     {"box": [0, 0, 16, 16]}, {"box": ["0%", 3, "50.5%", 15.9]}, {"box": [-0.0, 0.0, 1e-300, 1]},
@@ -147,48 +147,47 @@ def to_yaml(value: Any) -> str:
     return json.dumps(value).replace("\\ud83e\\udd8a", "\U0001f98a")
 
 
+def some_of(good: dict[str, list], rng: random.Random) -> dict[str, Any]:
+    keys = rng.sample(list(good), rng.randrange(4))
+    return {key: rng.choice(good[key]) for key in keys}
+
+
+def nasty(rng: random.Random) -> Any:
+    number = struct.unpack("d", rng.randbytes(8))[0]
+    text = "".join(chr(rng.choice((rng.randrange(128), rng.randrange(0x110000)))) for _ in range(4))
+    return rng.choice((*[rng.choice(NASTY)] * 6, number, rng.randrange(-300, 300), text))
+
+
 def test_layouts_near_validity_are_layouts_or_get_one_sentence(folder):
-    hypothesis = pytest.importorskip("hypothesis")
-    st = hypothesis.strategies
-
-    def some_of(good: dict[str, list]) -> Any:
-        return st.lists(st.sampled_from([(key, value) for key in good for value in good[key]]), max_size=4).map(dict)
-
-    texts = st.sampled_from(WORDS)
-    region = st.tuples(texts, st.sampled_from(SHAPES), some_of(GOOD_REGION))
-    keys = sorted({*GOOD, *GOOD_REGION, "prompt", "box", "polygon", "mask", "color", "image", "height", "map"})
-    keys += ["promt", "weight", "0", "a.b", "\xfc", "\ud800"]
-    nasty = st.sampled_from(NASTY) | st.floats() | st.integers() | st.text(max_size=5)
-    another = st.sampled_from([(key, value) for good in (GOOD, GOOD_REGION) for key in good for value in good[key]])
-    spoil = st.none() | st.tuples(st.integers(0, 3), st.tuples(st.sampled_from(keys), nasty) | another)
-    outcomes, told = Counter(), set()
-
-    @hypothesis.settings(
-        max_examples=CASES[0], database=None, deadline=None, derandomize=True,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )  # fmt: skip
-    @hypothesis.given(texts, some_of(GOOD), st.lists(region, max_size=3), st.tuples(spoil, spoil))
-    def check(prompt, settings, regions, spoils):
-        spoils = [spoil for spoil in spoils if spoil]
-        layout = {"prompt": prompt, "map": "halves.png", "width": 64, **settings}
-        layout |= {"height": layout["width"], "regions": [{"prompt": t, **shape, **rest} for t, shape, rest in regions]}
-        places = [layout, *layout["regions"]]
-        for place, (key, value) in spoils:
-            places[place % len(places)][key] = value
-        file = folder / "near.yaml"
+    rng = random.Random(0)
+    keys = sorted({*GOOD, *GOOD_REGION, "prompt", "box", "polygon", "mask", "color", "image", "map"})
+    keys += ["height", "promt", "weight", "0", "a.b", "\xfc", "\ud800"]
+    outcomes = Counter()
+    kinds = set()
+    file = folder / "near.yaml"
+    for _ in range(CASES):
+        layout = {"prompt": rng.choice(WORDS), "map": "halves.png", "width": 64}
+        layout |= some_of(GOOD, rng)
+        layout["height"] = layout["width"]
+        layout["regions"] = [
+            {"prompt": rng.choice(WORDS)} | rng.choice(SHAPES) | some_of(GOOD_REGION, rng)
+            for _ in range(rng.randrange(4))
+        ]
+        spoils = rng.randrange(3)
+        for _ in range(spoils):
+            place = rng.choice([layout, *layout["regions"]])
+            another = some_of(GOOD | GOOD_REGION, rng)
+            place |= another if rng.random() < 0.4 else {rng.choice(keys): nasty(rng)}
         file.write_text(to_yaml(layout), encoding="utf-8")
         sentence = read(file)
-        outcomes[len(spoils), sentence is None] += 1
-        told.add(re.sub(r"'.*?'|\".*?\"|[\d.]+|= .*: ", "", (sentence or "").replace(str(file), "")))
-        assert spoils or sentence is None, sentence
+        outcomes[sentence is None] += 1
+        kinds.add(re.sub(r"'.*?'|\".*?\"|[\d.]+|= .*: ", "", (sentence or "").replace(str(file), "")))
+        assert spoils or sentence is None, (layout, sentence)
         assert sentence or not unknown_keys(layout)
-
-    check()
-    accepted = sum(count for (_, good), count in outcomes.items() if good)
-    assert accepted > 2000 and sum(outcomes.values()) - accepted > 2000 and len(told) > 50
+    assert min(outcomes.values()) > CASES / 4 and len(kinds) > 50
 
 
-# ------------------------------------------------------------------------------------------------ changed bytes
+# ------------------------------------------------------------------------------ changed bytes
 
 PIECES = [
     b"\n", b"  ", b"\t", b": ", b"- ", b"[", b"]", b"{", b"}", b"'", b'"', b"#", b"%", b"&a ", b"*a", b"<<: *a",
@@ -201,38 +200,33 @@ def mutated(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
         i, j = sorted(rng.randrange(len(data) + 1) for _ in range(2))
         j = min(j, i + rng.choice((1, 1, 4, 40)))
-        match rng.randrange(6):
-            case 0:  # flip a bit
-                flipped = bytes([data[i] ^ 1 << rng.randrange(8)]) if i < len(data) else b""
-                data = data[:i] + flipped + data[i + 1 :]
-            case 1:
-                data = data[:i] + data[j:]
-            case 2:
-                data = data[:i] + rng.choice(PIECES) + data[i:]
-            case 3:
-                data = data[:i] + rng.choice(PIECES) + data[j:]
-            case 4:  # the same twice
-                data = data[:j] + data[i:]
-            case 5:
-                other = rng.choice(others)
-                k = rng.randrange(len(other))
-                data = data[:i] + other[k : k + j - i] + data[j:]
+        piece = rng.choice(PIECES)
+        other = rng.choice(others)
+        k = rng.randrange(len(other))
+        flipped = bytes([data[i] ^ 1 << rng.randrange(8)]) if i < len(data) else b""
+        ways = [  # a bit is flipped; bytes are removed, inserted, replaced, repeated or another's
+            data[:i] + flipped + data[i + 1 :], data[:i] + data[j:], data[:i] + piece + data[i:],
+            data[:i] + piece + data[j:], data[:j] + data[i:], data[:i] + other[k : k + j - i] + data[j:],
+        ]  # fmt: skip
+        data = rng.choice(ways)
     return data
 
 
 def test_files_with_changed_bytes_are_layouts_or_get_one_sentence(folder):
-    rng, accepted = random.Random(0), 0
-    texts = [re.sub(rb"#.*| on a \w+ background", b"", file.read_bytes()) for file in LAYOUTS]  # shorter is faster
+    rng = random.Random(0)
+    accepted = 0
+    short = re.compile(rb"#.*| on a \w+ background")  # which makes it faster
+    texts = [short.sub(b"", file.read_bytes()) for file in LAYOUTS]
     file = folder / "changed.yaml"
-    for _ in range(CASES[1]):
+    for _ in range(CASES):
         file.write_bytes(mutated(rng.choice(texts), texts, rng))
         if read(file) is None:
             accepted += 1
             assert not unknown_keys(yaml.safe_load(file.read_text(encoding="utf-8")))
-    assert CASES[1] / 5 < accepted < 4 * CASES[1] / 5
+    assert CASES / 5 < accepted < 4 * CASES / 5
 
 
-# ------------------------------------------------------------------------------------------------ files that do harm
+# ------------------------------------------------------------------------------ files that do harm
 
 
 def layout_of(*regions: str, side: int = 64, more: str = "") -> str:
@@ -272,7 +266,7 @@ TEXTS = {  # name: YAML, and what its sentence says, None where it is a layout
     "10 ** 5000": ("prompt: x\nseed: 1" + "0" * 5000, "number of more than"),
     "a hexadecimal number of 900 kB": ("prompt: x\nseed: 0x" + "f" * 900_000, "number of more than"),
     "a sexagesimal number of 900 kB": ("prompt: x\nseed: 1" + ":59" * 300_000, "number of more than"),
-    "1 MB of values": ("prompt: [" + "a," * (MAX_BYTES // 2 - 10) + "]", "expected str"),
+    "200 kB of values": ("prompt: [" + "a," * (MAX_BYTES // 10) + "]", "expected str"),
     "1 MB of brackets": ("[" * MAX_BYTES, "recursion"),
     "more than 1 MB": ("#" * (MAX_BYTES + 1), "bytes are more than"),
     "a key of 900 kB": ("k" * 900_000 + ": x", "mapping|invalid key|expected"),
@@ -290,17 +284,17 @@ TEXTS = {  # name: YAML, and what its sentence says, None where it is a layout
     "a mask that is a symlink to itself": (layout_of("mask: loop"), "symbolic links"),
     "a mask that is a symlink": (layout_of("mask: link.png"), None),
     "an empty mask": (layout_of("mask: ''"), "not a regular file"),
-    "a control picture of broken EXIF data": (
+    "a control image of broken EXIF data": (
         "prompt: x\ncontrolnets: [{model: a, image: exif.jpg}]", "not an image that can be read"),
     "an empty map": ("prompt: x\nmap: ''", "not a regular file"),
-    "61 soft regions of the largest size": (
-        layout_of(*["polygon: [[0, 0], [8192, 0], [4000, 8192]], feather: 300"] * 61, side=8192, more="overlap: last"),
+    "61 soft regions of a large size": (
+        layout_of(*["polygon: [[0, 0], [4096, 0], [2000, 4096]], feather: 300"] * 61, side=4096, more="overlap: last"),
         None),
     "the largest feather": (layout_of("box: [0, 0, 4096, 8192], feather: 8192", side=8192), None),
-    "a polygon of 20,000 points that holds no token": (
-        layout_of(f"polygon: [{', '.join(f'[{9 + i % 2}, {i % 3 * 4096}]' for i in range(20000))}]", side=8192), None),
+    "a polygon of 5,000 points that holds no token": (
+        layout_of(f"polygon: [{', '.join(f'[{9 + i % 2}, {i % 3 * 4096}]' for i in range(5000))}]", side=8192), None),
 }  # fmt: skip
-PICTURES = {  # what the sentence about such a mask says
+IMAGES = {  # what the sentence about such a mask says
     "largest.png": None, "largest.webp": None, "larger.png": "pixels are more than",
     "100 megapixels.png": "pixels are more than", "180 megapixels.png": "pixels",
     "4 gigapixels.png": "pixels|exceeds", "claims 24 megapixels.png": "can be read", "cut.png": "truncated",
@@ -318,7 +312,7 @@ PATHS = {  # of layouts, and what is said of them
 }  # fmt: skip
 
 
-def write_pictures(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     side, small = round(MAX_PIXELS**0.5), Image.new("L", (64, 64), 255)
     for suffix in ("png", "webp"):
         Image.new("RGBA", (side, side), "white").save(folder / f"largest.{suffix}", compress_level=1, method=0)
@@ -356,7 +350,7 @@ def write_pictures(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def harm(folder) -> dict[str, tuple[Path, str | None]]:
     """The layouts that do harm: their files, and what is said of them."""
-    write_pictures(folder)
+    write_images(folder)
     server = socket.socket(socket.AF_UNIX)
     here = os.getcwd()
     os.chdir(folder)  # a socket's path must be short
@@ -366,12 +360,12 @@ def harm(folder) -> dict[str, tuple[Path, str | None]]:
     for i, (name, (text, says)) in enumerate(TEXTS.items()):
         files[name] = folder / f"harm{i}.yaml", says
         files[name][0].write_text(text)
-    for i, (picture, says) in enumerate(PICTURES.items()):
-        files[picture] = folder / f"picture{i}.yaml", says
-        files[picture][0].write_text(layout_of(f"mask: {json.dumps(picture)}", f"mask: {json.dumps(picture)}"))
+    for i, (image, says) in enumerate(IMAGES.items()):
+        files[image] = folder / f"image{i}.yaml", says
+        files[image][0].write_text(layout_of(f"mask: {json.dumps(image)}", f"mask: {json.dumps(image)}"))
     (folder / "3 GB.yaml").touch()
     os.truncate(folder / "3 GB.yaml", 3 * 2**30)
-    (folder / "link.yaml").symlink_to(f"picture{list(PICTURES).index('palette.png')}.yaml")
+    (folder / "link.yaml").symlink_to(f"image{list(IMAGES).index('palette.png')}.yaml")
     return files | {name: (folder / path, says) for name, (path, says) in PATHS.items()}
 
 
@@ -410,30 +404,30 @@ def judged(harm) -> dict[str, tuple[str | None, float]]:
     return dict(zip(harm, outcomes))
 
 
-@pytest.mark.parametrize("name", [*TEXTS, *PICTURES, *PATHS])
+@pytest.mark.parametrize("name", [*TEXTS, *IMAGES, *PATHS])
 def test_a_file_made_to_do_harm_does_none(name, harm, judged):
     (_, says), (sentence, memory) = harm[name], judged[name]
     assert (sentence is None) == (says is None) and re.search(says or "", sentence or ""), sentence
     assert memory < MEMORY
 
 
-# of a folder all files are read; this much takes long; and the last is refused by the machine, with exit code 1
-SKIPPED = ("a folder", "1 MB of values", "a name that is too long")
+# Of a folder all files are read; the last is refused by the machine, with exit code 1.
+SKIPPED = ("a folder", "a name that is too long")
 BAD = [name for name, (_, says) in (TEXTS | PATHS).items() if says and name not in SKIPPED]
 
 
-@pytest.mark.parametrize("flag", ["--check", "--output"])
-def test_the_command_line_says_one_sentence_and_ends_with_2(flag, harm, tmp_path, capsys):
-    for name in BAD:
-        flags = [flag, str(tmp_path / "y.png")] if flag == "--output" else [flag]
-        assert generate.main(["--layout", str(harm[name][0]), *flags]) == 2, name
-        out, err = capsys.readouterr()
-        assert all(line.startswith("generate.py: ") for line in err.splitlines()) and err and not out, name
+def test_the_command_line_prints_one_sentence_for_each_file_and_ends_with_2(harm, capsys):
+    files = [str(harm[name][0]) for name in BAD]
+    assert generate.main(["--check", "--layout", *files]) == 2
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert len(lines) >= len(BAD) and all(line.startswith("generate.py: ") for line in lines)
+    assert not out
 
 
-@pytest.mark.parametrize("name", ["billion laughs", "half a surrogate as a number", "a mask that is a pipe"])
-def test_the_program_itself_says_one_sentence_and_ends_with_2(name, harm, tmp_path):
-    command = [sys.executable, "generate.py", "--layout", str(harm[name][0]), "--output", str(tmp_path / "y.png")]
+def test_the_program_itself_prints_one_sentence_and_ends_with_2(harm, tmp_path):
+    file = harm["a mask that is a pipe"][0]
+    command = [sys.executable, "generate.py", "--layout", file, "--output", tmp_path / "y.png"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
     assert found.returncode == 2 and found.stdout == ""
-    assert all(line.startswith("generate.py: ") for line in found.stderr.splitlines()) and found.stderr
+    assert found.stderr.startswith("generate.py: ") and found.stderr.count("\n") == 1

@@ -9,7 +9,8 @@ from PIL import Image
 from errors import MISSING, InputError, InputErrors
 from regional.images import read_mask
 from regional.layout import FLUX_DEV, Control, Layout, Region
-from regional.reader import naming, read_layout
+from regional.reader import read_layout
+from tools.flags import naming
 
 GOOD = "prompt: a city\nwidth: 128\nheight: 64\nregions:\n- {prompt: a house, box: [0, 0, 64, 64]}\n"
 REGION = Region(prompt="r", box=(0, 0, 64, 64))
@@ -35,7 +36,7 @@ def test_a_layout_is_read_with_the_published_defaults(write):
     assert (layout.width, layout.height, layout.background_prompt) == (128, 64, "a photo")
     assert (layout.guidance, layout.base_ratio, layout.overlap) == (3.5, 0.3, "share")
     assert (layout.double_inject_interval, layout.single_inject_interval) == (1, 1)
-    assert layout.regions[0].box == (0, 0, 64, 64) and layout.regional_steps(24) == 10
+    assert layout.regions[0].box == (0, 0, 64, 64) and layout.resolved(FLUX_DEV).regional_steps() == 10
 
 
 def test_the_size_is_the_models_where_the_layout_has_none(write):
@@ -49,12 +50,11 @@ def test_the_command_line_takes_precedence(write):
     assert read_layout(None, {"prompt": "a fox"}).regions == ()
 
 
-def test_mask_paths_are_relative_to_the_layout_and_metadatas_to_the_working_directory(write, tmp_path):
-    text = "prompt: x\nwidth: 128\nheight: 64\nregions: [{prompt: y, mask: white.png}]"
-    layout = read_layout(write(text), {})
+def test_paths_are_relative_to_the_layout_and_those_of_overrides_to_the_working_directory(write, tmp_path):
+    layout = read_layout(write(region("mask: white.png")), {})
     assert Path(layout.regions[0].mask) == tmp_path / "white.png"
-    metadata = {"prompt": "x", "map": layout.regions[0].mask, "model": "pocket"}
-    assert read_layout(Path("elsewhere/image.png"), {}, metadata=metadata).map == metadata["map"]
+    lora = read_layout(write(GOOD), {"loras": [{"file": "a/b/c"}]}).loras[0]
+    assert lora.file == "a/b/c" and read_layout(write(GOOD + "loras: [{file: a/b/c}]"), {}).loras[0] != lora
 
 
 def test_json_is_yaml_and_aliases_are_written_out(write):
@@ -74,8 +74,8 @@ def test_mask_inject_steps_is_a_count_or_a_percentage_rounded_half_up(value, ste
 
 
 def test_without_regions_or_at_base_ratio_1_no_step_is_regional():
-    assert Layout(prompt="").regional_steps(24) == 0
-    assert Layout(prompt="", base_ratio=1, regions=(REGION,)).regional_steps(24) == 0
+    for layout in (Layout(prompt=""), Layout(prompt="", base_ratio=1, regions=(REGION,))):
+        assert layout.resolved(FLUX_DEV).regional_steps() == 0
 
 
 def test_a_resolved_layout_has_nothing_left_to_parse():
@@ -105,6 +105,10 @@ def region(rest: str, prompt: str = "y") -> str:
     return f"prompt: x\nwidth: 128\nheight: 64\nregions:\n- {{prompt: {prompt}, {rest}}}"
 
 
+def mapped(rest: str) -> str:
+    return f"map: white.png\n{region(rest)}"
+
+
 ONE = "{prompt: y, box: [0, 0, 64, 64]}, "
 MISTAKES = [  # YAML, and what its sentence has behind the file's name; {at} is the folder
     ("prompt: x\npromt: x", "promt = 'x': no such key, did you mean prompt."),
@@ -130,6 +134,20 @@ MISTAKES = [  # YAML, and what its sentence has behind the file's name; {at} is 
     (region("mask: square.png"), "regions[0].mask = {at}/square.png: aspect ratio 64 x 64 does not match 128 x 64."),
     (region("mask: gray.png"), "regions[0].mask = {at}/gray.png: nothing in it is white, no pixel reaches 128."),
     (region('mask: "a\\0b.png"'), "a\\x00b.png': not an image that can be read (embedded null byte)."),
+    (region("color: 1"), "regions[0].color = 1: a color needs the layout's map, an image, and there is none."),
+    (mapped("color: red"), "regions[0].color = 'red': expected \"#rrggbb\", [r, g, b] from 0 to 255, or an index."),
+    (mapped("color: [0, 0, 256]"), "regions[0].color[2] = 256: expected int <= 255 (one of the layout's map"),
+    (mapped("color: [0, 0]"), "regions[0].color = [0, 0]: expected array of length >= 3 (one of the layout's map"),
+    (mapped("color: 16777216"), "regions[0].color = 16777216: expected int <= 16777215 ("),
+    (mapped("color: [9, 9, 9]"), "regions[0].color = [9, 9, 9]: nothing in the map is of this color."),
+    ("map: none.png\n" + GOOD, "map = {at}/none.png: there is no such file."),
+    (region("polygon: [[0, 0], [9, 9]]"), "polygon = [[0, 0], [9, 9]]: expected at least three points [x, y], or li"),
+    (region("polygon: [[0, 0], [9, 9], [65, 65]]"), "regions[0].polygon[2] = 65: outside the image, expected 0 to 64"),
+    (region("box: [0, 0, 101%, 9]"), "regions[0].box[2] = '101%': expected pixels, or a percentage such as 25%."),
+    (region("box: [0, 0, 9, 9], strength: -1"), "regions[0].strength = -1: expected float >= 0.0 ("),
+    (region("box: [0, 0, 9, 9], feather: .inf"), "regions[0].feather = inf: expected float <= 8192.0 ("),
+    (region("box: [0, 0, 9, 9], mask_inject_steps: few"), "regions[0].mask_inject_steps = 'few': expected its own"),
+    (region("box: [0, 0, 9, 9], base_ratio: 2"), "regions[0].base_ratio = 2: expected float <= 1.0 ("),
     (f"prompt: x\nregions: [{ONE * 62}]", ": expected array of length <= 61 (at most 61)."),
     ("prompt: x\nwidth: 1000", "width = 1000: not a multiple of 16, the nearest are 992 and 1008."),
     ("prompt: x\nwidth: wide", "width = 'wide': expected int, got str (in pixels, a multiple of 16)."),
@@ -197,7 +215,7 @@ def test_a_mistake_on_the_command_line_is_named_by_its_flag(write):
         ("loras", [{"file": "a/b", "scale": 200}], "--lora 200: expected float <= 100"),
         ("controlnets", [{"model": "a/b", "image": "a", "end": 2}], "--control-end 2: expected float <= 1"),
     ]:
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(InputError) as caught, naming(None, {key: value}):
             read_layout(write(GOOD), {key: value})
         assert str(caught.value).startswith(f"the command line: {flag}")
 

@@ -1,64 +1,87 @@
 """The command line: its flags are the fields of Output, DryRun, Settings, Layout and Control."""
 
 import argparse
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import msgspec
 from msgspec import Struct, inspect
 
 from errors import MISSING, InputError
 from regional.layout import Control, Layout
-from regional.reader import CONTROL_FLAGS
-from settings import MODEL_KEYS, Settings, about, recorded
+from settings import MODEL_KEYS, Name, Settings, flag, recorded
 from tools.metadata import read_metadata
 
 ABOUT = """Layouts in, images out.
 
     python generate.py --layout layout.yaml"""
+LORA = """a LoRA for the whole image, which replaces the layout's: a file, or org/name or
+org/name:file of a repository, and its scale; repeatable"""
 NO_FLAGS = ("seed", "map", "loras", "controlnets", "regions")  # keys of Layout
+LAYOUT_FLAGS = {key: key for key in Layout.__struct_fields__ if key not in NO_FLAGS}
+CONTROL_FLAGS = {key: f"control_{key}" for key in ("image", "mode", "scale", "start", "end")}
+CONTROL_FLAGS = {"model": "controlnet", **CONTROL_FLAGS, "preprocess": "preprocess"}
 TYPES = {inspect.IntType: int, inspect.FloatType: float, inspect.StrType: str}
 TYPES |= {inspect.CustomType: Path}
 FIELDS = "{name}, {seed} and {sweep}"
-Text = str | None
 File = Path | None
-Paths = tuple[Path, ...]
+Files = tuple[Path, ...]
 
 
 class Output(Struct, frozen=True, kw_only=True):
     """Which images the command line asks for, and what is written of each."""
 
-    layout: Annotated[Paths, about("layout files, or folders of them")] = ()
-    output: Annotated[Text, about(f"may contain {FIELDS}; default: the layout's name, .png")] = None
-    overwrite: Annotated[bool, about("replace existing files")] = False
-    seed: Annotated[tuple[int, ...], about("one image for each, named _SEED")] = ()
-    sweep: Annotated[tuple[str, ...], about("KEY=A,B: an image for each value, and a sheet")] = ()
-    save_latents: Annotated[Text, about("also write the latents, .safetensors")] = None
-    attention_maps: Annotated[File, about("also write maps of attention to this folder")] = None
-    metadata: Annotated[bool, about("also write the metadata next to the image, .json")] = False
-    no_metadata: Annotated[bool, about("do not embed the metadata in the image")] = False
-    config_from_metadata: Annotated[File, about("repeat the run that an image records")] = None
-    shard: Annotated[Text, about("I/N: every N-th image from I; or torchrun's, SLURM's")] = None
+    layout: Annotated[Files, "layout files, or folders of them"] = ()
+    output: Annotated[Name, f"may contain {FIELDS}; default: the layout's name, .png"] = None
+    overwrite: Annotated[bool, "replace existing files"] = False
+    seed: Annotated[tuple[int, ...], "one image for each, named _SEED"] = ()
+    sweep: Annotated[tuple[str, ...], "KEY=A,B: an image for each value, and a sheet"] = ()
+    save_latents: Annotated[Name, "also write the latents, .safetensors"] = None
+    attention_maps: Annotated[File, "also write maps of attention to this folder"] = None
+    metadata: Annotated[bool, "also write the metadata next to the image, .json"] = False
+    no_metadata: Annotated[bool, "do not embed the metadata in the image"] = False
+    config_from_metadata: Annotated[File, "repeat the run that an image records"] = None
+    shard: Annotated[Name, "I/N: every N-th image from I; or torchrun's, SLURM's"] = None
 
 
 class DryRun(Struct, frozen=True, kw_only=True):
     """What to do instead of generating images."""
 
-    check: Annotated[bool, about("validate the layouts and print what they cost")] = False
-    preview: Annotated[File, about("draw the regions into this image file")] = None
-    plan: Annotated[Text, about("have a language model write a layout for a prompt")] = None
-    llm_url: Annotated[Text, about("OpenAI-compatible endpoint; default: OPENAI_BASE_URL")] = None
-    llm_model: Annotated[Text, about("the language model's name; its key: OPENAI_API_KEY")] = None
+    check: Annotated[bool, "validate the layouts and print what they cost"] = False
+    preview: Annotated[File, "draw the regions into this image file"] = None
+    plan: Annotated[Name, "have a language model write a layout for a prompt"] = None
+    llm_url: Annotated[Name, "OpenAI-compatible endpoint; default: OPENAI_BASE_URL"] = None
+    llm_model: Annotated[Name, "the language model's name; its key: OPENAI_API_KEY"] = None
 
 
 class Command(NamedTuple):
-    """A parsed command line. overrides: keys of the layout. metadata: of an image to repeat."""
+    """A parsed command line. overrides: keys of layouts. recorded: those of an image to repeat."""
 
     settings: Settings
     overrides: dict[str, Any]
     output: Output
     dry_run: DryRun
-    metadata: dict[str, Any] | None
+    recorded: dict[str, Any] | None
+
+
+@contextmanager
+def naming(file: Path | None, overrides: dict[str, Any]) -> Iterator[None]:
+    """Within it, an InputError about a layout's key gets the layout's file, or the key's flag."""
+    try:
+        yield
+    except InputError as error:
+        for mistake in getattr(error, "errors", [error]):
+            parts = re.match(r"(?s)(\w*)(\[\d+\])?\.?(\w*)(.*)", str(mistake.key))
+            key, entry, field, rest = parts.groups()
+            flags = {"loras": "lora", "controlnets": CONTROL_FLAGS.get(field, "controlnet")}
+            if key in overrides and (key in flags or not entry):
+                mistake.key = flag(flags.get(key, key)) + rest
+                mistake.source = "the command line"
+            mistake.within(file or "the command line")
+        raise
 
 
 def parse(argv: list[str] | None = None) -> Command:
@@ -70,10 +93,10 @@ def parse(argv: list[str] | None = None) -> Command:
 
     output = msgspec.convert(of(Output), Output)
     dry_run = DryRun(**of(DryRun))
-    overrides = {key: value for key, value in of(Layout).items() if key != "seed"}
+    overrides = {key: given[key] for key in LAYOUT_FLAGS if key in given}
     if "lora" in given:
         overrides["loras"] = [lora_of(parser, values) for values in given["lora"]]
-    control = {key: given[flag] for key, flag in CONTROL_FLAGS.items() if flag in given}
+    control = {key: given[name] for key, name in CONTROL_FLAGS.items() if name in given}
     if control:
         overrides["controlnets"] = [control]
     if control and not {"model", "image"} <= control.keys():
@@ -85,18 +108,27 @@ def parse(argv: list[str] | None = None) -> Command:
     if not (output.layout or output.config_from_metadata or dry_run.plan or "prompt" in overrides):
         parser.error("give a --layout, or at least a --prompt")
     settings = of(Settings)
-    metadata = None
-    if output.config_from_metadata:
-        metadata = read_metadata(output.config_from_metadata)
-        found = repeated(metadata, output.config_from_metadata)
-        if settings.keys() & set(MODEL_KEYS):  # Files of one model are not mixed with another's.
-            found = {key: value for key, value in found.items() if key not in MODEL_KEYS}
-        settings = found | settings
-    return Command(Settings(**settings), overrides, output, dry_run, metadata)
+    if file := output.config_from_metadata:
+        metadata = read_metadata(file)
+        settings = repeated(metadata, settings, file)
+        keys = {key: value for key, value in metadata.items() if key in Layout.__struct_fields__}
+    return Command(Settings(**settings), overrides, output, dry_run, keys if file else None)
+
+
+def repeated(metadata: dict[str, Any], given: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The settings of the run that an image records, but for those that are given. InputError
+    names the image's file."""
+    settings = recorded(metadata)
+    try:
+        Settings(**settings).checked()
+    except InputError as error:
+        raise InputError(file, MISSING, f"in its metadata, {error}") from None
+    if given.keys() & set(MODEL_KEYS):  # Files of one model are not mixed with another's.
+        settings = {key: value for key, value in settings.items() if key not in MODEL_KEYS}
+    return settings | given
 
 
 def make_parser() -> argparse.ArgumentParser:
-    layout_keys = [key for key in Layout.__struct_fields__ if key not in NO_FLAGS]
     how = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=ABOUT, formatter_class=how)
     add_flags(parser, Output)
@@ -105,43 +137,38 @@ def make_parser() -> argparse.ArgumentParser:
     control = parser.add_argument_group("one ControlNet, which replaces the layout's")
     add_flags(control, Control, CONTROL_FLAGS)
     overrides = parser.add_argument_group("overrides of the layout's keys")
-    add_flags(overrides, Layout, {key: key for key in layout_keys})
-    overrides.add_argument(
-        "--lora", action="append", nargs="+", metavar=("FILE", "SCALE"), default=argparse.SUPPRESS,
-        help="a LoRA for the whole image, which replaces the layout's: a file, or org/name or "
-        "org/name:file of a repository, and its scale; repeatable")  # fmt: skip
+    add_flags(overrides, Layout, LAYOUT_FLAGS)
+    how = {"action": "append", "nargs": "+", "metavar": ("FILE", "SCALE")}
+    overrides.add_argument("--lora", help=LORA, default=argparse.SUPPRESS, **how)
     return parser
 
 
 def add_flags(group: Any, struct: type[Struct], names: dict[str, str] | None = None) -> None:
-    """A flag for each field of a struct, or for those in `names`, by the field's type and text."""
-    for field in inspect.type_info(struct).fields:
-        name = names.get(field.name) if names else field.name
-        if name is None:
-            continue
-        kind = field.type
-        text = ""
-        while isinstance(kind, inspect.Metadata):
-            text = text or (kind.extra_json_schema or {}).get("description", "")
-            kind = kind.type
+    """Flags for a struct's keys, all or those in `names`, by their types and descriptions."""
+    hints = get_type_hints(struct, include_extras=True)
+    fields = {field.name: field.type for field in inspect.type_info(struct).fields}
+    for key, name in (names or {key: key for key in fields}).items():
+        kind = fields[key]
         kinds = getattr(kind, "types", (kind,))
-        how: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
-        choices = [value for each in kinds for value in getattr(each, "values", ()) if value]
+        text = hints[key].__metadata__[-1].replace("%", "%%")
+        how: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
         if isinstance(kind, inspect.BoolType):
-            how["action"] = argparse.BooleanOptionalAction if name == "compile" else "store_true"
-        elif choices:
-            how["choices"] = choices
+            how["action"] = argparse.BooleanOptionalAction if key == "compile" else "store_true"
         elif isinstance(kind, inspect.VarTupleType):
             how |= {"action": "extend", "nargs": "+"}
             kinds = (kind.item_type,)
+        choices = [value for each in kinds for value in getattr(each, "values", ()) if value]
         types = [TYPES[type(each)] for each in kinds if type(each) in TYPES]
         if types:
-            how["type"] = count_or_percentage if types == [int, str] else types[0]
+            is_count = types[0] is int and (choices or str in types)
+            how["type"] = count_or_text if is_count else types[0]
             how["metavar"] = "N" if int in types else name.rpartition("_")[2].upper()
-        group.add_argument("--" + name.replace("_", "-"), **how)
+        elif choices:
+            how["choices"] = choices
+        group.add_argument(flag(name), **how)
 
 
-def count_or_percentage(text: str) -> int | str:
+def count_or_text(text: str) -> int | str:
     return int(text) if text.lstrip("-").isdigit() else text
 
 
@@ -151,13 +178,3 @@ def lora_of(parser: argparse.ArgumentParser, values: list[str]) -> dict[str, Any
         return {"file": file, "scale": float(*scale)} if scale else {"file": file}
     except (TypeError, ValueError):
         parser.error(f"argument --lora: expected a file and a scale, not {' '.join(values)}")
-
-
-def repeated(metadata: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The settings of the run that an image records; InputError names the image's file."""
-    settings = recorded(metadata)
-    try:
-        Settings(**settings).checked()
-    except InputError as error:
-        raise InputError(file, MISSING, f"in its metadata, {error}") from None
-    return settings

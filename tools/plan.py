@@ -19,6 +19,7 @@ from msgspec import Struct
 from errors import MISSING, InputError, info
 from regional.layout import MAX_REGIONS
 from regional.reader import read_layout
+from tools.flags import naming
 from tools.metadata import check_writable, write
 
 INSTRUCTIONS = """You plan an image of {width} x {height} pixels for a text-to-image model that
@@ -64,7 +65,9 @@ def plan(
 ) -> dict[str, Any]:  # fmt: skip
     """A layout's keys, with boxes in percent. What is no layout is asked for again, twice at most.
     url: by default OPENAI_BASE_URL. timeout: seconds without a byte."""
-    read_layout(None, {"prompt": prompt, "width": width, "height": height})  # fails without asking
+    given = {"prompt": prompt, "width": width, "height": height}
+    with naming(None, given):
+        read_layout(None, given)  # fails without asking
     url = (url or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/")
     url = url.removesuffix("/chat/completions")
     if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", url):  # it may hold a password
@@ -86,7 +89,7 @@ def plan(
         try:
             return layout_of(answer, width, height)
         except InputError as error:
-            problem = public(re.sub("^the command line: (--)?", "", str(error)))
+            problem = public(str(error))
         if not is_last:
             info(f"{public(url)}: asking again: {problem}")
         correction = f"This can't be used: {problem} Answer with the whole JSON object, corrected."
