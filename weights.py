@@ -34,8 +34,8 @@ SCHNELL = "black-forest-labs/FLUX.1-schnell"  # Apache-2.0; its tokenizers are a
 
 def flux_params(source: Source) -> FluxParams:
     """Sizes of the transformer from the header's shapes; RoPE's theta may be in its metadata."""
-    out_channels = source.shape("final_layer.linear.weight")[0]
-    return FluxParams(**stream_sizes(source), out_channels=out_channels)
+    sizes = stream_sizes(source)
+    return FluxParams(**sizes, out_channels=source.shape("final_layer.linear.weight")[0])
 
 
 def stream_sizes(source: Source) -> dict[str, Any]:
