@@ -1,7 +1,7 @@
 """Which file feeds which module: components are recognized by file headers and loaded strictly.
 
-Below, in this order: sizes of the networks from the shapes of a recognized component (`Source`);
-`load`, which fills a network; `find`, which collects a model's components (`Checkpoint`).
+In this order: sizes of the networks from the shapes of a component (`Source`); `load`, which fills
+a network; `find`, which collects a model's components (`Checkpoint`).
 """
 
 import re
@@ -33,7 +33,6 @@ SCHNELL = "black-forest-labs/FLUX.1-schnell"  # Apache-2.0; its tokenizers are a
 
 
 def flux_params(source: Source) -> FluxParams:
-    """Sizes of the transformer from the header's shapes; RoPE's theta may be in its metadata."""
     sizes = stream_sizes(source)
     return FluxParams(**sizes, out_channels=source.shape("final_layer.linear.weight")[0])
 
@@ -78,15 +77,10 @@ def t5_params(source: Source) -> T5Params:
     attention = "encoder.block.0.layer.0.SelfAttention"
     vocab_size, d_model = source.shape("shared.weight")
     buckets, heads = source.shape(f"{attention}.relative_attention_bias.weight")
-    return T5Params(
-        vocab_size=vocab_size,
-        d_model=d_model,
-        d_ff=source.shape("encoder.block.0.layer.1.DenseReluDense.wi_0.weight")[0],
-        d_kv=source.shape(f"{attention}.q.weight")[0] // max(heads, 1),
-        num_heads=heads,
-        num_layers=count(source.tensors, r"enc(?:oder\.block|\.blk)\.(\d+)\."),
-        num_buckets=buckets,
-    )
+    d_ff, _ = source.shape("encoder.block.0.layer.1.DenseReluDense.wi_0.weight")
+    width, _ = source.shape(f"{attention}.q.weight")
+    layers = count(source.tensors, r"enc(?:oder\.block|\.blk)\.(\d+)\.")
+    return T5Params(vocab_size, d_model, d_ff, width // max(heads, 1), heads, layers, buckets)
 
 
 def clip_params(source: Source) -> CLIPParams:
@@ -96,15 +90,10 @@ def clip_params(source: Source) -> CLIPParams:
     if heads == 0 or hidden % heads:
         problem = f"config.json's {heads} heads do not divide the hidden size {hidden}"
         raise wrong(source.path, problem)
-    layers = r"(?:encoder\.layers|transformer\.resblocks)\.(\d+)\."
-    return CLIPParams(
-        vocab_size=vocab_size,
-        hidden_size=hidden,
-        intermediate_size=source.shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],
-        num_heads=heads,
-        num_layers=count(source.tensors, layers),
-        max_positions=source.shape("text_model.embeddings.position_embedding.weight")[0],
-    )
+    mlp_hidden, _ = source.shape("text_model.encoder.layers.0.mlp.fc1.weight")
+    layers = count(source.tensors, r"(?:encoder\.layers|transformer\.resblocks)\.(\d+)\.")
+    positions, _ = source.shape("text_model.embeddings.position_embedding.weight")
+    return CLIPParams(vocab_size, hidden, mlp_hidden, heads, layers, positions)
 
 
 def ae_params(source: Source) -> AutoEncoderParams:
@@ -164,10 +153,9 @@ def load(
 ) -> nn.Module:  # fmt: skip
     """The network of a source with its weights, frozen, in eval mode.
 
-    It is made on the meta device and its tensors are assigned, not copied: on the CPU, a tensor
-    stored in the wanted dtype stays a view of its file. `merges` change tensors before they are
-    cast. on_host: which weights stay in host memory. fp8: whether Flux's blocks become FP8. kind:
-    the network, if it is none of a model's four components.
+    On the CPU, a tensor stored in the wanted dtype stays a view of its file. `merges` change
+    tensors before they are cast. on_host: which stay in host memory. fp8: whether the layers of
+    Flux's blocks become FP8. kind: the network, if it is none of a model's four components.
     """
     module, recipe = check_loads(source, kind)
     loader = Loader(source.tensors, recipe, module.state_dict(), device, dtype, merges)
@@ -198,7 +186,7 @@ class Loader(NamedTuple):
 
     tensors: Tensors
     recipe: Recipe
-    module: State  # on the meta device
+    module: State
     device: Device
     dtype: torch.dtype
     merges: Merges

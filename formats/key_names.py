@@ -39,58 +39,54 @@ def replaced(table: dict[str, str]) -> Callable[[str, Tensors], list[Rows]]:
 
 
 same_name = replaced({})
-DIFFUSERS_OUTER = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-    "final_layer.linear": "proj_out",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
-}
-DIFFUSERS_DOUBLE = {
-    "img_mod.lin": "norm1.linear",
-    "txt_mod.lin": "norm1_context.linear",
-    "img_attn.qkv": "attn.to_q attn.to_k attn.to_v",
-    "txt_attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
-    "img_attn.norm.query_norm": "attn.norm_q",
-    "img_attn.norm.key_norm": "attn.norm_k",
-    "txt_attn.norm.query_norm": "attn.norm_added_q",
-    "txt_attn.norm.key_norm": "attn.norm_added_k",
-    "img_attn.proj": "attn.to_out.0",
-    "txt_attn.proj": "attn.to_add_out",
-    "img_mlp.0": "ff.net.0.proj",
-    "img_mlp.2": "ff.net.2",
-    "txt_mlp.0": "ff_context.net.0.proj",
-    "txt_mlp.2": "ff_context.net.2",
-}
-DIFFUSERS_SINGLE = {
-    "modulation.lin": "norm.linear",
-    "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp",
-    "linear2": "proj_out",
-    "norm.query_norm": "attn.norm_q",
-    "norm.key_norm": "attn.norm_k",
+to_diffusers = replaced(
+    {
+        "double_blocks.": "transformer_blocks.",
+        "single_blocks.": "single_transformer_blocks.",
+        "img_attn.norm.": "attn.norm_",
+        "txt_attn.norm.": "attn.norm_added_",
+        ".norm.": ".attn.norm_",
+        "img_mod.lin": "norm1.linear",
+        "txt_mod.lin": "norm1_context.linear",
+        "modulation.lin": "norm.linear",
+        "query_norm": "q",
+        "key_norm": "k",
+        ".scale": ".weight",
+        "img_attn.proj": "attn.to_out.0",
+        "txt_attn.proj": "attn.to_add_out",
+        "img_mlp": "ff.net",
+        "txt_mlp": "ff_context.net",
+        "net.0": "net.0.proj",
+        "linear2": "proj_out",
+        "final_layer.linear": "proj_out",
+        "final_layer.adaLN_modulation.1": "norm_out.linear",
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "time_in": "time_text_embed.timestep_embedder",
+        "vector_in": "time_text_embed.text_embedder",
+        "guidance_in": "time_text_embed.guidance_embedder",
+        "in_layer": "linear_1",
+        "out_layer": "linear_2",
+    }
+)
+JOINED = {  # one layer of ours, several of theirs
+    "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+    "txt_attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    "linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
 }
 
 
 def flux_from_diffusers(name: str, tensors: Tensors) -> list[Rows]:
-    module, leaf = name.replace("_norm.scale", "_norm.weight").rsplit(".", 1)
-    block = re.fullmatch(r"(double|single)_blocks\.(\d+)\.(.+)", module)
-    if block:
-        stem = f"transformer_blocks.{block[2]}"
-        table = DIFFUSERS_DOUBLE
-        if block[1] == "single":
-            stem = f"single_{stem}"
-            table = DIFFUSERS_SINGLE
-        return [Rows(f"{stem}.{their}.{leaf}") for their in table[block[3]].split()]
-    key = f"{DIFFUSERS_OUTER[module]}.{leaf}"
+    names = [name]
+    for our, theirs in JOINED.items():
+        if our in name:
+            names = [name.replace(our, their) for their in theirs]
+    rows = [row for each in names for row in to_diffusers(each, tensors)]
+    key = rows[0].key
     if key.startswith("norm_out.") and key in tensors:  # Theirs is (scale, shift).
         half = tensors[key].shape[0] // 2
         return [Rows(key, half), Rows(key, 0, half)]
-    return [Rows(key)]
+    return rows
 
 
 def controlnet_from_diffusers(name: str, tensors: Tensors) -> list[Rows]:
@@ -161,12 +157,7 @@ DIFFUSERS_AE = {
     r"\.norm_out\.": ".conv_norm_out.",
     r"\.nin_shortcut\.": ".conv_shortcut.",
 }
-OLD_DIFFUSERS_AE = {
-    ".to_q.": ".query.",
-    ".to_k.": ".key.",
-    ".to_v.": ".value.",
-    ".to_out.0.": ".proj_attn.",
-}
+OLD_AE = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 def ae_name_in_diffusers(name: str, levels: int) -> str:
@@ -180,7 +171,7 @@ def ae_name_in_diffusers(name: str, levels: int) -> str:
 
 def ae_from_diffusers(name: str, tensors: Tensors) -> list[Rows]:
     name = ae_name_in_diffusers(name, count(tensors, r"decoder\.up_blocks\.(\d+)\."))
-    for new, old in OLD_DIFFUSERS_AE.items():
+    for new, old in OLD_AE.items():
         name = name if name in tensors else name.replace(new, old)
     return [Rows(name)]
 

@@ -76,9 +76,6 @@ def to_llama_cpp(tensors: dict, layers: int) -> dict:
     return {names.get_name(key, try_suffixes=(".weight",)): tensor for key, tensor in tensors.items()}
 
 
-# -------------------------------------------------------------------------------------------------------------- numbers
-
-
 TESTED = QUANTISABLE + K_QUANTS + I_QUANTS + OTHERS
 
 
@@ -129,9 +126,6 @@ def test_a_merge_gets_the_numbers_in_float32(tmp_path):
     module = weights.load(source, "cpu", torch.bfloat16, merges)
     assert torch.equal(seen[0], numbers(stored)["img_in.weight"]) and seen[0].dtype == torch.float32
     assert torch.equal(module.img_in.weight, (seen[0] + 1).bfloat16())
-
-
-# -------------------------------------------------------------------------------------------------------------- layouts
 
 
 def test_prefix_alignment_version_and_file_name_do_not_matter(tmp_path):
@@ -206,9 +200,6 @@ def test_a_model_may_be_made_of_gguf_files(tmp_path):
     assert weights.find(model).flux.path.name == "flux.gguf"
 
 
-# -------------------------------------------------------------------------------------------------------- what is wrong
-
-
 def text(string: str) -> bytes:
     return struct.pack("<Q", len(string)) + string.encode()
 
@@ -263,8 +254,7 @@ def test_a_bad_header_is_one_sentence_and_soon(tmp_path, name):
     content, match = BAD[name]
     (tmp_path / "x.gguf").write_bytes(content)
     start = time.monotonic()
-    refuse(match, load, "flux", tmp_path / "x.gguf")
-    refuse("x.gguf", load, "flux", tmp_path / "x.gguf")
+    refuse(f"x.gguf.*({match})", load, "flux", tmp_path / "x.gguf")
     assert time.monotonic() - start < 1
 
 

@@ -44,9 +44,6 @@ def refuse(match, call, *args, **kwargs):
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
-# --------------------------------------------------------------------------- the full-size names
-
-
 def published(name):
     file = Path(__file__).parent / "fixtures" / "keys" / f"{name}.json.gz"
     shapes = json.loads(gzip.decompress(file.read_bytes()))
@@ -79,9 +76,6 @@ def test_names_and_shapes_are_those_of_the_published_checkpoints(name):
         found = recognize.stacked_shape(rows, file)
         assert found + (1,) * (tensor.ndim - len(found)) == tensor.shape, key
     assert file.keys() - used <= {"encoder.embed_tokens.weight"}
-
-
-# --------------------------------------------------------------------------------------- formats
 
 
 @pytest.mark.parametrize("save, names", [(tiny.save_model, "BFL"), (tiny.save_diffusers_model, "diffusers")])
@@ -189,17 +183,6 @@ def test_weights_are_cast_and_changing_them_leaves_the_file_alone(tmp_path):
         assert path.read_bytes() == before
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_weights_go_to_the_gpu(tmp_path):
-    tiny.save_diffusers_model(tmp_path)
-    module = weights.load(weights.find(tmp_path).flux, "cuda", BF16)
-    assert all(p.is_cuda for p in module.parameters())
-    assert_same(module.cpu(), {key: t.bfloat16() for key, t in tiny.flux_state().items()})
-
-
-# ------------------------------------------------------------------------------------------------------------------ fp8
-
-
 def quantized(state, scaled=None, shape=()):
     """Matrices in fp8, each with a scale of its own under a key that ends in `scaled`, and their true values."""
     stored, expected = dict(state), dict(state)
@@ -263,22 +246,17 @@ UNREADABLE = {
 }
 
 
-@pytest.mark.parametrize("match", UNREADABLE)
-def test_what_cannot_be_read_is_named_with_its_key(tmp_path, match):
+def test_what_cannot_be_read_is_named_with_its_key(tmp_path):
     stored, _ = quantized(tiny.flux_state(), "weight_scale")
-    if "I8" in match:
-        del stored["img_in.weight_scale"]
-    path = tiny.save(tmp_path / "flux.safetensors", stored | UNREADABLE[match])
-    refuse(f"flux.safetensors: {match}", load, "flux", path)
-
-
-def test_another_quantization_in_the_metadata_is_named(tmp_path):
+    for match, added in UNREADABLE.items():
+        tensors = stored | added
+        if "I8" in match:
+            del tensors["img_in.weight_scale"]
+        path = tiny.save(tmp_path / "flux.safetensors", tensors)
+        refuse(f"flux.safetensors: {match}", load, "flux", path)
     metadata = {"_quantization_metadata": json.dumps({"layers": {"img_in": {"format": "mxfp8"}}})}
     path = tiny.save(tmp_path / "b.safetensors", tiny.flux_state(), metadata)
     refuse("img_in says the format mxfp8; only float8", load, "flux", path)
-
-
-# --------------------------------------------------------------------------------------------------------------- strict
 
 
 @pytest.mark.parametrize("names", ["BFL", "diffusers"])
@@ -321,8 +299,6 @@ def test_heads_and_groups_that_do_not_fit_are_named(tmp_path):
     path = tiny.save(tmp_path / "flux.safetensors", tensors)
     refuse(r"img_in.weight has shape \(64, 64\), expected a multiple of 7 rows", load, "flux", path)
 
-
-# ------------------------------------------------------------------------------------------------------- the wrong file
 
 FOREIGN = {
     "LoRA": {"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": (4, 8)},
@@ -395,9 +371,6 @@ HEADER = b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}'
 def test_a_file_that_is_not_safetensors_is_named(tmp_path, name, content, match):
     (tmp_path / name).write_bytes(content)
     refuse(f"{name}: .*{match}", load, "flux", tmp_path / name)
-
-
-# -------------------------------------------------------------------------------------------------------------- folders
 
 
 def test_single_files_come_before_diffusers_folders(tmp_path):
@@ -492,9 +465,6 @@ def test_four_given_parts_need_no_model(tmp_path, monkeypatch):
     assert found.t5_tokenizer == model / "tokenizer_2" / "tokenizer.json"
 
 
-# ----------------------------------------------------------------------------------------------------------- tokenizers
-
-
 def test_tokenizers_come_from_the_model_folder_or_beside_the_encoder(tmp_path):
     model, other = tiny.save_model(tmp_path / "model"), tiny.save_model(tmp_path / "other")
     found = weights.find(model, t5=other / "text_encoder_2")
@@ -528,9 +498,6 @@ def test_absent_tokenizers_that_are_out_of_reach_are_one_sentence(tmp_path, monk
     model = tiny.save_model(tmp_path / "model")
     (model / "tokenizer" / "vocab.json").unlink()
     refuse("no tokenizer/ with vocab.json and merges.txt is near.*out of reach.*copy tokenizer/", weights.find, model)
-
-
-# --------------------------------------------------------------------------------------------------------------- memory
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
