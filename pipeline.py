@@ -13,6 +13,7 @@ next. A pipeline is not thread-safe.
 """
 
 import gc
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ from extensions.controlnet import ControlNet
 from extensions.loading import (
     control_of,
     controlnet_params,
+    find_controlnet,
     load_controls,
     merges_of,
     plan_controls,
@@ -51,7 +53,7 @@ from regional.mask import RegionTokens, region_tokens
 from regional.prompts import check_vocabulary, encode_prompts
 from regional.sampling import Conditioning, Extension, Modulations, modulations, sample
 from runtime.choose import choose_attention, choose_device, choose_fp8, library_attention
-from runtime.memory import place, working_bytes
+from runtime.memory import WORKING_T5, place, working_bytes
 from runtime.offload import Streamed, read_ahead
 from runtime.prompt_cache import PromptCache
 from runtime.ulysses import Ulysses
@@ -312,25 +314,34 @@ class Parts:
         key = [(lora.file, lora.scale) for lora in used]
         room = 0
         if name == "flux" and self.settings.offload != "blocks" and self.device.type == "cuda":
-            room = working_bytes(self.checkpoint.flux, layout, self.dtype, self.fp8)
+            room = self.room_for(layout)
         part = self.loaded.get(name)
         if part is None or part.loras != key or part.room < room:
             room = max(room, part.room if part else 0)
             self.drop(name)
             merges = merges_of(layout, loras, name) if used else weights.NOTHING
-            module, streamed = self.load(name, merges, layout)
+            module, streamed = self.load(name, merges, room or WORKING_T5)
             self.loaded[name] = Part(module, key, streamed, room)
         return self.loaded[name].module
 
-    def load(self, name: str, merges: weights.Merges, layout: Layout | None) -> tuple[nn.Module, list[Streamed]]:
+    def room_for(self, layout: Layout) -> int:
+        """About how many bytes the transformer and the layout's ControlNets work with."""
+        names = {control.model for control in layout.controlnets}
+        stored = [x for name in names for x in find_controlnet(name).tensors.values()]
+        numbers = sum(math.prod(tensor.shape) for tensor in stored)
+        hidden = weights.flux_params(self.checkpoint.flux).hidden_size
+        activations = working_bytes(hidden, layout, self.dtype, self.fp8)
+        return activations + numbers * self.dtype.itemsize
+
+    def load(self, name: str, merges: weights.Merges, room: int) -> tuple[nn.Module, list[Streamed]]:
+        """room: how many bytes of the GPU the weights must leave free."""
         source = getattr(self.checkpoint, name)
         where = (self.device, self.dtype)
         if name in ("ae", "clip"):
             return weights.load(source, *where, merges), []
         fp8 = self.fp8 and name == "flux"
-        placed = place(source, self.settings.offload, *where, fp8, layout)
-        in_fp8 = weights.FP8_LAYERS.search if fp8 else weights.nothing
-        module = weights.load(source, *where, merges, weights.Placement(placed.on_host, in_fp8))
+        placed = place(source, self.settings.offload, *where, fp8, room)
+        module = weights.load(source, *where, merges, placed.on_host, fp8)
         streamed = []
         if placed.blocks:
             blocks = [module.get_submodule(block) for block in placed.blocks]

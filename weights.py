@@ -1,28 +1,24 @@
 """Which file feeds which module: components are recognized by file headers and loaded strictly.
 
-A header describes what a file stores (formats/safetensors.py), key names which of its rows make up
-each tensor of a module (formats/key_names.py). Below, in this order: sizes of the networks from the
-shapes of a recognized component (`Source`); `load`, which fills a network; `find`, which collects
-the components and tokenizers of a model (`Checkpoint`). File names never decide what a file is.
+In this order: sizes of the networks from the shapes of a component (`Source`); `load`, which fills
+a network; `find`, which collects a model's components (`Checkpoint`).
 """
 
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from errors import MISSING, InputError
-from formats.gguf import QUANTIZED
-from formats.hub import Name, locate
+from errors import InputError
+from formats.hub import Choices, Name, locate
 from formats.key_names import IGNORED, Rows, count
 from formats.recognize import SUBFOLDER, WHAT, Source, describe, leaf, recognize, stacked_shape
-from formats.safetensors import FLOATS, FP8, PICKLES, Stored, Tensors, checkpoint_files, read, values, whole
+from formats.safetensors import PICKLES, Stored, Tensors, checkpoint_files, read, values, whole, wrong
 from model.autoencoder import AutoEncoder, AutoEncoderParams
 from model.clip import CLIPParams, CLIPTextEncoder
 from model.fp8 import Fp8Linear, can_multiply, to_fp8
@@ -31,23 +27,25 @@ from model.transformer import Flux, FluxParams
 
 POCKET = Path(__file__).parent / "pocket" / "checkpoint"
 TOKENIZERS = ["tokenizer/*", "tokenizer_2/*"]
-DIFFUSERS_FOLDERS = {part: [f"{name}/*.safetensors", f"{name}/*.json"] for part, name in SUBFOLDER.items()}
-SINGLE_FILES = DIFFUSERS_FOLDERS | {"flux": ["flux1-*.safetensors"], "ae": ["ae.safetensors"]}
-TOKENIZER_REPOSITORY = "black-forest-labs/FLUX.1-schnell"  # Apache-2.0; all FLUX.1 models share the tokenizers
+FOLDERS = {part: [f"{name}/*.safetensors", f"{name}/*.json"] for part, name in SUBFOLDER.items()}
+SINGLE_FILES = FOLDERS | {"flux": ["flux1-*.safetensors"], "ae": ["ae.safetensors"]}
+SCHNELL = "black-forest-labs/FLUX.1-schnell"  # Apache-2.0; its tokenizers are all FLUX.1 models'
 
 
 def flux_params(source: Source) -> FluxParams:
-    """Sizes of the transformer from the header's shapes, and RoPE's theta from its metadata if that has it."""
-    return FluxParams(**stream_sizes(source), out_channels=source.shape("final_layer.linear.weight")[0])
+    sizes = stream_sizes(source)
+    return FluxParams(**sizes, out_channels=source.shape("final_layer.linear.weight")[0])
 
 
 def stream_sizes(source: Source) -> dict[str, Any]:
     """The sizes that the transformer and its ControlNets share."""
+    tensors = source.tensors
     hidden, in_channels = source.shape("img_in.weight")
     (head_dim,) = source.shape("double_blocks.0.img_attn.norm.query_norm.scale", dims=1)
     if head_dim == 0 or hidden % head_dim:
-        key = source.key_names.rows("img_in.weight", source.tensors)[0].key
+        key = source.key_names.rows("img_in.weight", tensors)[0].key
         raise source.misshapen(key, f"a multiple of {head_dim} rows, the size of a head")
+    guidance = re.compile(r"guidance_in\.|time_text_embed\.guidance")
     return dict(
         in_channels=in_channels,
         vec_in_dim=source.shape("vector_in.in_layer.weight")[1],
@@ -55,102 +53,82 @@ def stream_sizes(source: Source) -> dict[str, Any]:
         hidden_size=hidden,
         mlp_hidden=source.shape("double_blocks.0.img_mlp.0.weight")[0],
         num_heads=hidden // head_dim,
-        depth=count(source.tensors, r"(?:double|transformer)_blocks\.(\d+)\."),
-        depth_single_blocks=count(source.tensors, r"single_(?:transformer_)?blocks\.(\d+)\."),
-        theta=source.metadata_number("theta", FluxParams.theta),
-        guidance_embed=any(re.match(r"guidance_in\.|time_text_embed\.guidance", key) for key in source.tensors),
+        depth=count(tensors, r"(?:double|transformer)_blocks\.(\d+)\."),
+        depth_single_blocks=count(tensors, r"single_(?:transformer_)?blocks\.(\d+)\."),
+        theta=source.number("the metadata", "theta", FluxParams.theta),
+        guidance_embed=any(map(guidance.match, tensors)),
     )
 
 
 def model_defaults(source: Source) -> dict[str, int]:
-    """What a layout leaves to the model: steps, prompt tokens, size in pixels; and its block counts."""
+    """What a layout leaves to the model: steps, prompt tokens, pixels; and its block counts."""
     sizes = flux_params(source)
-    is_dev = sizes.guidance_embed  # schnell has none
+    steps, length = (24, 512) if sizes.guidance_embed else (4, 256)  # schnell has no guidance
     return dict(
-        steps=24 if is_dev else 4,
-        max_sequence_length=int(source.metadata_number("max_sequence_length", 512 if is_dev else 256)),
-        size=int(source.metadata_number("sample_size", 1024)),
+        steps=steps,
+        max_sequence_length=int(source.number("the metadata", "max_sequence_length", length)),
+        size=int(source.number("the metadata", "sample_size", 1024)),
         depth=sizes.depth,
         depth_single_blocks=sizes.depth_single_blocks,
     )
 
 
 def t5_params(source: Source) -> T5Params:
-    """Sizes of the T5 encoder, from the header's shapes."""
     attention = "encoder.block.0.layer.0.SelfAttention"
     vocab_size, d_model = source.shape("shared.weight")
-    num_buckets, num_heads = source.shape(f"{attention}.relative_attention_bias.weight")
-    return T5Params(
-        vocab_size=vocab_size,
-        d_model=d_model,
-        d_ff=source.shape("encoder.block.0.layer.1.DenseReluDense.wi_0.weight")[0],
-        d_kv=source.shape(f"{attention}.q.weight")[0] // max(num_heads, 1),
-        num_heads=num_heads,
-        num_layers=count(source.tensors, r"enc(?:oder\.block|\.blk)\.(\d+)\."),
-        num_buckets=num_buckets,
-    )
+    buckets, heads = source.shape(f"{attention}.relative_attention_bias.weight")
+    d_ff, _ = source.shape("encoder.block.0.layer.1.DenseReluDense.wi_0.weight")
+    width, _ = source.shape(f"{attention}.q.weight")
+    layers = count(source.tensors, r"enc(?:oder\.block|\.blk)\.(\d+)\.")
+    return T5Params(vocab_size, d_model, d_ff, width // max(heads, 1), heads, layers, buckets)
 
 
 def clip_params(source: Source) -> CLIPParams:
-    """Sizes of the text encoder. Shapes do not tell the heads: config.json does, or else they have CLIP-L's 64."""
+    """config.json has the number of heads; without it they have CLIP-L's size, 64."""
     vocab_size, hidden = source.shape("text_model.embeddings.token_embedding.weight")
-    heads = int(source.config_number("num_attention_heads", max(hidden // 64, 1)))
+    heads = int(source.number("config.json", "num_attention_heads", max(hidden // 64, 1)))
     if heads == 0 or hidden % heads:
-        raise InputError(source.path, MISSING, f"config.json's {heads} heads do not divide the hidden size {hidden}")
-    return CLIPParams(
-        vocab_size=vocab_size,
-        hidden_size=hidden,
-        intermediate_size=source.shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],
-        num_heads=heads,
-        num_layers=count(source.tensors, r"(?:encoder\.layers|transformer\.resblocks)\.(\d+)\."),
-        max_positions=source.shape("text_model.embeddings.position_embedding.weight")[0],
-    )
+        problem = f"config.json's {heads} heads do not divide the hidden size {hidden}"
+        raise wrong(source.path, problem)
+    mlp_hidden, _ = source.shape("text_model.encoder.layers.0.mlp.fc1.weight")
+    layers = count(source.tensors, r"(?:encoder\.layers|transformer\.resblocks)\.(\d+)\.")
+    positions, _ = source.shape("text_model.embeddings.position_embedding.weight")
+    return CLIPParams(vocab_size, hidden, mlp_hidden, heads, layers, positions)
 
 
 def ae_params(source: Source) -> AutoEncoderParams:
-    """Sizes of the autoencoder. What shapes do not tell is in config.json, or else as in FLUX.1."""
+    """What shapes do not tell is in config.json, or else as in FLUX.1."""
+    defaults = AutoEncoderParams
     levels = count(source.tensors, r"encoder\.down(?:_blocks)?\.(\d+)\.")
-    channels = [source.shape(f"encoder.down.{i}.block.0.conv1.weight", dims=4)[0] for i in range(levels)]
+    convs = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(levels)]
+    channels = [source.shape(conv, dims=4)[0] for conv in convs]
     ch = source.shape("encoder.conv_in.weight", dims=4)[0]
-    groups = int(source.config_number("norm_num_groups", AutoEncoderParams.norm_groups))
+    groups = int(source.number("config.json", "norm_num_groups", defaults.norm_groups))
     if not levels or groups == 0 or any(c == 0 or c % ch or c % groups for c in (ch, *channels)):
-        raise InputError(
-            source.path, MISSING, f"channels {ch}, {channels} do not fit {groups} norm groups; {source.rest()}"
-        )
+        problem = f"channels {ch}, {channels} do not fit {groups} norm groups; {source.rest}"
+        raise wrong(source.path, problem)
+    blocks = r"encoder\.down(?:_blocks)?\.0\.(?:block|resnets)\.(\d+)\."
     return AutoEncoderParams(
         ch=ch,
         ch_mult=tuple(c // ch for c in channels),
-        num_res_blocks=count(source.tensors, r"encoder\.down(?:_blocks)?\.0\.(?:block|resnets)\.(\d+)\."),
+        num_res_blocks=count(source.tensors, blocks),
         z_channels=source.shape("decoder.conv_in.weight", dims=4)[1],
         norm_groups=groups,
-        scale_factor=source.config_number("scaling_factor", AutoEncoderParams.scale_factor),
-        shift_factor=source.config_number("shift_factor", AutoEncoderParams.shift_factor),
+        scale_factor=source.number("config.json", "scaling_factor", defaults.scale_factor),
+        shift_factor=source.number("config.json", "shift_factor", defaults.shift_factor),
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- loading
+# ---------------------------------------------------------------------------------------- loading
 
 Device = torch.device | str
-Merges = Mapping[str, Callable[[Tensor], Tensor]]  # a tensor's name -> the tensor with its LoRAs, float32 or wider
+Merges = Mapping[str, Callable[[Tensor], Tensor]]  # by tensor: adds its LoRAs, in float32 or wider
 NOTHING: Merges = {}
+State = dict[str, Tensor]
+Recipe = dict[str, list[Rows]]  # the rows of a file that make up each tensor of a module
 FP8_LAYERS = re.compile(r"blocks\.\d+\.(?!.*mod)")  # all of Flux's block layers but the modulation
 LOADING_THREADS = 4
 MERGING = threading.Lock()  # one merge at a time, because it takes several times its matrix
-
-
-def nothing(name: str) -> bool:
-    return False
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Which weights stay in host memory, by tensor name, and which linear layers become Fp8Linear, by layer name."""
-
-    on_host: Callable[[str], Any] = nothing
-    in_fp8: Callable[[str], Any] = nothing
-
-
-ON_DEVICE = Placement()
 
 
 class Kind(NamedTuple):
@@ -169,31 +147,27 @@ KINDS = {
 
 
 def load(
-    source: Source,
-    device: Device,
-    dtype: torch.dtype,
-    merges: Merges = NOTHING,
-    placement: Placement = ON_DEVICE,
+    source: Source, device: Device, dtype: torch.dtype, merges: Merges = NOTHING,
+    on_host: Callable[[str], bool] = lambda name: False, fp8: bool = False,
     kind: Kind | None = None,
-) -> nn.Module:
+) -> nn.Module:  # fmt: skip
     """The network of a source with its weights, frozen, in eval mode.
 
-    It is made on the meta device, which holds no memory, and its tensors are assigned, not copied.
     On the CPU, a tensor stored in the wanted dtype stays a view of its file. `merges` change
-    tensors before they are cast. kind: the network, if it is none of a model's four components.
+    tensors before they are cast. on_host: which stay in host memory. fp8: whether the layers of
+    Flux's blocks become FP8. kind: the network, if it is none of a model's four components.
     """
-    module = on_meta(source, kind)
-    recipe = check(module, source)
-    loader = Loader(source.tensors, recipe, shapes_of(module), device, dtype, merges)
+    module, recipe = check_loads(source, kind)
+    loader = Loader(source.tensors, recipe, module.state_dict(), device, dtype, merges)
     linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-    fp8 = set(filter(placement.in_fp8, linear))
+    in_fp8 = {name for name in linear if fp8 and FP8_LAYERS.search(name)}
 
-    def load_one(name: str) -> dict[str, Tensor]:
+    def load_one(name: str) -> State:
         """The tensor of this name, and its scales where it is a weight in FP8."""
-        stays = placement.on_host(name)
+        stays = on_host(name)
         layer = name.removesuffix(".weight")
-        if layer in fp8:
-            loaded = loader.fp8(name)  # on the device even if it stays: a GPU converts much faster
+        if layer in in_fp8:
+            loaded = loader.fp8(name)  # on the device even if it stays: a GPU converts faster
         else:
             loaded = [loader.tensor(name, "cpu" if stays else device)]
         named = dict(zip((name, f"{layer}.scale"), loaded))
@@ -202,7 +176,7 @@ def load(
     with ThreadPoolExecutor(LOADING_THREADS) as pool:
         loaded = pool.map(load_one, recipe)
         state = {key: tensor for named in loaded for key, tensor in named.items()}
-    fit_layers(module, fp8, state, torch.device(device))
+    fit_layers(module, in_fp8, state, torch.device(device))
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
@@ -211,8 +185,8 @@ class Loader(NamedTuple):
     """Makes a module's tensors from the rows of a file's that `recipe` lists by name."""
 
     tensors: Tensors
-    recipe: dict[str, list[Rows]]
-    shapes: dict[str, torch.Size]
+    recipe: Recipe
+    module: State
     device: Device
     dtype: torch.dtype
     merges: Merges
@@ -222,8 +196,8 @@ class Loader(NamedTuple):
         if merge is None:
             return self.stacked(name, device, self.dtype)
         with MERGING:
-            precise = self.stacked(name, device, torch.promote_types(self.dtype, torch.float32))
-            return merge(precise).to(self.dtype)
+            precise = torch.promote_types(self.dtype, torch.float32)
+            return merge(self.stacked(name, device, precise)).to(self.dtype)
 
     def fp8(self, name: str) -> tuple[Tensor, ...]:
         """A weight (out, in) in FP8 and its scales (out, 1); numbers stored so are kept."""
@@ -231,14 +205,14 @@ class Loader(NamedTuple):
         is_stored = all(self.tensors[row.key].dtype == "F8_E4M3" for row in rows)
         if is_stored and name not in self.merges:
             pieces = [stored_fp8(self.tensors[row.key], row, self.device) for row in rows]
-        else:  # in pieces, because a large matrix would take several times its memory at once
+        else:  # A large matrix would take several times its memory at once.
             pieces = map(to_fp8, self.tensor(name, self.device).split(1024))
         return tuple(torch.cat(parts) for parts in zip(*pieces))
 
     def stacked(self, name: str, device: Device, dtype: torch.dtype) -> Tensor:
         """The rows of a tensor, one piece below the other, on `device`, in `dtype`."""
         rows = self.recipe[name]
-        shape = self.shapes[name]
+        shape = self.module[name].shape
         if len(rows) == 1 and rows[0].stop is None:
             return whole(self.tensors[rows[0].key], device, dtype).reshape(shape)
         out = torch.empty(shape, device=device, dtype=dtype)
@@ -257,8 +231,8 @@ def stored_fp8(tensor: Stored, rows: Rows, device: Device) -> tuple[Tensor, Tens
     return tuple(x[rows.start : rows.stop].to(device) for x in (read(tensor), scales))
 
 
-def fit_layers(module: nn.Module, fp8: set[str], state: dict[str, Tensor], device: torch.device) -> None:
-    """Replace the layers that become FP8, and the img_in that a control LoRA gave more columns."""
+def fit_layers(module: nn.Module, fp8: set[str], state: State, device: torch.device) -> None:
+    """Replace the layers that become FP8, and an img_in that a control LoRA made wider."""
     with torch.device("meta"):
         for name in fp8:
             layer = module.get_submodule(name)
@@ -275,52 +249,55 @@ def on_meta(source: Source, kind: Kind | None = None) -> nn.Module:
         return kind.module(kind.params(source))
 
 
-def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in module.state_dict().items()}
-
-
-def check(module: nn.Module, source: Source) -> dict[str, list[Rows]]:
-    """The rows that make up each tensor of a module. InputError for a missing, misshapen or surplus key."""
-    shapes = shapes_of(module)
-    recipe = {name: source.key_names.rows(name, source.tensors) for name in shapes}
-    for name, rows in recipe.items():
+def check_loads(source: Source, kind: Kind | None = None) -> tuple[nn.Module, Recipe]:
+    """The module, on the meta device, and where its tensors are. InputError for a missing,
+    misshapen or surplus key."""
+    module = on_meta(source, kind)
+    recipe = {}
+    for name, tensor in module.state_dict().items():
+        shape = tuple(tensor.shape)
+        rows = source.key_names.rows(name, source.tensors)
+        recipe[name] = rows
         for row in rows:
-            check_dtype(source.present(row.key, f"shape {tuple(shapes[name])}"))
+            stored = source.present(row.key, f"shape {shape}")
+            if not stored.is_float:
+                found = f"{stored.key} is stored as {stored.dtype}"
+                raise wrong(stored.file, f"{found}, which is not supported")
         found = stacked_shape(rows, source.tensors)
-        ones = (1,) * (len(shapes[name]) - len(found))  # 1 x 1 convolutions also come as matrices
-        if found + ones != shapes[name]:
-            raise source.misshapen(rows[-1].key, f"{tuple(shapes[name])} for {name}")
+        ones = (1,) * (len(shape) - len(found))  # 1 x 1 convolutions also come as matrices
+        if found + ones != shape:
+            raise source.misshapen(rows[-1].key, f"{shape} for {name}")
     used = {row.key for rows in recipe.values() for row in rows}
+    ignored = re.compile(IGNORED.get(source.part, "(?!)"))
     for key, tensor in source.tensors.items():
-        if key not in used and not re.match(IGNORED.get(source.part, r"(?!)"), key):
-            what = "a scale of an unknown kind" if "scale" in leaf(key) else "a key that does not belong"
-            raise InputError(tensor.file, MISSING, f"{tensor.key}, of shape {tensor.shape}, is {what}; {source.rest()}")
-    return recipe
+        if key not in used and not ignored.match(key):
+            is_scale = "scale" in leaf(key)
+            what = "a scale of an unknown kind" if is_scale else "a key that does not belong"
+            problem = f"{tensor.key}, of shape {tensor.shape}, is {what}; {source.rest}"
+            raise wrong(tensor.file, problem)
+    return module, recipe
 
 
-def check_dtype(tensor: Stored) -> None:
-    if tensor.dtype not in FLOATS | FP8 and not tensor.dtype.startswith(QUANTIZED):
-        raise InputError(tensor.file, MISSING, f"{tensor.key} is stored as {tensor.dtype}, which is not supported")
+# ---------------------------------------------------------------------------------------- finding
 
 
-# ----------------------------------------------------------------------------------------------------------- finding
+class Checkpoint(NamedTuple):
+    """Where the components of a model are. name: what the user called it. clip_tokenizer: a folder
+    with vocab.json and merges.txt. t5_tokenizer: a tokenizer.json or else a spiece.model."""
 
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Where the components of a model are."""
-
-    name: str  # what the user called it
+    name: str
     flux: Source
     t5: Source
     clip: Source
     ae: Source
-    clip_tokenizer: Path  # a folder with vocab.json and merges.txt
-    t5_tokenizer: Path  # a tokenizer.json or else a spiece.model
+    clip_tokenizer: Path
+    t5_tokenizer: Path
 
 
-def find(model: Name = None, flux: Name = None, t5: Name = None, clip: Name = None, ae: Name = None) -> Checkpoint:
-    """The components of a model, from headers alone: no weight is read. InputError if one is missing.
+def find(
+    model: Name = None, flux: Name = None, t5: Name = None, clip: Name = None, ae: Name = None,
+) -> Checkpoint:  # fmt: skip
+    """The components of a model, from headers alone. InputError if one is missing.
 
     `model` is a repository, a folder in either format, an all-in-one file, or "pocket" (the
     default), the built-in model. The others override single components by a file or a folder.
@@ -333,32 +310,31 @@ def find(model: Name = None, flux: Name = None, t5: Name = None, clip: Name = No
         own = locate(path, [], f"--{part} {path}") if path else place
         sources[part] = pick(part, f"--{part}" if path else "--model", own)
     check_widths(**sources)
-    for source in sources.values():  # now, because T5 may take minutes before the next one is loaded
+    for source in sources.values():  # Now, because T5 may take minutes before the next is loaded.
         check_loads(source)
-    # the default model's tokenizers are for its own encoders alone
+    # The default model's tokenizers are for its own encoders alone.
     near_clip = place if model or not clip else None
     near_t5 = place if model or not t5 else None
-    clip_folder = tokenizer_folder("tokenizer", [["vocab.json", "merges.txt"]], sources["clip"], near_clip)
-    files = ["tokenizer.json"], ["spiece.model"]
+    files = [["vocab.json", "merges.txt"]]
+    clip_folder = tokenizer_folder("tokenizer", files, sources["clip"], near_clip)
+    files = [["tokenizer.json"], ["spiece.model"]]
     t5_folder = tokenizer_folder("tokenizer_2", files, sources["t5"], near_t5)
     t5_file = next(t5_folder / file for (file,) in files if (t5_folder / file).is_file())
-    return Checkpoint(str(flux or model or "pocket"), *sources.values(), clip_folder, t5_file)
-
-
-def check_loads(source: Source, kind: Kind | None = None) -> None:
-    """InputError unless every tensor is there, in its shape, and no other."""
-    check(on_meta(source, kind), source)
+    name = str(flux or model or "pocket")
+    return Checkpoint(name, *sources.values(), clip_folder, t5_file)
 
 
 def locate_model(model: str, parts: list[str]) -> Path:
-    """The folder or all-in-one file that --model names; of a repository, `parts` are downloaded."""
+    """The folder or file that --model names; of a repository, `parts` are downloaded."""
     if model == "pocket":
         if not POCKET.is_dir():
-            raise InputError("--model", "pocket", f"the built-in model is not in {POCKET}; name another with --model")
+            problem = f"the built-in model is not in {POCKET}; name another with --model"
+            raise InputError("--model", "pocket", problem)
         return POCKET
-    formats = (SINGLE_FILES, DIFFUSERS_FOLDERS)
+    formats = (SINGLE_FILES, FOLDERS)
     choices = [sum((files[part] for part in parts), []) + TOKENIZERS for files in formats]
-    return locate(model, choices, f"--model {model}", "download it elsewhere and use --model /path")
+    instead = "download it elsewhere and use --model /path"
+    return locate(model, choices, f"--model {model}", instead)
 
 
 def pick(part: str, flag: str, place: Path) -> Source:
@@ -369,18 +345,20 @@ def pick(part: str, flag: str, place: Path) -> Source:
         found = [source for file in files if (source := recognize(file, part))]
         if len(found) > 1:
             both = f"{found[0].path.name} and {found[1].path.name}"
-            raise InputError(flag, place, f"{both} could each be the {WHAT[part]}; choose one with --{part}")
+            problem = f"{both} could each be the {WHAT[part]}; choose one with --{part}"
+            raise InputError(flag, place, problem)
         if found:
             return found[0]
         seen += [f"{file.path.name} is {describe(file, part)}" for file in files]
-    others = [path.name for path in sorted(place.glob("*")) if path.suffix in PICKLES]
+    others = sorted(path.name for path in place.glob("*") if path.suffix in PICKLES)
     seen += [f"{name} is not safetensors" for name in others]
     found = "; ".join(seen) or "no safetensors or GGUF file"
-    raise InputError(flag, place, f"no {WHAT[part]} in it: {found}; name one with --{part}")
+    problem = f"no {WHAT[part]} in it: {found}; name one with --{part}"
+    raise InputError(flag, place, problem)
 
 
 def check_widths(flux: Source, t5: Source, clip: Source, ae: Source) -> None:
-    """InputError when the text encoders are of another width than the transformer was trained with."""
+    """InputError when the transformer was trained with text encoders of another width."""
     sizes = flux_params(flux)
     ae_params(ae)
     for source, width, expected in (
@@ -389,14 +367,16 @@ def check_widths(flux: Source, t5: Source, clip: Source, ae: Source) -> None:
     ):
         if width != expected:
             problem = f"this {WHAT[source.part]} is {width} wide, but {flux.path} expects {expected}"
-            raise InputError(source.path, MISSING, f"{problem}; name one that fits with --{source.part}")
+            raise wrong(source.path, f"{problem}; name one that fits with --{source.part}")
 
 
-def tokenizer_folder(name: str, choices: Sequence[list[str]], source: Source, place: Path | None) -> Path:
-    """The folder with all files of one choice: near the encoder, in the model's folder, or from the hub."""
+def tokenizer_folder(name: str, choices: Choices, source: Source, place: Path | None) -> Path:
+    """The folder with all files of one choice: near the encoder, in the model's, or the hub's."""
     base = source.path.parent
-    for folder in [base / name, base, base.parent / name] + ([place / name] if place else []):
+    for folder in [base / name, base, base.parent / name, *([place / name] if place else [])]:
         if any(all((folder / file).is_file() for file in files) for files in choices):
             return folder
-    purpose = f"{source.path}: no {name}/ with {' and '.join(choices[0])} is near, and {TOKENIZER_REPOSITORY}"
-    return locate(TOKENIZER_REPOSITORY, [TOKENIZERS], purpose, f"copy {name}/ of any FLUX.1 into {base}") / name
+    files = " and ".join(choices[0])
+    purpose = f"{source.path}: no {name}/ with {files} is near, and {SCHNELL}"
+    instead = f"copy {name}/ of any FLUX.1 into {base}"
+    return locate(SCHNELL, [TOKENIZERS], purpose, instead) / name

@@ -1,8 +1,8 @@
-"""GGUF files: what one stores, from its header alone, and the numbers that its quantized tensors stand for.
+"""GGUF files: what one stores, from its header alone, and the values of its quantized tensors.
 
-Types, block sizes and dequantization are the `gguf` package's, which is imported when the first such
-file is met. The header is parsed here and not by the package's reader, because that one trusts every
-count and takes seconds for a vocabulary. What is wrong is a ValueError without the file's name.
+Types, block sizes and dequantization are the `gguf` package's, imported with the first such file.
+The header is parsed here: the package's reader trusts every count, and takes seconds for a
+vocabulary. What is wrong is a ValueError without the file's name.
 """
 
 import math
@@ -20,27 +20,27 @@ QUANTIZED = "GGUF "  # begins the dtype of what has to be dequantized: "GGUF Q4_
 ALIGNMENT = 32  # of the data, unless the metadata specifies another
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format, too
 MAX_DIMS = 4  # ggml's limit
-SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd"))
 STRING = 8
 ARRAY = 9
-U32 = "<I"
-U64 = "<Q"
 CHUNK = 1 << 16  # numbers dequantized at once; NumPy's intermediate results stay in the cache
 Entry = tuple[str, tuple[int, ...], int, int]  # dtype, shape, and bytes [start, stop) of the file
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The tensors of a file, all within it, and its metadata but for arrays. Both formats name float dtypes alike."""
+    """The tensors of a file, all within it, and its metadata without arrays. Float dtypes have
+    safetensors' names."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         header = Header(data)
-        version = header.number(U32)
-        if version not in (2, 3):  # they differ in big-endian files alone
+        version = header.number("I")
+        if version not in (2, 3):  # They differ in big-endian files alone.
             raise ValueError(f"GGUF of version {version}, expected 2 or 3, little-endian")
-        tensors = header.number(U64)
-        pairs = header.number(U64)
+        tensors = header.number("Q")
+        pairs = header.number("Q")
         metadata = header.table(pairs, header.value)
         if metadata.get("split.count") not in (None, 0, 1):
-            raise ValueError("one of several parts of a GGUF file; join them by `llama-gguf-split --merge`")
+            join = "join them by `llama-gguf-split --merge`"
+            raise ValueError(f"one of several parts of a GGUF file; {join}")
         infos = header.table(tensors, header.tensor)
         alignment = metadata.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
@@ -55,15 +55,16 @@ def damaged(problem: str) -> ValueError:
 
 
 class Header:
-    """A position in a file's header, which advances by what is read, never past the end of the file."""
+    """A position in a header, which advances by what is read, never past the end of the file."""
 
     def __init__(self, data: mmap.mmap):
         self.data = data
         self.at = len(MAGIC)
 
     def require(self, count: int) -> None:
-        if self.at + count > min(len(self.data), MAX_HEADER):
-            raise damaged(f"cut off or damaged, its {len(self.data):,} bytes end inside the header")
+        size = len(self.data)
+        if self.at + count > min(size, MAX_HEADER):
+            raise damaged(f"cut off or damaged, its {size:,} bytes end inside the header")
 
     def skip(self, count: int) -> int:
         """Advance by so many bytes; returns the position before."""
@@ -72,10 +73,12 @@ class Header:
         return self.at - count
 
     def number(self, form: str) -> int | float:
-        return struct.unpack_from(form, self.data, self.skip(struct.calcsize(form)))[0]
+        start = self.skip(struct.calcsize("<" + form))
+        return struct.unpack_from("<" + form, self.data, start)[0]
 
     def text(self) -> str:
-        return self.data[self.skip(self.number(U64)) : self.at].decode(errors="replace")
+        start = self.skip(self.number("Q"))
+        return self.data[start : self.at].decode(errors="replace")
 
     def table(self, count: int, read: Callable[[str], Any]) -> dict[str, Any]:
         """`count` keys, each with what `read(key)` finds behind it."""
@@ -89,32 +92,32 @@ class Header:
 
     def value(self, key: str) -> int | float | str | None:
         """A value of the metadata; None for arrays, which are vocabularies."""
-        kind = self.number(U32)
+        kind = self.number("I")
         if kind in SCALARS:
             return self.number(SCALARS[kind])
         if kind == STRING:
             return self.text()
         if kind == ARRAY:
-            return self.skip_array(key, self.number(U32), self.number(U64))
+            return self.skip_array(key, self.number("I"), self.number("Q"))
         raise damaged(f"{key} is of the type {kind}, which GGUF does not know")
 
     def skip_array(self, key: str, kind: int, count: int) -> None:
         if kind in SCALARS:
-            self.skip(count * struct.calcsize(SCALARS[kind]))
+            self.skip(count * struct.calcsize("<" + SCALARS[kind]))
         elif kind == STRING:
-            self.require(count * struct.calcsize(U64))
+            self.require(count * struct.calcsize("<Q"))
             for _ in range(count):
-                self.skip(self.number(U64))
+                self.skip(self.number("Q"))
         else:
             raise damaged(f"{key} is an array of the type {kind}, which is not read")
 
     def tensor(self, key: str) -> tuple[tuple[int, ...], int, int]:
         """A tensor's shape, type, and where it begins, counted from the first one's data."""
-        dims = self.number(U32)
+        dims = self.number("I")
         if dims > MAX_DIMS:
             raise damaged(f"{key} has {dims} dimensions, expected at most {MAX_DIMS}")
-        shape = tuple(self.number(U64) for _ in range(dims))[::-1]  # GGUF lists the innermost first
-        return shape, self.number(U32), self.number(U64)
+        innermost_first = [self.number("Q") for _ in range(dims)]
+        return tuple(innermost_first[::-1]), self.number("I"), self.number("Q")
 
 
 def entry(key: str, shape: tuple[int, ...], kind: int, offset: int, begin: int, size: int) -> Entry:
@@ -127,24 +130,26 @@ def entry(key: str, shape: tuple[int, ...], kind: int, offset: int, begin: int, 
         raise ValueError(f"{key} is of GGUF's type {kind}, which is not supported") from error
     numbers, block = gguf.GGML_QUANT_SIZES[kind]
     if 0 in shape or math.prod(shape[-1:]) % numbers:
-        raise damaged(f"{key} has shape {shape}, expected rows of a multiple of {numbers} in {kind.name}")
+        expected = f"rows of a multiple of {numbers} in {kind.name}"
+        raise damaged(f"{key} has shape {shape}, expected {expected}")
     start = begin + offset
     stop = start + math.prod(shape) // numbers * block
     if stop > size:
         raise damaged(f"cut off, {key} ends at byte {stop:,} of {size:,}")
-    # the package can dequantize what is a class of its `quants`; BF16 is one too, but torch has it itself
+    # The package has a class for each type that it dequantizes, and for BF16, which torch has.
     is_quantized = hasattr(gguf.quants, kind.name) and kind.name != "BF16"
     return QUANTIZED * is_quantized + kind.name, shape, start, stop
 
 
 def dequantized(stored: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of the dtype `name` from its bytes, in `dtype`; only CHUNK numbers are float32 at a time."""
+    """A tensor of the dtype `name` from its bytes; only CHUNK numbers are float32 at a time."""
     import gguf
 
     kind = gguf.GGMLQuantizationType[name.removeprefix(QUANTIZED)]
     numbers, size = gguf.GGML_QUANT_SIZES[kind]
     out = torch.empty(shape, dtype=dtype)
     blocks = CHUNK // numbers
-    for chunk, raw in zip(out.view(-1).split(blocks * numbers), stored.split(blocks * size)):
+    chunks = out.view(-1).split(blocks * numbers)
+    for chunk, raw in zip(chunks, stored.split(blocks * size)):
         chunk.copy_(torch.from_numpy(gguf.quants.dequantize(raw.numpy(), kind)))
     return out

@@ -7,22 +7,22 @@ breaks, so large files are downloaded here, under a lasting name from which the 
 import hashlib
 import re
 import shutil
-import sys
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub as hub
 from huggingface_hub import constants
-from huggingface_hub import errors as hub_errors
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 from huggingface_hub.file_download import DryRunFileInfo, http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, disable_progress_bars
 from tqdm import tqdm
 
-from errors import MISSING, InputError
+from errors import MISSING, InputError, info
 
 Name = str | Path | None
+Choices = list[list[str]]  # lists of patterns
+UNREACHABLE = hub.errors.DryRunError | hub.errors.LocalEntryNotFoundError
+ELSEWHERE = "download it elsewhere and give its path"
 
 
 def is_repository(name: Name) -> bool:
@@ -30,15 +30,15 @@ def is_repository(name: Name) -> bool:
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name))) and not Path(name).exists()
 
 
-OPTIONAL = ".json"  # patterns that end so may match nothing
-ELSEWHERE = "download it elsewhere and give its path"
+def is_optional(pattern: str) -> bool:
+    return pattern.endswith(".json")
 
 
-def locate(name: str | Path, choices: list[list[str]], purpose: str, instead: str = ELSEWHERE) -> Path:
+def locate(name: Name, choices: Choices, purpose: str, instead: str = ELSEWHERE) -> Path:
     """The file or folder that a name means: a path, org/name, or org/name:file.
 
-    choices: lists of patterns. Of a repository, the first list that is complete there is downloaded;
-    a named file replaces its patterns, except *.json. With no choices a repository is an error.
+    Of a repository, the first of `choices` that is complete there is downloaded, where *.json are
+    optional; a named file replaces the patterns. With no choices a repository is an error.
     purpose and instead: how messages begin and end.
     """
     path = Path(name).expanduser()
@@ -47,84 +47,92 @@ def locate(name: str | Path, choices: list[list[str]], purpose: str, instead: st
     repo, _, file = str(name).partition(":")
     if choices and is_repository(repo):
         if file:
-            choices = [[file, *(pattern for pattern in choices[0] if pattern.endswith(OPTIONAL))]]
+            choices = [[file, *filter(is_optional, choices[0])]]
         return fetch(repo, choices, purpose, instead) / file
     expected = "a file, a folder" + ", org/name or org/name:file" * bool(choices)
-    raise InputError(purpose, MISSING, f"there is no such file or folder; expected {expected}")
+    problem = f"there is no such file or folder; expected {expected}"
+    raise InputError(purpose, MISSING, problem)
 
 
-def fetch(repo: str, choices: list[list[str]], purpose: str, instead: str) -> Path:
-    """A repository's folder in the cache with the files of the first complete choice of patterns."""
-    needed = [[pattern for pattern in patterns if not pattern.endswith(OPTIONAL)] for patterns in choices]
+def fetch(repo: str, choices: Choices, purpose: str, instead: str) -> Path:
+    """A repository's folder in the cache with the files of the first complete choice."""
+    needed = [[x for x in patterns if not is_optional(x)] for patterns in choices]
     try:
         for patterns, must in zip(choices, needed):
-            with suppress(LocalEntryNotFoundError):
+            with suppress(hub.errors.LocalEntryNotFoundError):
                 folder = Path(snapshot(repo, patterns, local_files_only=True))
                 if all(any(folder.glob(pattern)) for pattern in must):
                     return folder
         for patterns, must in zip(choices, needed):
             files = snapshot(repo, patterns, dry_run=True)
-            if all(any(fnmatchcase(file.filename, pattern) for file in files) for pattern in must):
-                download(repo, [file for file in files if file.will_download], purpose, instead)
+            names = [file.filename for file in files]
+            if all(any(fnmatchcase(name, x) for name in names) for x in must):
+                files = [file for file in files if file.will_download]
+                if files:
+                    download(repo, files, purpose, instead)
                 return Path(snapshot(repo, patterns))
-    except (HTTPError, OSError, ValueError) as error:
-        raise InputError(purpose, MISSING, f"{hub_reason(repo, error)}, or {instead}") from error
+    except (hub.errors.HTTPError, OSError, ValueError) as error:
+        problem = f"{reason(repo, error)}, or {instead}"
+        raise InputError(purpose, MISSING, problem) from error
     wanted = ", nor ".join(" ".join(must) for must in needed)
-    raise InputError(purpose, MISSING, f"the repository has not all of {wanted}; {instead}")
+    problem = f"the repository has not all of {wanted}; {instead}"
+    raise InputError(purpose, MISSING, problem)
 
 
 def snapshot(repo: str, patterns: list[str], **how: bool) -> str | list[DryRunFileInfo]:
-    """The hub library's snapshot_download, in which no * of a pattern reaches into a folder below."""
+    """The hub library's snapshot_download, but no * of a pattern reaches into a folder below."""
     depth = max(pattern.count("/") for pattern in patterns)
-    deeper = "*/" * (depth + 1) + "*"
-    with disable_progress_bars():  # they are for small files; `complete` downloads the large ones
-        return huggingface_hub.snapshot_download(repo, allow_patterns=patterns, ignore_patterns=[deeper], **how)
+    how |= dict(allow_patterns=patterns, ignore_patterns=["*/" * (depth + 1) + "*"])
+    with disable_progress_bars():  # Large files have their own, in `complete`.
+        return hub.snapshot_download(repo, **how)
 
 
 def download(repo: str, files: list[DryRunFileInfo], purpose: str, instead: str) -> None:
-    """Print the size of what is missing, check free disk space and download the large files, those in git-lfs."""
-    if not files:
-        return
+    """Print the size of what is missing, check free disk space, download files in git-lfs."""
     cache = Path(constants.HF_HUB_CACHE)
     blobs = cache / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
-    about = huggingface_hub.HfApi().model_info(repo, revision=files[0].commit_hash, files_metadata=True)
-    sums = {file.rfilename: file.lfs.sha256 for file in about.siblings or [] if file.lfs}
-    large = {blobs / f"{sums[file.filename]}.incomplete": file for file in files if file.filename in sums}
-    missing = sum(file.file_size for file in files) - sum(path.stat().st_size for path in large if path.exists())
-    free = shutil.disk_usage(next(place for place in (cache, *cache.parents) if place.exists())).free
-    amount = f"{len(files)} file{'s' * (len(files) > 1)}, {tqdm.format_sizeof(missing, 'B')}"
+    commit = files[0].commit_hash
+    about = hub.HfApi().model_info(repo, revision=commit, files_metadata=True)
+    sums = {x.rfilename: x.lfs.sha256 for x in about.siblings or [] if x.lfs}
+    large = [file for file in files if file.filename in sums]
+    paths = [blobs / f"{sums[file.filename]}.incomplete" for file in large]
+    missing = sum(file.file_size for file in files)
+    missing -= sum(path.stat().st_size for path in paths if path.exists())
+    place = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    size = tqdm.format_sizeof(missing, "B")
+    amount = f"{len(files)} file{'s' * (len(files) > 1)}, {size}"
     if missing > free:
-        room = f"{tqdm.format_sizeof(free, 'B')} are free in {cache}; make room, set HF_HUB_CACHE to another disk"
-        raise InputError(purpose, MISSING, f"{amount}, are still to be downloaded, but only {room}, or {instead}")
-    print(f"{repo}: downloading {amount}, to {cache}", file=sys.stderr, flush=True)
-    for path, file in large.items():
+        room = f"only {tqdm.format_sizeof(free, 'B')} are free in {cache}"
+        advice = f"make room, set HF_HUB_CACHE to another disk, or {instead}"
+        problem = f"{amount}, are still to be downloaded, but {room}; {advice}"
+        raise InputError(purpose, MISSING, problem)
+    info(f"{repo}: downloading {amount}, to {cache}")
+    for file, path in zip(large, paths):
         complete(repo, file, path)
 
 
 def complete(repo: str, file: DryRunFileInfo, path: Path) -> None:
-    """Download the rest of a large file, and make it a blob of the cache, whose name is its checksum."""
+    """Download the rest of a large file and make it a blob of the cache, named by its checksum."""
     blob = path.with_suffix("")
     storage = path.parents[1]
     lock = storage.parent / ".locks" / storage.name / f"{blob.name}.lock"  # the library's
     for folder in (path.parent, lock.parent):
         folder.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
-        if blob.exists():  # another worker has downloaded it
+        if blob.exists():  # Another worker has downloaded it.
             return
+        name = file.filename
         with open(path, "ab") as end:
             start = end.tell()
             if start < file.file_size:
-                http_get(
-                    huggingface_hub.hf_hub_url(repo, file.filename, revision=file.commit_hash),
-                    end,
-                    resume_size=start,
-                    headers=build_hf_headers(),
-                    expected_size=file.file_size,
-                    displayed_filename=file.filename,
-                )
-        if start and digest(path) != blob.name:  # where locks do nothing, two may have written to it
+                url = hub.hf_hub_url(repo, name, revision=file.commit_hash)
+                how = dict(headers=build_hf_headers(), displayed_filename=name)
+                http_get(url, end, resume_size=start, expected_size=file.file_size, **how)
+        # Where locks do nothing, two processes may have written to it.
+        if start and digest(path) != blob.name:
             path.unlink()
-            raise OSError(f"{file.filename} was damaged and is removed")
+            raise OSError(f"{name} was damaged and is removed")
         path.replace(blob)
 
 
@@ -133,21 +141,24 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hub_reason(repo: str, error: Exception) -> str:
+def reason(repo: str, error: Exception) -> str:
     """What is wrong, and what to do."""
-    unreachable = hub_errors.DryRunError | LocalEntryNotFoundError
-    if isinstance(error, unreachable) and isinstance(error.__cause__, HfHubHTTPError):
+    if isinstance(error, UNREACHABLE) and isinstance(error.__cause__, hub.errors.HfHubHTTPError):
         error = error.__cause__
-    if isinstance(error, hub_errors.GatedRepoError):  # before its parent, RepositoryNotFoundError
-        page = f"https://huggingface.co/{repo}"
-        return f"the repository is gated: accept its license at {page}, then run `hf auth login` or set HF_TOKEN"
-    if isinstance(error, hub_errors.RepositoryNotFoundError):
-        return "there is no such repository, nor a folder of that name; a private one needs `hf auth login` or HF_TOKEN"
-    if isinstance(error, unreachable):
-        return f"not in the cache, and {constants.ENDPOINT} is out of reach; go online (and unset HF_HUB_OFFLINE)"
-    if isinstance(error, HfHubHTTPError):
-        return f"{constants.ENDPOINT} answers with status {error.response.status_code}; try again later"
     what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    if isinstance(error, HTTPError):
-        return f"the connection broke ({what}); what has arrived is kept, and the same command resumes there"
+    end = constants.ENDPOINT
+    if isinstance(error, hub.errors.GatedRepoError):  # It is a RepositoryNotFoundError, too.
+        accept = f"accept its license at https://huggingface.co/{repo}"
+        return f"the repository is gated: {accept}, then run `hf auth login` or set HF_TOKEN"
+    if isinstance(error, hub.errors.RepositoryNotFoundError):
+        access = "a private one needs `hf auth login` or HF_TOKEN"
+        return f"there is no such repository, nor a folder of that name; {access}"
+    if isinstance(error, UNREACHABLE):
+        online = "go online (and unset HF_HUB_OFFLINE)"
+        return f"not in the cache, and {end} is out of reach; {online}"
+    if isinstance(error, hub.errors.HfHubHTTPError):
+        return f"{end} answers with status {error.response.status_code}; try again later"
+    if isinstance(error, hub.errors.HTTPError):
+        kept = "what has arrived is kept, and the same command resumes there"
+        return f"the connection broke ({what}); {kept}"
     return f"the download failed ({what}); try again"

@@ -1,4 +1,4 @@
-"""How files name the tensors of each component, and which of their rows make up which tensor of our modules."""
+"""Which rows of which of a file's tensors make up each tensor of our modules."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ Tensors = Mapping[str, Any]  # by key, anything that has a `shape`
 
 
 class Rows(NamedTuple):
-    """Rows [start, stop) of the tensor `key` of a file; all of them unless said otherwise."""
+    """Rows [start, stop) of the tensor `key` of a file; by default all."""
 
     key: str
     start: int = 0
@@ -16,9 +16,9 @@ class Rows(NamedTuple):
 
 
 class KeyNames(NamedTuple):
-    """A way to name a component's tensors, known by a `pattern` that some of its keys match, after any prefix.
+    """A way to name a component's tensors: some keys match `pattern`, after any prefix.
 
-    `rows(name, tensors)` lists the rows of a file that make up the module's tensor `name`, stacked along dimension 0.
+    rows(name, tensors): the rows that make up the module's tensor `name`, in order.
     """
 
     part: str
@@ -27,58 +27,66 @@ class KeyNames(NamedTuple):
     rows: Callable[[str, Tensors], list[Rows]]
 
 
-def same_name(name: str, tensors: Tensors) -> list[Rows]:
-    return [Rows(name)]
+def replaced(table: dict[str, str]) -> Callable[[str, Tensors], list[Rows]]:
+    """Names with these parts of ours replaced by theirs, in this order."""
+
+    def rows(name: str, tensors: Tensors) -> list[Rows]:
+        for our, their in table.items():
+            name = name.replace(our, their)
+        return [Rows(name)]
+
+    return rows
 
 
-DIFFUSERS_OUTER = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-    "final_layer.linear": "proj_out",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
-}
-DIFFUSERS_DOUBLE = {
-    "img_mod.lin": "norm1.linear",
-    "txt_mod.lin": "norm1_context.linear",
-    "img_attn.qkv": "attn.to_q attn.to_k attn.to_v",
-    "txt_attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
-    "img_attn.norm.query_norm": "attn.norm_q",
-    "img_attn.norm.key_norm": "attn.norm_k",
-    "txt_attn.norm.query_norm": "attn.norm_added_q",
-    "txt_attn.norm.key_norm": "attn.norm_added_k",
-    "img_attn.proj": "attn.to_out.0",
-    "txt_attn.proj": "attn.to_add_out",
-    "img_mlp.0": "ff.net.0.proj",
-    "img_mlp.2": "ff.net.2",
-    "txt_mlp.0": "ff_context.net.0.proj",
-    "txt_mlp.2": "ff_context.net.2",
-}
-DIFFUSERS_SINGLE = {
-    "modulation.lin": "norm.linear",
-    "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp",
-    "linear2": "proj_out",
-    "norm.query_norm": "attn.norm_q",
-    "norm.key_norm": "attn.norm_k",
+same_name = replaced({})
+to_diffusers = replaced(
+    {
+        "double_blocks.": "transformer_blocks.",
+        "single_blocks.": "single_transformer_blocks.",
+        "img_attn.norm.": "attn.norm_",
+        "txt_attn.norm.": "attn.norm_added_",
+        ".norm.": ".attn.norm_",
+        "img_mod.lin": "norm1.linear",
+        "txt_mod.lin": "norm1_context.linear",
+        "modulation.lin": "norm.linear",
+        "query_norm": "q",
+        "key_norm": "k",
+        ".scale": ".weight",
+        "img_attn.proj": "attn.to_out.0",
+        "txt_attn.proj": "attn.to_add_out",
+        "img_mlp": "ff.net",
+        "txt_mlp": "ff_context.net",
+        "net.0": "net.0.proj",
+        "linear2": "proj_out",
+        "final_layer.linear": "proj_out",
+        "final_layer.adaLN_modulation.1": "norm_out.linear",
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "time_in": "time_text_embed.timestep_embedder",
+        "vector_in": "time_text_embed.text_embedder",
+        "guidance_in": "time_text_embed.guidance_embedder",
+        "in_layer": "linear_1",
+        "out_layer": "linear_2",
+    }
+)
+JOINED = {  # one layer of ours, several of theirs
+    "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+    "txt_attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    "linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
 }
 
 
 def flux_from_diffusers(name: str, tensors: Tensors) -> list[Rows]:
-    module, leaf = name.replace("_norm.scale", "_norm.weight").rsplit(".", 1)
-    block = re.fullmatch(r"(double|single)_blocks\.(\d+)\.(.+)", module)
-    if block:
-        table, stem = (DIFFUSERS_DOUBLE, "") if block[1] == "double" else (DIFFUSERS_SINGLE, "single_")
-        return [Rows(f"{stem}transformer_blocks.{block[2]}.{their}.{leaf}") for their in table[block[3]].split()]
-    key = f"{DIFFUSERS_OUTER[module]}.{leaf}"
-    if key.startswith("norm_out.") and key in tensors:  # theirs is (scale, shift), ours (shift, scale)
+    names = [name]
+    for our, theirs in JOINED.items():
+        if our in name:
+            names = [name.replace(our, their) for their in theirs]
+    rows = [row for each in names for row in to_diffusers(each, tensors)]
+    key = rows[0].key
+    if key.startswith("norm_out.") and key in tensors:  # Theirs is (scale, shift).
         half = tensors[key].shape[0] // 2
         return [Rows(key, half), Rows(key, 0, half)]
-    return [Rows(key)]
+    return rows
 
 
 def controlnet_from_diffusers(name: str, tensors: Tensors) -> list[Rows]:
@@ -86,62 +94,52 @@ def controlnet_from_diffusers(name: str, tensors: Tensors) -> list[Rows]:
     if name.startswith("controlnet_"):
         return [Rows(name)]
     if hint := re.fullmatch(r"input_hint_block\.(\d+)\.(.+)", name):
-        their = {"0": "conv_in", "14": "conv_out"}.get(hint[1], f"blocks.{int(hint[1]) // 2 - 1}")
+        their = {"0": "conv_in", "14": "conv_out"}
+        their = their.get(hint[1], f"blocks.{int(hint[1]) // 2 - 1}")
         return [Rows(f"input_hint_block.{their}.{hint[2]}")]
     return flux_from_diffusers(name, tensors)
 
 
-def controlnet_from_xlabs(name: str, tensors: Tensors) -> list[Rows]:
-    return [Rows(name.replace("controlnet_x_embedder.", "pos_embed_input."))]
-
-
 def t5_from_hf(name: str, tensors: Tensors) -> list[Rows]:
-    twin = "encoder.embed_tokens.weight"  # files have the table under this name, as shared.weight, or both
-    return [Rows(twin if name == "shared.weight" and name not in tensors and twin in tensors else name)]
+    """Files have the embeddings as shared.weight, under the other name, or both."""
+    twin = "encoder.embed_tokens.weight"
+    is_twin = name == "shared.weight" and name not in tensors and twin in tensors
+    return [Rows(twin if is_twin else name)]
 
 
-LLAMA_CPP_T5 = {
-    "shared.": "token_embd.",
-    "encoder.final_layer_norm.": "enc.output_norm.",
-    "encoder.block.": "enc.blk.",
-    "layer.0.layer_norm.": "attn_norm.",
-    "layer.0.SelfAttention.relative_attention_bias.": "attn_rel_b.",
-    "layer.0.SelfAttention.": "attn_",
-    "layer.1.layer_norm.": "ffn_norm.",
-    "layer.1.DenseReluDense.wi_0.": "ffn_gate.",
-    "layer.1.DenseReluDense.wi_1.": "ffn_up.",
-    "layer.1.DenseReluDense.wo.": "ffn_down.",
-}
-
-
-def t5_from_llama_cpp(name: str, tensors: Tensors) -> list[Rows]:
-    for our, their in LLAMA_CPP_T5.items():
-        name = name.replace(our, their)
-    return [Rows(name)]
-
-
-def clip_from_hf(name: str, tensors: Tensors) -> list[Rows]:
-    return [Rows(name.removeprefix("text_model."))]  # in a file, text_model. counts as the prefix
-
-
-OPENAI_CLIP = {
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.embeddings.": "",
-    "text_model.final_layer_norm.": "ln_final.",
-    "text_model.encoder.layers.": "transformer.resblocks.",
-    ".self_attn.": ".attn.",
-    ".layer_norm": ".ln_",
-    ".fc1.": ".c_fc.",
-    ".fc2.": ".c_proj.",
-}
+t5_from_llama_cpp = replaced(
+    {
+        "shared.": "token_embd.",
+        "encoder.final_layer_norm.": "enc.output_norm.",
+        "encoder.block.": "enc.blk.",
+        "layer.0.layer_norm.": "attn_norm.",
+        "layer.0.SelfAttention.relative_attention_bias.": "attn_rel_b.",
+        "layer.0.SelfAttention.": "attn_",
+        "layer.1.layer_norm.": "ffn_norm.",
+        "layer.1.DenseReluDense.wi_0.": "ffn_gate.",
+        "layer.1.DenseReluDense.wi_1.": "ffn_up.",
+        "layer.1.DenseReluDense.wo.": "ffn_down.",
+    }
+)
+openai_names = replaced(
+    {
+        "text_model.embeddings.position_embedding.weight": "positional_embedding",
+        "text_model.embeddings.": "",
+        "text_model.final_layer_norm.": "ln_final.",
+        "text_model.encoder.layers.": "transformer.resblocks.",
+        ".self_attn.": ".attn.",
+        ".layer_norm": ".ln_",
+        ".fc1.": ".c_fc.",
+        ".fc2.": ".c_proj.",
+    }
+)
 
 
 def clip_from_openai(name: str, tensors: Tensors) -> list[Rows]:
-    for our, their in OPENAI_CLIP.items():
-        name = name.replace(our, their)
-    third = re.fullmatch(r"(.*\.attn\.)([qkv])_proj\.(weight|bias)", name)
+    (found,) = openai_names(name, tensors)
+    third = re.fullmatch(r"(.*\.attn\.)([qkv])_proj\.(weight|bias)", found.key)
     if not third:
-        return [Rows(name)]
+        return [found]
     key = f"{third[1]}in_proj_{third[3]}"
     width = tensors[key].shape[0] // 3 if key in tensors else 0
     start = "qkv".index(third[2]) * width
@@ -159,12 +157,13 @@ DIFFUSERS_AE = {
     r"\.norm_out\.": ".conv_norm_out.",
     r"\.nin_shortcut\.": ".conv_shortcut.",
 }
-OLD_DIFFUSERS_AE = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+OLD_AE = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 def ae_name_in_diffusers(name: str, levels: int) -> str:
-    """`name` in diffusers' autoencoder of so many levels; it numbers the decoder's from the other end."""
-    name = re.sub(r"^decoder\.up\.(\d+)", lambda level: f"decoder.up.{levels - 1 - int(level[1])}", name)
+    """`name` in diffusers' autoencoder of so many levels, the decoder's counted from its end."""
+    if level := re.match(r"decoder\.up\.(\d+)", name):
+        name = f"decoder.up.{levels - 1 - int(level[1])}{name[level.end() :]}"
     for our, their in DIFFUSERS_AE.items():
         name = re.sub(our, their, name)
     return name
@@ -172,20 +171,22 @@ def ae_name_in_diffusers(name: str, levels: int) -> str:
 
 def ae_from_diffusers(name: str, tensors: Tensors) -> list[Rows]:
     name = ae_name_in_diffusers(name, count(tensors, r"decoder\.up_blocks\.(\d+)\."))
-    for new, old in OLD_DIFFUSERS_AE.items():
+    for new, old in OLD_AE.items():
         name = name if name in tensors else name.replace(new, old)
     return [Rows(name)]
 
 
 def count(tensors: Tensors, pattern: str) -> int:
-    """How many blocks there are if they are numbered from 0 and `pattern` finds a key's number.
-
-    At most one for each tensor: a key may claim any number, and modules of that many blocks are made.
-    """
-    last = max((int(found[1][:9]) for key in tensors if (found := re.match(pattern, key))), default=-1)
+    """How many blocks there are, numbered from 0, where `pattern` finds a key's number; at most
+    one for each tensor, because modules of that many blocks are made."""
+    found = [match for key in tensors if (match := re.match(pattern, key))]
+    last = max((int(match[1][:9]) for match in found), default=-1)
     return min(1 + last, len(tensors))
 
 
+clip_from_hf = replaced({"text_model.": ""})  # In a file, text_model. counts as the prefix.
+from_xlabs = replaced({"controlnet_x_embedder.": "pos_embed_input."})
+DIFFUSERS_CONTROLNET = r"controlnet_(?:x_embedder|blocks\.\d+)\."
 KEY_NAMES = (
     KeyNames("flux", "BFL", r"double_blocks\.\d+\.img_attn\.", same_name),
     KeyNames("flux", "diffusers", r"transformer_blocks\.\d+\.attn\.", flux_from_diffusers),
@@ -195,8 +196,8 @@ KEY_NAMES = (
     KeyNames("clip", "OpenAI", r"transformer\.resblocks\.\d+\.attn\.", clip_from_openai),
     KeyNames("ae", "BFL", r"decoder\.up\.\d+\.block\.", same_name),
     KeyNames("ae", "diffusers", r"decoder\.up_blocks\.\d+\.resnets\.", ae_from_diffusers),
-    KeyNames("controlnet", "XLabs", r"(?:pos_embed_input|input_hint_block\.0)\.", controlnet_from_xlabs),
-    KeyNames("controlnet", "diffusers", r"controlnet_(?:x_embedder|blocks\.\d+)\.", controlnet_from_diffusers),
+    KeyNames("controlnet", "XLabs", r"(?:pos_embed_input|input_hint_block\.0)\.", from_xlabs),
+    KeyNames("controlnet", "diffusers", DIFFUSERS_CONTROLNET, controlnet_from_diffusers),
 )
 
 # Keys that a component's files may hold although its module has no use for them.

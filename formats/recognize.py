@@ -5,9 +5,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from errors import MISSING, InputError
+from errors import InputError
 from formats.key_names import KEY_NAMES, KeyNames, Rows
-from formats.safetensors import FLOATS, FP8, CheckpointFile, Stored, Tensors, parse, read_bytes
+from formats.safetensors import FLOATS, FP8, CheckpointFile, Stored, Tensors, parse, read_raw, wrong
 
 COMPONENTS = {  # what each is, and its subfolder in diffusers' format
     "flux": ("FLUX.1 transformer", "transformer"),
@@ -22,9 +22,9 @@ SUBFOLDER = {part: folder for part, (_, folder) in COMPONENTS.items()}
 
 @dataclass(frozen=True)
 class Source:
-    """Where the tensors of a component are: a file or an index of shards, and how its keys are named.
+    """Where the tensors of a component are, a file or an index, and how its keys are named.
 
-    `tensors` is the header without the `prefix` of its keys; `config` the config.json beside the
+    tensors: the header, without the `prefix` of its keys. config: the config.json next to the
     weights, {} if there is none.
     """
 
@@ -37,81 +37,84 @@ class Source:
     config: dict = field(repr=False)
 
     def shape(self, name: str, dims: int = 2) -> tuple[int, ...]:
-        """The shape in the file of a module's tensor. InputError unless it is there and has `dims` dimensions."""
+        """The shape of a module's tensor in the file. InputError unless it has `dims` dimensions."""
         rows = self.key_names.rows(name, self.tensors)
+        expected = f"{dims} dimensions"
         for row in rows:
-            if len(self.present(row.key, f"{dims} dimensions").shape) != dims:
-                raise self.misshapen(row.key, f"{dims} dimensions")
+            if len(self.present(row.key, expected).shape) != dims:
+                raise self.misshapen(row.key, expected)
         return stacked_shape(rows, self.tensors)
 
     def present(self, key: str, expected: str) -> Stored:
         if key in self.tensors:
             return self.tensors[key]
-        raise InputError(self.path, MISSING, f"{self.prefix}{key} is missing, expected with {expected}; {self.rest()}")
+        problem = f"{self.prefix}{key} is missing, expected with {expected}; {self.rest}"
+        raise wrong(self.path, problem)
 
     def misshapen(self, key: str, expected: str) -> InputError:
         tensor = self.tensors[key]
-        problem = f"{tensor.key} has shape {tensor.shape}, expected {expected}; {self.rest()}"
-        return InputError(tensor.file, MISSING, f"{problem}")
+        found = f"{tensor.key} has shape {tensor.shape}"
+        return wrong(tensor.file, f"{found}, expected {expected}; {self.rest}")
 
+    @property
     def rest(self) -> str:
         return f"the rest looks like a {WHAT[self.part]} in {self.key_names.name} names"
 
-    def metadata_number(self, key: str, default: float) -> float:
-        return self.number("the metadata", self.metadata, key, default)
-
-    def config_number(self, key: str, default: float) -> float:
-        return self.number("config.json", self.config, key, default)
-
-    def number(self, where: str, values: dict, key: str, default: float) -> float:
-        """A number that the file's metadata or the config.json beside it has, or the default."""
+    def number(self, where: str, key: str, default: float) -> float:
+        """A number of `where`, config.json or "the metadata", or else the default."""
+        values = self.config if where == "config.json" else self.metadata
         value = default if values.get(key) is None else values[key]
         with suppress(TypeError, ValueError):
             low = -1e9 if key == "shift_factor" else 0
             if low <= float(value) < 1e9:
                 return float(value)
-        raise InputError(self.path, MISSING, f"{where} says {key} = {value!r}, which can't be; download it again")
+        problem = f"{where} says {key} = {value!r}, which can't be; download it again"
+        raise wrong(self.path, problem)
 
 
 def stacked_shape(rows: list[Rows], tensors: Tensors) -> tuple[int, ...]:
     """The shape of these rows, one piece below the other."""
-    shapes = [tensors[row.key].shape for row in rows]
-    length = 0
-    for row, shape in zip(rows, shapes):
-        if shape:
-            length += len(range(shape[0])[row.start : row.stop])
-    return (length, *shapes[0][1:])
+    shapes = [tensors[row.key].shape or (0,) for row in rows]
+    lengths = [len(range(n)[row.start : row.stop]) for row, (n, *_) in zip(rows, shapes)]
+    return (sum(lengths), *shapes[0][1:])
 
 
-# Other formats, by a key that identifies each. The order matters: LoRAs and ControlNets can also have
-# a transformer's keys.
+# Other formats, by a key that identifies each, in this order: LoRAs and ControlNets can also have a
+# transformer's keys.
 FOREIGN = {
-    r"lora_(down|up|A|B|linear_layer)\b|_lora\d?\.(down|up)\.|\.lora\.|lokr_|hada_": "a LoRA; those belong to --lora",
-    r"ip_adapter": "an XLabs IP-Adapter, which is not supported",
-    r"controlnet_blocks\.\d+\.linear\.": "a Mistoline ControlNet, which is not supported",
-    r"controlnet_(blocks|x_embedder)|input_hint_block": "a ControlNet; those belong to --controlnet",
-    r"(double|single)_stream_modulation": "FLUX.2, which is not supported",
-    r"distilled_guidance_layer\.": "Chroma, which is not supported",
-    r"redux_(up|down)\.": "FLUX.1 Redux, which is not supported",
-    r"^blk\.\d+\.": "a language model in llama.cpp's names, which is no part of FLUX.1",
-    r"\.quant_state\.bitsandbytes|\.absmax$|\.quant_map$": "quantized by bitsandbytes, which is not supported",
-    r"\.qweight$|\.wscales$|\.smooth_factor$": "quantized by nunchaku, which is not supported",
+    r"lora_(down|up|A|B|linear_layer)\b|_lora\d?\.(down|up)\.|\.lora\.|lokr_|hada_": "a LoRA",
+    r"ip_adapter": "an XLabs IP-Adapter",
+    r"controlnet_blocks\.\d+\.linear\.": "a Mistoline ControlNet",
+    r"controlnet_(blocks|x_embedder)|input_hint_block": "a ControlNet",
+    r"(double|single)_stream_modulation": "FLUX.2",
+    r"distilled_guidance_layer\.": "Chroma",
+    r"redux_(up|down)\.": "FLUX.1 Redux",
+    r"^blk\.\d+\.": "a language model in llama.cpp's names",
+    r"\.quant_state\.bitsandbytes|\.absmax$|\.quant_map$": "quantized by bitsandbytes",
+    r"\.qweight$|\.wscales$|\.smooth_factor$": "quantized by nunchaku",
 }
-VARIANTS = {128: "FLUX.1 Canny or Depth", 384: "FLUX.1 Fill"}  # by the transformer's input channels
+REMARKS = {
+    "a LoRA": "; those belong to --lora",
+    "a ControlNet": "; those belong to --controlnet",
+    "a language model in llama.cpp's names": ", which is no part of FLUX.1",
+}
+VARIANTS = {128: "FLUX.1 Canny or Depth", 384: "FLUX.1 Fill"}  # by the transformer's in_channels
 
 
 def foreign_format(file: CheckpointFile, part: str) -> str | None:
     """What a file is, in words that follow "is", if it can't be this component."""
     for pattern, name in FOREIGN.items():
-        own = part == "controlnet" and name.startswith("a ControlNet")
-        if not own and any(re.search(pattern, key) for key in file.tensors):
-            return name
+        is_own = part == "controlnet" and name == "a ControlNet"
+        if not is_own and any(re.search(pattern, key) for key in file.tensors):
+            return name + REMARKS.get(name, ", which is not supported")
     for key, tensor in file.tensors.items():
         width = tensor.shape[1] if len(tensor.shape) > 1 else 0
         if re.search(r"(^|\.)(img_in|x_embedder)\.weight$", key) and width in VARIANTS:
-            return f"{VARIANTS[width]} ({key} takes {width} channels), which is not supported yet"
+            takes = f"{key} takes {width} channels"
+            return f"{VARIANTS[width]} ({takes}), which is not supported yet"
         if re.search(r"(^|\.)decoder\.conv_in\.weight$", key) and width != 16:
-            return f"an autoencoder of {width} latent channels; FLUX.1's has 16, Stable Diffusion 1.5's and XL's have 4"
+            others = "FLUX.1's has 16, Stable Diffusion 1.5's and XL's have 4"
+            return f"an autoencoder of {width} latent channels; {others}"
     if method := file.config.get("quantization_config"):
         kind = method.get("quant_method") if isinstance(method, dict) else method
         return f"quantized by diffusers ({kind}), which is not supported"
@@ -119,7 +122,7 @@ def foreign_format(file: CheckpointFile, part: str) -> str | None:
 
 
 def prefix_of(file: CheckpointFile, names: KeyNames) -> str | None:
-    """What stands before these names in the keys, such as `model.diffusion_model.`; None if no key has them."""
+    """What stands before these names in the keys, such as `model.diffusion_model.`, or None."""
     pattern = re.compile(rf"(?!.*(?:vision_model|visual)\.)((?:.*\.)?){names.pattern}")
     return next((found[1] for key in file.tensors if (found := pattern.match(key))), None)
 
@@ -127,7 +130,8 @@ def prefix_of(file: CheckpointFile, names: KeyNames) -> str | None:
 def describe(file: CheckpointFile, part: str) -> str:
     found = [names for names in KEY_NAMES if prefix_of(file, names) is not None]
     known = " and ".join(f"a {WHAT[names.part]} in {names.name} names" for names in found)
-    return foreign_format(file, part) or known or f"unknown (one of its keys is {next(iter(file.tensors), None)})"
+    unknown = f"unknown (one of its keys is {next(iter(file.tensors), None)})"
+    return foreign_format(file, part) or known or unknown
 
 
 def recognize(file: CheckpointFile, part: str) -> Source | None:
@@ -135,30 +139,33 @@ def recognize(file: CheckpointFile, part: str) -> Source | None:
     for names in KEY_NAMES:
         prefix = prefix_of(file, names) if names.part == part else None
         if prefix is not None and not foreign_format(file, part):
-            own = {key[len(prefix) :]: tensor for key, tensor in file.tensors.items() if key.startswith(prefix)}
-            tensors = attach_scales(file.path, own, file.metadata)
+            own = [key for key in file.tensors if key.startswith(prefix)]
+            tensors = {key.removeprefix(prefix): file.tensors[key] for key in own}
+            tensors = attach_scales(file.path, tensors, file.metadata)
             return Source(part, file.path, prefix, names, tensors, file.metadata, file.config)
     return None
 
 
 def attach_scales(path: Path, tensors: Tensors, metadata: dict[str, str]) -> Tensors:
-    """Give each fp8 weight its scale, `X.scale_weight` or, newer, `X.weight_scale`; drop descriptions.
+    """Give each FP8 weight its scale, `X.scale_weight` or `X.weight_scale`; drop descriptions.
 
-    Input scales are for products in fp8 and leave the weights as they are. Any other scale stays
-    among the tensors, where the strict check reports it: to ignore one would give wrong images
-    without an error.
+    Input scales are for products in FP8 and leave the weights as they are. Any other scale stays
+    among the tensors, where the strict check reports it.
     """
     layers = parse(path, metadata.get("_quantization_metadata", "{}").encode()).get("layers")
-    layers = layers if isinstance(layers, dict) else {}
-    formats = {key: parse(path, bytes(read_bytes(tensors[key]))) for key in tensors if leaf(key) == "comfy_quant"}
-    for key, form in (layers | formats).items():
+    formats = dict(layers) if isinstance(layers, dict) else {}
+    for key, tensor in tensors.items():
+        if leaf(key) == "comfy_quant":
+            formats[key] = parse(path, bytes(read_raw(tensor)))
+    for key, form in formats.items():
         kind = form.get("format") if isinstance(form, dict) else form
         if kind not in ("float8_e4m3fn", "float8_e5m2"):
-            raise InputError(path, MISSING, f"{key} says the format {kind}; only float8 is supported")
+            raise wrong(path, f"{key} says the format {kind}; only float8 is supported")
     notes = ("comfy_quant", "scaled_fp8", "scale_input", "input_scale")
     kept = {key: tensor for key, tensor in tensors.items() if leaf(key) not in notes}
     for key in [key for key in kept if leaf(key) in ("scale_weight", "weight_scale")]:
-        weight = kept.get(name := f"{key.rpartition('.')[0]}.weight")
+        name = f"{key.rpartition('.')[0]}.weight"
+        weight = kept.get(name)
         if weight and weight.dtype in FP8:
             kept[name] = weight._replace(scale=check_scale(kept.pop(key), weight))
     return kept
@@ -173,4 +180,5 @@ def check_scale(scale: Stored, weight: Stored) -> Stored:
     if scale.dtype in FLOATS and scale.shape in ((), (1,), rows, (*rows, 1)):
         return scale
     found = f"{scale.key} is {scale.dtype} of shape {scale.shape}"
-    raise InputError(scale.file, MISSING, f"{found}, expected one float, or one for each row of {weight.shape}")
+    expected = f"one float, or one for each row of {weight.shape}"
+    raise wrong(scale.file, f"{found}, expected {expected}")

@@ -22,34 +22,31 @@ from model.transformer import Flux
 from regional.attention import MaskedAttention, Tokens, dense_attention, portable_attention
 from regional.layout import Layout
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # in float16 FLUX.1 overflows
-
-ATTENTIONS = ("kernel", "portable", "dense")
-QUANTIZE = ("auto", "none", "fp8")
-OFFLOAD = ("auto", "none", "blocks")
-
 
 def choose_device(name: str) -> torch.device:
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    has_mps = torch.backends.mps.is_available()
+    available = {"cuda": torch.cuda.is_available(), "mps": has_mps, "cpu": True}
     if name == "auto":
         name = next(device for device, there in available.items() if there)
     if not available.get(name.partition(":")[0]):
-        raise InputError("--device", name, "this machine, or this build of torch, has no such device")
+        problem = "this machine, or this build of torch, has no such device"
+        raise InputError("--device", name, problem)
     device = torch.device(name)
-    if device.type == "cuda" and device.index is None:  # torch.cuda's memory functions need it
-        device = torch.device("cuda", torch.cuda.current_device())
-    if device.type == "cuda":  # Triton launches on the current one
-        torch.cuda.set_device(device)
+    if device.type == "cuda":
+        if device.index is None:  # torch.cuda's memory functions need it.
+            device = torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.set_device(device)  # Triton launches on the current one.
     return device
 
 
 def choose_fp8(quantize: str, flux: Source, device: torch.device) -> bool:
-    """Whether the transformer's weights are kept in FP8. quantize: none, fp8, or auto, which keeps
-    those of an FP8 file where the GPU has FP8 matmul support. A warning says why it has not."""
+    """Whether the transformer's weights are kept in FP8. auto: those of an FP8 file, where the GPU
+    has FP8 matmul support; a warning tells why it has not."""
     if quantize == "fp8" and device.type == "mps":
         raise InputError("--quantize", "fp8", "Apple's GPUs have no float8; leave it out")
-    blocks = [tensor for key, tensor in flux.tensors.items() if re.search(r"blocks\.\d+\..*\.weight$", key)]
-    stored = sum(tensor.dtype == "F8_E4M3" for tensor in blocks) > len(blocks) / 2
+    weight = re.compile(r".*blocks\.\d+\..*\.weight$")
+    dtypes = [tensor.dtype for key, tensor in flux.tensors.items() if weight.match(key)]
+    stored = dtypes.count("F8_E4M3") > len(dtypes) / 2
     wanted = quantize == "fp8" or quantize == "auto" and stored and device.type == "cuda"
     problem = why_not(device) if wanted else ""
     if problem:
@@ -63,7 +60,7 @@ def choose_fp8(quantize: str, flux: Source, device: torch.device) -> bool:
 def choose_attention(
     name: str, device: torch.device, dtype: torch.dtype, verbose: bool = False
 ) -> Callable[[Tokens], MaskedAttention]:
-    """What makes the masked attention of the regional steps. InputError if `name` cannot be had here."""
+    """What makes the masked attention of the regional steps."""
     asked = name
     if name == "kernel" or name == "auto" and device.type == "cuda":
         try:
@@ -78,13 +75,15 @@ def choose_attention(
         info(f"masked attention: {name}")
     if name != "kernel":
         return {"portable": portable_attention, "dense": dense_attention}[name]
-    if not kernel.runs_on(device) and not (kernel.INTERPRETED and device.type == "cpu" and dtype == torch.float32):
-        problem = "the kernel needs an NVIDIA GPU from Ampere on; try --attention portable (in Triton's interpreter, "
-        problem += "TRITON_INTERPRET=1, it runs on the CPU in float32, slowly)"
-        raise InputError("--attention", "kernel", problem)
+    interpreted = kernel.INTERPRETED and device.type == "cpu" and dtype == torch.float32
+    if not kernel.runs_on(device) and not interpreted:
+        slowly = "in Triton's interpreter, TRITON_INTERPRET=1, it runs on the CPU in float32, slowly"
+        problem = "the kernel needs an NVIDIA GPU from Ampere on; try --attention portable"
+        raise InputError("--attention", "kernel", f"{problem} ({slowly})")
     if device.type == "cuda" and (lacking := lacks_for_triton()):
-        problem = f"Triton compiles its launcher with {lacking}, which this machine lacks; install it, or try "
-        raise InputError("--attention", asked, problem + "--attention portable")
+        problem = f"Triton compiles its launcher with {lacking}, which this machine lacks"
+        advice = "install it, or try --attention portable"
+        raise InputError("--attention", asked, f"{problem}; {advice}")
     return partial(kernel_or_library, dtype=dtype, device=device)
 
 
@@ -97,8 +96,10 @@ def lacks_for_triton() -> str:
     return "" if header.exists() else f"Python's headers ({header})"
 
 
-def library_attention(flux: Flux, layout: Layout, txt: Tensor, verbose: bool) -> AbstractContextManager:
-    """Makes torch prefer, on a GPU, the unmasked attention that is fastest there for this image."""
+def library_attention(
+    flux: Flux, layout: Layout, txt: Tensor, verbose: bool
+) -> AbstractContextManager:  # fmt: skip
+    """Makes torch prefer, on a GPU, the unmasked attention that is fastest for this image."""
     backends = []
     if txt.device.type == "cuda":
         heads = flux.params.num_heads
@@ -106,8 +107,11 @@ def library_attention(flux: Flux, layout: Layout, txt: Tensor, verbose: bool) ->
         shape = (1, heads, length, flux.params.hidden_size // heads)
         backends = timed_backends(shape, txt.dtype, txt.device)
     if verbose:
-        info(f"unmasked attention: {', then '.join(backend.name for backend in backends) or 'as torch chooses'}")
-    return sdpa_kernel([*backends, SDPBackend.MATH], set_priority=True) if backends else nullcontext()
+        names = ", then ".join(backend.name for backend in backends)
+        info(f"unmasked attention: {names or 'as torch chooses'}")
+    if not backends:
+        return nullcontext()
+    return sdpa_kernel([*backends, SDPBackend.MATH], set_priority=True)
 
 
 @lru_cache
@@ -118,9 +122,8 @@ def timed_backends(shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
 def fastest_backends(q: Tensor) -> list[SDPBackend]:
     """torch's SDPA backends that work for q (B, heads, L, head_dim) on its device, fastest first.
 
-    MATH is not among them, because it stores all L x L scores, nor is cuDNN's where torch has it
-    switched off, or up to version 9.15.0, which reads out of bounds if L is not a multiple of 128 (pytorch
-    issue 169849).
+    Not MATH, which stores all L x L scores, nor cuDNN's where torch has it switched off, or up to
+    9.15.0, which reads out of bounds if L is not a multiple of 128 (pytorch issue 169849).
     """
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     seconds = {}
@@ -133,6 +136,6 @@ def fastest_backends(q: Tensor) -> list[SDPBackend]:
                 seconds[backend] = timer.timeit(10).median
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # this GPU, or this build of torch, does not have it
+        except RuntimeError:  # This GPU, or this build of torch, does not have it.
             continue
     return sorted(seconds, key=seconds.get)

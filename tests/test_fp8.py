@@ -1,6 +1,7 @@
-"""Layers in 8 bits: how exact they are, what of a file's numbers they keep, and whole pictures."""
+"""Layers in FP8: how exact they are, which stored numbers they keep, and whole images."""
 
 import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -9,18 +10,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import generate
-import pipeline
 import weights
 from errors import InputError
 from extensions.lora import Addition, Change, LowRank, added, hooks_for, merge
 from formats import recognize
 from model.fp8 import Fp8Linear, can_multiply, scaled_product, to_fp8, why_not
+from runtime import choose
 from runtime.choose import choose_fp8
 from sampler.flow import image_ids, text_ids
 
 FP8 = torch.float8_e4m3fn
-IN_FP8 = weights.Placement(in_fp8=weights.FP8_LAYERS.search)
 
 
 def test_whether_a_device_multiplies_is_tried(monkeypatch):
@@ -91,11 +90,12 @@ def test_the_product_is_an_operator_that_torch_can_trace():
     torch.library.opcheck(scaled_product, args, test_utils="test_faketensor")
 
 
-# ------------------------------------------------------------------------------------------------ loading
+def source_of(tmp_path, state) -> recognize.Source:
+    return weights.pick("flux", "--flux", tiny.save(tmp_path / "flux.safetensors", state))
 
 
-def source_of(tmp_path, state, **metadata) -> recognize.Source:
-    return weights.pick("flux", "--flux", tiny.save(tmp_path / "flux.safetensors", state, metadata or None))
+def load(source: recognize.Source, merges: weights.Merges = weights.NOTHING, fp8: bool = True):
+    return weights.load(source, "cpu", torch.float32, merges, fp8=fp8)
 
 
 def fp8_layers(flux) -> dict[str, Fp8Linear]:
@@ -103,7 +103,7 @@ def fp8_layers(flux) -> dict[str, Fp8Linear]:
 
 
 def test_the_blocks_matrices_and_no_others_become_fp8(tmp_path):
-    flux = weights.load(source_of(tmp_path, tiny.flux_state()), "cpu", torch.float32, placement=IN_FP8)
+    flux = load(source_of(tmp_path, tiny.flux_state()))
     names = set(fp8_layers(flux))
     double = [f"{s}_{leaf}" for s in ("img", "txt") for leaf in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")]
     expected = {f"double_blocks.{i}.{leaf}" for i in range(2) for leaf in double}
@@ -119,21 +119,21 @@ def test_the_blocks_matrices_and_no_others_become_fp8(tmp_path):
 @pytest.mark.parametrize("shape", [(), (1,), ("rows",), ("rows", 1)])
 def test_numbers_that_are_stored_in_fp8_are_kept(tmp_path, shape):
     """One scale for a matrix, or one for each of its rows; none counts as 1."""
-    state, scaled = tiny.flux_state(), {}
-    for name in [name for name in state if name.endswith("linear2.weight") or name.endswith("linear1.weight")]:
+    state = tiny.flux_state()
+    expected = {}
+    for name in [name for name in state if name.endswith(("linear1.weight", "linear2.weight"))]:
         numbers, scale = to_fp8(state[name])
-        numbers = state[name].to(FP8) if shape in ((), (1,)) else numbers
-        scale = torch.tensor(0.5).expand(len(numbers), 1) if shape in ((), (1,)) else scale
-        stored = scale[0, 0].reshape(shape) if shape in ((), (1,)) else scale.reshape(-1, *shape[1:])
-        scaled |= {name: numbers, name.replace("weight", "scale_weight"): stored.contiguous()}
-        state[name] = (numbers, scale)
-    others = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
-    flux = weights.load(source_of(tmp_path, others | scaled), "cpu", torch.float32, placement=IN_FP8)
-    for name, layer in fp8_layers(flux).items():
-        if name.endswith(("linear1", "linear2")):
-            numbers, scale = state[f"{name}.weight"]
-            assert torch.equal(layer.weight.view(torch.uint8), numbers.view(torch.uint8))
-            assert torch.equal(layer.scale, scale)
+        stored = scale.reshape(-1, *shape[1:])
+        if shape in ((), (1,)):
+            numbers = state[name].to(FP8)
+            stored = torch.full(shape, 0.5)
+            scale = torch.full((len(numbers), 1), 0.5)
+        state |= {name: numbers, name.replace("weight", "scale_weight"): stored.contiguous()}
+        expected[name.removesuffix(".weight")] = (numbers, scale)
+    layers = fp8_layers(load(source_of(tmp_path, state)))
+    for name, (numbers, scale) in expected.items():
+        assert torch.equal(layers[name].weight.view(torch.uint8), numbers.view(torch.uint8))
+        assert torch.equal(layers[name].scale, scale)
 
 
 def test_joined_projections_keep_the_scales_of_their_parts(tmp_path):
@@ -143,9 +143,7 @@ def test_joined_projections_keep_the_scales_of_their_parts(tmp_path):
     scales = {name: torch.tensor(0.25 * 2**i) for i, name in enumerate(parts)}
     state |= {name: state[name].to(FP8) for name in parts}
     state |= {name.replace("weight", "weight_scale"): scale for name, scale in scales.items()}
-    layer = (
-        weights.load(source_of(tmp_path, state), "cpu", torch.float32, placement=IN_FP8).double_blocks[0].img_attn.qkv
-    )
+    layer = load(source_of(tmp_path, state)).double_blocks[0].img_attn.qkv
     assert torch.equal(layer.weight.float(), torch.cat([state[name].float() for name in parts]))
     assert layer.scale.flatten().tolist() == [s for scale in scales.values() for s in [scale.item()] * 64]
 
@@ -156,7 +154,7 @@ def test_a_merged_lora_is_in_the_8_bits(tmp_path, stored):
     state = tiny.flux_state()
     state[name] = state[name].to(stored)
     merges = {name: lambda weight: weight + delta}
-    flux = weights.load(source_of(tmp_path, state), "cpu", torch.float32, merges, placement=IN_FP8)
+    flux = load(source_of(tmp_path, state), merges)
     assert error(flux.single_blocks[1].linear2.upcast(), state[name].float() + delta) < 0.03
 
 
@@ -171,51 +169,50 @@ def test_a_dora_of_a_region_sees_the_weight_that_the_8_bits_stand_for():
     torch.testing.assert_close(found, F.linear(x, expected), rtol=1e-4, atol=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------ choosing it
-
-
 @pytest.mark.parametrize("stored", [True, False])
 def test_auto_keeps_fp8_files_on_gpus_that_multiply_them(tmp_path, monkeypatch, capsys, stored):
     """Of others it says why they do not."""
     state = tiny.flux_state()
     state |= {k: t.to(FP8) for k, t in state.items() if stored and t.ndim == 2}
-    source, card = source_of(tmp_path, state), torch.device("cuda")
+    source = source_of(tmp_path, state)
+    gpu = torch.device("cuda")
     for problem in "", "too old":
-        monkeypatch.setattr(pipeline, "why_not", lambda device, problem=problem: problem)
-        assert choose_fp8("auto", source, card) == (stored and not problem)
+        monkeypatch.setattr(choose, "why_not", lambda device, problem=problem: problem)
+        assert choose_fp8("auto", source, gpu) == (stored and not problem)
         said = capsys.readouterr().err
         assert ("(too old)" in said and "when they are loaded" in said) == bool(stored and problem)
-        assert choose_fp8("fp8", source, card)
+        assert choose_fp8("fp8", source, gpu)
         said = capsys.readouterr().err
         assert said.count("(too old): each call upcasts") == said.count("\n") == bool(problem)
     assert not choose_fp8("auto", source, torch.device("cpu"))
-    assert choose_fp8("fp8", source, torch.device("cpu")) and not choose_fp8("none", source, card)
+    assert choose_fp8("fp8", source, torch.device("cpu")) and not choose_fp8("none", source, gpu)
     with pytest.raises(InputError, match="--quantize fp8: Apple"):
         choose_fp8("fp8", source, torch.device("mps"))
 
 
-def test_a_picture_in_fp8_is_near_and_says_so(golden, tmp_path):
+def test_an_image_in_fp8_is_near_and_records_it(run):
     """And --config-from-metadata makes it again, bit for bit."""
 
-    def draw(name, *flags):
-        out = ["--output", tmp_path / f"{name}.png", "--save-latents", tmp_path / f"{name}.safetensors", "--metadata"]
-        assert generate.main([str(arg) for arg in ["--device", "cpu", *out, *flags]]) == 0
-        return load_file(tmp_path / f"{name}.safetensors")["latents"]
+    def latents(name, *flags, **how):
+        out = ("--output", f"{name}.png", "--save-latents", f"{name}.safetensors", "--metadata")
+        assert run(*out, *flags, **how).code == 0
+        return load_file(f"{name}.safetensors")["latents"]
 
-    model, layout = golden / "models" / "flux-tiny-dev", golden / "regional_3boxes_full" / "layout.yaml"
-    exact = draw("exact", "--model", model, "--layout", layout)
-    small = draw("small", "--model", model, "--layout", layout, "--quantize", "fp8")
+    given = ("--prompt", "x", "--width", 64, "--height", 64, "--steps", 2, "--seed", 1)
+    exact = latents("exact", *given)
+    small = latents("small", *given, "--quantize", "fp8")
     assert 1e-3 < error(small, exact) < 0.25
-    assert json.loads((tmp_path / "small.json").read_text())["fp8"] is True
-    assert torch.equal(draw("again", "--config-from-metadata", tmp_path / "small.png"), small)
+    assert json.loads(Path("small.json").read_text())["fp8"] is True
+    assert torch.equal(latents("again", "--config-from-metadata", "small.png", model=None), small)
 
 
 @torch.inference_mode()
 def test_a_forward_pass_in_fp8_is_near_on_the_pocket_model():
     source = weights.find("pocket").flux
-    exact, small = (weights.load(source, "cpu", torch.float32, placement=p) for p in (weights.ON_DEVICE, IN_FP8))
+    exact = load(source, fp8=False)
     torch.manual_seed(0)
-    img, txt, y = torch.randn(1, 64, 64), torch.randn(1, 64, exact.params.context_in_dim), torch.randn(1, 96)
-    given = img, image_ids(128, 128), txt, text_ids(64), torch.tensor([0.7]), y[:, : exact.params.vec_in_dim]
-    outs = [tiny.velocity(flux, *given, torch.tensor([3.5])) for flux in (exact, small)]
-    assert error(outs[1], outs[0]) < 0.08
+    img = torch.randn(1, 64, 64)
+    txt = torch.randn(1, 64, exact.params.context_in_dim)
+    y = torch.randn(1, exact.params.vec_in_dim)
+    given = (img, image_ids(128, 128), txt, text_ids(64), torch.tensor([0.7]), y, torch.tensor([3.5]))
+    assert error(tiny.velocity(load(source), *given), tiny.velocity(exact, *given)) < 0.08

@@ -1,8 +1,6 @@
-"""formats/gguf.py: files by the package's own writer load as what the package makes of them; damaged ones are named."""
+"""formats/gguf.py: files by the package's writer load as the package reads them; damage is named."""
 
 import struct
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,15 +16,15 @@ from test_weights import assert_same, load, refuse
 import weights
 from errors import InputError
 from extensions.lora_files import read_lora
-from formats import key_names as namings
+from formats import key_names
 from formats import safetensors as files
 from formats.gguf import CHUNK
 from model.t5 import T5Encoder, T5Params
 from model.transformer import Flux, FluxParams
 
-WIDE = FluxParams(  # rows of 256 numbers, a block of most types
-    vec_in_dim=256, context_in_dim=256, hidden_size=256, mlp_hidden=512, num_heads=2, depth=1, depth_single_blocks=1
-)
+SIZES = dict(depth=1, depth_single_blocks=1)
+SMALL = FluxParams(32, 64, 32, 32, 32, 32, 1, **SIZES)
+WIDE = FluxParams(256, 64, 256, 256, 256, 256, 2, **SIZES)  # rows of 256 numbers, as most types need
 QUANTISABLE = [Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.BF16, Type.F16, Type.F32]
 K_QUANTS = [Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K]
 I_QUANTS = [Type.IQ4_NL, Type.IQ4_XS, Type.IQ3_S, Type.IQ3_XXS, Type.IQ2_S, Type.IQ2_XS, Type.IQ2_XXS, Type.IQ1_S]
@@ -36,9 +34,11 @@ Stored = dict[str, tuple[np.ndarray, Type]]
 
 
 def quantized(state: tiny.State, kind: Type) -> Stored:
-    """Matrices in `kind` where its blocks fit, all else in float32. What the package can't write is random blocks."""
+    """Matrices in `kind` where its blocks fit, all else in float32; random blocks of those that the
+    package can't write."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    random, stored = np.random.default_rng(0), {}
+    random = np.random.default_rng(0)
+    stored = {}
     for key, tensor in state.items():
         if tensor.ndim != 2 or tensor.shape[1] % block:
             stored[key] = tensor.numpy(), Type.F32
@@ -76,22 +76,30 @@ def to_llama_cpp(tensors: dict, layers: int) -> dict:
     return {names.get_name(key, try_suffixes=(".weight",)): tensor for key, tensor in tensors.items()}
 
 
-# -------------------------------------------------------------------------------------------------------------- numbers
+TESTED = QUANTISABLE + K_QUANTS + I_QUANTS + OTHERS
 
 
-@pytest.mark.parametrize("kind", QUANTISABLE + K_QUANTS + I_QUANTS + OTHERS, ids=lambda kind: kind.name)
-def test_weights_are_what_the_package_makes_of_them(tmp_path, kind):
-    stored = quantized(tiny.state(Flux(WIDE)), kind)
-    assert sum(own == kind for _, own in stored.values()) > 20 and WIDE.hidden_size * 1280 > CHUNK
-    path, expected = save(tmp_path / "flux.gguf", stored), numbers(stored)
+@pytest.fixture(scope="module")
+def wide():
+    return tiny.state(Flux(WIDE))
+
+
+@pytest.mark.parametrize("kind", TESTED, ids=lambda kind: kind.name)
+def test_weights_are_what_the_package_makes_of_them(tmp_path, wide, kind):
+    stored = quantized(wide, kind)
+    assert sum(own == kind for _, own in stored.values()) > 20 and WIDE.hidden_size * 1024 > CHUNK
+    path = save(tmp_path / "flux.gguf", stored)
+    expected = numbers(stored)
     assert all(tensor.isfinite().all() for tensor in expected.values())
     assert_same(load("flux", path), expected)
-    assert_same(load("flux", path, torch.bfloat16), {key: t.bfloat16() for key, t in expected.items()})
+    if kind in (Type.Q5_1, Type.IQ4_XS):
+        rounded = {key: t.bfloat16() for key, t in expected.items()}
+        assert_same(load("flux", path, torch.bfloat16), rounded)
 
 
 def test_every_type_that_the_package_can_dequantize_is_tested():
-    tested = {kind.name for kind in QUANTISABLE + K_QUANTS + I_QUANTS + OTHERS}
-    assert {kind.name for kind in Type if hasattr(gguf.quants, kind.name)} <= tested
+    names = {kind.name for kind in TESTED}
+    assert {kind.name for kind in Type if hasattr(gguf.quants, kind.name)} <= names
 
 
 def test_a_header_says_what_the_packages_reader_says(tmp_path):
@@ -120,30 +128,20 @@ def test_a_merge_gets_the_numbers_in_float32(tmp_path):
     assert torch.equal(module.img_in.weight, (seen[0] + 1).bfloat16())
 
 
-# -------------------------------------------------------------------------------------------------------------- layouts
-
-
-@pytest.mark.parametrize(
-    "name, prefix, settings, version",
-    [
-        ("flux.gguf", "model.diffusion_model.", {}, 3),
-        ("flux.gguf", "diffusion_model.", {}, 3),
-        ("flux.gguf", "", {"add_custom_alignment": 8}, 3),
-        ("flux.gguf", "", {"add_custom_alignment": 4096}, 3),
-        ("flux.gguf", "", {}, 2),
-        ("flux.safetensors", "", {}, 3),
-    ],
-)
-def test_prefix_alignment_version_and_file_name_do_not_matter(tmp_path, name, prefix, settings, version):
+def test_prefix_alignment_version_and_file_name_do_not_matter(tmp_path):
     stored = quantized(tiny.flux_state(), Type.Q8_0)
-    path = save(tmp_path / name, stored, prefix, **settings)
-    content = path.read_bytes()
-    path.write_bytes(content[:4] + struct.pack("<I", version) + content[8:])
-    assert_same(load("flux", path), numbers(stored))
-
-
-def test_safetensors_may_be_named_gguf(tmp_path):
-    assert_same(load("flux", tiny.save(tmp_path / "flux.gguf", tiny.flux_state())), tiny.flux_state())
+    for name, prefix, alignment, version in (
+        ("a.gguf", "model.diffusion_model.", 32, 3),
+        ("b.gguf", "diffusion_model.", 8, 3),
+        ("c.gguf", "", 4096, 3),
+        ("d.safetensors", "", 32, 2),
+    ):
+        path = save(tmp_path / name, stored, prefix, add_custom_alignment=alignment)
+        content = path.read_bytes()
+        path.write_bytes(content[:4] + struct.pack("<I", version) + content[8:])
+        assert_same(load("flux", path), numbers(stored))
+    path = tiny.save(tmp_path / "safetensors.gguf", tiny.flux_state())
+    assert_same(load("flux", path), tiny.flux_state())
 
 
 def test_projections_of_several_types_are_joined_by_their_numbers(tmp_path):
@@ -184,7 +182,7 @@ def test_the_names_of_the_published_t5_are_llama_cpps():
     keys = [key for key in test_weights.published("t5_v1_1_xxl_encoder_hf") if key != "encoder.embed_tokens.weight"]
     theirs = to_llama_cpp({key: key for key in keys}, 24)
     assert len(theirs) == len(keys) == 219
-    assert all(namings.t5_from_llama_cpp(key, {}) == [namings.Rows(their)] for their, key in theirs.items())
+    assert all(key_names.t5_from_llama_cpp(key, {}) == [key_names.Rows(their)] for their, key in theirs.items())
 
 
 def test_a_model_may_be_made_of_gguf_files(tmp_path):
@@ -200,9 +198,6 @@ def test_a_model_may_be_made_of_gguf_files(tmp_path):
     refuse("flux.gguf and flux1-dev.safetensors could each be", weights.find, model)
     (model / "flux1-dev.safetensors").unlink()
     assert weights.find(model).flux.path.name == "flux.gguf"
-
-
-# -------------------------------------------------------------------------------------------------------- what is wrong
 
 
 def text(string: str) -> bytes:
@@ -259,8 +254,7 @@ def test_a_bad_header_is_one_sentence_and_soon(tmp_path, name):
     content, match = BAD[name]
     (tmp_path / "x.gguf").write_bytes(content)
     start = time.monotonic()
-    refuse(match, load, "flux", tmp_path / "x.gguf")
-    refuse("x.gguf", load, "flux", tmp_path / "x.gguf")
+    refuse(f"x.gguf.*({match})", load, "flux", tmp_path / "x.gguf")
     assert time.monotonic() - start < 1
 
 
@@ -283,10 +277,11 @@ def test_a_block_of_any_number_is_refused_soon(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [Type.Q8_K, Type.Q8_1, Type.I8], ids=lambda kind: kind.name)
-def test_types_without_a_way_back_are_named(tmp_path, kind):
+def test_types_without_a_way_back_are_named(tmp_path, wide, kind):
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    stored = quantized(tiny.state(Flux(WIDE)), Type.F32)
-    stored["txt_in.weight"] = np.zeros((256, 256 // block * size), np.int8 if kind == Type.I8 else np.uint8), kind
+    stored = quantized(wide, Type.F32)
+    dtype = np.int8 if kind == Type.I8 else np.uint8
+    stored["txt_in.weight"] = np.zeros((256, 256 // block * size), dtype), kind
     path = save(tmp_path / "flux.gguf", stored)
     refuse(f"flux.gguf: txt_in.weight is stored as {kind.name}, which is not supported", load, "flux", path)
 
@@ -323,26 +318,22 @@ def test_safetensors_cannot_pass_for_quantized(tmp_path):
     refuse("header is damaged", load, "flux", tmp_path / "x.safetensors")
 
 
-SMALL = FluxParams(
-    vec_in_dim=32, context_in_dim=32, hidden_size=32, mlp_hidden=32, num_heads=1, depth=1, depth_single_blocks=1
-)
-
-
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of infinite scales
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_damaged_files_are_refused_or_loaded(tmp_path, seed):
     """50 files each, cut or changed in some bytes, most of them in the header; none takes long."""
     whole = save(tmp_path / "whole.gguf", quantized(tiny.state(Flux(SMALL)), Type.Q8_0)).read_bytes()
     length = min(t.start for t in files.read_header(tmp_path / "whole.gguf").tensors.values())
-    random, refused = np.random.default_rng(seed), 0
+    random = np.random.default_rng(seed)
+    refused = 0
     for i in range(50):
         content = bytearray(whole)
         for _ in range(random.integers(1, 4)):
             at = random.integers(0, length if i % 5 else len(whole))
-            content[at : at + 8] = (
-                random.choice(np.array([0, 1, 255, random.integers(256)]), 8).astype(np.uint8).tobytes()
-            )
-        content = content[: random.integers(len(content))] if i % 4 == 0 else content
+            numbers = np.array([0, 1, 255, random.integers(256)])
+            content[at : at + 8] = random.choice(numbers, 8).astype(np.uint8).tobytes()
+        if i % 4 == 0:
+            content = content[: random.integers(len(content))]
         (tmp_path / "x.gguf").write_bytes(content)
         start = time.monotonic()
         try:
@@ -353,25 +344,20 @@ def test_damaged_files_are_refused_or_loaded(tmp_path, seed):
     assert refused > 25
 
 
-# ---------------------------------------------------------------------------------------------------------------- costs
-
-
-def test_the_package_is_imported_with_the_first_such_file_alone():
-    code = "import sys, weights, generate; weights.find(); assert 'gguf' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_loading_holds_the_weights_in_memory_once(tmp_path):
-    params = FluxParams(hidden_size=1024, mlp_hidden=4096, num_heads=8, depth=1, depth_single_blocks=4)
+    params = FluxParams(64, 64, 768, 4096, 1024, 4096, 8, 1, 4)
     with torch.device("meta"):
-        shapes = {key: tuple(t.shape) for key, t in Flux(params).state_dict().items()}
-    blocks = {  # zeros, in Q8_0 where they can be
-        key: (np.zeros((shape[0], shape[1] // 32 * 34), np.uint8), Type.Q8_0)
-        if len(shape) == 2
-        else (np.zeros(shape, np.float32), Type.F32)
-        for key, shape in shapes.items()
-    }
+        state = Flux(params).state_dict()
+    blocks = {}  # of zeros, in Q8_0 where they can be
+    for key, tensor in state.items():
+        if tensor.ndim == 2:
+            rows, columns = tensor.shape
+            blocks[key] = np.zeros((rows, columns // 32 * 34), np.uint8), Type.Q8_0
+        else:
+            blocks[key] = np.zeros(tuple(tensor.shape), np.float32), Type.F32
     path = save(tmp_path / "flux.gguf", blocks)
     small = save(tmp_path / "small.gguf", quantized(tiny.flux_state(), Type.Q8_0))
-    assert tiny.peak_memory(small, path) < 1.2 * 2 * sum(np.prod(shape) for shape in shapes.values())
+    peak, imported = tiny.peak_memory(small, path)
+    assert peak < 1.2 * 2 * sum(tensor.numel() for tensor in state.values())
+    assert "gguf" in imported

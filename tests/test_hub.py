@@ -15,30 +15,24 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 from huggingface_hub import constants
 from PIL import Image
 from tqdm import tqdm
 
-import generate
 import weights
 from errors import InputError
 from formats import hub
+from model.autoencoder import AutoEncoder, AutoEncoderParams
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "c0ffee" + "0" * 34
 REPO = "org/name"
-UNNEEDED = {
-    name: b"not needed" * 100_000
-    for name in (
-        "README.md",
-        "dev_grid.jpg",
-        "text_encoder/pytorch_model.bin",
-        "text_encoder_2/model.onnx",
-        "text_encoder_2/README.md",
-        "text_encoder_2/old/model.safetensors",
-        "checkpoint-500/model.safetensors",
-    )
-}
+UNNEEDED = (
+    "README.md dev_grid.jpg text_encoder/pytorch_model.bin text_encoder_2/model.onnx "
+    "text_encoder_2/README.md text_encoder_2/old/model.safetensors checkpoint-500/model.safetensors"
+).split()
+FLUX = "flux1-dev.safetensors"
 
 
 class Hub(ThreadingHTTPServer):
@@ -128,15 +122,26 @@ def is_large(name: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def folder(golden) -> Path:
-    return golden / "models" / "flux-tiny-dev"
+def folder(tmp_path_factory) -> Path:
+    """A small model in both formats."""
+    folder = tiny.save_diffusers_model(tmp_path_factory.mktemp("hub"))
+    tiny.save(folder / FLUX, tiny.flux_state())
+    vae = AutoEncoder(AutoEncoderParams(ch=32, ch_mult=(1,), num_res_blocks=1))
+    tiny.save(folder / "ae.safetensors", tiny.state(vae))
+    for file in folder.glob("tokenizer*/*"):
+        file.write_text(file.name)  # The cache stores equal files once.
+    return folder
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 @pytest.fixture
 def fake(folder, tmp_path, monkeypatch):
-    """A hub with the whole small model in both layouts and much besides; this process asks it alone, in a new cache."""
-    files = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    server = Hub(files | UNNEEDED)
+    """A hub with the model and much besides; this process asks it alone, in a new cache."""
+    server = Hub(files_of(folder) | {name: b"not needed" * 10_000 for name in UNNEEDED})
     thread = threading.Thread(target=server.serve_forever, args=[0.01])
     thread.start()
     for name, value in {
@@ -169,16 +174,16 @@ def below(folder: Path, *names: str) -> set[str]:
 ENCODERS = "text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*"
 
 
-def test_of_a_repository_with_both_layouts_the_single_files_are_downloaded(fake, folder):
+def test_of_a_repository_with_both_formats_the_single_files_are_downloaded(fake, folder):
     found = weights.find(REPO)
-    assert fake.sent() == below(folder, "flux1-dev.safetensors", "ae.safetensors", *ENCODERS)
+    assert fake.sent() == below(folder, FLUX, "ae.safetensors", *ENCODERS)
     for source in (found.flux, found.ae, found.t5, found.clip):
         here = Path(constants.HF_HUB_CACHE) / "models--org--name" / "snapshots" / COMMIT
         assert source.path.read_bytes() == (folder / source.path.relative_to(here)).read_bytes()
     assert fake.tokens_elsewhere == []
 
 
-@pytest.mark.parametrize("missing", ["flux1-dev.safetensors", "ae.safetensors"])
+@pytest.mark.parametrize("missing", [FLUX, "ae.safetensors"])
 def test_a_repository_without_all_single_files_gives_its_diffusers_folders(fake, folder, missing):
     del fake.files[missing]
     assert weights.find(REPO).flux.key_names.name == "diffusers"
@@ -186,7 +191,7 @@ def test_a_repository_without_all_single_files_gives_its_diffusers_folders(fake,
 
 
 def test_components_that_are_given_are_not_downloaded(fake, folder):
-    weights.find(REPO, flux=folder / "flux1-dev.safetensors", t5=folder / "text_encoder_2")
+    weights.find(REPO, flux=folder / FLUX, t5=folder / "text_encoder_2")
     assert fake.sent() == below(folder, "ae.safetensors", "text_encoder/*", "tokenizer/*", "tokenizer_2/*")
 
 
@@ -206,20 +211,21 @@ def test_a_repository_without_tokenizers_is_refused_before_anything_is_downloade
 
 
 def test_a_name_is_a_repository_one_of_its_files_or_a_path(fake, folder):
+    encoder = {"text_encoder/model.safetensors", "text_encoder/config.json"}
     place = hub.locate(REPO, [["text_encoder/*.safetensors", "text_encoder/*.json"]], "--model")
-    assert below(place, "*/*") == fake.sent() == {"text_encoder/model.safetensors", "text_encoder/config.json"}
-    assert (
-        hub.locate(f"{REPO}:ae.safetensors", [["*.safetensors", "config.json"]], "--lora") == place / "ae.safetensors"
-    )
-    assert fake.sent() == {"text_encoder/model.safetensors", "text_encoder/config.json", "ae.safetensors"}
+    assert below(place, "*/*") == fake.sent() == encoder
+    patterns = [["*.safetensors", "config.json"]]
+    file = hub.locate(f"{REPO}:ae.safetensors", patterns, "--lora")
+    assert file == place / "ae.safetensors"
+    assert fake.sent() == encoder | {"ae.safetensors"}
     assert hub.locate(folder, [], "--t5") == folder
-    for name, choices in ("org/none:x", []), (folder / "none", [["*.safetensors"]]):
-        with pytest.raises(
-            InputError, match=r"^--lora: there is no such file or folder; expected a file, a folder.*\.$"
-        ):
+    missing = r"^--lora: there is no such file or folder; expected a file, a folder.*\.$"
+    for name, choices in ("org/none:x", []), (folder / "none", patterns):
+        with pytest.raises(InputError, match=missing):
             hub.locate(name, choices, "--lora")
-    with pytest.raises(InputError, match="^--lora: the repository has not all of none.safetensors; instead.$"):
-        hub.locate(f"{REPO}:none.safetensors", [["*.safetensors"]], "--lora", "instead")
+    match = "^--lora: the repository has not all of none.safetensors; instead.$"
+    with pytest.raises(InputError, match=match):
+        hub.locate(f"{REPO}:none.safetensors", patterns, "--lora", "instead")
 
 
 def test_configs_may_be_missing(fake):
@@ -230,7 +236,7 @@ def test_configs_may_be_missing(fake):
 
 def test_a_file_beside_others_is_downloaded_alone(fake):
     place = hub.locate(REPO, [["*.safetensors"]], "--lora org/name")
-    assert {file.name for file in place.iterdir()} == {"flux1-dev.safetensors", "ae.safetensors"} == fake.sent()
+    assert {file.name for file in place.iterdir()} == {FLUX, "ae.safetensors"} == fake.sent()
 
 
 def size_line(fake, names: set[str], have: int = 0) -> str:
@@ -239,13 +245,13 @@ def size_line(fake, names: set[str], have: int = 0) -> str:
     return f"org/name: downloading {files}, {amount}, to {constants.HF_HUB_CACHE}\n"
 
 
-def test_what_is_missing_is_said_before_it_is_downloaded(fake, folder, capsys):
-    weights.find(REPO, flux=folder / "flux1-dev.safetensors")
+def test_what_is_missing_is_reported_before_it_is_downloaded(fake, folder, capsys):
+    weights.find(REPO, flux=folder / FLUX)
     assert capsys.readouterr().err == size_line(fake, fake.sent())
     fake.requests.clear()
     weights.find(REPO)  # what came the first time does not count
-    assert capsys.readouterr().err == size_line(fake, {"flux1-dev.safetensors"})
-    assert fake.sent() == {"flux1-dev.safetensors"}
+    assert capsys.readouterr().err == size_line(fake, {FLUX})
+    assert fake.sent() == {FLUX}
 
 
 def test_a_repository_in_the_cache_is_asked_for_nothing(fake, monkeypatch, capsys):
@@ -267,44 +273,44 @@ def test_a_cache_that_lost_its_links_is_mended_without_a_download(fake, capsys):
     assert fake.sent() == set() and capsys.readouterr().err == ""
 
 
-def test_a_connection_that_breaks_once_goes_on_in_the_same_run(fake, monkeypatch):
-    fake.cut["flux1-dev.safetensors"] = 3_005_000
+def test_a_connection_that_breaks_once_resumes_in_the_same_run(fake, monkeypatch):
+    fake.cut[FLUX] = 1_005_000
 
     def mend(seconds):
         fake.cut.clear()
 
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", mend)
     found = weights.find(REPO)
-    assert set(fake.ranges("flux1-dev.safetensors")) == {None, "bytes=3000000-"}
-    assert found.flux.path.read_bytes() == fake.files["flux1-dev.safetensors"]
+    assert set(fake.ranges(FLUX)) == {None, "bytes=1000000-"}
+    assert found.flux.path.read_bytes() == fake.files[FLUX]
 
 
-def test_a_download_that_broke_goes_on_in_the_next_run(fake, capsys):
-    fake.cut["flux1-dev.safetensors"] = 3_005_000
+def test_a_download_that_broke_resumes_in_the_next_run(fake, capsys):
+    fake.cut[FLUX] = 1_005_000
     refuse("--model org/name: the connection broke .*; what has arrived is kept, .*resumes there", REPO)
     fake.cut.clear()
-    before = fake.sent() - {"flux1-dev.safetensors"}
+    before = fake.sent() - {FLUX}
     fake.requests.clear()
     capsys.readouterr()
     found = weights.find(REPO)
-    assert set(fake.ranges("flux1-dev.safetensors")) == {"bytes=3000000-"}
-    assert found.flux.path.read_bytes() == fake.files["flux1-dev.safetensors"]
+    assert set(fake.ranges(FLUX)) == {"bytes=1000000-"}
+    assert found.flux.path.read_bytes() == fake.files[FLUX]
     assert not fake.sent() & before
-    assert capsys.readouterr().err == size_line(fake, fake.sent(), have=3_000_000)
+    assert capsys.readouterr().err == size_line(fake, fake.sent(), have=1_000_000)
     blobs = found.flux.path.parent.parent.parent / "blobs"
     assert not list(blobs.glob("*.incomplete"))
 
 
 def test_a_download_that_was_whole_but_not_yet_named_is_not_sent_again(fake):
-    content = fake.files["flux1-dev.safetensors"]
+    content = fake.files[FLUX]
     write_unfinished(content, content)
     assert weights.find(REPO).flux.path.read_bytes() == content
-    assert fake.ranges("flux1-dev.safetensors") == []
+    assert fake.ranges(FLUX) == []
 
 
 @pytest.mark.parametrize("start", [b"x" * 1000, b"x" * 10_000_000], ids=["short", "too long"])
 def test_an_unfinished_file_that_is_damaged_is_removed(fake, start):
-    content = fake.files["flux1-dev.safetensors"]
+    content = fake.files[FLUX]
     write_unfinished(content, start)
     refuse("flux1-dev.safetensors was damaged and is removed.; try again", REPO)
     assert weights.find(REPO).flux.path.read_bytes() == content
@@ -324,42 +330,37 @@ def test_what_another_worker_downloads_is_waited_for(fake):
     for worker in workers:
         worker.join()
     assert len(found) == 3 and found[0] == found[1] == found[2]
-    assert len(fake.ranges("flux1-dev.safetensors")) == 2  # the redirection, and the file: once
+    assert len(fake.ranges(FLUX)) == 2  # the redirection, and the file: once
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_downloaded(fake, folder, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_234_567))
-    total = sum(len(fake.files[n]) for n in below(folder, "flux1-dev.safetensors", "ae.safetensors", *ENCODERS))
-    refuse(f"--model org/name: .*{tqdm.format_sizeof(total, 'B')}, .*only 1.23MB are free in .*cache; make room", REPO)
+    names = below(folder, FLUX, "ae.safetensors", *ENCODERS)
+    total = tqdm.format_sizeof(sum(len(fake.files[name]) for name in names), "B")
+    refuse(f"--model org/name: .*{total}, .*only 1.23MB are free in .*cache; make room", REPO)
     assert fake.sent() == set()
 
 
-def gated(fake, status):
-    fake.refusal = status, "GatedRepo"
+LICENSE = "accept its license at https://huggingface.co/org/name, then run `hf auth login`"
+PROBLEMS = {  # what the hub answers, or one of the library's constants -> the message
+    (401, "GatedRepo"): f"is gated: {LICENSE}",
+    (403, "GatedRepo"): f"is gated: {LICENSE}",
+    (503, None): "http://127.0.0.1:[0-9]+ answers with status 503",
+    (404, "EntryNotFound"): "answers with status 404",
+    ("ENDPOINT", "http://127.0.0.1:9"): "not in the cache, and http://127.0.0.1:9 is out of reach",
+    ("HF_HUB_OFFLINE", True): "is out of reach; go online .and unset HF_HUB_OFFLINE",
+}
 
 
-def no_server(fake):
-    constants.ENDPOINT = "http://127.0.0.1:9"  # discard, which nobody offers today
-
-
-@pytest.mark.parametrize(
-    "spoil, match",
-    [
-        (
-            lambda fake: gated(fake, 401),
-            "accept its license at https://huggingface.co/org/name, then run `hf auth login`",
-        ),
-        (lambda fake: gated(fake, 403), "is gated: accept its license at https://huggingface.co/org/name"),
-        (lambda fake: setattr(fake, "refusal", (503, None)), "http://127.0.0.1:[0-9]+ answers with status 503"),
-        (lambda fake: setattr(fake, "refusal", (404, "EntryNotFound")), "answers with status 404"),
-        (no_server, "not in the cache, and http://127.0.0.1:9 is out of reach; go online"),
-        (lambda fake: setattr(constants, "HF_HUB_OFFLINE", True), "is out of reach; go online .and unset HF_HUB_OFF"),
-    ],
-)
-def test_what_goes_wrong_on_the_hub_is_one_sentence(fake, spoil, match):
-    spoil(fake)
-    refuse(f"^--model org/name: .*{match}", REPO)
-    assert fake.sent() == set() and not list(Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*"))
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_what_goes_wrong_on_the_hub_is_one_sentence(fake, monkeypatch, problem):
+    if isinstance(problem[0], int):
+        fake.refusal = problem
+    else:
+        monkeypatch.setattr(constants, *problem)
+    refuse(f"^--model org/name: .*{PROBLEMS[problem]}", REPO)
+    cache = Path(constants.HF_HUB_CACHE)
+    assert fake.sent() == set() and not list(cache.glob("models--*/snapshots/*"))
 
 
 def test_a_full_disk_is_one_sentence(fake, monkeypatch):
@@ -370,35 +371,37 @@ def test_a_full_disk_is_one_sentence(fake, monkeypatch):
     refuse("the download failed .OSError: .*No space left on device", REPO)
 
 
-@pytest.mark.parametrize(
-    "name, match",
-    [("org/other", "there is no such repository, nor a folder of that name"), ("org/na..me", "HFValidationError")],
-)
-def test_a_repository_that_is_not_there_is_one_sentence(fake, name, match):
-    with pytest.raises(InputError, match=f"^--model {name}: [^\n]*{match}"):
-        weights.find(name)
+def test_a_repository_that_is_not_there_is_one_sentence(fake):
+    absent = "there is no such repository, nor a folder of that name"
+    for name, match in ("org/other", absent), ("org/na..me", "HFValidationError"):
+        with pytest.raises(InputError, match=f"^--model {name}: [^\n]*{match}"):
+            weights.find(name)
 
 
-def test_a_gated_repository_ends_the_program_with_code_two(fake, capsys):
-    gated(fake, 403)
-    assert generate.main(["--model", REPO, "--prompt", "a fox", "--device", "cpu"]) == 2
-    assert re.fullmatch(r"generate\.py: --model org/name: .* license.*HF_TOKEN.*\n", capsys.readouterr().err)
+def test_a_gated_repository_ends_the_program_with_code_two(fake, run):
+    fake.refusal = (403, "GatedRepo")
+    code, _, (line,) = run("--prompt", "a fox", model=REPO)
+    assert code == 2 and re.fullmatch(r"generate\.py: --model org/name: .* license.*HF_TOKEN.*", line)
 
 
-def test_a_picture_is_drawn_from_a_repository_and_again_offline(fake, golden, tmp_path):
-    command = [sys.executable, str(ROOT / "generate.py"), "--model", REPO, "--device", "cpu"]
-    command += ["--layout", str(golden / "plain_dev_128" / "layout.yaml"), "--output"]
-    env = os.environ | {"HF_ENDPOINT": fake.url, "HF_HUB_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    code, shown = on_a_terminal([*command, str(tmp_path / "a.png")], env)
+def test_an_image_is_generated_from_a_repository_and_again_offline(
+    fake, model, run, tmp_path, monkeypatch
+):  # fmt: skip
+    fake.files = files_of(Path(model))
+    given = ["--prompt", "x", "--width", "64", "--height", "64", "--steps", "1", "--seed", "1"]
+    command = [sys.executable, str(ROOT / "generate.py"), "--model", REPO, "--device", "cpu", *given]
+    command += ["--output", str(tmp_path / "a.png")]
+    places = {"HF_ENDPOINT": fake.url, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    code, shown = on_a_terminal(command, os.environ | places)
     assert code == 0, shown
     assert re.search(r"org/name: downloading 12 files, 16.7MB, to ", shown)
     assert re.search(r"flux1-dev\.safetensors: 100%\|", shown) and "Traceback" not in shown
     fake.requests.clear()
-    code, shown = on_a_terminal([*command, str(tmp_path / "b.png")], env | {"HF_HUB_OFFLINE": "1"})
-    assert code == 0, shown
-    assert fake.requests == [] and "downloading" not in shown
-    first, second = (Image.open(tmp_path / name).tobytes() for name in ("a.png", "b.png"))
-    assert first == second
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    code, _, errors = run(*given, "--output", "b.png", model=REPO)
+    assert code == 0 and fake.requests == [] and not any("downloading" in line for line in errors)
+    pixels = [Image.open(tmp_path / name).tobytes() for name in ("a.png", "b.png")]
+    assert pixels[0] == pixels[1]
 
 
 def on_a_terminal(command: list[str], env: dict[str, str]) -> tuple[int, str]:

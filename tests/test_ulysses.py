@@ -1,4 +1,4 @@
-"""One picture by several processes is that of one: two and three of them on the CPU, exchanging through gloo."""
+"""One image by several processes is that of one; here on the CPU, exchanging through gloo."""
 
 import os
 import subprocess
@@ -12,6 +12,8 @@ from conftest import GOLDEN
 from safetensors.torch import load_file
 
 import generate
+from errors import InputError
+from runtime.ulysses import Ulysses
 from tools.metadata import read_metadata
 
 ROOT = Path(__file__).parent.parent
@@ -23,47 +25,51 @@ def torchrun(processes: int, *command: object) -> subprocess.CompletedProcess:
     return subprocess.run([*launch, *map(str, command)], capture_output=True, text=True, env=env, timeout=300)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_draw_what_one_draws(processes, tmp_path):
-    done = torchrun(processes, ROOT / "tests" / "ulysses_worker.py", tmp_path / "latents.safetensors")
+def test_several_processes_compute_what_one_computes(tmp_path):
+    done = torchrun(3, ROOT / "tests" / "ulysses_worker.py", tmp_path / "latents.safetensors")
     assert done.returncode == 0, done.stderr
     together = load_file(tmp_path / "latents.safetensors")
     with torch.inference_mode():
-        alone = ulysses_worker.pictures()
-    for name, latents in alone.items():
-        assert (together[name.replace(" ", "_")] - latents).abs().max() < 1e-6 * latents.abs().max(), name
-    drawn = list(alone.values())
-    assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(drawn) for b in drawn[:i])  # each case is one
+        alone = ulysses_worker.latents()
+    for name, expected in alone.items():
+        error = (together[name.replace(" ", "_")] - expected).abs().max()
+        assert error < 1e-6 * expected.abs().max(), name
+    cases = list(alone.values())  # which all differ
+    assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(cases) for b in cases[:i])
 
 
-def test_heads_that_cannot_be_shared_out_are_refused(tmp_path):
-    done = torchrun(4, ROOT / "tests" / "ulysses_worker.py", tmp_path / "latents.safetensors")
-    assert done.returncode != 0 and "the model's 6 heads can't be shared out to 4 processes." in done.stderr
+def test_heads_that_cannot_be_shared_out_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    match = "^--parallel ulysses: the model's 6 heads can't be shared out to 4 processes.$"
+    with pytest.raises(InputError, match=match):
+        Ulysses(torch.device("cpu"), 6)
 
 
-def test_a_run_of_two_processes_is_the_published_picture(golden, tmp_path):
+def test_a_run_of_two_processes_is_the_published_image(golden, tmp_path):
     case = "regional_3boxes_full"
     model, layout = golden / "models" / "flux-tiny-dev", golden / case / "layout.yaml"
     out, latents = tmp_path / "image.png", tmp_path / "latents.safetensors"
-    flags = "--parallel", "ulysses", "--model", model, "--layout", layout, "--device", "cpu", "--dtype", "float32"
+    flags = ("--parallel", "ulysses", "--model", model, "--layout", layout, "--device", "cpu")
     done = torchrun(2, ROOT / "generate.py", *flags, "--output", out, "--save-latents", latents)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(out)]  # said once
+    assert done.stdout.split() == [str(out)]  # printed once
     assert read_metadata(out)["processes"] == 2
     published = load_file(GOLDEN / "latents.safetensors")[case]
     assert (load_file(latents)["latents"] - published).abs().max() < 1e-4
 
 
-def test_what_is_wrong_is_said_once(tmp_path):
-    flags = "--parallel", "ulysses", "--prompt", "x", "--seed", 1, "--output", tmp_path / "a.png"
-    done = torchrun(5, ROOT / "generate.py", *flags, "--width", 16, "--height", 16)
+def test_an_error_is_printed_once(model, tmp_path):
+    flags = ("--parallel", "ulysses", "--prompt", "x", "--seed", 1, "--output", tmp_path / "a.png")
+    done = torchrun(2, ROOT / "generate.py", *flags, "--model", model, "--width", 16, "--height", 16)
     assert done.returncode != 0 and not (tmp_path / "a.png").exists()
-    assert done.stderr.count("--parallel ulysses: 1 tokens can't be shared out to 5 processes.") == 1, done.stderr
+    problem = "--parallel ulysses: 1 tokens can't be shared out to 2 processes."
+    assert done.stderr.count(problem) == 1, done.stderr
 
 
-def test_without_torchrun_it_is_refused(tmp_path, capsys):
-    assert generate.main(["--prompt", "x", "--parallel", "ulysses", "--output", str(tmp_path / "a.png")]) == 2
-    assert "torchrun --nproc-per-node" in capsys.readouterr().err
+def test_without_torchrun_it_is_refused(run):
+    code, _, (line,) = run("--prompt", "x", "--parallel", "ulysses")
+    assert code == 2 and "torchrun --nproc-per-node" in line
 
 
 @pytest.mark.parametrize("flags", [("--shard", "0/2"), ("--attention-maps", "maps")])

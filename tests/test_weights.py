@@ -1,19 +1,20 @@
-"""weights.py on small random checkpoints in every layout, on full-size headers, and on files of other kinds."""
+"""weights.py on small random checkpoints in every format, full-size headers, and foreign files."""
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import weights
 from errors import InputError
 from formats import hub as hub_files
-from formats import key_names as namings
-from formats import recognize
+from formats import key_names, recognize
 from formats import safetensors as files
 from model.autoencoder import AutoEncoder, AutoEncoderParams
 from model.clip import CLIPTextEncoder
@@ -43,50 +44,38 @@ def refuse(match, call, *args, **kwargs):
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
-# ------------------------------------------------------------------------------------------------ the full-size names
-
-
-class Shape:
-    """What a layout needs to know of a tensor: nothing but its shape."""
-
-    def __init__(self, shape):
-        self.shape = tuple(shape)
-
-
 def published(name):
-    text = gzip.decompress((Path(__file__).parent / "fixtures" / "keys" / f"{name}.json.gz").read_bytes())
-    return {key: Shape(shape) for key, shape in json.loads(text).items()}
+    file = Path(__file__).parent / "fixtures" / "keys" / f"{name}.json.gz"
+    shapes = json.loads(gzip.decompress(file.read_bytes()))
+    return {key: SimpleNamespace(shape=tuple(shape)) for key, shape in shapes.items()}
 
 
-def full_size(kind, *params):
-    with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in kind(*params).state_dict().items()}
+SCHNELL = FluxParams(guidance_embed=False)
+PUBLISHED = {
+    "flux_dev_bfl": (key_names.same_name, Flux, FluxParams()),
+    "flux_dev_diffusers": (key_names.flux_from_diffusers, Flux, FluxParams()),
+    "flux_schnell_bfl": (key_names.same_name, Flux, SCHNELL),
+    "flux_schnell_diffusers": (key_names.flux_from_diffusers, Flux, SCHNELL),
+    "autoencoder_bfl": (key_names.same_name, AutoEncoder, AutoEncoderParams()),
+    "autoencoder_diffusers": (key_names.ae_from_diffusers, AutoEncoder, AutoEncoderParams()),
+    "t5_v1_1_xxl_encoder_hf": (key_names.t5_from_hf, T5Encoder, weights.T5Params()),
+    "clip_l_text_hf": (key_names.same_name, CLIPTextEncoder, weights.CLIPParams()),
+}
 
 
-@pytest.mark.parametrize(
-    "name, layout, kind, params",
-    [
-        ("flux_dev_bfl", namings.same_name, Flux, FluxParams()),
-        ("flux_dev_diffusers", namings.flux_from_diffusers, Flux, FluxParams()),
-        ("flux_schnell_bfl", namings.same_name, Flux, FluxParams(guidance_embed=False)),
-        ("flux_schnell_diffusers", namings.flux_from_diffusers, Flux, FluxParams(guidance_embed=False)),
-        ("autoencoder_bfl", namings.same_name, AutoEncoder, AutoEncoderParams()),
-        ("autoencoder_diffusers", namings.ae_from_diffusers, AutoEncoder, AutoEncoderParams()),
-        ("t5_v1_1_xxl_encoder_hf", namings.t5_from_hf, T5Encoder, weights.T5Params()),
-        ("clip_l_text_hf", namings.same_name, CLIPTextEncoder, weights.CLIPParams()),
-    ],
-)
-def test_names_and_shapes_are_those_of_the_published_checkpoints(name, layout, kind, params):
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_names_and_shapes_are_those_of_the_published_checkpoints(name):
+    rows_of, kind, params = PUBLISHED[name]
     file = published(name)
-    recipe = {key: layout(key, file) for key in full_size(kind, params)}
-    for key, shape in full_size(kind, params).items():
-        found = recognize.stacked_shape(recipe[key], file)
-        assert found + (1,) * (len(shape) - len(found)) == shape, key
-    used = {row.key for rows in recipe.values() for row in rows}
+    with torch.device("meta"):
+        state = kind(params).state_dict()
+    used = set()
+    for key, tensor in state.items():
+        rows = rows_of(key, file)
+        used |= {row.key for row in rows}
+        found = recognize.stacked_shape(rows, file)
+        assert found + (1,) * (tensor.ndim - len(found)) == tensor.shape, key
     assert file.keys() - used <= {"encoder.embed_tokens.weight"}
-
-
-# ------------------------------------------------------------------------------------------------------------ formats
 
 
 @pytest.mark.parametrize("save, names", [(tiny.save_model, "BFL"), (tiny.save_diffusers_model, "diffusers")])
@@ -183,28 +172,15 @@ def test_an_all_in_one_file_serves_all_parts(tmp_path):
     assert weights.find(path).t5.prefix == weights.find(tmp_path, clip=tmp_path / "text_encoder").t5.prefix
 
 
-def test_weights_are_cast_to_the_dtype_that_is_asked_for(tmp_path):
-    expected = {key: t.bfloat16() for key, t in tiny.flux_state().items()}
-    for name, state in {"bfl": tiny.flux_state(), "diffusers": tiny.flux_to_diffusers(tiny.flux_state())}.items():
-        assert_same(load("flux", tiny.save(tmp_path / f"{name}.safetensors", state), BF16), expected)
-
-
-def test_changing_a_loaded_weight_leaves_the_file_alone(tmp_path):
-    path = tiny.save(tmp_path / "flux.safetensors", tiny.flux_state())
-    before = path.read_bytes()
-    load("flux", path).img_in.weight.zero_()
-    assert path.read_bytes() == before
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_weights_go_to_the_gpu(tmp_path):
-    tiny.save_diffusers_model(tmp_path)
-    module = weights.load(weights.find(tmp_path).flux, "cuda", BF16)
-    assert all(p.is_cuda for p in module.parameters())
-    assert_same(module.cpu(), {key: t.bfloat16() for key, t in tiny.flux_state().items()})
-
-
-# ------------------------------------------------------------------------------------------------------------------ fp8
+def test_weights_are_cast_and_changing_them_leaves_the_file_alone(tmp_path):
+    state = tiny.flux_state()
+    expected = {key: t.bfloat16() for key, t in state.items()}
+    for i, tensors in enumerate([state, tiny.flux_to_diffusers(state)]):
+        path = tiny.save(tmp_path / f"{i}.safetensors", tensors)
+        before = path.read_bytes()
+        assert_same(load("flux", path, BF16), expected)
+        load("flux", path).img_in.weight.zero_()
+        assert path.read_bytes() == before
 
 
 def quantized(state, scaled=None, shape=()):
@@ -270,40 +246,33 @@ UNREADABLE = {
 }
 
 
-@pytest.mark.parametrize("match", UNREADABLE)
-def test_what_cannot_be_read_is_named_with_its_key(tmp_path, match):
+def test_what_cannot_be_read_is_named_with_its_key(tmp_path):
     stored, _ = quantized(tiny.flux_state(), "weight_scale")
-    if "I8" in match:
-        del stored["img_in.weight_scale"]
-    path = tiny.save(tmp_path / "flux.safetensors", stored | UNREADABLE[match])
-    refuse(f"flux.safetensors: {match}", load, "flux", path)
-
-
-def test_another_quantization_in_the_metadata_is_named(tmp_path):
+    for match, added in UNREADABLE.items():
+        tensors = stored | added
+        if "I8" in match:
+            del tensors["img_in.weight_scale"]
+        path = tiny.save(tmp_path / "flux.safetensors", tensors)
+        refuse(f"flux.safetensors: {match}", load, "flux", path)
     metadata = {"_quantization_metadata": json.dumps({"layers": {"img_in": {"format": "mxfp8"}}})}
     path = tiny.save(tmp_path / "b.safetensors", tiny.flux_state(), metadata)
     refuse("img_in says the format mxfp8; only float8", load, "flux", path)
 
 
-# --------------------------------------------------------------------------------------------------------------- strict
-
-
-@pytest.mark.parametrize("layout", ["BFL", "diffusers"])
-def test_any_missing_key_is_named_with_its_file_and_shape(tmp_path, layout):
-    state = tiny.flux_state() if layout == "BFL" else tiny.flux_to_diffusers(tiny.flux_state())
-    for i, key in enumerate(state):
-        path = tmp_path / f"{i}.safetensors"
-        save_file({k: t.contiguous() for k, t in state.items() if k != key}, path)
-        if "guidance" in key and key.endswith("in_layer.weight"):
-            continue
-        refuse(f"{i}.safetensors: {key} is missing.*FLUX.1 transformer in {layout} names", load, "flux", path)
+@pytest.mark.parametrize("names", ["BFL", "diffusers"])
+def test_any_missing_key_is_named_with_its_file_and_shape(tmp_path, names):
+    state = tiny.flux_state() if names == "BFL" else tiny.flux_to_diffusers(tiny.flux_state())
+    source = weights.pick("flux", "--flux", tiny.save(tmp_path / "x.safetensors", state))
+    for key in state:
+        tensors = {other: t for other, t in source.tensors.items() if other != key}
+        match = f"x.safetensors: {key} is missing.*FLUX.1 transformer in {names} names"
+        refuse(match, weights.check_loads, replace(source, tensors=tensors))
 
 
 @pytest.mark.parametrize("part", ["t5", "clip", "ae"])
-def test_a_missing_key_of_any_part_is_named(tmp_path, part):
-    state = STATE[part]()
-    key = list(state)[-1]
-    path = tiny.save(tmp_path / "x.safetensors", {k: t for k, t in state.items() if k != key}, config=tiny.AE_CONFIG)
+def test_a_missing_key_of_any_component_is_named(tmp_path, part):
+    *state, (key, _) = STATE[part]().items()
+    path = tiny.save(tmp_path / "x.safetensors", dict(state), config=tiny.AE_CONFIG)
     refuse(f"x.safetensors: {key} is missing, expected with shape", load, part, path)
 
 
@@ -330,8 +299,6 @@ def test_heads_and_groups_that_do_not_fit_are_named(tmp_path):
     path = tiny.save(tmp_path / "flux.safetensors", tensors)
     refuse(r"img_in.weight has shape \(64, 64\), expected a multiple of 7 rows", load, "flux", path)
 
-
-# ------------------------------------------------------------------------------------------------------- the wrong file
 
 FOREIGN = {
     "LoRA": {"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": (4, 8)},
@@ -406,9 +373,6 @@ def test_a_file_that_is_not_safetensors_is_named(tmp_path, name, content, match)
     refuse(f"{name}: .*{match}", load, "flux", tmp_path / name)
 
 
-# -------------------------------------------------------------------------------------------------------------- folders
-
-
 def test_single_files_come_before_diffusers_folders(tmp_path):
     tiny.save_diffusers_model(tmp_path)
     tiny.save(tmp_path / "flux1-dev.safetensors", tiny.flux_state())
@@ -443,19 +407,6 @@ def test_file_names_do_not_matter(tmp_path):
     tiny.save(tmp_path / "clip_l.safetensors", tiny.ae_state(), config=tiny.AE_CONFIG | {"num_attention_heads": 3})
     for part in STATE:
         assert_same(load(part, tmp_path), STATE[part]())
-
-
-def test_a_snapshot_of_links_and_a_cache_folder_are_fine(tmp_path):
-    blobs = tiny.save_model(tmp_path / "blobs")
-    (tmp_path / "snapshot" / ".cache").mkdir(parents=True)
-    (tmp_path / "snapshot" / ".cache" / "x.safetensors").write_bytes(b"half a download")
-    for i, file in enumerate(path for path in blobs.rglob("*") if path.is_file()):
-        link = tmp_path / "snapshot" / file.relative_to(blobs)
-        link.parent.mkdir(exist_ok=True)
-        link.symlink_to(file.rename(blobs / f"blob{i}"))
-    found = weights.find(tmp_path / "snapshot")
-    assert found.clip_tokenizer == tmp_path / "snapshot" / "tokenizer"
-    assert weights.clip_params(found.clip) == tiny.CLIP
 
 
 SHARD = "diffusion_pytorch_model-00002-of-00003.safetensors"
@@ -514,9 +465,6 @@ def test_four_given_parts_need_no_model(tmp_path, monkeypatch):
     assert found.t5_tokenizer == model / "tokenizer_2" / "tokenizer.json"
 
 
-# ----------------------------------------------------------------------------------------------------------- tokenizers
-
-
 def test_tokenizers_come_from_the_model_folder_or_beside_the_encoder(tmp_path):
     model, other = tiny.save_model(tmp_path / "model"), tiny.save_model(tmp_path / "other")
     found = weights.find(model, t5=other / "text_encoder_2")
@@ -552,30 +500,27 @@ def test_absent_tokenizers_that_are_out_of_reach_are_one_sentence(tmp_path, monk
     refuse("no tokenizer/ with vocab.json and merges.txt is near.*out of reach.*copy tokenizer/", weights.find, model)
 
 
-# --------------------------------------------------------------------------------------------------------------- memory
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
-@pytest.mark.parametrize("layout", ["BFL", "diffusers"])
-def test_loading_holds_the_weights_in_memory_once(tmp_path, layout):
-    params = FluxParams(hidden_size=1024, mlp_hidden=4096, num_heads=8, depth=1, depth_single_blocks=4)
+def test_loading_holds_the_weights_in_memory_once(tmp_path):
+    """In BFL's names and in diffusers', where joined projections come apart."""
+    hidden = 1024
+    params = FluxParams(
+        hidden_size=hidden, mlp_hidden=4096, num_heads=8, depth=1, depth_single_blocks=4
+    )  # fmt: skip
     with torch.device("meta"):
-        state = {key: torch.zeros(t.shape, dtype=BF16, device=CPU) for key, t in Flux(params).state_dict().items()}
-    if layout == "diffusers":
-        state = in_thirds(state, 1024)
-    path = tiny.save(tmp_path / "flux.safetensors", state)
-    small = tiny.save(tmp_path / "small.safetensors", tiny.flux_state())
-    assert tiny.peak_memory(small, path) < 1.15 * path.stat().st_size
-
-
-def in_thirds(state, hidden):
-    """A transformer's zeros in diffusers' names, its joined projections apart."""
+        shapes = {key: t.shape for key, t in Flux(params).state_dict().items()}
+    state = {key: torch.zeros(shape, dtype=BF16) for key, shape in shapes.items()}
     theirs = {}
     for key, tensor in state.items():
-        *firsts, last = [row.key for row in namings.flux_from_diffusers(key, {})]
+        *firsts, last = [row.key for row in key_names.flux_from_diffusers(key, {})]
         theirs |= {name: tensor[:hidden].clone() for name in firsts}
         theirs[last] = tensor[hidden * len(firsts) :].clone()
-    return theirs
+    small = tiny.save(tmp_path / "small.safetensors", tiny.flux_state())
+    for name, tensors in ("bfl", state), ("diffusers", theirs):
+        path = tiny.save(tmp_path / f"{name}.safetensors", tensors)
+        peak, imported = tiny.peak_memory(small, path)
+        assert peak < 1.15 * path.stat().st_size
+        assert "gguf" not in imported
 
 
 def test_what_was_saved_is_what_is_read(tmp_path):

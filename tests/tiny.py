@@ -15,6 +15,7 @@ from model.t5 import T5Encoder, T5Params
 from model.transformer import Flux, FluxParams
 
 State = dict[str, Tensor]
+ROOT = Path(__file__).parent.parent
 
 FLUX = FluxParams(
     vec_in_dim=48, context_in_dim=32, hidden_size=64, mlp_hidden=192, num_heads=2, depth=2, depth_single_blocks=3
@@ -197,7 +198,7 @@ def clip_to_openai(state: State) -> State:
 
 
 PEAK = """
-import sys, torch, weights
+import sys, torch, generate, weights
 from pathlib import Path
 
 def status(name):
@@ -209,11 +210,14 @@ before = status("VmRSS")
 model = weights.load(source, "cpu", torch.bfloat16)
 for tensor in model.parameters():
     tensor.flatten().view(torch.uint8)[::4096].sum()
-print(1024 * (status("VmHWM") - before))
+print(1024 * (status("VmHWM") - before), *sys.modules)
 """
 
 
-def peak_memory(small: Path, file: Path) -> int:
-    """Bytes at the peak of loading a transformer's file in bfloat16, in a process that has loaded a small one."""
+def peak_memory(small: Path, file: Path) -> tuple[int, list[str]]:
+    """Bytes at the peak of loading a transformer's file in bfloat16, in a process that has loaded a
+    small one; and the modules that it has imported."""
     command = [sys.executable, "-c", PEAK, small, file]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    peak, *imported = done.stdout.split()
+    return int(peak), imported

@@ -1,4 +1,4 @@
-"""What test_ulysses.py runs in several processes: pictures of a small model in every way that sampling knows.
+"""What test_ulysses.py runs in several processes: a small model in every way that sampling knows.
 
 torchrun --nproc-per-node 3 tests/ulysses_worker.py latents.safetensors
 """
@@ -13,14 +13,13 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
-from errors import InputError  # noqa: E402
 from extensions.control import LoadedControl, controlnets, scale_of  # noqa: E402
 from extensions.controlnet import ControlNet, ControlNetParams  # noqa: E402
 from extensions.lora import Change, Lora, LowRank  # noqa: E402
 from extensions.region_lora import all_of, region_loras  # noqa: E402
 from model.transformer import Flux, FluxParams  # noqa: E402
 from regional.attention import portable_attention  # noqa: E402
-from regional.layout import Control, Layout, Region, RegionLora  # noqa: E402
+from regional.layout import Control, Defaults, Layout, Region, RegionLora  # noqa: E402
 from regional.mask import region_tokens  # noqa: E402
 from regional.sampling import Conditioning, sample  # noqa: E402
 from runtime.ulysses import Ulysses  # noqa: E402
@@ -29,15 +28,16 @@ SIZES = dict(
     vec_in_dim=12, context_in_dim=20, hidden_size=192, mlp_hidden=96, num_heads=6, depth=2, depth_single_blocks=3
 )
 CPU = torch.device("cpu")
-WIDTH, HEIGHT = 80, 112  # 35 image tokens; with texts of 7 and 5 nothing can be shared out evenly
-TOP, RIGHT = dict(prompt="a", box=(0, 0, 80, 56)), dict(prompt="b", box=(32, 16, 80, 112))
+# 35 image tokens; with prompts of 7 and 5 tokens nothing can be shared out evenly
+SIZE = dict(width=80, height=112, steps=2, mask_inject_steps=1)
+TOP = dict(prompt="a", box=(0, 0, 80, 56))
+RIGHT = dict(prompt="b", box=(32, 16, 80, 112))
+FLUX_DEV = Defaults(24, 512, 1024, 2, 3)
 
 
 def layout(*regions: dict, **more) -> Layout:
-    return Layout(
-        prompt="p", width=WIDTH, height=HEIGHT, steps=3, mask_inject_steps=2,
-        regions=tuple(Region(**region) for region in regions), **more,
-    )  # fmt: skip
+    regions = tuple(Region(**region) for region in regions)
+    return Layout(prompt="p", regions=regions, **SIZE, **more).resolved(FLUX_DEV)
 
 
 LORAS = {"loras": (RegionLora(file="everywhere", scale=0.8, plain_steps=True),)}
@@ -80,15 +80,17 @@ def control_of(name: str, of: Layout) -> LoadedControl:
     return LoadedControl(net, torch.randn(1, 35, 64).double(), scale_of(setting, of).double(), setting)
 
 
-def pictures(parallel: Ulysses | None = None) -> dict[str, Tensor]:
-    flux, found = random_model(Flux, FluxParams(**SIZES)), {}
+def latents(parallel: Ulysses | None = None) -> dict[str, Tensor]:
+    flux = random_model(Flux, FluxParams(**SIZES))
+    found = {}
     loras = {"everywhere": random_lora(flux)}
     part = parallel.part if parallel else all_of
     for name, of in CASES.items():
         torch.manual_seed(1)
         tokens = region_tokens(of) if of.regions else None
         count = len(tokens.prompts) if tokens else 0
-        txt, regions, y = (torch.randn(*shape).double() for shape in ((1, 7, 20), (count, 5, 20), (1 + count, 12)))
+        shapes = ((1, 7, 20), (count, 5, 20), (1 + count, 12))
+        txt, regions, y = (torch.randn(shape).double() for shape in shapes)
         conditioning = Conditioning(txt, regions if count else None, y)
         extensions = [region_loras(flux, of, loras, CPU, torch.float64, partial(part, dim=0))]
         extensions += [parallel.extend] if parallel else []
@@ -100,11 +102,8 @@ def pictures(parallel: Ulysses | None = None) -> dict[str, Tensor]:
 
 if __name__ == "__main__":
     with torch.inference_mode():
-        try:
-            parallel = Ulysses(CPU, SIZES["num_heads"])
-        except InputError as error:
-            sys.exit(str(error))
-        found = pictures(parallel)
+        parallel = Ulysses(CPU, SIZES["num_heads"])
+        found = {name.replace(" ", "_"): x.contiguous() for name, x in latents(parallel).items()}
         if parallel.is_any(parallel.rank == parallel.size - 1) and parallel.rank == 0:
-            save_file({name.replace(" ", "_"): latents.contiguous() for name, latents in found.items()}, sys.argv[1])
+            save_file(found, sys.argv[1])
         parallel.close()
