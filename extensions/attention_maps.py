@@ -6,8 +6,8 @@ from torch import Tensor
 
 from model.attention import Attention, Block
 from regional.attention import added_scores, in_one_sequence
+from regional.extension import Branches, Forward, Pass
 from regional.mask import allowed
-from regional.sampling import Branches, Forward, Pass
 
 
 class AttentionMaps:

@@ -17,10 +17,10 @@ from errors import InputError, warn
 from extensions.controlnet import ControlNet, Residuals
 from model.attention import Block
 from model.transformer import FluxParams
+from regional.extension import Branches, Conditioning, Extension, Forward, Pass
 from regional.images import read_image
 from regional.layout import Control, Layout
 from regional.mask import region_tokens
-from regional.sampling import Branches, Conditioning, Extension, Forward, Pass
 from sampler.flow import text_ids
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from extensions.lora import MODULATION, Addition, Change, Loras, added, hooks_for
 from model.layers import Vectors
 from model.transformer import Flux
+from regional.extension import Branches, Extension, Forward, Pass
 from regional.layout import Layout
-from regional.sampling import Branches, Extension, Forward, Pass
 
 # By the first part of a tensor's name.
 STREAMS = {"img_in": "img", "txt_in": "txt", "single_blocks": "both", "final_layer": "img"}
