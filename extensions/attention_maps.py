@@ -14,15 +14,15 @@ class AttentionMaps:
     """Watches the attention of one image's regional steps.
 
     For every image token, the fraction of its attention in the regional branch that goes to each
-    region's prompt tokens; the mean over the heads, and over the blocks of a group: thirds of the
-    double and of the single blocks. The scores are computed once more, by values of the region bits.
+    region's prompt; the mean over the heads, and over the blocks of a group: thirds of the double
+    and of the single blocks. The scores are computed once more, by values of the region bits.
     """
 
     def __init__(self, depth: int, depth_single_blocks: int):
         self.group_of = {}
         self.groups = []
         for kind, count in ("double", depth), ("single", depth_single_blocks):
-            for blocks in np.array_split(np.arange(count), min(3, count)):
+            for blocks in np.array_split(range(count), min(3, count)):
                 group = len(self.groups), len(blocks)
                 self.group_of |= {Block(kind, int(i)): group for i in blocks}
                 last = f"-{blocks[-1]}" if len(blocks) > 1 else ""
@@ -30,21 +30,22 @@ class AttentionMaps:
         self.steps = []
 
     def extend(self, forward: Forward, branches: Branches) -> Forward:
-        """The extension of sampling that watches one image's regional steps."""
         if branches.base_ratio is None:
             return forward
+        length = len(branches.order)
+        prompts = len(branches.region_bits[:-length].unique())
 
         def watched(given: Pass, step: int) -> Tensor:
-            image_length = len(branches.order)
-            texts = branches.region_bits[: len(branches.region_bits) - image_length].unique()
-            self.steps.append(torch.zeros(len(self.groups), len(texts), image_length))
-            return forward(given._replace(attention=self.watch(given.attention, branches)), step)
+            self.steps.append(torch.zeros(len(self.groups), prompts, length))
+            attention = self.watch(given.attention, branches)
+            return forward(given._replace(attention=attention), step)
 
         return watched
 
     def watch(self, attention: Attention, branches: Branches) -> Attention:
         """The same attention; what it is given is added to the last of `steps`."""
-        bits, order = branches.region_bits, branches.order
+        bits = branches.region_bits
+        order = branches.order
         start = len(bits) - len(order)
         text_length = start // self.steps[-1].shape[1]
         every = torch.arange(len(bits), device=bits.device)

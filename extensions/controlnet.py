@@ -6,11 +6,10 @@ Two families, with one network behind both:
 - XLabs: the control image's pixels, read by eight convolutions (`input_hint_block`); two double
   blocks, whose residuals take turns.
 
-Names are the files': the official ones for what FLUX has too, else diffusers' (InstantX) or XLabs'.
+Names are the files': the official ones for what FLUX has too, else diffusers' or XLabs'.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,14 +20,13 @@ from torch import Tensor, nn
 from model.attention import Block
 from model.layers import Vectors, embedding
 from model.transformer import FluxParams, Streams
+from regional.layout import Control
 
 
 @dataclass(frozen=True)
 class ControlNetParams(FluxParams):
-    """Sizes of a ControlNet; extensions/loading.py reads them from the file.
-
-    modes: those of a union model, else 0. hint_width: channels in the input_hint_block, 0 without.
-    """
+    """Sizes of a ControlNet. modes: those of a union model, else 0. hint_width: channels in the
+    input_hint_block, 0 without."""
 
     modes: int = 0
     hint_width: int = 0
@@ -41,16 +39,13 @@ class Residuals(NamedTuple):
     single: list[Tensor]
 
     def after(self, block: Block, depth: int, in_turn: bool) -> Tensor | None:
-        """That for this block, of `depth` of its kind; None if there are none of the kind. They are
-        spread over groups of ceil(depth / n) neighbors (InstantX), or taken `in_turn` (XLabs)."""
+        """That for this block, of `depth` of its kind; None if there are none of the kind. They
+        are spread over groups of ceil(depth / n) neighbors, or taken `in_turn` (XLabs)."""
         residuals = getattr(self, block.kind)
         if not residuals:
             return None
         group = math.ceil(depth / len(residuals))
         return residuals[block.index % len(residuals) if in_turn else block.index // group]
-
-    def each(self, function: Callable[[Tensor], Tensor]) -> "Residuals":
-        return Residuals(*([function(residual) for residual in kind] for kind in self))
 
 
 def hint_block(width: int, out_channels: int) -> nn.Sequential:
@@ -81,13 +76,13 @@ class ControlNet(Streams):
         return rearrange(hint, "B c (h ph) (w pw) -> B (h w) (c ph pw)", ph=2, pw=2)
 
     def forward(
-        self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, modulation: list[Vectors],
-        control: Tensor, mode: int | None = None,
+        self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor,
+        modulation: list[Vectors], control: Tensor, mode: int | None = None,
     ) -> Residuals:  # fmt: skip
         """The residuals for the image tokens, each (B, L_img, D).
 
         The first five as in Flux.forward. control: (B, L_img, in_channels), the control image's
-        packed latents, or `read`. mode: for union models alone, one more token before the text.
+        packed latents, or `read`. mode: for union models alone, one more token before the prompt's.
         """
         length = img.shape[1]
         hidden = self.embed(img, img_ids, txt, txt_ids)
@@ -107,3 +102,13 @@ class ControlNet(Streams):
 
         self.blocks(hidden, modulation, after_block=collect)
         return residuals
+
+
+class LoadedControl(NamedTuple):
+    """tokens: (1, L_img, in_channels), the control image as the net reads it; scale: (L_img, 1),
+    of each image token's residuals. Both are row by row."""
+
+    net: ControlNet
+    tokens: Tensor
+    scale: Tensor
+    setting: Control

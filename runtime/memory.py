@@ -8,8 +8,8 @@ import torch
 
 import weights
 from errors import info
-from extensions.loading import find_controlnet
-from formats.recognize import WHAT, Source
+from formats.hub import locate
+from formats.recognize import CONTROLNET_FILES, WHAT, Source
 from model.transformer import FluxParams
 from regional.layout import Layout
 from runtime.offload import FLUX_MODULATION, block_of
@@ -104,7 +104,8 @@ def working_bytes(source: Source, layout: Layout | None, dtype: torch.dtype, fp8
     if source.part != "flux" or layout is None:
         return int(WORKING_T5)
     params: FluxParams = weights.flux_params(source)
-    nets = [find_controlnet(name) for name in {control.model for control in layout.controlnets}]
+    places = {locate(control.model, CONTROLNET_FILES, control.model) for control in layout.controlnets}
+    nets = [weights.pick("controlnet", "--controlnet", place) for place in places]
     pixels, regions = layout.width * layout.height, len(layout.regions)
     tokens = pixels // 256 + layout.max_sequence_length
     if regions:  # and the background; the second image stream
