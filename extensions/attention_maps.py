@@ -11,12 +11,9 @@ from regional.mask import allowed
 
 
 class AttentionMaps:
-    """Watches the attention of one image's regional steps.
-
-    For every image token, the fraction of its attention in the regional branch that goes to each
-    region's prompt; the mean over the heads, and over the blocks of a group: thirds of the double
-    and of the single blocks. The scores are computed once more, by values of the region bits.
-    """
+    """Watches the attention of one image's regional steps: for every image token, the fraction of
+    it in the regional branch that goes to each region's prompt; the mean over the heads, and over
+    the blocks of a group, thirds of the double and of the single blocks."""
 
     def __init__(self, depth: int, depth_single_blocks: int):
         self.group_of = {}
@@ -34,41 +31,44 @@ class AttentionMaps:
             return forward
         length = len(branches.order)
         prompts = len(branches.region_bits[:-length].unique())
+        size = (len(self.groups), prompts, length)
 
         def watched(given: Pass, step: int) -> Tensor:
-            self.steps.append(torch.zeros(len(self.groups), prompts, length))
+            self.steps.append(torch.zeros(size))
             attention = self.watch(given.attention, branches)
             return forward(given._replace(attention=attention), step)
 
         return watched
 
     def watch(self, attention: Attention, branches: Branches) -> Attention:
-        """The same attention; what it is given is added to the last of `steps`."""
+        """The same attention; its fractions are added to the last of `steps`. The scores are
+        computed once more, by values of the region bits."""
         bits = branches.region_bits
         order = branches.order
-        start = len(bits) - len(order)
-        text_length = start // self.steps[-1].shape[1]
+        length = len(order)
+        start = len(bits) - length
+        words = start // self.steps[-1].shape[1]
         every = torch.arange(len(bits), device=bits.device)
-        no_base = torch.zeros(len(order), device=bits.device)
+        no_base = torch.zeros(length, device=bits.device)
         log_weights = branches.log_weights
         if log_weights is not None:
             log_weights = log_weights.to(bits.device)
-        weighed = in_one_sequence(bits, 0, text_length, no_base, log_weights)
+        weighed = in_one_sequence(bits, 0, words, no_base, log_weights)
 
         def watched(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
             group, blocks = self.group_of[block]
-            q_img = q[:, :, -len(order) :]
-            k_seen = torch.cat([k[:, :, :start], k[:, :, -len(order) :]], dim=2)
+            q_img = q[:, :, -length:]
+            seen = torch.cat([k[:, :, :start], k[:, :, -length:]], dim=2)
             for value in bits[start:].unique():
                 rows = (bits[start:] == value).nonzero().flatten()
-                scores = q_img[:, :, rows] @ k_seen.mT / q.shape[-1] ** 0.5
+                scores = q_img[:, :, rows] @ seen.mT / q.shape[-1] ** 0.5
                 if branches.is_masked(block):
-                    added = added_scores(weighed, start + rows, every)
-                    scores = scores if added is None else scores + added.to(scores)
-                    scores = scores.masked_fill(~allowed(bits, value), float("-inf"))
-                weights = scores.float().softmax(-1)[..., :start]
-                fraction = weights.unflatten(-1, (-1, text_length)).sum(-1).mean((0, 1))
-                self.steps[-1][group][:, order[rows.cpu()]] += fraction.T.cpu() / blocks
+                    more = added_scores(weighed, start + rows, every)
+                    scores = scores if more is None else scores + more.to(scores)
+                    scores = scores.masked_fill(~allowed(bits, value), -torch.inf)
+                found = scores.float().softmax(-1)[..., :start]
+                found = found.unflatten(-1, (-1, words)).sum(-1).mean((0, 1))
+                self.steps[-1][group][:, order[rows.cpu()]] += found.T.cpu() / blocks
             return attention(q, k, v, block)
 
         return watched

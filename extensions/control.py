@@ -1,8 +1,7 @@
-"""ControlNets and control LoRAs as extensions of sampling.
+"""ControlNets and control LoRAs as extensions of sampling. A ControlNet reads the base prompt.
 
-Double blocks have one image stream, single blocks of a regional step with a base branch two,
-[..., base img, img]; both get a ControlNet's residuals, unless `residuals: published` asks for the
-last one alone. In every step a ControlNet is given the base prompt.
+Single blocks of a regional step with a base branch have two image streams, [..., base img, img];
+both get a ControlNet's residuals, or with `residuals: published` the last one alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,31 +20,30 @@ def controlnets(
     controls: Sequence[LoadedControl], params: FluxParams, steps: int,
     conditioning: Conditioning, part: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Extension:  # fmt: skip
-    """params: the transformer's; steps: the layout's; part: which of a stream's tokens, along
-    dimension 1, this process has."""
+    """params: the transformer's; steps: the layout's; part: this process's part of a stream's
+    tokens, along dimension 1."""
     depths = {"double": params.depth, "single": params.depth_single_blocks}
-    txt = conditioning.txt
-    y = conditioning.y[:1]
+    txt, _, y = conditioning
 
     def residuals_of(control: LoadedControl, given: Pass, order: Tensor) -> Residuals:
         net, tokens, scale, setting = control
-        modulation = net.modulation(given.timesteps, y, given.guidance)
-        inputs = given.img, given.img_ids, txt, text_ids(txt.shape[1]), modulation
-        found = net(*inputs, tokens[:, order], setting.mode)
+        modulation = net.modulation(given.timesteps, y[:1], given.guidance)
+        inputs = (given.img, given.img_ids, txt, text_ids(txt.shape[1]))
+        found = net(*inputs, modulation, tokens[:, order], setting.mode)
         return Residuals(*([part(x * scale[order]) for x in kind] for kind in found))
 
     def extend(forward: Forward, branches: Branches) -> Forward:
         def with_residuals(given: Pass, step: int) -> Tensor:
-            acting = [control for control in controls if control.setting.acts(step, steps)]
-            found = [residuals_of(control, given, branches.order) for control in acting]
+            acting = [x for x in controls if x.setting.acts(step, steps)]
+            found = [residuals_of(x, given, branches.order) for x in acting]
 
             def after_block(x: Tensor, block: Block) -> Tensor:
                 x = given.after_block(x, block)
-                for (net, *_, setting), residuals in zip(acting, found):
-                    in_turn = net.params.hint_width > 0
+                for control, residuals in zip(acting, found):
+                    in_turn = control.net.params.hint_width > 0
                     residual = residuals.after(block, depths[block.kind], in_turn)
+                    alone = control.setting.residuals == "published"
                     if residual is not None:
-                        alone = setting.residuals == "published"
                         add(x, residual, 1 if alone else branches.streams)
                 return x
 
@@ -57,8 +55,8 @@ def controlnets(
 
 
 def add(x: Tensor, residual: Tensor, streams: int) -> None:
-    """Add a residual (B, L_img, D) to each of the last `streams` image streams of x (B, L, D), or
-    to the one that double blocks and the last block give; in place: x is the block's own result."""
+    """Add a residual (B, L_img, D) to the last image streams of x (B, L, D), which double blocks
+    and the last block give one of; in place: x is the block's own result."""
     length = residual.shape[1]
     streams = min(streams, x.shape[1] // length)
     images = x[:, x.shape[1] - streams * length :].unflatten(1, (streams, length))

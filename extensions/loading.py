@@ -19,17 +19,17 @@ from regional.images import read_image
 from regional.layout import Control, Layout
 from regional.mask import region_tokens
 
-# ------------------------------------------------------------------------------------------ LoRAs
-
 
 def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras = NO_LORAS) -> Loras:
-    """All LoRAs that a layout names, by their names there; `known` ones are not read again. Warns
-    of what is left out of them."""
+    """A layout's LoRAs by their names there; `known` ones are not read again. Warns of what is
+    left out of them."""
     named = [(f"loras[{i}].file", lora) for i, lora in enumerate(layout.loras)]
     for i, region in enumerate(layout.regions):
         named += [(f"regions[{i}].loras[{j}].file", own) for j, own in enumerate(region.loras)]
-    sources = {part: getattr(checkpoint, part) for part in ("flux", "t5", "clip")}
-    modules = {part: weights.on_meta(source) for part, source in sources.items()}
+    if not named:
+        return NO_LORAS
+    parts = ("flux", "t5", "clip")
+    modules = {part: weights.on_meta(getattr(checkpoint, part)) for part in parts}
     loras = {}
     for key, entry in named:
         where = f"{key} = {entry.file}"
@@ -40,12 +40,11 @@ def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras = NO
                 keys = f"{len(lora.unknown)} unrecognized keys"
                 warn(f"{lora.path}: {keys} are skipped, such as {lora.unknown[0]}")
         loras[entry.file] = lora
-        has_image = bool(getattr(entry, "image", None))
-        if lora.is_control and not has_image:
-            problem = "is a control LoRA, for the whole image, and needs an image"
-            raise InputError(key, Path(entry.file), f"this LoRA {problem}")
-        if has_image and not lora.is_control:
-            raise InputError(key, Path(entry.file), "this LoRA takes no image")
+        if lora.is_control != bool(getattr(entry, "image", None)):
+            needs = "takes no image"
+            if lora.is_control:
+                needs = "is a control LoRA, for the whole image, and needs an image"
+            raise InputError(key, Path(entry.file), f"this LoRA {needs}")
         skipped = {x.name for x in lora.changes["flux"] if not can_be_regional(x)}
         skipped |= {x.name for x in lora.changes["clip"]}
         if skipped and key.startswith("regions"):
@@ -63,7 +62,7 @@ def control_of(layout: Layout) -> Tensor | None:
 
 
 def merges_of(layout: Layout, loras: Loras, part: str) -> weights.Merges:
-    """By tensor, what merges the layout's LoRAs for the whole image into a component's weights."""
+    """By tensor, what merges the LoRAs for the whole image into a component's weights."""
     changes = {}
     for entry in layout.loras:
         for change in loras[entry.file].changes[part]:
@@ -71,21 +70,21 @@ def merges_of(layout: Layout, loras: Loras, part: str) -> weights.Merges:
     return {name: partial(merge, changes=own) for name, own in changes.items()}
 
 
-# ------------------------------------------------------------------------------------ ControlNets
-
-
 def plan_controls(layout: Layout, flux: Source) -> list[tuple[Source, Tensor]]:
-    """For each of the layout's ControlNets its file, checked against the transformer and the mode,
-    and its control image, (1, 3, height, width) in [-1, 1]."""
+    """For each of the layout's ControlNets its file, which fits, and its control image, (1, 3,
+    height, width) in [-1, 1]."""
     found = []
+    steps = layout.steps
     for i, control in enumerate(layout.controlnets):
-        source = find_controlnet(control.model, f"controlnets[{i}].model")
+        key = f"controlnets[{i}]"
+        source = find_controlnet(control.model, f"{key}.model")
         check_base(source, flux)
-        check_mode(control, source, f"controlnets[{i}].mode")
-        found.append((source, control_image(control.image, control.preprocess, layout)))
-        if not any(control.acts(step, layout.steps) for step in range(layout.steps)):
-            which = f"none of the {layout.steps} steps"
-            warn(f"{control.model}: {which} lies between start and end")
+        check_mode(control, source, f"{key}.mode")
+        image = control_image(control.image, control.preprocess, layout)
+        found.append((source, image))
+        if not any(control.acts(step, steps) for step in range(steps)):
+            none = f"none of the {steps} steps"
+            warn(f"{control.model}: {none} lies between start and end")
     return found
 
 
@@ -102,12 +101,11 @@ def check_base(controlnet: Source, flux: Source) -> None:
     own = controlnet_params(controlnet)
     base = weights.flux_params(flux)
     for key in ("hidden_size", "in_channels", "context_in_dim", "vec_in_dim"):
-        found = getattr(own, key)
-        expected = getattr(base, key)
+        found, expected = (getattr(sizes, key) for sizes in (own, base))
         if found != expected:
+            problem = "this ControlNet is of the wrong base size"
             sizes = f"its {key} is {found}, that of {flux.path} is {expected}"
-            problem = f"this ControlNet is of the wrong base size: {sizes}"
-            raise InputError(controlnet.path, MISSING, problem)
+            raise InputError(controlnet.path, MISSING, f"{problem}: {sizes}")
 
 
 def check_mode(control: Control, source: Source, key: str) -> None:
@@ -126,8 +124,8 @@ def load_controls(
     layout: Layout, found: list[tuple[Source, Tensor]], device: torch.device, dtype: torch.dtype,
     nets: dict[Path, ControlNet],
 ) -> list[LoadedControl]:  # fmt: skip
-    """The layout's ControlNets. found: what `plan_controls` gives, with packed latents (1, L_img,
-    64) for images that are not read as pixels. nets: those loaded; new ones are added."""
+    """found: what `plan_controls` gives, with packed latents (1, L_img, 64) for images that are
+    not read as pixels. nets: those that are loaded; new ones are added."""
     controls = []
     for setting, (source, image) in zip(layout.controlnets, found):
         if source.path not in nets:
@@ -166,9 +164,6 @@ def scale_of(control: Control, layout: Layout) -> Tensor:
         return torch.full((layout.width * layout.height // 256, 1), control.scale)
     inside = region_tokens(layout).image_bits >> control.region & 1
     return control.scale * inside[:, None].float()
-
-
-# --------------------------------------------------------------------------------- control images
 
 
 def control_image(file: str, preprocess: str | None, layout: Layout) -> Tensor:

@@ -67,11 +67,8 @@ def converted(term: Term, device: torch.device | str, dtype: torch.dtype) -> Ter
 
 
 class Change(NamedTuple):
-    """What a file does to rows [start, stop) of the tensor `name`.
-
-    magnitude: DoRA's, (out, 1) or (1, in), the lengths to which the changed weight's rows, or
-    columns, are scaled. replaces: the term replaces what was there.
-    """
+    """What a file does to rows [start, stop) of the tensor `name`. magnitude: DoRA's, (out, 1) or
+    (1, in), the lengths of the changed weight's rows or columns. replaces: what was there."""
 
     name: str
     start: int
@@ -89,14 +86,15 @@ class Change(NamedTuple):
             return new
         changed = rows + new
         magnitude = self.magnitude.to(rows.device).to(rows.dtype)
-        lengths = changed.norm(dim=1 if len(magnitude) == len(rows) else 0, keepdim=True)
+        by_row = len(magnitude) == len(rows)
+        lengths = changed.norm(dim=1 if by_row else 0, keepdim=True)
         return changed * magnitude / lengths - rows
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A file's changes to each component, flux, t5 and clip, and its unknown keys. is_control: it
-    makes the transformer read a control image next to the noisy one (BFL's Canny and Depth)."""
+    """A file's changes to flux, t5 and clip, and its unknown keys. is_control: with it the
+    transformer reads a control image next to the noisy one (BFL's Canny and Depth)."""
 
     path: Path
     changes: dict[str, list[Change]]
@@ -109,8 +107,7 @@ NO_LORAS: Loras = {}
 
 
 def merge(weight: Tensor, changes: list[tuple[Change, float]]) -> Tensor:
-    """A weight, in float32 or more, with changes at these scales; a change with more columns, as
-    control LoRAs have, makes it wider."""
+    """A weight, in float32 or more, with changes at these scales; control LoRAs make it wider."""
     weight = weight.clone()
     for change, scale in changes:
         low_rank = isinstance(change.term, LowRank)
@@ -129,8 +126,7 @@ STREAMS = {"img_in": "img", "txt_in": "txt", "single_blocks": "both", "final_lay
 
 
 def stream_of(name: str) -> str | None:
-    """Which tokens a tensor of Flux works on: img, txt, or both in a single block; None for the
-    embedders of time, guidance and CLIP's embedding."""
+    """Which tokens a tensor of Flux works on: img, txt, both; None for those of vectors."""
     first, *rest = name.split(".")
     return rest[1][:3] if first == "double_blocks" else STREAMS.get(first)
 
@@ -147,13 +143,12 @@ class Addition(NamedTuple):
     tokens: Tensor
 
 
-Hook = Callable[[nn.Module, tuple[Tensor], dict[str, Any], Tensor], Tensor]
+Hooks = dict[str, Callable[..., Tensor]]  # by layer
 
 
 @contextmanager
-def added(module: nn.Module, hooks: dict[str, Hook]) -> Iterator[None]:
-    """While it lasts, layers make the additions of these hooks; for other tokens they compute the
-    same bits as without."""
+def added(module: nn.Module, hooks: Hooks) -> Iterator[None]:
+    """While it lasts, layers make these additions; other tokens keep their bits."""
     with ExitStack() as stack:
         for layer, hook in hooks.items():
             linear = module.get_submodule(layer)
@@ -161,10 +156,8 @@ def added(module: nn.Module, hooks: dict[str, Hook]) -> Iterator[None]:
         yield
 
 
-def hooks_for(
-    module: nn.Module, additions: list[Addition], device: torch.device, dtype: torch.dtype
-) -> dict[str, Hook]:
-    """By layer, the hook that makes its additions; device, dtype: of the layers' inputs."""
+def hooks_for(module: nn.Module, additions: list[Addition], device: torch.device, dtype: torch.dtype) -> Hooks:
+    """What makes these additions; device, dtype: of the layers' inputs."""
     terms = {}
     for change, scale, tokens in additions:
         layer = change.name.rpartition(".")[0]
@@ -185,12 +178,9 @@ def add(
     terms: list[tuple[Term, float, range, Tensor, Tensor]], of_vector: bool,
     linear: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any], out: Tensor,
 ) -> Tensor:  # fmt: skip
-    """A forward hook that adds scale * term(x) to some rows of the output of some tokens, which
-    are given as (L,) bool and as indices.
-
-    args[0]: (B, L, in), or the last tokens alone; if `of_vector`, one vector for all, (B, 1, in),
-    and each token gets an output of its own. kwargs: FusedLinear's `rows`, those in `out`.
-    """
+    """A forward hook: scale * term(x) is added to some rows of the output of some tokens, (L,)
+    bool and indices. args[0]: (B, L, in), or the last tokens alone; if `of_vector`, one for all,
+    (B, 1, in), and each token gets an output of its own. kwargs: FusedLinear's `rows` in `out`."""
     (x,) = args
     asked = range(linear.out_features)[kwargs.get("rows", slice(None))]
     for term, scale, rows, tokens, index in terms:

@@ -52,7 +52,7 @@ def flat(name: str) -> str:
 
 
 def spellings(modules: dict[str, nn.Module]) -> dict[str, Target]:
-    """How files may call each part's layers, flat and without prefix, and what that stands for."""
+    """What files may call each part's layers, flat and without prefix."""
     found = {}
     for part, module in modules.items():
         for layer, linear in module.named_modules():
@@ -88,8 +88,7 @@ def pieces(whole: Target, hidden: int) -> dict[str, Target]:
 
 
 def lora_file(name: str, where: str) -> Path:
-    """The file of a LoRA: a file, a folder or org/name with one, or org/name:file. `where` begins
-    messages."""
+    """A file, a folder or org/name with one, or org/name:file. `where` begins messages."""
     path = locate(name, [["*.safetensors"]], where)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if len(files) != 1:
@@ -100,8 +99,7 @@ def lora_file(name: str, where: str) -> Path:
 
 
 def read_lora(path: Path, modules: dict[str, nn.Module]) -> Lora:
-    """What a file does to a model with these parts, which may be on the meta device. InputError if
-    nothing in it fits."""
+    """What a file does to a model with these parts, which may be on the meta device."""
     file = read_header(path)
     targets = spellings(modules)
     groups = {}
@@ -189,8 +187,8 @@ def swap_halves(change: Change) -> Change:
 
 
 def weight_term(kinds: Kinds, shape: tuple[int, ...], scale: float, widens: bool) -> Term | None:
-    """The term that changes a weight of this shape (rows, in); None if the file has none for it.
-    With `widens` it may have twice the columns, as BFL's control LoRAs have for img_in."""
+    """What changes a weight of this shape (rows, in), if anything does. With `widens` it may have
+    twice the columns, as in BFL's control LoRAs."""
     own = {kind: x for kind, x in kinds.items() if kind in ("down", "up") or "_w" in kind}
     if not own:
         return None

@@ -1,8 +1,8 @@
-"""LoRAs of single regions, an extension of sampling: which tokens they act on.
+"""LoRAs of single regions, an extension of sampling.
 
-A region's LoRA is never merged. What it adds is computed for the region's prompt and image tokens,
-in every stream that has them; where regions overlap the additions add up. Only a LoRA whose region
-is the whole image acts on the base prompt's tokens too, and so it is the same as a merged one.
+They act on the region's prompt and image tokens, in every stream that has them; where regions
+overlap they add up. Only a LoRA whose region is the whole image acts on the base prompt's tokens
+too, and so it is the same as a merged one.
 """
 
 from collections.abc import Callable
@@ -16,16 +16,13 @@ from model.transformer import Flux
 from regional.extension import Branches, Extension, Forward, Pass
 from regional.layout import Layout
 
-TakePart = Callable[[Tensor], Tensor]
-
 
 def all_of(x: Tensor, dim: int = 1) -> Tensor:
     return x
 
 
 class OwnModulation:
-    """A modulation whose entries are computed when they are read: with vectors for each token,
-    all of them at once would take gigabytes."""
+    """A modulation computed entry by entry: vectors for each token take gigabytes."""
 
     def __init__(self, flux: Flux, given: Pass):
         self.modules = flux.modulated
@@ -37,10 +34,10 @@ class OwnModulation:
 
 def region_loras(
     flux: Flux, layout: Layout, loras: Loras, device: torch.device, dtype: torch.dtype,
-    part: TakePart = all_of,
+    part: Callable[[Tensor], Tensor] = all_of,
 ) -> Extension:  # fmt: skip
-    """The regions' own LoRAs; in plain steps those of them that ask for it. device, dtype: of the
-    layers' inputs. part: which of a stream's tokens, along dimension 0, this process has."""
+    """The regions' own LoRAs; in plain steps those that ask for it. device, dtype: of the layers'
+    inputs. part: this process's part of a stream's tokens, along dimension 0."""
 
     def extend(forward: Forward, branches: Branches) -> Forward:
         is_plain = branches.base_ratio is None and branches.prompt == 0
@@ -68,9 +65,8 @@ def region_loras(
     return extend
 
 
-def tokens_of(mine: Tensor, branches: Branches, part: TakePart = all_of) -> dict[str, Tensor]:
-    """A region's tokens in each stream of regional/attention.py's sequences, (L,) bool each.
-    mine: (L,) bool, which of the tokens in branches.region_bits are the region's."""
+def tokens_of(mine: Tensor, branches: Branches, part: Callable[[Tensor], Tensor] = all_of) -> dict[str, Tensor]:
+    """A region's tokens in each stream, (L,) bool; mine: those in branches.region_bits."""
     length = len(branches.order)
     txt, img = mine.split([len(mine) - length, length])
     base = img.all().expand(branches.text_length * branches.has_base)
