@@ -92,7 +92,7 @@ def refuse(match, call, *args):
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
-# -------------------------------------------------------------------------------------------------------- diffusers'
+# ------------------------------------------------------------------------------ diffusers'
 
 
 FAMILIES = {  # double and single blocks, modes, the hint's channels, guidance
@@ -156,7 +156,7 @@ def test_canny_is_opencvs():
     assert np.array_equal(edges[:, :, 0], edges[:, :, 2])
 
 
-# ------------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------ files
 
 
 OF_TINY = SIZES | {"mlp_hidden": 192, "depth": 2}  # as tiny.FLUX
@@ -233,7 +233,7 @@ def test_other_parts_nothing_and_other_base_sizes_are_refused(tmp_path):
     refuse(message, loading.check_base, *sources)
 
 
-# --------------------------------------------------------------------------------- which blocks, steps, tokens, streams
+# ------------------------------------------------------------------------------ which blocks, steps, tokens, streams
 
 
 @pytest.mark.parametrize("count, depth", [(5, 19), (6, 19), (10, 38), (1, 4), (3, 7), (4, 3)])
@@ -319,39 +319,7 @@ def test_a_regional_step_and_a_plain_one_are_what_they_should_be(residuals, regi
     assert (got - sample(*run)).abs().max() > 1e-2
 
 
-def test_published_residuals_leave_the_base_stream_alone():
-    x, tokens = inputs(), random(1, 15, 64, seed=4)
-    for residuals, reached in (("all", slice(-30, None)), ("published", slice(-15, None))):
-        after_block = after_block_of([at_full(net(1, 1), tokens, residuals=residuals)], x, streams=2)
-        added = after_block(torch.zeros(1, 40, 64, dtype=F64), Block("single", 0))[0]
-        touched = added.abs().sum(-1) > 0
-        assert touched[reached].all() and touched.sum() == len(added[reached])
-        assert torch.equal(added[-15:], added[-30:-15]) == (residuals == "all")
-
-
-def test_a_region_of_its_own_keeps_residuals_out_of_the_others():
-    regions = [Region(prompt="a", box=(0, 0, 32, 48)), Region(prompt="b", box=(48, 16, 80, 48))]
-    layout = Layout(prompt="p", width=80, height=48, regions=regions)
-    x, tokens = inputs(), random(1, 15, 64, seed=4)
-    setting = Control(model="m", image="i", region=1)
-    control = LoadedControl(net(1, 1), tokens, scale_of(setting, layout).double(), setting)
-    for block in (Block("double", 0), Block("single", 0)):
-        added = after_block_of([control], x)(torch.zeros(1, 15, 64, dtype=F64), block)[0]
-        assert (added.abs().sum(-1) > 0).nonzero().flatten().tolist() == [8, 9, 13, 14]
-
-
-def test_the_order_of_tokens_does_not_matter():
-    """Sorted latents, positions and control tokens give sorted residuals."""
-    x, order = inputs(), torch.randperm(15, generator=torch.Generator().manual_seed(0))
-    control = at_full(net(2, 1, modes=3), random(1, 15, 64, seed=4), mode=2)
-    moved = x | {"img": x["img"][:, order], "img_ids": x["img_ids"][:, order]}
-    want = residuals_of(control.net, **x, control=control.tokens, mode=2)
-    got = residuals_of(control.net, **moved, control=control.tokens[:, order], mode=2)
-    for ours, theirs in zip(got.double + got.single, want.double + want.single):
-        assert torch.allclose(ours, theirs[:, order], atol=1e-12)
-
-
-# ----------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------ images
 
 
 @pytest.mark.parametrize("height, warning", [(64, ""), (128, "64 x 32 pixels are stretched to 128 x 128")])
