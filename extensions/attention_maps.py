@@ -1,4 +1,4 @@
-"""How much each image token attends to each region's prompt, per step and group of blocks."""
+"""How much the image tokens attend to each region's prompt."""
 
 import numpy as np
 import torch
@@ -11,9 +11,9 @@ from regional.mask import allowed
 
 
 class AttentionMaps:
-    """Watches the attention of one image's regional steps: for every image token, the fraction of
-    it in the regional branch that goes to each region's prompt; the mean over the heads, and over
-    the blocks of a group, thirds of the double and of the single blocks."""
+    """Watches one image's regional steps: which fraction of an image token's attention goes to
+    each region's prompt in the regional branch; the mean over the heads, and over the blocks of a
+    group, thirds of the double and of the single blocks."""
 
     def __init__(self, depth: int, depth_single_blocks: int):
         self.group_of = {}
@@ -75,5 +75,5 @@ class AttentionMaps:
 
     @property
     def maps(self) -> Tensor:
-        """(regional steps, groups, R, L_img) float32, the image tokens row by row."""
+        """(regional steps, groups, R, L_img) float32, row by row."""
         return torch.stack(self.steps)

@@ -1,4 +1,4 @@
-"""ControlNets and control LoRAs as extensions of sampling. A ControlNet reads the base prompt.
+"""ControlNets, which read the base prompt, and control LoRAs as extensions of sampling.
 
 Single blocks of a regional step with a base branch have two image streams, [..., base img, img];
 both get a ControlNet's residuals, or with `residuals: published` the last one alone.
@@ -20,8 +20,7 @@ def controlnets(
     controls: Sequence[LoadedControl], params: FluxParams, steps: int,
     conditioning: Conditioning, part: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Extension:  # fmt: skip
-    """params: the transformer's; steps: the layout's; part: this process's part of a stream's
-    tokens, along dimension 1."""
+    """params: the transformer's; part: this process's part of a stream's tokens (dimension 1)."""
     depths = {"double": params.depth, "single": params.depth_single_blocks}
     txt, _, y = conditioning
 
@@ -64,13 +63,14 @@ def add(x: Tensor, residual: Tensor, streams: int) -> None:
 
 
 def control_lora(latents: Tensor) -> Extension:
-    """A control LoRA's image next to the noisy one: packed latents (1, L_img, 64), row by row."""
+    """A control LoRA's image: packed latents (1, L_img, 64), row by row."""
 
     def extend(forward: Forward, branches: Branches) -> Forward:
         own = latents[:, branches.order]
 
         def with_image(given: Pass, step: int) -> Tensor:
-            return forward(given._replace(img=torch.cat([given.img, own], dim=-1)), step)
+            both = torch.cat([given.img, own], dim=-1)
+            return forward(given._replace(img=both), step)
 
         return with_image
 

@@ -1,4 +1,4 @@
-"""ControlNets for FLUX.1: copies of its first blocks that read a control image and give residuals.
+"""ControlNets for FLUX.1: its first blocks, which give residuals by a control image.
 
 InstantX's and Shakker-Labs' take the image's latents, and a mode if they are `union` models; XLabs'
 read its pixels by eight convolutions (`input_hint_block`). Names are the files': the official ones
@@ -21,8 +21,7 @@ from regional.layout import Control
 
 @dataclass(frozen=True)
 class ControlNetParams(FluxParams):
-    """Sizes of a ControlNet. modes: those of a union model, else 0. hint_width: channels in the
-    input_hint_block, 0 without."""
+    """modes: those of a union model, or 0. hint_width: channels in input_hint_block, or 0."""
 
     modes: int = 0
     hint_width: int = 0
@@ -35,8 +34,8 @@ class Residuals(NamedTuple):
     single: list[Tensor]
 
     def after(self, block: Block, depth: int, in_turn: bool) -> Tensor | None:
-        """That for this block, of `depth` of its kind; None if there are none of the kind. They
-        are spread over groups of neighbors, or taken `in_turn` (XLabs)."""
+        """That for this block, of `depth` of its kind, if there are any of the kind: spread over
+        groups of neighbors, or taken `in_turn` (XLabs)."""
         residuals = getattr(self, block.kind)
         if not residuals:
             return None
@@ -67,7 +66,7 @@ class ControlNet(Streams):
             self.input_hint_block = hint_block(params.hint_width, params.in_channels // 4)
 
     def read(self, image: Tensor) -> Tensor:
-        """For XLabs alone: an image (B, 3, H, W) in [-1, 1] -> tokens (B, L_img, in_channels)."""
+        """XLabs': an image (B, 3, H, W) in [-1, 1] -> tokens (B, L_img, in_channels)."""
         hint = self.input_hint_block(image)
         return rearrange(hint, "B c (h ph) (w pw) -> B (h w) (c ph pw)", ph=2, pw=2)
 

@@ -21,8 +21,8 @@ from regional.mask import region_tokens
 
 
 def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras = NO_LORAS) -> Loras:
-    """A layout's LoRAs by their names there; `known` ones are not read again. Warns of what is
-    left out of them."""
+    """A layout's LoRAs by their names there, with warnings of what is left out; `known` ones are
+    not read again."""
     named = [(f"loras[{i}].file", lora) for i, lora in enumerate(layout.loras)]
     for i, region in enumerate(layout.regions):
         named += [(f"regions[{i}].loras[{j}].file", own) for j, own in enumerate(region.loras)]
@@ -62,7 +62,7 @@ def control_of(layout: Layout) -> Tensor | None:
 
 
 def merges_of(layout: Layout, loras: Loras, part: str) -> weights.Merges:
-    """By tensor, what merges the LoRAs for the whole image into a component's weights."""
+    """By tensor, what merges the LoRAs for the whole image."""
     changes = {}
     for entry in layout.loras:
         for change in loras[entry.file].changes[part]:
@@ -71,8 +71,7 @@ def merges_of(layout: Layout, loras: Loras, part: str) -> weights.Merges:
 
 
 def plan_controls(layout: Layout, flux: Source) -> list[tuple[Source, Tensor]]:
-    """For each of the layout's ControlNets its file, which fits, and its control image, (1, 3,
-    height, width) in [-1, 1]."""
+    """Each ControlNet's file, which fits, and image, (1, 3, height, width) in [-1, 1]."""
     found = []
     steps = layout.steps
     for i, control in enumerate(layout.controlnets):
@@ -89,7 +88,7 @@ def plan_controls(layout: Layout, flux: Source) -> list[tuple[Source, Tensor]]:
 
 
 def find_controlnet(name: str, flag: str = "--controlnet") -> Source:
-    """A ControlNet's file, by its header: a file, a folder, org/name or org/name:file."""
+    """name: a file, a folder, org/name or org/name:file."""
     place = locate(name, CONTROLNET_FILES, f"{flag} {name}")
     source = weights.pick("controlnet", flag, place)
     weights.check_loads(source, CONTROLNET)
@@ -124,8 +123,8 @@ def load_controls(
     layout: Layout, found: list[tuple[Source, Tensor]], device: torch.device, dtype: torch.dtype,
     nets: dict[Path, ControlNet],
 ) -> list[LoadedControl]:  # fmt: skip
-    """found: what `plan_controls` gives, with packed latents (1, L_img, 64) for images that are
-    not read as pixels. nets: those that are loaded; new ones are added."""
+    """found: by `plan_controls`, with packed latents (1, L_img, 64) for images that are not read
+    as pixels. nets: those that are loaded; new ones are added."""
     controls = []
     for setting, (source, image) in zip(layout.controlnets, found):
         if source.path not in nets:
@@ -139,7 +138,7 @@ def load_controls(
 
 
 def controlnet_params(source: Source) -> ControlNetParams:
-    """Sizes of a ControlNet from the header's shapes; a config.json would add nothing."""
+    """Sizes from the header's shapes; a config.json would add nothing."""
     sizes = weights.stream_sizes(source)
     width = source.shape("controlnet_x_embedder.weight")[1]
     if width != sizes["in_channels"]:
@@ -159,7 +158,7 @@ CONTROLNET = weights.Kind(ControlNet, controlnet_params)
 
 
 def scale_of(control: Control, layout: Layout) -> Tensor:
-    """The scale for each image token, (L_img, 1) float32, row by row: 0 outside its region."""
+    """(L_img, 1) float32, row by row: 0 outside the region."""
     if control.region is None:
         return torch.full((layout.width * layout.height // 256, 1), control.scale)
     inside = region_tokens(layout).image_bits >> control.region & 1

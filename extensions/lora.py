@@ -107,7 +107,7 @@ NO_LORAS: Loras = {}
 
 
 def merge(weight: Tensor, changes: list[tuple[Change, float]]) -> Tensor:
-    """A weight, in float32 or more, with changes at these scales; control LoRAs make it wider."""
+    """A weight, float32 or more, with changes at these scales; control LoRAs make it wider."""
     weight = weight.clone()
     for change, scale in changes:
         low_rank = isinstance(change.term, LowRank)
@@ -136,7 +136,7 @@ def can_be_regional(change: Change) -> bool:
 
 
 class Addition(NamedTuple):
-    """A change of a linear layer's weight or bias for the tokens where `tokens` (L,) is true."""
+    """A change of a linear layer for the tokens where `tokens` (L,) is true."""
 
     change: Change
     scale: float
@@ -156,17 +156,20 @@ def added(module: nn.Module, hooks: Hooks) -> Iterator[None]:
         yield
 
 
-def hooks_for(module: nn.Module, additions: list[Addition], device: torch.device, dtype: torch.dtype) -> Hooks:
+def hooks_for(
+    module: nn.Module, additions: list[Addition], device: torch.device, dtype: torch.dtype
+) -> Hooks:  # fmt: skip
     """What makes these additions; device, dtype: of the layers' inputs."""
     terms = {}
     for change, scale, tokens in additions:
         layer = change.name.rpartition(".")[0]
         term = change.term
-        if change.magnitude is not None:  # a DoRA's term is the whole matrix that it comes to
+        if change.magnitude is not None:  # what a DoRA comes to
             rows = slice(change.start, change.stop)
             linear = module.get_submodule(layer)
             weight = linear.widened(rows) if isinstance(linear, Fp8Linear) else linear.weight[rows]
-            term = Full(change.delta(weight.to(torch.promote_types(weight.dtype, torch.float32))))
+            precise = torch.promote_types(weight.dtype, torch.float32)
+            term = Full(change.delta(weight.to(precise)))
         term = converted(term, device, dtype)
         index = tokens.nonzero().flatten().to(device)
         addition = term, scale, range(change.start, change.stop), tokens.cpu(), index

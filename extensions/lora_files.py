@@ -37,8 +37,7 @@ Kinds = dict[str, Stored]  # a module's tensors in a file
 
 
 class Target(NamedTuple):
-    """The rows of a part's layer that a name in a file stands for. swapped: the file has their
-    halves swapped."""
+    """The rows of a part's layer that a name in a file stands for; swapped: by halves there."""
 
     part: str
     layer: str
@@ -69,7 +68,7 @@ def spellings(modules: dict[str, nn.Module]) -> dict[str, Target]:
 
 
 def pieces(whole: Target, hidden: int) -> dict[str, Target]:
-    """The other names of one of Flux's layers and of its parts, by diffusers, OneTrainer, XLabs."""
+    """diffusers', OneTrainer's and XLabs' names of one of Flux's layers and of its parts."""
     layer = whole.layer
     theirs = [row.key.rpartition(".")[0] for row in flux_from_diffusers(f"{layer}.weight", {})]
     found = {}
@@ -77,13 +76,15 @@ def pieces(whole: Target, hidden: int) -> dict[str, Target]:
         stop = whole.stop if i + 1 == len(theirs) else (i + 1) * hidden
         piece = whole._replace(start=i * hidden, stop=stop, swapped=name == "norm_out.linear")
         found |= {name: piece, f"{layer}.{i}": piece}
-    if double := re.fullmatch(r"(double_blocks\.\d+)\.(img|txt)_attn\.(qkv|proj)", layer):
-        number = {"img": 1, "txt": 2}[double[2]]
-        found[f"{double[1]}.processor.{double[3]}_lora{number}"] = whole
-    if single := re.fullmatch(r"(single_blocks\.\d+)\.linear1", layer):
-        found[f"{single[1]}.processor.qkv"] = whole._replace(stop=3 * hidden)
-    if single := re.fullmatch(r"(single_blocks\.\d+)\.linear2", layer):
-        found[f"{single[1]}.processor.proj"] = whole
+    block, _, last = layer.rpartition(".")
+    for i, stream in enumerate(("img_attn", "txt_attn"), 1):
+        if block.endswith(stream):
+            block = block.replace(stream, "processor")
+            found[f"{block}.{last}_lora{i}"] = whole
+    if last == "linear1":
+        found[f"{block}.processor.qkv"] = whole._replace(stop=3 * hidden)
+    if last == "linear2":
+        found[f"{block}.processor.proj"] = whole
     return found
 
 
@@ -132,7 +133,7 @@ def read_lora(path: Path, modules: dict[str, nn.Module]) -> Lora:
 
 
 def metadata_scale(file: CheckpointFile, module: str, kinds: Kinds) -> float:
-    """alpha / rank by peft's settings in the header, for files without alpha keys; else 1."""
+    """alpha / rank by peft's settings in the header, else 1; for files without alpha keys."""
     settings = parse(file.path, file.metadata.get("lora_adapter_metadata", "{}").encode())
     part = re.match(r"((transformer|text_encoder(_2)?)\.)?", module)[0]
     name = module.removeprefix(part)
@@ -151,16 +152,18 @@ def metadata_scale(file: CheckpointFile, module: str, kinds: Kinds) -> float:
 
 
 def changes_of(target: Target, layer: nn.Module, kinds: Kinds, scale: float) -> list[Change]:
-    """The changes of one module of a file: of its weight, and of its bias or norm."""
+    """What one module of a file changes: weight, bias or norm."""
     _, name, start, stop, swapped = target
     is_norm = isinstance(layer, RMSNorm)
     shape = (stop - start,) if is_norm else (stop - start, layer.in_features)
     weight = Change(f"{name}.{'scale' if is_norm else 'weight'}", start, stop, None)
     found = []
     if term := weight_term(kinds, shape, scale, widens=name == "img_in"):
-        magnitude = read(kinds["magnitude"]).float() if "magnitude" in kinds else None
-        if magnitude is not None and magnitude.ndim == 1:  # as peft writes columns
-            magnitude = magnitude[:, None]
+        magnitude = None
+        if "magnitude" in kinds:
+            magnitude = read(kinds["magnitude"]).float()
+            if magnitude.ndim == 1:  # as peft writes columns
+                magnitude = magnitude[:, None]
         found.append(weight._replace(term=term, magnitude=magnitude))
     for kind in ("diff", "set"):
         if kind in kinds:
@@ -187,8 +190,8 @@ def swap_halves(change: Change) -> Change:
 
 
 def weight_term(kinds: Kinds, shape: tuple[int, ...], scale: float, widens: bool) -> Term | None:
-    """What changes a weight of this shape (rows, in), if anything does. With `widens` it may have
-    twice the columns, as in BFL's control LoRAs."""
+    """What changes a weight of this shape (rows, in), if anything does; BFL's control LoRAs have
+    twice the columns (`widens`)."""
     own = {kind: x for kind, x in kinds.items() if kind in ("down", "up") or "_w" in kind}
     if not own:
         return None
@@ -207,7 +210,7 @@ def weight_term(kinds: Kinds, shape: tuple[int, ...], scale: float, widens: bool
 
 
 def kronecker(kinds: Kinds, shape: tuple[int, ...], alpha: float) -> Kronecker:
-    """LyCORIS' LoKr: kron(w1, w2), either of them a product of two; alpha counts only then."""
+    """LoKr: kron(w1, w2), either of them a product of two; alpha counts only then."""
     sides = []
     rank = None
     for name in ("lokr_w1", "lokr_w2"):
@@ -225,7 +228,7 @@ def kronecker(kinds: Kinds, shape: tuple[int, ...], alpha: float) -> Kronecker:
 
 
 def hadamard(kinds: Kinds, shape: tuple[int, ...], alpha: float) -> LowRank:
-    """LyCORIS' LoHa: (w1_a @ w1_b) * (w2_a @ w2_b), which is one product of rank r1 r2."""
+    """LoHa: (w1_a @ w1_b) * (w2_a @ w2_b), which is one product of rank r1 r2."""
     names = ("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")
     (a1, b1), (a2, b2) = (factors(kinds, *name, *shape) for name in names)
     up = (a1.float()[:, :, None] * a2.float()[:, None, :]).flatten(1)
@@ -236,7 +239,7 @@ def hadamard(kinds: Kinds, shape: tuple[int, ...], alpha: float) -> LowRank:
 def factors(
     kinds: Kinds, first: str, second: str, rows: int = 0, columns: int = 0
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Two stored matrices, whose product is a matrix of these sizes if they are given."""
+    """Two stored matrices; the sizes of their product, if given."""
     pair = [kinds[name] for name in (first, second) if name in kinds]
     if len(pair) < 2:
         file, key, *_ = next(iter(kinds.values()))

@@ -1,8 +1,7 @@
 """LoRAs of single regions, an extension of sampling.
 
-They act on the region's prompt and image tokens, in every stream that has them; where regions
-overlap they add up. Only a LoRA whose region is the whole image acts on the base prompt's tokens
-too, and so it is the same as a merged one.
+They act on the region's prompt and image tokens in every stream; where regions overlap they add
+up. One of the whole image also acts on the base prompt's tokens: it is the same as a merged one.
 """
 
 from collections.abc import Callable
@@ -36,8 +35,8 @@ def region_loras(
     flux: Flux, layout: Layout, loras: Loras, device: torch.device, dtype: torch.dtype,
     part: Callable[[Tensor], Tensor] = all_of,
 ) -> Extension:  # fmt: skip
-    """The regions' own LoRAs; in plain steps those that ask for it. device, dtype: of the layers'
-    inputs. part: this process's part of a stream's tokens, along dimension 0."""
+    """In plain steps those act that ask for it. device, dtype: of the layers' inputs. part: this
+    process's part of a stream's tokens, along dimension 0."""
 
     def extend(forward: Forward, branches: Branches) -> Forward:
         is_plain = branches.base_ratio is None and branches.prompt == 0
@@ -46,11 +45,12 @@ def region_loras(
             mine = branches.region_bits.cpu() & (1 << i) != 0
             streams = tokens_of(mine, branches, part)
             for lora in region.loras if mine.any() else ():
-                acts = lora.plain_steps or not is_plain
-                changes = loras[lora.file].changes["flux"] if acts else ()
-                for change in filter(can_be_regional, changes):
-                    tokens = streams[stream_of(change.name)]
-                    found.append(Addition(change, lora.scale, tokens))
+                if is_plain and not lora.plain_steps:
+                    continue
+                for change in loras[lora.file].changes["flux"]:
+                    if can_be_regional(change):
+                        tokens = streams[stream_of(change.name)]
+                        found.append(Addition(change, lora.scale, tokens))
         hooks = hooks_for(flux, found, device, dtype)
         changes_modulation = any(MODULATION.search(layer) for layer in hooks)
 
@@ -65,7 +65,9 @@ def region_loras(
     return extend
 
 
-def tokens_of(mine: Tensor, branches: Branches, part: Callable[[Tensor], Tensor] = all_of) -> dict[str, Tensor]:
+def tokens_of(
+    mine: Tensor, branches: Branches, part: Callable[[Tensor], Tensor] = all_of
+) -> dict[str, Tensor]:  # fmt: skip
     """A region's tokens in each stream, (L,) bool; mine: those in branches.region_bits."""
     length = len(branches.order)
     txt, img = mine.split([len(mine) - length, length])
