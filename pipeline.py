@@ -48,10 +48,11 @@ from model.layers import Modulation
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
 from model.transformer import Flux
 from regional.attention import portable_attention
+from regional.extension import Conditioning, Extension
 from regional.layout import Defaults, Layout, RegionLora
 from regional.mask import RegionTokens, region_tokens
 from regional.prompts import check_vocabulary, encode_prompts
-from regional.sampling import Conditioning, Extension, Modulations, modulations, sample
+from regional.sampling import Modulations, modulations, sample
 from runtime.choose import choose_attention, choose_device, choose_fp8, library_attention
 from runtime.memory import WORKING_T5, place, working_bytes
 from runtime.offload import Streamed, read_ahead

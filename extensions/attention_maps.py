@@ -1,4 +1,4 @@
-"""How much each image token attends to each region's prompt, per step and group of blocks."""
+"""How much the image tokens attend to each region's prompt."""
 
 import numpy as np
 import torch
@@ -6,22 +6,19 @@ from torch import Tensor
 
 from model.attention import Attention, Block
 from regional.attention import added_scores, allowed, in_one_sequence
-from regional.sampling import Branches, Forward, Pass
+from regional.extension import Branches, Forward, Pass
 
 
 class AttentionMaps:
-    """Watches the attention of one image's regional steps.
-
-    For every image token, the fraction of its attention in the regional branch that goes to each
-    region's prompt tokens; the mean over the heads, and over the blocks of a group: thirds of the
-    double and of the single blocks. The scores are computed once more, by values of the region bits.
-    """
+    """Watches one image's regional steps: which fraction of an image token's attention goes to
+    each region's prompt in the regional branch; the mean over the heads, and over the blocks of a
+    group, thirds of the double and of the single blocks."""
 
     def __init__(self, depth: int, depth_single_blocks: int):
         self.group_of = {}
         self.groups = []
         for kind, count in ("double", depth), ("single", depth_single_blocks):
-            for blocks in np.array_split(np.arange(count), min(3, count)):
+            for blocks in np.array_split(range(count), min(3, count)):
                 group = len(self.groups), len(blocks)
                 self.group_of |= {Block(kind, int(i)): group for i in blocks}
                 last = f"-{blocks[-1]}" if len(blocks) > 1 else ""
@@ -29,49 +26,53 @@ class AttentionMaps:
         self.steps = []
 
     def extend(self, forward: Forward, branches: Branches) -> Forward:
-        """The extension of sampling that watches one image's regional steps."""
         if branches.base_ratio is None:
             return forward
+        length = len(branches.order)
+        prompts = len(branches.region_bits[:-length].unique())
+        size = (len(self.groups), prompts, length)
 
         def watched(given: Pass, step: int) -> Tensor:
-            image_length = len(branches.order)
-            texts = branches.region_bits[: len(branches.region_bits) - image_length].unique()
-            self.steps.append(torch.zeros(len(self.groups), len(texts), image_length))
-            return forward(given._replace(attention=self.watch(given.attention, branches)), step)
+            self.steps.append(torch.zeros(size))
+            attention = self.watch(given.attention, branches)
+            return forward(given._replace(attention=attention), step)
 
         return watched
 
     def watch(self, attention: Attention, branches: Branches) -> Attention:
-        """The same attention; what it is given is added to the last of `steps`."""
-        bits, order = branches.region_bits, branches.order
-        start = len(bits) - len(order)
-        text_length = start // self.steps[-1].shape[1]
+        """The same attention; its fractions are added to the last of `steps`. The scores are
+        computed once more, by values of the region bits."""
+        bits = branches.region_bits
+        order = branches.order
+        length = len(order)
+        start = len(bits) - length
+        words = start // self.steps[-1].shape[1]
         every = torch.arange(len(bits), device=bits.device)
-        no_base = torch.zeros(len(order), device=bits.device)
+        no_base = torch.zeros(length, device=bits.device)
         log_weights = branches.log_weights
         if log_weights is not None:
             log_weights = log_weights.to(bits.device)
-        weighed = in_one_sequence(bits, 0, text_length, no_base, log_weights)
+        weighed = in_one_sequence(bits, 0, words, no_base, log_weights)
 
         def watched(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
             group, blocks = self.group_of[block]
-            q_img = q[:, :, -len(order) :]
-            k_seen = torch.cat([k[:, :, :start], k[:, :, -len(order) :]], dim=2)
+            q_img = q[:, :, -length:]
+            seen = torch.cat([k[:, :, :start], k[:, :, -length:]], dim=2)
             for value in bits[start:].unique():
                 rows = (bits[start:] == value).nonzero().flatten()
-                scores = q_img[:, :, rows] @ k_seen.mT / q.shape[-1] ** 0.5
+                scores = q_img[:, :, rows] @ seen.mT / q.shape[-1] ** 0.5
                 if branches.is_masked(block):
-                    added = added_scores(weighed, start + rows, every)
-                    scores = scores if added is None else scores + added.to(scores)
-                    scores = scores.masked_fill(~allowed(bits, value), float("-inf"))
-                weights = scores.float().softmax(-1)[..., :start]
-                fraction = weights.unflatten(-1, (-1, text_length)).sum(-1).mean((0, 1))
-                self.steps[-1][group][:, order[rows.cpu()]] += fraction.T.cpu() / blocks
+                    more = added_scores(weighed, start + rows, every)
+                    scores = scores if more is None else scores + more.to(scores)
+                    scores = scores.masked_fill(~allowed(bits, value), -torch.inf)
+                found = scores.float().softmax(-1)[..., :start]
+                found = found.unflatten(-1, (-1, words)).sum(-1).mean((0, 1))
+                self.steps[-1][group][:, order[rows.cpu()]] += found.T.cpu() / blocks
             return attention(q, k, v, block)
 
         return watched
 
     @property
     def maps(self) -> Tensor:
-        """(regional steps, groups, R, L_img) float32, the image tokens row by row."""
+        """(regional steps, groups, R, L_img) float32, row by row."""
         return torch.stack(self.steps)

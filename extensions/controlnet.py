@@ -1,16 +1,11 @@
-"""ControlNets for FLUX.1: copies of its first blocks that read a control image and give residuals.
+"""ControlNets for FLUX.1: its first blocks, which give residuals by a control image.
 
-Two families, with one network behind both:
-- InstantX and Shakker-Labs: the control image as latents; a few double and perhaps single blocks,
-  whose residuals are spread over FLUX's in groups; a mode tells `union` models the kind of image.
-- XLabs: the control image's pixels, read by eight convolutions (`input_hint_block`); two double
-  blocks, whose residuals take turns.
-
-Names are the files': the official ones for what FLUX has too, else diffusers' (InstantX) or XLabs'.
+InstantX's and Shakker-Labs' take the image's latents, and a mode if they are `union` models; XLabs'
+read its pixels by eight convolutions (`input_hint_block`). Names are the files': the official ones
+for what FLUX has too, else diffusers' or XLabs'.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,14 +16,12 @@ from torch import Tensor, nn
 from model.attention import Block
 from model.layers import Vectors, embedding
 from model.transformer import FluxParams, Streams
+from regional.layout import Control
 
 
 @dataclass(frozen=True)
 class ControlNetParams(FluxParams):
-    """Sizes of a ControlNet; extensions/loading.py reads them from the file.
-
-    modes: those of a union model, else 0. hint_width: channels in the input_hint_block, 0 without.
-    """
+    """modes: those of a union model, or 0. hint_width: channels in input_hint_block, or 0."""
 
     modes: int = 0
     hint_width: int = 0
@@ -41,16 +34,14 @@ class Residuals(NamedTuple):
     single: list[Tensor]
 
     def after(self, block: Block, depth: int, in_turn: bool) -> Tensor | None:
-        """That for this block, of `depth` of its kind; None if there are none of the kind. They are
-        spread over groups of ceil(depth / n) neighbors (InstantX), or taken `in_turn` (XLabs)."""
+        """That for this block, of `depth` of its kind, if there are any of the kind: spread over
+        groups of neighbors, or taken `in_turn` (XLabs)."""
         residuals = getattr(self, block.kind)
         if not residuals:
             return None
-        group = math.ceil(depth / len(residuals))
-        return residuals[block.index % len(residuals) if in_turn else block.index // group]
-
-    def each(self, function: Callable[[Tensor], Tensor]) -> "Residuals":
-        return Residuals(*([function(residual) for residual in kind] for kind in self))
+        if in_turn:
+            return residuals[block.index % len(residuals)]
+        return residuals[block.index // math.ceil(depth / len(residuals))]
 
 
 def hint_block(width: int, out_channels: int) -> nn.Sequential:
@@ -66,29 +57,25 @@ class ControlNet(Streams):
         super().__init__(params)
         hidden = params.hidden_size
         self.controlnet_x_embedder = nn.Linear(params.in_channels, hidden)
-        double = [nn.Linear(hidden, hidden) for _ in range(params.depth)]
-        single = [nn.Linear(hidden, hidden) for _ in range(params.depth_single_blocks)]
-        self.controlnet_blocks = nn.ModuleList(double)
-        self.controlnet_single_blocks = nn.ModuleList(single)
+        counts = (params.depth, params.depth_single_blocks)
+        heads = ([nn.Linear(hidden, hidden) for _ in range(count)] for count in counts)
+        self.controlnet_blocks, self.controlnet_single_blocks = map(nn.ModuleList, heads)
         if params.modes:
             self.controlnet_mode_embedder = embedding(params.modes, hidden)
         if params.hint_width:
             self.input_hint_block = hint_block(params.hint_width, params.in_channels // 4)
 
     def read(self, image: Tensor) -> Tensor:
-        """For XLabs alone: an image (B, 3, H, W) in [-1, 1] -> tokens (B, L_img, in_channels)."""
+        """XLabs': an image (B, 3, H, W) in [-1, 1] -> tokens (B, L_img, in_channels)."""
         hint = self.input_hint_block(image)
         return rearrange(hint, "B c (h ph) (w pw) -> B (h w) (c ph pw)", ph=2, pw=2)
 
     def forward(
-        self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, modulation: list[Vectors],
-        control: Tensor, mode: int | None = None,
+        self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor,
+        modulation: list[Vectors], control: Tensor, mode: int | None = None,
     ) -> Residuals:  # fmt: skip
-        """The residuals for the image tokens, each (B, L_img, D).
-
-        The first five as in Flux.forward. control: (B, L_img, in_channels), the control image's
-        packed latents, or `read`. mode: for union models alone, one more token before the text.
-        """
+        """The first five are Flux.forward's. control: (B, L_img, in_channels), the control image's
+        packed latents, or `read`. mode: for union models alone, one more token before the prompt."""
         length = img.shape[1]
         hidden = self.embed(img, img_ids, txt, txt_ids)
         hidden = hidden._replace(img=hidden.img + self.controlnet_x_embedder(control))
@@ -101,9 +88,19 @@ class ControlNet(Streams):
         heads = {"double": self.controlnet_blocks, "single": self.controlnet_single_blocks}
 
         def collect(x: Tensor, block: Block) -> Tensor:
-            head = heads[block.kind][block.index]
-            getattr(residuals, block.kind).append(head(x[:, -length:]))
+            residual = heads[block.kind][block.index](x[:, -length:])
+            getattr(residuals, block.kind).append(residual)
             return x
 
         self.blocks(hidden, modulation, after_block=collect)
         return residuals
+
+
+class LoadedControl(NamedTuple):
+    """tokens: (1, L_img, in_channels), what the net reads of the control image; scale: (L_img, 1),
+    of each token's residuals. Both are row by row."""
+
+    net: ControlNet
+    tokens: Tensor
+    scale: Tensor
+    setting: Control

@@ -3,54 +3,53 @@
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 import weights
 from errors import MISSING, InputError, warn
-from extensions.control import LoadedControl, control_image, scale_of
-from extensions.controlnet import ControlNet, ControlNetParams
-from extensions.lora import NO_LORAS, Loras, merge
+from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl
+from extensions.lora import NO_LORAS, Loras, can_be_regional, merge
 from extensions.lora_files import lora_file, read_lora
-from extensions.region_lora import can_be_regional
 from formats.hub import locate
-from formats.recognize import Source
+from formats.recognize import CONTROLNET_FILES, Source
+from regional.images import read_image
 from regional.layout import Control, Layout
-from weights import Kind, check_loads, flux_params, pick, stream_sizes
-
-# ------------------------------------------------------------------------------------------ LoRAs
+from regional.mask import region_tokens
 
 
 def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras = NO_LORAS) -> Loras:
-    """All LoRAs that a layout names, by their names there; `known` ones are not read again. Warns of
-    what is left out of them."""
-    named = {f"loras[{i}].file": lora for i, lora in enumerate(layout.loras)}
+    """A layout's LoRAs by their names there, with warnings of what is left out; `known` ones are
+    not read again."""
+    named = [(f"loras[{i}].file", lora) for i, lora in enumerate(layout.loras)]
     for i, region in enumerate(layout.regions):
-        named |= {f"regions[{i}].loras[{j}].file": lora for j, lora in enumerate(region.loras)}
+        named += [(f"regions[{i}].loras[{j}].file", own) for j, own in enumerate(region.loras)]
     if not named:
-        return {}
-    components = ("flux", "t5", "clip")
-    modules = {name: weights.on_meta(getattr(checkpoint, name)) for name in components}
+        return NO_LORAS
+    parts = ("flux", "t5", "clip")
+    modules = {part: weights.on_meta(getattr(checkpoint, part)) for part in parts}
     loras = {}
-    for key, entry in named.items():
-        known = {**known, **loras}
-        lora = known.get(entry.file)
+    for key, entry in named:
+        where = f"{key} = {entry.file}"
+        lora = loras.get(entry.file) or known.get(entry.file)
         if lora is None:
-            lora = read_lora(lora_file(entry.file, f"{key} = {entry.file}"), modules)
+            lora = read_lora(lora_file(entry.file, where), modules)
             if lora.unknown:
-                count = len(lora.unknown)
-                warn(f"{lora.path}: {count} unrecognized keys are skipped, such as {lora.unknown[0]}")
+                keys = f"{len(lora.unknown)} unrecognized keys"
+                warn(f"{lora.path}: {keys} are skipped, such as {lora.unknown[0]}")
         loras[entry.file] = lora
         if lora.is_control != bool(getattr(entry, "image", None)):
             needs = "takes no image"
             if lora.is_control:
                 needs = "is a control LoRA, for the whole image, and needs an image"
             raise InputError(key, Path(entry.file), f"this LoRA {needs}")
-        skipped = {change.name for change in lora.changes["flux"] if not can_be_regional(change)}
-        skipped |= {change.name for change in lora.changes["clip"]}
+        skipped = {x.name for x in lora.changes["flux"] if not can_be_regional(x)}
+        skipped |= {x.name for x in lora.changes["clip"]}
         if skipped and key.startswith("regions"):
             names = ", ".join(sorted(skipped))
-            warn(f"{key} = {entry.file}: what changes the whole image is skipped: {names}")
+            warn(f"{where}: what changes the whole image is skipped: {names}")
     return loras
 
 
@@ -63,7 +62,7 @@ def control_of(layout: Layout) -> Tensor | None:
 
 
 def merges_of(layout: Layout, loras: Loras, part: str) -> weights.Merges:
-    """By tensor, what merges the layout's LoRAs for the whole image into a component's weights."""
+    """By tensor, what merges the LoRAs for the whole image."""
     changes = {}
     for entry in layout.loras:
         for change in loras[entry.file].changes[part]:
@@ -71,39 +70,61 @@ def merges_of(layout: Layout, loras: Loras, part: str) -> weights.Merges:
     return {name: partial(merge, changes=own) for name, own in changes.items()}
 
 
-# ------------------------------------------------------------------------------------ ControlNets
-
-
 def plan_controls(layout: Layout, flux: Source) -> list[tuple[Source, Tensor]]:
-    """For each of the layout's ControlNets its file, checked against the transformer and the mode,
-    and its control image, (1, 3, height, width) in [-1, 1]."""
+    """Each ControlNet's file, which fits, and image, (1, 3, height, width) in [-1, 1]."""
     found = []
+    steps = layout.steps
     for i, control in enumerate(layout.controlnets):
-        source = find_controlnet(control.model, f"controlnets[{i}].model")
+        key = f"controlnets[{i}]"
+        source = find_controlnet(control.model, f"{key}.model")
         check_base(source, flux)
-        check_mode(control, controlnet_params(source).modes, source, f"controlnets[{i}].mode")
-        found.append((source, control_image(control.image, control.preprocess, layout)))
-        if not any(control.acts(step, layout.steps) for step in range(layout.steps)):
-            warn(f"{control.model}: none of the {layout.steps} steps lies between start and end")
+        check_mode(control, source, f"{key}.mode")
+        image = control_image(control.image, control.preprocess, layout)
+        found.append((source, image))
+        if not any(control.acts(step, steps) for step in range(steps)):
+            none = f"none of the {steps} steps"
+            warn(f"{control.model}: {none} lies between start and end")
     return found
 
 
-def check_mode(control: Control, modes: int, source: Source, key: str) -> None:
-    if modes and control.mode is None:
+def find_controlnet(name: str, flag: str = "--controlnet") -> Source:
+    """name: a file, a folder, org/name or org/name:file."""
+    place = locate(name, CONTROLNET_FILES, f"{flag} {name}")
+    source = weights.pick("controlnet", flag, place)
+    weights.check_loads(source, CONTROLNET)
+    return source
+
+
+def check_base(controlnet: Source, flux: Source) -> None:
+    """InputError when a ControlNet was made for a transformer of other widths."""
+    own = controlnet_params(controlnet)
+    base = weights.flux_params(flux)
+    for key in ("hidden_size", "in_channels", "context_in_dim", "vec_in_dim"):
+        found, expected = (getattr(sizes, key) for sizes in (own, base))
+        if found != expected:
+            problem = "this ControlNet is of the wrong base size"
+            sizes = f"its {key} is {found}, that of {flux.path} is {expected}"
+            raise InputError(controlnet.path, MISSING, f"{problem}: {sizes}")
+
+
+def check_mode(control: Control, source: Source, key: str) -> None:
+    modes = controlnet_params(source).modes
+    mode = control.mode
+    if modes and mode is None:
         problem = f"missing, {source.path} is a union of {modes} modes and needs one of them"
         raise InputError(key, MISSING, problem)
-    if not modes and control.mode is not None:
-        raise InputError(key, control.mode, f"{source.path} has no modes")
-    if modes and control.mode >= modes:
-        raise InputError(key, control.mode, f"{source.path} has {modes} modes, counted from 0")
+    if not modes and mode is not None:
+        raise InputError(key, mode, f"{source.path} has no modes")
+    if modes and mode >= modes:
+        raise InputError(key, mode, f"{source.path} has {modes} modes, counted from 0")
 
 
 def load_controls(
     layout: Layout, found: list[tuple[Source, Tensor]], device: torch.device, dtype: torch.dtype,
     nets: dict[Path, ControlNet],
 ) -> list[LoadedControl]:  # fmt: skip
-    """The layout's ControlNets. found: what `plan_controls` gives, with packed latents (1, L_img,
-    64) for images that are not read as pixels. nets: those loaded; new ones are added."""
+    """found: by `plan_controls`, with packed latents (1, L_img, 64) for images that are not read
+    as pixels. nets: those that are loaded; new ones are added."""
     controls = []
     for setting, (source, image) in zip(layout.controlnets, found):
         if source.path not in nets:
@@ -117,38 +138,53 @@ def load_controls(
 
 
 def controlnet_params(source: Source) -> ControlNetParams:
-    """Sizes of a ControlNet from the header's shapes; a config.json would add nothing."""
-    sizes = stream_sizes(source)
+    """Sizes from the header's shapes; a config.json would add nothing."""
+    sizes = weights.stream_sizes(source)
     width = source.shape("controlnet_x_embedder.weight")[1]
     if width != sizes["in_channels"]:
         key = source.key_names.rows("controlnet_x_embedder.weight", source.tensors)[0].key
-        expected = f"{sizes['in_channels']} columns; inpainting ControlNets are not supported"
-        raise source.misshapen(key, expected)
+        expected = f"{sizes['in_channels']} columns"
+        raise source.misshapen(key, f"{expected}; inpainting ControlNets are not supported")
     union = "controlnet_mode_embedder.weight"
-    has_hint = any(key.startswith("input_hint_block.") for key in source.tensors)
+    hint = any(key.startswith("input_hint_block.") for key in source.tensors)
     return ControlNetParams(
         **sizes,
         modes=source.shape(union)[0] if union in source.tensors else 0,
-        hint_width=source.shape("input_hint_block.0.weight", dims=4)[0] if has_hint else 0,
+        hint_width=source.shape("input_hint_block.0.weight", dims=4)[0] if hint else 0,
     )
 
 
-CONTROLNET = Kind(ControlNet, controlnet_params)
+CONTROLNET = weights.Kind(ControlNet, controlnet_params)
 
 
-def find_controlnet(name: str, flag: str = "--controlnet") -> Source:
-    """A ControlNet, from its header alone: `name` is a file, a folder, org/name or org/name:file."""
-    place = locate(name, [["*.safetensors", "config.json"]], f"{flag} {name}")
-    source = pick("controlnet", flag, place)
-    check_loads(source, CONTROLNET)
-    return source
+def scale_of(control: Control, layout: Layout) -> Tensor:
+    """(L_img, 1) float32, row by row: 0 outside the region."""
+    if control.region is None:
+        return torch.full((layout.width * layout.height // 256, 1), control.scale)
+    inside = region_tokens(layout).image_bits >> control.region & 1
+    return control.scale * inside[:, None].float()
 
 
-def check_base(controlnet: Source, flux: Source) -> None:
-    """InputError when a ControlNet was made for a transformer of other widths."""
-    own, base = controlnet_params(controlnet), flux_params(flux)
-    for key in ("hidden_size", "in_channels", "context_in_dim", "vec_in_dim"):
-        found, expected = getattr(own, key), getattr(base, key)
-        if found != expected:
-            sizes = f"its {key} is {found}, that of {flux.path} is {expected}"
-            raise InputError(controlnet.path, MISSING, f"this ControlNet is of the wrong base size: {sizes}")
+def control_image(file: str, preprocess: str | None, layout: Layout) -> Tensor:
+    """A control image at the layout's size, (1, 3, height, width) in [-1, 1]."""
+    image = read_image(file)
+    width = layout.width
+    height = layout.height
+    if abs(image.width * height - image.height * width) > max(width, height):
+        sizes = f"{image.width} x {image.height} pixels are stretched to {width} x {height}"
+        warn(f"{file}: its {sizes}, another aspect ratio")
+    pixels = np.array(image.resize((width, height), Image.Resampling.LANCZOS))
+    if preprocess == "canny":
+        pixels = canny(pixels)
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def canny(pixels: np.ndarray) -> np.ndarray:
+    """White edges on black: (height, width, 3) uint8 in and out."""
+    try:
+        import cv2
+    except ImportError as error:
+        problem = f"needs OpenCV ({error}); pip install opencv-python-headless"
+        raise InputError("preprocess", "canny", problem) from error
+    edges = cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), 100, 200)
+    return np.repeat(edges[:, :, None], 3, axis=2)

@@ -41,7 +41,8 @@ class Kronecker(NamedTuple):
 
     def __call__(self, x: Tensor, rows: slice) -> Tensor:
         x = F.linear(x.unflatten(-1, (self.left.shape[1], -1)), self.right)
-        return self.scale * torch.einsum("...bc,ab->...ac", x, self.left).flatten(-2)[..., rows]
+        x = torch.einsum("...bc,ab->...ac", x, self.left)
+        return self.scale * x.flatten(-2)[..., rows]
 
 
 class Full(NamedTuple):
@@ -53,7 +54,8 @@ class Full(NamedTuple):
         return self.matrix
 
     def __call__(self, x: Tensor, rows: slice) -> Tensor:
-        return self.matrix[rows] if self.matrix.ndim == 1 else F.linear(x, self.matrix[rows])
+        own = self.matrix[rows]
+        return own if own.ndim == 1 else F.linear(x, own)
 
 
 # Called like a layer, a term gives some of its rows: x (B, L, in) -> (B, L, rows).
@@ -65,11 +67,8 @@ def converted(term: Term, device: torch.device | str, dtype: torch.dtype) -> Ter
 
 
 class Change(NamedTuple):
-    """What a file does to rows [start, stop) of the tensor `name`.
-
-    magnitude: DoRA's, (out, 1) or (1, in), the lengths to which the changed weight's rows, or
-    columns, are scaled. replaces: the term replaces what was there.
-    """
+    """What a file does to rows [start, stop) of the tensor `name`. magnitude: DoRA's, (out, 1) or
+    (1, in), the lengths of the changed weight's rows or columns. replaces: what was there."""
 
     name: str
     start: int
@@ -87,40 +86,69 @@ class Change(NamedTuple):
             return new
         changed = rows + new
         magnitude = self.magnitude.to(rows.device).to(rows.dtype)
-        lengths = changed.norm(dim=1 if len(magnitude) == len(rows) else 0, keepdim=True)
+        by_row = len(magnitude) == len(rows)
+        lengths = changed.norm(dim=1 if by_row else 0, keepdim=True)
         return changed * magnitude / lengths - rows
 
 
+@dataclass(frozen=True)
+class Lora:
+    """A file's changes to flux, t5 and clip, and its unknown keys. is_control: with it the
+    transformer reads a control image next to the noisy one (BFL's Canny and Depth)."""
+
+    path: Path
+    changes: dict[str, list[Change]]
+    unknown: list[str]
+    is_control: bool = False
+
+
+Loras = Mapping[str, Lora]  # by their names in the layout
+NO_LORAS: Loras = {}
+
+
 def merge(weight: Tensor, changes: list[tuple[Change, float]]) -> Tensor:
-    """A weight, in float32 or more, with changes at these scales; a change with more columns, as
-    control LoRAs have, widens it."""
+    """A weight, float32 or more, with changes at these scales; control LoRAs make it wider."""
     weight = weight.clone()
     for change, scale in changes:
         low_rank = isinstance(change.term, LowRank)
         columns = change.term.down.shape[1] if low_rank else weight.shape[-1]
         if columns > weight.shape[-1]:
             weight = F.pad(weight, (0, columns - weight.shape[-1]))
-        rows = weight[change.start : change.stop]
-        rows = rows[:, :columns] if rows.ndim == 2 else rows
+        rows = weight[change.start : change.stop][..., :columns]
         rows += scale * change.delta(rows)
     return weight
 
 
+# Layers whose input is one vector for all tokens.
+MODULATION = re.compile(r"mod(ulation)?\.(lin|1)$")
+# By the first part of a tensor's name.
+STREAMS = {"img_in": "img", "txt_in": "txt", "single_blocks": "both", "final_layer": "img"}
+
+
+def stream_of(name: str) -> str | None:
+    """Which tokens a tensor of Flux works on: img, txt, both; None for those of vectors."""
+    first, *rest = name.split(".")
+    return rest[1][:3] if first == "double_blocks" else STREAMS.get(first)
+
+
+def can_be_regional(change: Change) -> bool:
+    return stream_of(change.name) is not None and not change.name.endswith("_norm.scale")
+
+
 class Addition(NamedTuple):
-    """A change of a linear layer's weight or bias for the tokens where `tokens` (L,) is true."""
+    """A change of a linear layer for the tokens where `tokens` (L,) is true."""
 
     change: Change
     scale: float
     tokens: Tensor
 
 
-Hook = Callable[[nn.Module, tuple[Tensor], dict[str, Any], Tensor], Tensor]
+Hooks = dict[str, Callable[..., Tensor]]  # by layer
 
 
 @contextmanager
-def added(module: nn.Module, hooks: dict[str, Hook]) -> Iterator[None]:
-    """While it lasts, layers make the additions of these hooks; for other tokens they compute the
-    same bits as without."""
+def added(module: nn.Module, hooks: Hooks) -> Iterator[None]:
+    """While it lasts, layers make these additions; other tokens keep their bits."""
     with ExitStack() as stack:
         for layer, hook in hooks.items():
             linear = module.get_submodule(layer)
@@ -130,38 +158,32 @@ def added(module: nn.Module, hooks: dict[str, Hook]) -> Iterator[None]:
 
 def hooks_for(
     module: nn.Module, additions: list[Addition], device: torch.device, dtype: torch.dtype
-) -> dict[str, Hook]:
-    """By layer, the hook that makes its additions; device, dtype: of the layers' inputs."""
+) -> Hooks:  # fmt: skip
+    """What makes these additions; device, dtype: of the layers' inputs."""
     terms = {}
     for change, scale, tokens in additions:
         layer = change.name.rpartition(".")[0]
         term = change.term
-        if change.magnitude is not None:  # a DoRA's term is the whole matrix that it comes to
-            rows, linear = slice(change.start, change.stop), module.get_submodule(layer)
+        if change.magnitude is not None:  # what a DoRA comes to
+            rows = slice(change.start, change.stop)
+            linear = module.get_submodule(layer)
             weight = linear.upcast(rows) if isinstance(linear, Fp8Linear) else linear.weight[rows]
-            term = Full(change.delta(weight.to(torch.promote_types(weight.dtype, torch.float32))))
+            precise = torch.promote_types(weight.dtype, torch.float32)
+            term = Full(change.delta(weight.to(precise)))
         term = converted(term, device, dtype)
         index = tokens.nonzero().flatten().to(device)
         addition = term, scale, range(change.start, change.stop), tokens.cpu(), index
         terms.setdefault(layer, []).append(addition)
-    is_vector = {layer: bool(MODULATION.search(layer)) for layer in terms}
-    return {layer: partial(add_terms, own, is_vector[layer]) for layer, own in terms.items()}
+    return {name: partial(add, own, bool(MODULATION.search(name))) for name, own in terms.items()}
 
 
-# Layers whose input is one vector for all tokens.
-MODULATION = re.compile(r"mod(ulation)?\.(lin|1)$")
-
-
-def add_terms(
+def add(
     terms: list[tuple[Term, float, range, Tensor, Tensor]], of_vector: bool,
     linear: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any], out: Tensor,
 ) -> Tensor:  # fmt: skip
-    """A forward hook that adds scale * term(x) to some rows of the output of some tokens, which are
-    given as (L,) bool and as indices.
-
-    args[0]: (B, L, in), or the last tokens alone; if `of_vector`, one vector for all, (B, 1, in),
-    and each token gets an output of its own. kwargs: FusedLinear's `rows`, those in `out`.
-    """
+    """A forward hook: scale * term(x) is added to some rows of the output of some tokens, (L,)
+    bool and indices. args[0]: (B, L, in), or the last tokens alone; if `of_vector`, one for all,
+    (B, 1, in), and each token gets an output of its own. kwargs: FusedLinear's `rows` in `out`."""
     (x,) = args
     asked = range(linear.out_features)[kwargs.get("rows", slice(None))]
     for term, scale, rows, tokens, index in terms:
@@ -179,18 +201,3 @@ def add_terms(
             index = index[int(tokens[:before].sum()) :] - before
             out[:, index, there] += scale * term(x[:, index], own)
     return out
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A file's changes to each component, "flux", "t5" and "clip", and its unknown keys. is_control:
-    it makes the transformer read a control image next to the noisy one (BFL's Canny and Depth)."""
-
-    path: Path
-    changes: dict[str, list[Change]]
-    unknown: list[str]
-    is_control: bool = False
-
-
-Loras = Mapping[str, Lora]  # by their names in the layout
-NO_LORAS: Loras = {}

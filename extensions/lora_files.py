@@ -1,7 +1,6 @@
 """LoRA files of every family, recognized by their keys alone."""
 
 import re
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +13,31 @@ from formats.key_names import flux_from_diffusers
 from formats.safetensors import FLOATS, FP8, CheckpointFile, Stored, parse, read, read_header
 from model.layers import RMSNorm
 
+# What a key may begin with, before a module's name, dots written as underscores.
+PREFIX = re.compile(
+    r"(base_model_model_|(model_)?diffusion_model_|lora_(unet|transformer|te\d?)_|lycoris_"
+    r"|transformer_(?!blocks)|text_encoders?_(2_)?|clip_l_|t5xxl_)*"
+)
+# What follows the name, by kind. The adapter's name, as in lora_A.default.weight, is left out.
+SUFFIX = re.compile(
+    r"""(.+?)(?:
+      \.(?P<factor>lokr_w[12](?:_[ab])?|hada_w[12]_[ab])
+    | (?P<down>([._]lora_down|\.lora_A(\.\w+)?|([._]lora)?(_linear_layer)?\.down)\.weight)
+    | (?P<up>([._]lora_up|\.lora_B(\.\w+)?|([._]lora)?(_linear_layer)?\.up)\.weight)
+    | (?P<bias>\.lora_B(\.\w+)?\.bias|\.diff_b)
+    | (?P<alpha>\.alpha)
+    | (?P<magnitude>\.dora_scale|\.lora_magnitude_vector(\.\w+)*)
+    | (?P<diff>\.(diff|w_norm))
+    | (?P<set>\.set_weight|(?<=_norm)\.scale)
+    | (?P<shape>\.reshape_weight)  # of the padded weight; the other factors say it too
+    )""",
+    re.VERBOSE,
+)
+Kinds = dict[str, Stored]  # a module's tensors in a file
+
 
 class Target(NamedTuple):
-    """The rows of a part's layer that a name in a file stands for; `swapped`: the file has their halves swapped."""
+    """The rows of a part's layer that a name in a file stands for; swapped: by halves there."""
 
     part: str
     layer: str
@@ -25,226 +46,210 @@ class Target(NamedTuple):
     swapped: bool = False
 
 
-# What a key may begin with, before a module's name, dots written as underscores.
-PREFIX = re.compile(
-    r"(base_model_model_|(model_)?diffusion_model_|lora_(unet|transformer|te\d?)_|lycoris_|transformer_(?!blocks)"
-    r"|text_encoders?_(2_)?|clip_l_|t5xxl_)*"
-)
-# What it may end with -> its kind. The adapter's name, as in lora_A.default.weight, is left out.
-SUFFIXES = {
-    r"[._]lora_down\.weight|\.lora_A(\.\w+)?\.weight|([._]lora)?(_linear_layer)?\.down\.weight": "down",
-    r"[._]lora_up\.weight|\.lora_B(\.\w+)?\.weight|([._]lora)?(_linear_layer)?\.up\.weight": "up",
-    r"\.lora_B(\.\w+)?\.bias|\.diff_b": "bias",
-    r"\.alpha": "alpha",
-    r"\.dora_scale|\.lora_magnitude_vector(\.\w+)*": "magnitude",
-    r"\.(diff|w_norm)": "diff",
-    r"\.set_weight|(?<=_norm)\.scale": "set",
-    r"\.reshape_weight": "shape",  # of the padded weight; the other factors say it too
-}
-FACTORS = r"\.(lokr_w[12](?:_[ab])?|hada_w[12]_[ab])"
-
-
-def take_apart(key: str) -> tuple[str, str]:
-    """A key -> the module's name as the file has it, and the kind; ("", "") for a key of no known kind."""
-    if found := re.fullmatch(rf"(.+?){FACTORS}", key):
-        return found[1], found[2]
-    for pattern, kind in SUFFIXES.items():
-        if found := re.fullmatch(rf"(.+?)(?:{pattern})", key):
-            return found[1], kind
-    return "", ""
-
-
 def flat(name: str) -> str:
     return name.replace(".", "_")
 
 
 def spellings(modules: dict[str, nn.Module]) -> dict[str, Target]:
-    """How files may call the layers of each part, without prefix and flat, and what that stands for."""
+    """What files may call each part's layers, flat and without prefix."""
     found = {}
     for part, module in modules.items():
         for layer, linear in module.named_modules():
             if not isinstance(linear, nn.Linear | RMSNorm):
                 continue
-            rows = linear.out_features if isinstance(linear, nn.Linear) else len(linear.scale)
-            found[flat(layer)] = Target(part, layer, 0, rows)
+            rows = len(linear.scale) if isinstance(linear, RMSNorm) else linear.out_features
+            whole = Target(part, layer, 0, rows)
+            found[layer] = whole
             if part == "clip":
-                found[flat(layer).removeprefix("text_model_")] = Target(part, layer, 0, rows)
+                found[layer.removeprefix("text_model.")] = whole
             if part == "flux":
-                found |= pieces(layer, rows, module.params.hidden_size)
-    return found
+                found |= pieces(whole, module.params.hidden_size)
+    return {flat(name): target for name, target in found.items()}
 
 
-def pieces(layer: str, rows: int, hidden: int) -> dict[str, Target]:
-    """The other names of one of Flux's layers and of its parts: diffusers', OneTrainer's and XLabs'."""
+def pieces(whole: Target, hidden: int) -> dict[str, Target]:
+    """diffusers', OneTrainer's and XLabs' names of one of Flux's layers and of its parts."""
+    layer = whole.layer
     theirs = [row.key.rpartition(".")[0] for row in flux_from_diffusers(f"{layer}.weight", {})]
-    starts = [i * hidden for i in range(len(theirs))]
     found = {}
-    for i, (name, start, stop) in enumerate(zip(theirs, starts, [*starts[1:], rows])):
-        target = Target("flux", layer, start, stop, swapped=name == "norm_out.linear")
-        found |= {flat(name): target, f"{flat(layer)}_{i}": target}
-    if double := re.fullmatch(r"(double_blocks\.\d+)\.(img|txt)_attn\.(qkv|proj)", layer):
-        number = {"img": 1, "txt": 2}[double[2]]
-        found[flat(f"{double[1]}.processor.{double[3]}_lora{number}")] = Target("flux", layer, 0, rows)
-    if single := re.fullmatch(r"(single_blocks\.\d+)\.linear([12])", layer):
-        is_first = single[2] == "1"
-        name = flat(f"{single[1]}.processor.{'qkv' if is_first else 'proj'}")
-        found[name] = Target("flux", layer, 0, 3 * hidden if is_first else rows)
+    for i, name in enumerate(theirs):
+        stop = whole.stop if i + 1 == len(theirs) else (i + 1) * hidden
+        piece = whole._replace(start=i * hidden, stop=stop, swapped=name == "norm_out.linear")
+        found |= {name: piece, f"{layer}.{i}": piece}
+    block, _, last = layer.rpartition(".")
+    for i, stream in enumerate(("img_attn", "txt_attn"), 1):
+        if block.endswith(stream):
+            block = block.replace(stream, "processor")
+            found[f"{block}.{last}_lora{i}"] = whole
+    if last == "linear1":
+        found[f"{block}.processor.qkv"] = whole._replace(stop=3 * hidden)
+    if last == "linear2":
+        found[f"{block}.processor.proj"] = whole
     return found
 
 
 def lora_file(name: str, where: str) -> Path:
-    """The file of a LoRA: a file, a folder or org/name with one, or org/name:file; `where` begins messages."""
+    """A file, a folder or org/name with one, or org/name:file. `where` begins messages."""
     path = locate(name, [["*.safetensors"]], where)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
-        raise InputError(where, MISSING, f"expected one safetensors file there, found {names}; name one of them")
+        problem = f"expected one safetensors file there, found {names}; name one of them"
+        raise InputError(where, MISSING, problem)
     return files[0]
 
 
 def read_lora(path: Path, modules: dict[str, nn.Module]) -> Lora:
-    """What a file does to a model with these parts (on the meta device will do). InputError if nothing in it fits."""
+    """What a file does to a model with these parts, which may be on the meta device."""
     file = read_header(path)
-    names = spellings(modules)
+    targets = spellings(modules)
     groups = {}
     unknown = []
     for key, tensor in file.tensors.items():
         if tensor.dtype not in FLOATS | FP8:
-            raise InputError(path, MISSING, f"{key} is stored as {tensor.dtype}, which is not supported")
-        module, kind = take_apart(key)
-        target = names.get(PREFIX.sub("", flat(module), count=1))
+            problem = f"{key} is stored as {tensor.dtype}, which is not supported"
+            raise InputError(path, MISSING, problem)
+        found = SUFFIX.fullmatch(key)
+        module = found[1] if found else ""
+        target = targets.get(PREFIX.sub("", flat(module), count=1))
         if target:
+            kind = found["factor"] or found.lastgroup
             groups.setdefault((target, module), {})[kind] = tensor
         else:
             unknown.append(key)
     if not groups:
-        keys = f"none of its keys is known (the first is {next(iter(file.tensors), None)})"
-        raise InputError(path, MISSING, f"no LoRA for this model: {keys}")
+        first = next(iter(file.tensors), None)
+        problem = f"no LoRA for this model: none of its keys is known (the first is {first})"
+        raise InputError(path, MISSING, problem)
     changes = {part: [] for part in modules}
     for (target, module), kinds in groups.items():
         layer = modules[target.part].get_submodule(target.layer)
-        changes[target.part] += changes_of(target, layer, kinds, metadata_scale(file, module, kinds))
-    inputs = [change.term for change in changes["flux"] if change.name == "img_in.weight"]
+        scale = metadata_scale(file, module, kinds)
+        changes[target.part] += changes_of(target, layer, kinds, scale)
     width = modules["flux"].img_in.in_features
-    is_control = any(isinstance(term, LowRank) and term.down.shape[1] > width for term in inputs)
+    inputs = [change.term for change in changes["flux"] if change.name == "img_in.weight"]
+    is_control = any(isinstance(x, LowRank) and x.down.shape[1] > width for x in inputs)
     return Lora(path, changes, unknown, is_control)
 
 
-def metadata_scale(file: CheckpointFile, module: str, kinds: dict[str, Stored]) -> float:
-    """alpha / rank as peft's settings in the header say it, for files without alpha keys; 1 without such settings."""
+def metadata_scale(file: CheckpointFile, module: str, kinds: Kinds) -> float:
+    """alpha / rank by peft's settings in the header, else 1; for files without alpha keys."""
     settings = parse(file.path, file.metadata.get("lora_adapter_metadata", "{}").encode())
-    part = re.match(r"(transformer|text_encoder(_2)?)\.", module)
-    part = part[0] if part else ""
+    part = re.match(r"((transformer|text_encoder(_2)?)\.)?", module)[0]
     name = module.removeprefix(part)
-    own = {key.removeprefix(part): value for key, value in settings.items() if key.startswith(part)}
+    own = {key.removeprefix(part): x for key, x in settings.items() if key.startswith(part)}
     if "down" not in kinds or "lora_alpha" not in own:
         return 1.0
     rank = max(kinds["down"].shape[0], 1)
     try:
-        patterns = dict(own.get("alpha_pattern") or {})
-        alpha = next((a for end, a in patterns.items() if f".{name}".endswith(f".{end}")), own["lora_alpha"])
-        return float(alpha) / (rank**0.5 if own.get("use_rslora") else rank)
+        alphas = dict(own.get("alpha_pattern") or {}).items()
+        fitting = (alpha for end, alpha in alphas if f".{name}".endswith(f".{end}"))
+        alpha = float(next(fitting, own["lora_alpha"]))
     except (TypeError, ValueError) as error:
-        raise InputError(file.path, MISSING, f"the settings in its header can't be read ({error})") from error
+        problem = f"the settings in its header can't be read ({error})"
+        raise InputError(file.path, MISSING, problem) from error
+    return alpha / (rank**0.5 if own.get("use_rslora") else rank)
 
 
-def changes_of(target: Target, layer: nn.Module, kinds: dict[str, Stored], scale: float) -> list[Change]:
-    """The changes of one module of a file: of its weight, and of its bias or norm."""
-    rows = target.stop - target.start
-    change = partial(Change, start=target.start, stop=target.stop)
+def changes_of(target: Target, layer: nn.Module, kinds: Kinds, scale: float) -> list[Change]:
+    """What one module of a file changes: weight, bias or norm."""
+    _, name, start, stop, swapped = target
+    is_norm = isinstance(layer, RMSNorm)
+    shape = (stop - start,) if is_norm else (stop - start, layer.in_features)
+    weight = Change(f"{name}.{'scale' if is_norm else 'weight'}", start, stop, None)
     found = []
-    weight = f"{target.layer}.{'scale' if isinstance(layer, RMSNorm) else 'weight'}"
-    if term := weight_term(kinds, rows, layer, scale, widens=target.layer == "img_in"):
-        magnitude = read(kinds["magnitude"]).float().reshape(kinds["magnitude"].shape) if "magnitude" in kinds else None
-        found.append(change(weight, term=term, magnitude=as_column(magnitude, rows)))
+    if term := weight_term(kinds, shape, scale, widens=name == "img_in"):
+        magnitude = None
+        if "magnitude" in kinds:
+            magnitude = read(kinds["magnitude"]).float()
+            if magnitude.ndim == 1:  # as peft writes columns
+                magnitude = magnitude[:, None]
+        found.append(weight._replace(term=term, magnitude=magnitude))
     for kind in ("diff", "set"):
         if kind in kinds:
-            check(kinds[kind], (rows, layer.in_features) if isinstance(layer, nn.Linear) else (rows,))
-            found.append(change(weight, term=Full(read(kinds[kind])), replaces=kind == "set"))
+            term = Full(read(check(kinds[kind], shape)))
+            found.append(weight._replace(term=term, replaces=kind == "set"))
     if "bias" in kinds:
-        check(kinds["bias"], (rows,))
-        found.append(change(f"{target.layer}.bias", term=Full(read(kinds["bias"]))))
-    return [swap_halves(c) for c in found] if target.swapped else found
-
-
-def as_column(magnitude: Tensor | None, rows: int) -> Tensor | None:
-    """peft writes DoRA's magnitudes as a vector."""
-    return magnitude[:, None] if magnitude is not None and magnitude.ndim == 1 else magnitude
+        term = Full(read(check(kinds["bias"], shape[:1])))
+        found.append(Change(f"{name}.bias", start, stop, term))
+    return [swap_halves(change) for change in found] if swapped else found
 
 
 def swap_halves(change: Change) -> Change:
     """diffusers' last modulation is (scale, shift), ours (shift, scale)."""
-    magnitude = change.magnitude
+    term = change.term
     half = (change.stop - change.start) // 2
-    if isinstance(change.term, LowRank):
-        term = change.term._replace(up=change.term.up.roll(half, 0))
+    if isinstance(term, LowRank):
+        term = term._replace(up=term.up.roll(half, 0))
     else:
-        term = Full(change.term.delta().roll(half, 0))
+        term = Full(term.delta().roll(half, 0))
+    magnitude = change.magnitude
     if magnitude is not None and len(magnitude) == 2 * half:
         magnitude = magnitude.roll(half, 0)
     return change._replace(term=term, magnitude=magnitude)
 
 
-def weight_term(kinds: dict[str, Stored], rows: int, layer: nn.Module, scale: float, widens: bool) -> Term | None:
-    """The term that changes a layer's weight (rows, in); None if the file has none for it. With `widens` it may have
-    twice the columns, as BFL's control LoRAs have for img_in."""
-    kinds = {kind: tensor for kind, tensor in kinds.items() if kind in ("down", "up", "alpha") or "_w" in kind}
-    if not kinds or set(kinds) == {"alpha"}:
+def weight_term(kinds: Kinds, shape: tuple[int, ...], scale: float, widens: bool) -> Term | None:
+    """What changes a weight of this shape (rows, in), if anything does; BFL's control LoRAs have
+    twice the columns (`widens`)."""
+    own = {kind: x for kind, x in kinds.items() if kind in ("down", "up") or "_w" in kind}
+    if not own:
         return None
-    if not isinstance(layer, nn.Linear):
-        raise misfit(next(iter(kinds.values())), "no matrix for a norm")
-    alpha = 0.0
-    if "alpha" in kinds:
-        check(kinds["alpha"], ())
-        alpha = float(read(kinds.pop("alpha")))
-    if any(kind.startswith("lokr") for kind in kinds):
-        return kronecker(kinds, rows, layer.in_features, alpha)
-    if any(kind.startswith("hada") for kind in kinds):
-        return hadamard(kinds, rows, layer.in_features, alpha)
-    down, up = pair(kinds, "down", "up")
-    rank = down.shape[0]
-    wide = widens and down.shape[1:] == (2 * layer.in_features,)
-    check(down, (rank, layer.in_features * (1 + wide)))
-    check(up, (rows, rank))
-    return LowRank(matrix(up), matrix(down), alpha / rank if alpha else scale)
+    if len(shape) == 1:
+        raise misfit(next(iter(own.values())), "no matrix for a norm")
+    alpha = float(read(check(kinds["alpha"], ()))) if "alpha" in kinds else 0.0
+    if any(kind.startswith("lokr") for kind in own):
+        return kronecker(own, shape, alpha)
+    if any(kind.startswith("hada") for kind in own):
+        return hadamard(own, shape, alpha)
+    rows, columns = shape
+    if widens and "down" in own and own["down"].shape[1:] == (2 * columns,):
+        columns *= 2
+    up, down = factors(own, "up", "down", rows, columns)
+    return LowRank(up, down, alpha / len(down) if alpha else scale)
 
 
-def kronecker(kinds: dict[str, Stored], rows: int, columns: int, alpha: float) -> Kronecker:
-    """LyCORIS' LoKr: kron(w1, w2), either of them a product of two; alpha counts only then."""
-    factors = []
+def kronecker(kinds: Kinds, shape: tuple[int, ...], alpha: float) -> Kronecker:
+    """LoKr: kron(w1, w2), either of them a product of two; alpha counts only then."""
+    sides = []
     rank = None
-    for i in (1, 2):
-        if f"lokr_w{i}" in kinds:
-            factors.append(matrix(kinds[f"lokr_w{i}"]))
-            continue
-        a, b = pair(kinds, f"lokr_w{i}_a", f"lokr_w{i}_b")
-        rank = b.shape[0]
-        check(a, (a.shape[0], rank))
-        factors.append(matrix(a).float() @ matrix(b).float())
-    left, right = factors
-    made = (left.shape[0] * right.shape[0], left.shape[1] * right.shape[1])
-    if made != (rows, columns):
-        raise misfit(next(iter(kinds.values())), f"factors of {(rows, columns)}; they make {made}")
+    for name in ("lokr_w1", "lokr_w2"):
+        if name in kinds:
+            sides.append(matrix(kinds[name]))
+        else:
+            a, b = factors(kinds, f"{name}_a", f"{name}_b")
+            rank = len(b)
+            sides.append(a.float() @ b.float())
+    left, right = sides
+    made = tuple(a * b for a, b in zip(left.shape, right.shape))
+    if made != shape:
+        raise misfit(next(iter(kinds.values())), f"factors of {shape}; they make {made}")
     return Kronecker(left, right, alpha / rank if alpha and rank else 1.0)
 
 
-def hadamard(kinds: dict[str, Stored], rows: int, columns: int, alpha: float) -> LowRank:
-    """LyCORIS' LoHa: (w1_a @ w1_b) * (w2_a @ w2_b), which is one product of rank r1 r2."""
-    sides = [pair(kinds, f"hada_w{i}_a", f"hada_w{i}_b") for i in (1, 2)]
-    for a, b in sides:
-        check(a, (rows, b.shape[0]))
-        check(b, (b.shape[0], columns))
-    (a1, b1), (a2, b2) = (tuple(matrix(x).float() for x in side) for side in sides)
-    up = (a1[:, :, None] * a2[:, None, :]).flatten(1)
-    down = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
+def hadamard(kinds: Kinds, shape: tuple[int, ...], alpha: float) -> LowRank:
+    """LoHa: (w1_a @ w1_b) * (w2_a @ w2_b), which is one product of rank r1 r2."""
+    names = ("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")
+    (a1, b1), (a2, b2) = (factors(kinds, *name, *shape) for name in names)
+    up = (a1.float()[:, :, None] * a2.float()[:, None, :]).flatten(1)
+    down = (b1.float()[:, None, :] * b2.float()[None, :, :]).flatten(0, 1)
     return LowRank(up, down, alpha / len(b1) if alpha else 1.0)
 
 
-def pair(kinds: dict[str, Stored], first: str, second: str) -> tuple[Stored, Stored]:
-    if first not in kinds or second not in kinds:
-        there = next(iter(kinds.values()))
-        raise InputError(there.file, MISSING, f"{there.key} has no counterpart; download the LoRA again")
-    return kinds[first], kinds[second]
+def factors(
+    kinds: Kinds, first: str, second: str, rows: int = 0, columns: int = 0
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Two stored matrices; the sizes of their product, if given."""
+    pair = [kinds[name] for name in (first, second) if name in kinds]
+    if len(pair) < 2:
+        file, key, *_ = next(iter(kinds.values()))
+        raise InputError(file, MISSING, f"{key} has no counterpart; download the LoRA again")
+    for tensor in pair:
+        if len(tensor.shape) < 2 or 0 in tensor.shape:
+            raise misfit(tensor, "a matrix")
+    a, b = pair
+    check(b, (b.shape[0], columns or b.shape[1]))
+    return matrix(check(a, (rows or a.shape[0], b.shape[0]))), matrix(b)
 
 
 def matrix(tensor: Stored) -> Tensor:
@@ -252,12 +257,14 @@ def matrix(tensor: Stored) -> Tensor:
     return read(tensor).reshape(tensor.shape[:2]).clone()  # a view would keep its file open
 
 
-def check(tensor: Stored, shape: tuple[int, ...]) -> None:
+def check(tensor: Stored, shape: tuple[int, ...]) -> Stored:
     """InputError unless a tensor has this shape, or with ones behind it."""
     if tensor.shape != shape + (1,) * (len(tensor.shape) - len(shape)):
         raise misfit(tensor, f"{shape}")
+    return tensor
 
 
 def misfit(tensor: Stored, expected: str) -> InputError:
     problem = f"{tensor.key} has shape {tensor.shape}, expected {expected}"
-    return InputError(tensor.file, MISSING, f"{problem}; the LoRA was made for another model, or is damaged")
+    why = "the LoRA was made for another model, or is damaged"
+    return InputError(tensor.file, MISSING, f"{problem}; {why}")

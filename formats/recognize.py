@@ -17,6 +17,7 @@ COMPONENTS = {  # what each is, and its subfolder in diffusers' format
     "controlnet": ("FLUX.1 ControlNet", "controlnet"),
 }
 WHAT = {part: what for part, (what, _) in COMPONENTS.items()}
+CONTROLNET_FILES = [["*.safetensors", "config.json"]]  # of a repository
 SUBFOLDER = {part: folder for part, (_, folder) in COMPONENTS.items()}
 
 

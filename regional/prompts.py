@@ -8,9 +8,9 @@ from torch import Tensor
 
 from errors import MISSING, InputError, warn
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
+from regional.extension import Conditioning
 from regional.layout import Layout, RegionLora
 from regional.mask import RegionTokens
-from regional.sampling import Conditioning
 
 # (t5 or clip, ids (1, L), the LoRAs of the prompt's region) -> embeddings
 Encode = Callable[[str, Tensor, Sequence[RegionLora]], Tensor]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from errors import InputError
 from model.attention import Attention, Block
-from regional.sampling import Branches, Forward, Pass
+from regional.extension import Branches, Forward, Pass
 
 
 def wrong(problem: str) -> InputError:

@@ -1,5 +1,7 @@
-"""The seam of sampling carries what may come: other samplers, more channels and tokens, two velocities, a cache."""
+"""What sampling hands to extensions is enough for other samplers, two velocities, a cache, more tokens
+and channels."""
 
+import dataclasses
 import inspect
 import math
 import re
@@ -11,24 +13,25 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-import weights
 from extensions.control import control_lora
 from model.attention import plain_attention
-from model.transformer import Flux, FluxParams, text_then_image
+from model.transformer import Flux, text_then_image
 from pipeline import Pipeline
 from regional.attention import RegionalAttention, dense_attention, portable_attention
-from regional.layout import FLUX_DEV, Layout, Region
+from regional.extension import Branches, Conditioning
+from regional.layout import Defaults, Layout, Region
 from regional.mask import region_tokens
-from regional.sampling import Branches, Conditioning, Run, modulations, noise_levels, regional, sample
+from regional.sampling import Run, modulations, noise_levels, regional, sample
 from sampler.flow import image_ids, noise, pack, text_ids, unpack
 
 PAGE = Path(__file__).parent.parent / "docs" / "extensions.md"
-IMAGE, TEXT, STEPS = 16, 5, 4
-LAYOUT = Layout(
-    prompt="p", width=64, height=64, steps=STEPS, mask_inject_steps=2,
-    regions=(Region(prompt="a", box=(0, 0, 32, 64)), Region(prompt="b", box=(16, 16, 64, 64))),
-).resolved(FLUX_DEV)  # fmt: skip
-PLAIN = Layout(prompt="p", width=64, height=64, steps=STEPS).resolved(FLUX_DEV)
+IMAGE = 16
+TEXT = 5
+STEPS = 4
+DEFAULTS = Defaults(STEPS, TEXT, 64, tiny.FLUX.depth, tiny.FLUX.depth_single_blocks)
+REGIONS = (Region(prompt="a", box=(0, 0, 32, 64)), Region(prompt="b", box=(16, 16, 64, 64)))
+PLAIN = Layout(prompt="p", width=64, height=64).resolved(DEFAULTS)
+LAYOUT = Layout(prompt="p", width=64, height=64, mask_inject_steps=2, regions=REGIONS).resolved(DEFAULTS)
 GUIDANCE = torch.tensor([3.5])
 IDS = image_ids(64, 64)
 
@@ -39,7 +42,7 @@ def random(*shape: int, seed: int = 1) -> Tensor:
 
 def random_flux(in_channels: int = 64) -> Flux:
     torch.manual_seed(0)
-    flux = Flux(FluxParams(**vars(tiny.FLUX) | {"in_channels": in_channels})).double()
+    flux = Flux(dataclasses.replace(tiny.FLUX, in_channels=in_channels)).double()
     for parameter in flux.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
     return flux.requires_grad_(False)
@@ -72,6 +75,19 @@ def plain_velocity(flux: Flux, img: Tensor, t: Tensor, ids: Tensor = IDS) -> Ten
     return tiny.velocity(flux, img, ids, CONDITIONING.txt, text_ids(TEXT), t, CONDITIONING.y, GUIDANCE)
 
 
+def watch(seen: list, what):
+    """An extension that only adds what(given, step) of each pass to `seen`."""
+
+    def extend(forward, branches):
+        return lambda given, step: (seen.append(what(given, step)), forward(given, step))[1]
+
+    return extend
+
+
+def difference(x: Tensor, y: Tensor) -> float:
+    return (x - y).abs().max().item()
+
+
 def test_sample_is_short_and_knows_no_extension():
     assert len(inspect.getsource(sample).splitlines()) <= 45 and len(inspect.signature(sample).parameters) <= 9
     names = r"lora|controlnet|ulysses|parallel|attention_map"
@@ -82,7 +98,7 @@ def test_without_extensions_a_plain_run_is_the_loop_written_out(flux):
     assert torch.equal(latents(flux, layout=PLAIN), euler(flux, lambda img, t: plain_velocity(flux, img, t)))
 
 
-# ------------------------------------------------------------------------------------------------ other samplers
+# ------------------------------------------------------------------------------ other samplers
 
 
 def heun(velocity, img: Tensor, levels: list[float]) -> Tensor:
@@ -102,12 +118,9 @@ def test_heun_takes_the_modulation_by_its_timestep(flux, ratio):
     levels = noise_levels(LAYOUT, flux.params)
     assert list(known[0]) == levels[:-1]
     asked = []
-
-    def watch(forward, branches):
-        return lambda given, step: (asked.append(step), forward(given, step))[1]
-
-    run = Run(flux, LAYOUT, tokens, CONDITIONING, order, known, (watch,))
-    txt, more = CONDITIONING.txt, {}
+    run = Run(flux, LAYOUT, tokens, CONDITIONING, order, known, [watch(asked, lambda _, step: step)])
+    txt = CONDITIONING.txt
+    more = {}
     velocity = run.velocity(txt, Branches(tokens.image_bits, order, TEXT))
     if ratio:
         ratios = torch.full((IMAGE,), ratio)
@@ -127,7 +140,7 @@ def test_heun_takes_the_modulation_by_its_timestep(flux, ratio):
     assert list(known[0]) == levels
 
 
-# ------------------------------------------------------------------------------------------------ two velocities
+# --------------------------------------------------------------------------------- two velocities
 
 
 def true_cfg(flux: Flux, txt: Tensor, y: Tensor, scale: float):
@@ -154,13 +167,13 @@ def test_two_velocities_can_be_mixed(flux):
         return negative + 2.5 * (plain_velocity(flux, img, t) - negative)
 
     cfg = true_cfg(flux, txt, y, 2.5)
-    assert (latents(flux, cfg, layout=PLAIN) - euler(flux, velocity)).abs().max() < 1e-5
     neutral = true_cfg(flux, txt, y, 1.0)
-    assert (latents(flux, neutral) - latents(flux)).abs().max() < 1e-5
-    assert (latents(flux, cfg) - latents(flux)).abs().max() > 1e-2
+    assert difference(latents(flux, cfg, layout=PLAIN), euler(flux, velocity)) < 1e-5
+    assert difference(latents(flux, neutral), latents(flux)) < 1e-5
+    assert difference(latents(flux, cfg), latents(flux)) > 1e-2
 
 
-# ------------------------------------------------------------------------------------------------ a step cache
+# ------------------------------------------------------------------------------ a step cache
 
 
 def first_block_cache(flux: Flux, threshold: float, reused: list[int]):
@@ -190,13 +203,13 @@ def first_block_cache(flux: Flux, threshold: float, reused: list[int]):
 def test_a_cache_may_skip_blocks(flux):
     reused = []
     never = latents(flux, first_block_cache(flux, 0.0, reused))
-    assert (never - latents(flux)).abs().max() < 1e-6 and reused == []
+    assert difference(never, latents(flux)) < 1e-6 and reused == []
     always = latents(flux, first_block_cache(flux, torch.inf, reused))
     assert reused == [1, 3]  # each kind of pass, regional and plain, has a cache of its own
-    assert (always - never).abs().max() > 1e-3
+    assert difference(always, never) > 1e-3
 
 
-# ------------------------------------------------------------------------------------------------ more tokens
+# ------------------------------------------------------------------------------ more tokens
 
 
 def references(tokens: Tensor, ids: Tensor):
@@ -233,14 +246,12 @@ def test_image_tokens_can_be_appended(flux):
 
     assert torch.equal(latents(flux, own, layout=PLAIN), euler(flux, velocity))
     seen = []
-
-    def watch(forward, branches):
-        return lambda given, step: (seen.append(given.img.shape[1]), forward(given, step))[1]
-
-    assert (latents(flux, watch, own) - latents(flux)).abs().max() > 1e-2 and seen == [IMAGE + 6] * STEPS
+    lengths = watch(seen, lambda given, _: given.img.shape[1])
+    assert difference(latents(flux, lengths, own), latents(flux)) > 1e-2
+    assert seen == [IMAGE + 6] * STEPS
 
 
-# ------------------------------------------------------------------------------------------------ more channels
+# ------------------------------------------------------------------------------ more channels
 
 
 def test_latents_can_be_joined_by_channel():
@@ -258,7 +269,7 @@ def test_latents_can_be_joined_by_channel():
     assert (latents(wide, joined, layout=everywhere) - euler(wide, velocity)).abs().max() < 1e-5
 
 
-# ------------------------------------------------------------------------------------------------ the page
+# --------------------------------------------------------------------------------------- the page
 
 
 def test_the_pages_example_logs_every_blocks_entropy():
@@ -268,10 +279,10 @@ def test_the_pages_example_logs_every_blocks_entropy():
     layout = Layout(prompt="a red circle", width=64, height=64, steps=2)
     names = {"torch": torch, "pipeline": pipeline, "layout": layout}
     exec(example + use, names)
-    params = weights.flux_params(pipeline.checkpoint.flux)
-    blocks = [("double", i) for i in range(params.depth)] + [("single", i) for i in range(params.depth_single_blocks)]
-    assert [entry[:3] for entry in names["log"]] == [(step, *block) for step in range(2) for block in blocks]
+    depth, single = pipeline.defaults[-2:]
+    blocks = [("double", i) for i in range(depth)] + [("single", i) for i in range(single)]
+    logged = [entry[:3] for entry in names["log"]]
+    assert logged == [(step, *block) for step in range(2) for block in blocks]
     tokens = names["prepared"].conditioning.txt.shape[1] + 16
     assert all(0 < entropy < math.log(tokens) for *_, entropy in names["log"])
-    without = pipeline.denoise(names["prepared"], seed=1)
-    assert torch.equal(names["latents"], without)
+    assert torch.equal(names["latents"], pipeline.denoise(names["prepared"], seed=1))

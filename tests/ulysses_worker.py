@@ -13,8 +13,10 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
-from extensions.control import LoadedControl, controlnets, scale_of  # noqa: E402
-from extensions.controlnet import ControlNet, ControlNetParams  # noqa: E402
+from errors import InputError  # noqa: E402
+from extensions.control import controlnets  # noqa: E402
+from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl  # noqa: E402
+from extensions.loading import scale_of  # noqa: E402
 from extensions.lora import Change, Lora, LowRank  # noqa: E402
 from extensions.region_lora import all_of, region_loras  # noqa: E402
 from model.transformer import Flux, FluxParams  # noqa: E402

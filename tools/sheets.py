@@ -6,13 +6,16 @@ GAP = 8  # pixels between images
 LINE = 18  # the height of a line of text
 
 
-def contact_sheet(rows: dict[str, list[Image.Image]], columns: list[str] = ()) -> Image.Image:
-    """Each row under its label, the labels of columns above; an empty label takes no room."""
+def contact_sheet(
+    rows: dict[str, list[Image.Image]], columns: list[str] = ()
+) -> Image.Image:  # fmt: skip
+    """Each row under its label, the columns' labels above; an empty label takes no room."""
     width, height = next(iter(rows.values()))[0].size
     header = LINE if any(columns) else 0
     step_x = width + GAP
     step_y = height + GAP + (LINE if any(rows) else 0)
-    size = (step_x * max(map(len, rows.values())) - GAP, header + step_y * len(rows) - GAP)
+    longest = max(map(len, rows.values()))
+    size = (step_x * longest - GAP, header + step_y * len(rows) - GAP)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(13)

@@ -1,0 +1,60 @@
+"""The types between sampling and its extensions; docs/extensions.md shows how to write one."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from model.attention import Attention, Block
+from model.layers import Vectors
+from model.transformer import AfterBlock, Join
+
+
+class Conditioning(NamedTuple):
+    """The encoded prompts: txt (1, L_txt, context), the base prompt; regions (R, L_region, context)
+    or None; y (1, vec), the base prompt's pooled CLIP embedding, for rpg (1 + R, vec)."""
+
+    txt: Tensor
+    regions: Tensor | None
+    y: Tensor
+
+
+class Pass(NamedTuple):
+    """A forward pass, of which an extension may replace anything: the eight arguments of
+    Flux.forward, then what the modulation was computed from, (1,), (1, vec) and (1,)."""
+
+    img: Tensor
+    img_ids: Tensor
+    txt: Tensor
+    txt_ids: Tensor
+    modulation: Sequence[Vectors]
+    attention: Attention
+    join: Join
+    after_block: AfterBlock
+    timesteps: Tensor
+    y: Tensor
+    guidance: Tensor
+
+
+class Branches(NamedTuple):
+    """What passes of one kind have in common: plain, regional, or one region's by the method rpg.
+
+    region_bits: (L,) int64, of [txt_1 .. txt_R, img], or in passes of one prompt of img alone.
+    order: (L_img,), the image tokens' places in the image. text_length: the base prompt's tokens,
+    or the region's; prompt: its row in y. has_base: these tokens are there, after the regions'.
+    streams: image streams in the single blocks. The rest: RegionalAttention's, else None.
+    """
+
+    region_bits: Tensor
+    order: Tensor
+    text_length: int
+    prompt: int = 0
+    has_base: bool = True
+    streams: int = 1
+    base_ratio: Tensor | None = None
+    is_masked: Callable[[Block], bool] | None = None
+    log_weights: Tensor | None = None
+
+
+Forward = Callable[[Pass, int], Tensor]  # a pass and the step's index -> velocity (1, L_img, 64)
+Extension = Callable[[Forward, Branches], Forward]
