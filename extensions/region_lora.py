@@ -5,16 +5,17 @@ every stream that has them, and where regions overlap the additions add up. Only
 is the whole image acts on the base prompt's tokens too, and so it is the same as a merged one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from extensions.lora import MODULATION, Addition, Change, Loras, added, hooks_for
 from model.layers import Vectors
 from model.transformer import Flux
 from regional.extension import Branches, Extension, Forward, Pass
-from regional.layout import Layout
+from regional.layout import Layout, RegionLora
 
 # By the first part of a tensor's name.
 STREAMS = {"img_in": "img", "txt_in": "txt", "single_blocks": "both", "final_layer": "img"}
@@ -69,6 +70,17 @@ def region_loras(
         return with_loras if hooks else forward
 
     return extend
+
+
+def prompt_loras(
+    encoder: nn.Module, name: str, own: Sequence[RegionLora], loras: Loras, length: int,
+    device: torch.device, dtype: torch.dtype,
+) -> AbstractContextManager:  # fmt: skip
+    """While it lasts, T5 or CLIP (`name`) encodes a prompt of this length with its region's LoRAs."""
+    everywhere = torch.ones(length, dtype=torch.bool)
+    changes = [(change, x.scale) for x in own for change in loras[x.file].changes[name]]
+    found = [Addition(change, scale, everywhere) for change, scale in changes]
+    return added(encoder, hooks_for(encoder, found, device, dtype))
 
 
 def additions(

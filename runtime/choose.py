@@ -15,21 +15,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 
-from errors import InputError, info, warn
+from errors import MISSING, InputError, info, warn
 from formats.recognize import Source
 from model.fp8 import why_not
 from model.transformer import Flux
 from regional.attention import MaskedAttention, Tokens, dense_attention, portable_attention
 from regional.layout import Layout
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # in float16 FLUX.1 overflows
-
-ATTENTIONS = ("kernel", "portable", "dense")
-QUANTIZE = ("auto", "none", "fp8")
-OFFLOAD = ("auto", "none", "blocks")
+from settings import Settings
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(settings: Settings) -> torch.device:
+    """The device of the settings; auto: the first that there is. InputError for what it cannot do."""
+    name = settings.device
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, there in available.items() if there)
@@ -40,6 +37,13 @@ def choose_device(name: str) -> torch.device:
         device = torch.device("cuda", torch.cuda.current_device())
     if device.type == "cuda":  # Triton launches on the current one
         torch.cuda.set_device(device)
+    compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
+    if settings.compile and not any(map(shutil.which, compilers)):
+        problem = "torch.compile needs a C++ compiler, and there is none here; leave it out"
+        raise InputError("--compile", MISSING, problem)
+    if settings.offload == "blocks" and device.type == "mps":
+        problem = "Apple's GPUs already share the host's memory; leave it out"
+        raise InputError("--offload", "blocks", problem)
     return device
 
 

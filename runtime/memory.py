@@ -5,14 +5,16 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 import weights
 from errors import info
 from extensions.loading import find_controlnet
 from formats.recognize import WHAT, Source
+from model.layers import Modulation
 from model.transformer import FluxParams
 from regional.layout import Layout
-from runtime.offload import FLUX_MODULATION, block_of
+from runtime.offload import FLUX_MODULATION, Streamed, block_of
 
 # How many numbers a step, or a decoding, holds at its peak beside the weights: counted at full size
 # on the meta device (14.7 and 25.7, for 1024 x 1024 and 2048 x 2048, 0 to 16 regions, and 769 text
@@ -122,3 +124,22 @@ def free_memory(device: torch.device) -> int:
     own = torch.cuda.memory_allocated(device)
     free += torch.cuda.memory_reserved(device) - own
     return min(free, int(torch.cuda.get_per_process_memory_fraction(device) * total) - own)
+
+
+def load_placed(
+    source: Source, device: torch.device, dtype: torch.dtype, merges: weights.Merges, offload: str,
+    fp8: bool, layout: Layout | None,
+) -> tuple[nn.Module, list[Streamed]]:  # fmt: skip
+    """The transformer or T5 with its weights where `place` has them, and what of it is streamed."""
+    placed = place(source, offload, device, dtype, fp8, layout)
+    in_fp8 = weights.FP8_LAYERS.search if fp8 else weights.nothing
+    placement = weights.Placement(placed.on_host, in_fp8)
+    module = weights.load(source, device, dtype, merges, placement)
+    streamed = []
+    if placed.blocks:
+        blocks = [module.get_submodule(block) for block in placed.blocks]
+        streamed.append(Streamed(blocks, device, pin=True))
+    if placed.modulation:
+        layers = [layer for layer in module.modules() if isinstance(layer, Modulation)]
+        streamed.append(Streamed(layers, device))
+    return module, streamed
