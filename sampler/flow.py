@@ -1,5 +1,6 @@
-"""Rectified flow: the noise an image starts from, how latents become tokens, and the Euler loop."""
+"""Rectified flow: the noise levels and the noise, how latents become tokens, and the Euler loop."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,20 @@ from torch import Tensor
 # (img (B, L_img, 64), t, step) -> (B, L_img, 64). t, in [0, 1], is where the velocity is asked for;
 # the step's index only selects what is scheduled, so a sampler may ask for several t in one step.
 Velocity = Callable[[Tensor, float, int], Tensor]
+
+
+def sigmas(steps: int, image_tokens: int, shift: bool) -> list[float]:
+    """`steps + 1` noise levels from 1 to 0.
+
+    With `shift` (FLUX.1-dev; not schnell) large images spend more steps at high noise: t becomes
+    e^mu / (e^mu + 1 / t - 1), where mu is linear in the number of image tokens, through (256, 0.5)
+    and (4096, 1.15).
+    """
+    linear = [1 - i / steps for i in range(steps + 1)]
+    if not shift:
+        return linear
+    mu = 0.5 + (image_tokens - 256) * (1.15 - 0.5) / (4096 - 256)
+    return [math.exp(mu) / (math.exp(mu) + 1 / t - 1) if t > 0 else 0.0 for t in linear]
 
 
 def noise(width: int, height: int, seed: int) -> Tensor:

@@ -65,7 +65,7 @@ MISTAKES = [
     Mistake("RMS norm", "model/layers.py",
             "keepdim=True) + 1e-6", "keepdim=True) + 1e-5",
             ("test_parity.py", "our_flux")),
-    Mistake("schedule", "sampler/schedule.py",
+    Mistake("schedule", "sampler/flow.py",
             "(4096 - 256)", "4096",
             ("test_sampler.py", "schedule")),
     Mistake("Euler step", "sampler/flow.py",

@@ -31,8 +31,7 @@ from regional.layout import Control, Layout, Region
 from regional.mask import region_tokens
 from regional.reader import read_layout
 from regional.sampling import Branches, Pass
-from sampler.flow import image_ids, noise, pack, text_ids, unpack
-from sampler.schedule import sigmas
+from sampler.flow import image_ids, noise, pack, sigmas, text_ids, unpack
 
 diffusers = test_parity.diffusers  # the fixture
 F64 = torch.float64
