@@ -187,8 +187,9 @@ def main() -> int:
         if own:
             print(
                 f"{count} workers: {len(own)} kills; finished pictures when killed: {finished[0]} to {finished[-1]}, "
-                f"median {statistics.median(finished):g}; {sum(0 < f < args.images for f in finished)} kills between the "
-                f"first and the last picture; half-written files: {sum(k.unfinished for k in own)}; "
+                f"median {statistics.median(finished):g}; "
+                f"{sum(0 < f < args.images for f in finished)} kills between the first and the last picture; "
+                f"half-written files: {sum(k.unfinished for k in own)}; "
                 f"wrong: {sum(bool(k.wrong) for k in own)}"
             )
     wrong = sum(bool(k.wrong) for k in kills)

@@ -157,7 +157,7 @@ MISTAKES = [
 
 def failing_test(folder: Path, file: str, words: str) -> str:
     """The test that fails first, "" if none does. RuntimeError if pytest found no test, or crashed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider", "-n", "0"]
     command += [f"tests/{file}", "-k", words]
     env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)

@@ -234,9 +234,7 @@ def test_a_pipeline_takes_settings_or_their_fields(model, tiny_pipeline):
         pipeline.Pipeline(model, dtipe="float32")
 
 
-@pytest.mark.parametrize(
-    "flag", ["device gpu", "dtype float16", "attention x", "quantize fp9", "offload block"]
-)
+@pytest.mark.parametrize("flag", ["device gpu", "dtype float16", "attention x", "quantize fp9", "offload block"])
 def test_a_pipeline_refuses_unknown_settings(flag):
     name, value = flag.split()
     with pytest.raises(InputError, match=f"--{flag}"):
