@@ -1,5 +1,7 @@
 """Bad input, worded in one place, and messages to the user."""
 
+import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +78,15 @@ def shown(name: Any) -> str:
     """A name or message as it is, or quoted and cut where it would break or fill lines."""
     text = str(name)
     return text if text.isprintable() and len(text) <= 1000 else describe(text, 1000)
+
+
+def check_file(file: str | Path, most: int) -> None:
+    """OSError for pipes and devices, which may never end, and for more than `most` bytes."""
+    about = os.stat(file)
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError("not a regular file")
+    if about.st_size > most:
+        raise OSError(f"its {about.st_size:,} bytes are more than {most:,}")
 
 
 def info(text: str) -> None:

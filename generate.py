@@ -2,9 +2,8 @@
 
     python generate.py --layout layout.yaml
 
-reads the layout, encodes its prompts, denoises, decodes and writes the image. Each component of the
-model is dropped before the next is loaded. With many layouts, all prompts are encoded first; each
-image is written as soon as it is finished, and the same command resumes a run that was stopped.
+reads the layout and writes its image. With many layouts all prompts are encoded first, and each
+image is written as soon as it is finished; the same command resumes a run that was stopped.
 """
 
 import contextlib
@@ -14,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,10 @@ from pipeline import Pipeline, Prepared
 from regional.layout import FLUX_DEV, Layout
 from regional.reader import read_layout
 from settings import Settings
-from tools.check import check_layouts, write_planned_layout
+from tools import metadata as written
 from tools.flags import Command, Output, naming, parse
 from tools.jobs import Failures, Job, device_of, is_finished, layout_files, plan_jobs, worker_of
-from tools.map_sheets import save_maps
-from tools.metadata import Metadata, image_metadata, remove_unfinished, save_image, save_json, save_tensor
-from tools.sweeps import write_sheets
+from tools.metadata import Metadata
 
 CHUNK = 100  # layouts whose prompts are encoded together: some 2 GB of memory at full size
 Ready = tuple[Job, Prepared, Metadata]
@@ -66,31 +63,23 @@ class Stop:
             raise KeyboardInterrupt
 
 
-class Timer:
-    """Called after every step, it reports when the first one has ended."""
-
-    def __init__(self):
-        self.start = time.perf_counter()
-        self.steps = 0
-
-    def __call__(self) -> None:
-        self.steps += 1
-        if self.steps == 1:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            info(f"the first step ended {time.perf_counter() - self.start:.1f} s after the start")
+def report_first_step(start: float) -> None:
+    """Tell when it ended; start: of the program, by time.perf_counter()."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    info(f"the first step ended {time.perf_counter() - start:.1f} s after the start")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program. Returns the exit code: 0; 2 for bad input; 1 if the machine refuses or some
     of many layouts failed; 130 for Ctrl-C and SIGTERM."""
-    timer = Timer()
+    report = cache(partial(report_first_step, time.perf_counter()))  # It runs once.
     settings = Settings()
     try:
         command = parse(argv)
         settings = command.settings
         with Stop() as stop:
-            return run(command, stop, timer)
+            return run(command, stop, report)
     except (InputError, OSError) as error:
         if is_first(settings):
             print_error(error)
@@ -111,14 +100,8 @@ def is_first(settings: Settings) -> bool:
     return not settings.parallel or os.environ.get("RANK", "0") == "0"
 
 
-def run(command: Command, stop: Stop, timer: Timer) -> int:
+def run(command: Command, stop: Stop, report: Callable[[], None]) -> int:
     settings, overrides, output, dry_run, recorded = command
-    is_dry = dry_run.check or dry_run.preview or dry_run.plan is not None
-    if is_dry and not is_first(settings):
-        return 0
-    if dry_run.plan is not None:
-        write_planned_layout(dry_run, overrides, output)
-        return 0
 
     def read(file: Path | None, swept: dict[str, Any], size: int) -> Layout:
         given = overrides | swept
@@ -127,9 +110,11 @@ def run(command: Command, stop: Stop, timer: Timer) -> int:
                 return read_layout(None, recorded | given, size)
             return read_layout(file, given, size)
 
+    if dry_run.check or dry_run.preview or dry_run.plan is not None:
+        from tools.check import run_dry
+
+        return run_dry(command, read) if is_first(settings) else 0
     files = layout_files(output)
-    if dry_run.check or dry_run.preview:
-        return check_layouts(files, read, settings, dry_run, output.overwrite)
     worker = worker_of(output.shard, bool(settings.parallel))
     failures = Failures(is_alone=len(files) == 1 or bool(settings.parallel))
 
@@ -153,21 +138,24 @@ def run(command: Command, stop: Stop, timer: Timer) -> int:
         info(f"seed {', '.join(str(seed) for seed in dict.fromkeys(job.seed for job in jobs))}")
         if pipeline.checkpoint.name == "pocket":
             info(POCKET)
-        generate_all(pipeline, jobs, command, failures, stop, timer)
+        generate_all(pipeline, jobs, command, failures, stop, report)
         if output.sweep and not failures.count and is_first(settings):
+            from tools.sweeps import write_sheets
+
             write_sheets(jobs, worker.count)
     return 1 if failures.count else 0
 
 
 def generate_all(
     pipeline: Pipeline, jobs: list[Job], command: Command, failures: Failures, stop: Stop,
-    timer: Timer,
+    report: Callable[[], None],
 ) -> None:  # fmt: skip
-    """Prepare the layouts of up to CHUNK at a time, then denoise, decode and write their images."""
+    """Prepare the layouts of up to CHUNK at a time, then denoise, decode and write their images.
+    report: called after every step."""
     check = partial(stop.check, pipeline.parallel.is_any) if pipeline.parallel else stop.check
 
     def on_step() -> None:
-        timer()
+        report()
         check()
 
     by_layout = [list(group) for _, group in itertools.groupby(jobs, lambda job: id(job.layout))]
@@ -192,7 +180,7 @@ def prepare(group: list[Job], pipeline: Pipeline, output: Output) -> list[Ready]
     layout = group[0].layout.filled(pipeline.defaults)
     missing = []
     for job in group:
-        metadata = image_metadata(layout, job.seed, pipeline.metadata)
+        metadata = written.image_metadata(layout, job.seed, pipeline.metadata)
         if is_finished(job, output, metadata):
             info(f"{job.files['image']}: exists already, made by the same settings; it is kept")
             print(job.files["image"])
@@ -210,7 +198,7 @@ def make(
 ) -> None:  # fmt: skip
     """Denoise, decode and write one image, and the other files of its job."""
     for file in job.files.values():
-        remove_unfinished(file)
+        written.remove_unfinished(file)
     maps = pipeline.maps() if "maps" in job.files else None
     latents = pipeline.denoise(prepared, job.seed, [maps.extend] if maps else [], on_step)
     if is_alone:
@@ -218,14 +206,16 @@ def make(
     if not is_first(command.settings):
         return
     if "latents" in job.files:
-        save_tensor("latents", latents, metadata, job.files["latents"])
+        written.save_tensor("latents", latents, metadata, job.files["latents"])
     image = pipeline.decode(latents)
     file = job.files["image"]
-    save_image(image, None if command.output.no_metadata else metadata, file)
+    written.save_image(image, None if command.output.no_metadata else metadata, file)
     if "metadata" in job.files:
-        save_json(metadata, job.files["metadata"])
+        written.save_json(metadata, job.files["metadata"])
     print(file, flush=True)
     if maps and maps.steps:
+        from tools.map_sheets import save_maps
+
         save_maps(maps, job.files["maps"].with_suffix(""), image, prepared.tokens.prompts, metadata)
     elif maps:
         info(f"{file}: no step of it is regional, so it has no attention maps")

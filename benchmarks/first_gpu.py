@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 RUN, RESULTS = ROOT / "benchmarks" / "run", ROOT / "benchmarks" / "RESULTS.md"
 HEADING = "## On a GPU, predicted and measured"
 PYTHON = [sys.executable, "-u"]
-PYTEST = [*PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+PYTEST = [*PYTHON, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
 WORKERS = ["-n", "8"] if importlib.util.find_spec("xdist") else []
 STEPS = [*PYTHON, "benchmarks/speed.py", "--sizes", "1024x1024", "--rounds", "5"]
 

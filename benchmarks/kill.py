@@ -30,7 +30,9 @@ import generate  # noqa: E402
 import weights  # noqa: E402
 from tools import metadata as outputs  # noqa: E402
 
-PICTURES, WORKERS, SLOW = 40, (1, 2, 3), 0.02
+IMAGES = 40
+WORKERS = (1, 2, 3)
+SLOW = 0.02  # seconds
 BOXES = [[0, 0, 32, 64], [32, 0, 64, 64], [0, 0, 64, 32], [16, 16, 48, 48]]
 LAYOUT = {
     "prompt": "a striped red heart, a dotted blue circle on a white background",
@@ -45,12 +47,14 @@ PROMPTS = ["a striped red heart on a white background", "a dotted blue circle on
 
 
 class Kind(NamedTuple):
-    """One kind of run: of how many layouts, by how many workers, with latents and side-cars, on a slow disk."""
+    """One kind of run: of how many layouts, by how many workers, with latents and side-cars, on a
+    slow disk, of how many images."""
 
     layouts: int
     workers: int
     beside: bool = True
     slow: bool = False
+    images: int = IMAGES
 
 
 class Kill(NamedTuple):
@@ -73,7 +77,7 @@ def start(kind: Kind, folder: Path, output: Path) -> list[int]:
     """A process for each worker, forked from this one with everything imported; their ids."""
     output.mkdir(exist_ok=True)
     flags = ["--layout", *(str(folder / f"scene{i}.yaml") for i in range(kind.layouts)), "--device", "cpu"]
-    flags += ["--seed", *map(str, range(PICTURES // kind.layouts)), "--output", str(output / "{name}_{seed}.png")]
+    flags += ["--seed", *map(str, range(kind.images // kind.layouts)), "--output", str(output / "{name}_{seed}.png")]
     flags += ["--metadata", "--save-latents", str(output / "{name}_{seed}.safetensors")] if kind.beside else []
     return [fork([*flags, "--shard", f"{i}/{kind.workers}"], kind.slow, folder / "log") for i in range(kind.workers)]
 
@@ -86,7 +90,7 @@ def fork(flags: list[str], slow: bool, log: Path) -> int:
         for stream in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
         if slow:
-            generate.write = outputs.write = slowly
+            outputs.write = slowly
         code = generate.main(flags)
     finally:
         os._exit(code)
@@ -154,10 +158,11 @@ def kill(kind: Kind, folder: Path, expected: dict[str, bytes], seconds: float, d
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--images", type=int, default=IMAGES, help="of each run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     draw, began = random.Random(args.seed), time.perf_counter()
-    kinds = [Kind(*choice) for choice in itertools.product((4, 1), WORKERS, (False, True), (False, True))]
+    kinds = [Kind(*choice, args.images) for choice in itertools.product((4, 1), WORKERS, (False, True), (False, True))]
     draw.shuffle(kinds)
     kinds = list(itertools.chain(*zip(*([kind for kind in kinds if kind.workers == n] for n in WORKERS))))
     with tempfile.TemporaryDirectory() as name:
@@ -166,7 +171,7 @@ def main() -> int:
         weights.find()  # imports what torch imports late
         files, seconds, kills = {}, {}, []
         for layouts, workers in (1, 1), *((4, count) for count in WORKERS):
-            found, seconds[workers] = undisturbed(Kind(layouts, workers), folder)
+            found, seconds[workers] = undisturbed(Kind(layouts, workers, images=args.images), folder)
             if files.setdefault(layouts, found) != found:
                 raise SystemExit(f"undisturbed, {workers} workers make other files than one does")
         for i in range(args.kills):
@@ -182,8 +187,9 @@ def main() -> int:
         if own:
             print(
                 f"{count} workers: {len(own)} kills; finished pictures when killed: {finished[0]} to {finished[-1]}, "
-                f"median {statistics.median(finished):g}; {sum(0 < f < PICTURES for f in finished)} kills between the "
-                f"first and the last picture; half-written files: {sum(k.unfinished for k in own)}; "
+                f"median {statistics.median(finished):g}; "
+                f"{sum(0 < f < args.images for f in finished)} kills between the first and the last picture; "
+                f"half-written files: {sum(k.unfinished for k in own)}; "
                 f"wrong: {sum(bool(k.wrong) for k in own)}"
             )
     wrong = sum(bool(k.wrong) for k in kills)

@@ -20,8 +20,6 @@ from pathlib import Path
 
 import torch
 
-from runtime import choose
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import pipeline  # noqa: E402
 import weights  # noqa: E402
@@ -30,6 +28,7 @@ from extensions.region_lora import region_loras  # noqa: E402
 from model.transformer import Flux, FluxParams  # noqa: E402
 from regional.layout import Layout, Region, RegionLora  # noqa: E402
 from regional.mask import region_tokens  # noqa: E402
+from runtime import choose  # noqa: E402
 
 GRIDS = {1: (1, 1), 2: (2, 1), 4: (2, 2), 8: (4, 2), 16: (4, 4)}
 METHODS = ("plain", "rpg", "regional", "regional with LoRAs")

@@ -44,13 +44,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from formats import recognize
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import weights  # noqa: E402
 from benchmarks import naive  # noqa: E402
 from benchmarks.failures import Failures  # noqa: E402
 from formats import key_names as namings  # noqa: E402
+from formats import recognize  # noqa: E402
 from model.attention import Attention, plain_attention
 from model.fp8 import Fp8Linear, can_multiply, to_fp8  # noqa: E402
 from model.transformer import Flux, FluxParams  # noqa: E402
@@ -59,10 +58,7 @@ from regional.attention import RegionalAttention, allowed  # noqa: E402
 from regional.layout import FLUX_DEV, Layout, Region  # noqa: E402
 from regional.mask import RegionTokens, region_tokens  # noqa: E402
 from regional.sampling import Conditioning, guidance_of, noise_levels, sample  # noqa: E402
-from runtime.choose import (
-    choose_attention,  # noqa: E402
-    fastest_backends,  # noqa: E402
-)
+from runtime.choose import choose_attention, fastest_backends  # noqa: E402
 from runtime.offload import FLUX_MODULATION  # noqa: E402
 from sampler.flow import denoise, image_ids, noise, pack, text_ids, unpack  # noqa: E402
 

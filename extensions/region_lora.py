@@ -4,16 +4,17 @@ They act on the region's prompt and image tokens in every stream; where regions 
 up. One of the whole image also acts on the base prompt's tokens: it is the same as a merged one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from extensions.lora import MODULATION, Addition, Loras, added, can_be_regional, hooks_for, stream_of
 from model.layers import Vectors
 from model.transformer import Flux
 from regional.extension import Branches, Extension, Forward, Pass
-from regional.layout import Layout
+from regional.layout import Layout, RegionLora
 
 
 def all_of(x: Tensor, dim: int = 1) -> Tensor:
@@ -63,6 +64,17 @@ def region_loras(
         return with_loras if hooks else forward
 
     return extend
+
+
+def prompt_loras(
+    encoder: nn.Module, name: str, own: Sequence[RegionLora], loras: Loras, length: int,
+    device: torch.device, dtype: torch.dtype,
+) -> AbstractContextManager:  # fmt: skip
+    """While it lasts, T5 or CLIP (`name`) encodes a prompt of this length with its region's LoRAs."""
+    everywhere = torch.ones(length, dtype=torch.bool)
+    changes = [(change, x.scale) for x in own for change in loras[x.file].changes[name]]
+    found = [Addition(change, scale, everywhere) for change, scale in changes]
+    return added(encoder, hooks_for(encoder, found, device, dtype))
 
 
 def tokens_of(

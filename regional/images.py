@@ -1,7 +1,5 @@
 """The images that a layout names: masks, maps and control images."""
 
-import os
-import stat
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -11,22 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageChops, ImageOps
 
-from errors import InputError
+from errors import InputError, check_file
 
 MAX_PIXELS = 25_000_000  # of one image; reading so many takes up to 500 MB (WebP)
 MAX_IMAGE_BYTES = 8 * MAX_PIXELS
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # for EPS, Pillow would run Ghostscript
 
 quiet = partial(warnings.catch_warnings, action="ignore")  # those that matter are errors below
-
-
-def check_file(file: str | Path, most: int) -> None:
-    """OSError for pipes and devices, which may never end, and for more than `most` bytes."""
-    about = os.stat(file)
-    if not stat.S_ISREG(about.st_mode):
-        raise OSError("not a regular file")
-    if about.st_size > most:
-        raise OSError(f"its {about.st_size:,} bytes are more than {most:,}")
 
 
 def readable(read: Callable[[str], Any], file: str, key: str) -> Any:

@@ -15,8 +15,8 @@ import yaml
 from msgspec import Struct
 from msgspec.structs import replace
 
-from errors import MISSING, InputError, InputErrors, describe
-from regional.images import check_file, read_color, read_image, read_mask, readable
+from errors import MISSING, InputError, InputErrors, check_file, describe
+from regional.images import read_color, read_image, read_mask, readable
 from regional.layout import BLOCKS, HEX, PERCENT, PRESETS, SHAPES, Control, Layout, Points, Region
 
 MAX_BYTES = 1_000_000  # of a file; YAML takes up to 12 s and 280 MB for so many

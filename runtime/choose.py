@@ -15,15 +15,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 
-from errors import InputError, info, warn
+from errors import MISSING, InputError, info, warn
 from formats.recognize import Source
 from model.fp8 import why_not
 from model.transformer import Flux
 from regional.attention import MaskedAttention, Tokens, dense_attention, portable_attention
 from regional.layout import Layout
+from settings import Settings
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(settings: Settings) -> torch.device:
+    """The device of the settings; auto: the first that there is. InputError for what it cannot do."""
+    name = settings.device
     has_mps = torch.backends.mps.is_available()
     available = {"cuda": torch.cuda.is_available(), "mps": has_mps, "cpu": True}
     if name == "auto":
@@ -36,6 +39,13 @@ def choose_device(name: str) -> torch.device:
         if device.index is None:  # torch.cuda's memory functions need it.
             device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(device)  # Triton launches on the current one.
+    compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
+    if settings.compile and not any(map(shutil.which, compilers)):
+        problem = "torch.compile needs a C++ compiler, and there is none here; leave it out"
+        raise InputError("--compile", MISSING, problem)
+    if settings.offload == "blocks" and device.type == "mps":
+        problem = "Apple's GPUs already share the host's memory; leave it out"
+        raise InputError("--offload", "blocks", problem)
     return device
 
 

@@ -3,12 +3,14 @@
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 import weights
 from errors import info
 from formats.recognize import WHAT, Source
+from model.layers import Modulation
 from regional.layout import Layout
-from runtime.offload import FLUX_MODULATION, block_of
+from runtime.offload import FLUX_MODULATION, Streamed, block_of
 
 # How many numbers a step, or a decoding, holds at its peak next to the weights: counted at full
 # size on the meta device (14.7 and 25.7, for 1024 x 1024 and 2048 x 2048, 0 to 16 regions, and 769
@@ -111,3 +113,21 @@ def free_memory(device: torch.device) -> int:
     free += torch.cuda.memory_reserved(device) - own
     limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
     return min(free, limit - own)
+
+
+def load_placed(
+    source: Source, device: torch.device, dtype: torch.dtype, merges: weights.Merges, offload: str,
+    fp8: bool, room: int,
+) -> tuple[nn.Module, list[Streamed]]:  # fmt: skip
+    """The transformer or T5 with its weights where `place` has them, and what of it is streamed.
+    room: as for `place`; 0 if it is T5."""
+    placed = place(source, offload, device, dtype, fp8, room or WORKING_T5)
+    module = weights.load(source, device, dtype, merges, placed.on_host, fp8)
+    streamed = []
+    if placed.blocks:
+        blocks = [module.get_submodule(block) for block in placed.blocks]
+        streamed.append(Streamed(blocks, device, pin=True))
+    if placed.modulation:
+        layers = [layer for layer in module.modules() if isinstance(layer, Modulation)]
+        streamed.append(Streamed(layers, device))
+    return module, streamed

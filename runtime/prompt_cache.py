@@ -1,4 +1,4 @@
-"""Prompt embeddings that are kept for later: in memory, and in a folder for other runs."""
+"""Prompt embeddings that a folder keeps for other runs."""
 
 import hashlib
 import json
@@ -8,32 +8,37 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
-class PromptCache:
-    """Prompt embeddings by a hash of all that they depend on."""
+def cached(
+    folder: Path, name: str, depends_on: list[Any], device: torch.device,
+    encode: Callable[[], Tensor],
+) -> Tensor:  # fmt: skip
+    """What `encode` gives, from a file named by a hash of all that it depends on, the device and
+    the states of files included."""
+    on_gpu = device.type == "cuda"
+    where = torch.cuda.get_device_name(device) if on_gpu else device.type
+    depends_on = [*depends_on, where, torch.__version__, torch.get_num_threads()]
+    text = json.dumps(depends_on, default=state_of)
+    file = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
+    if file.exists():
+        with suppress(SafetensorError):  # A broken file is written again.
+            return load_file(file)["states"]
+    states = encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_stem(f".{file.stem}.{os.getpid()}")
+    save_file({"states": states.contiguous()}, unfinished)
+    unfinished.replace(file)
+    return states
 
-    def __init__(self, folder: str | None):
-        self.folder = Path(folder) if folder else None
-        self.known: dict[str, Tensor] = {}
 
-    def get(self, part: str, depends_on: Any, encode: Callable[[], Tensor]) -> Tensor:
-        name = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
-        file = self.folder / f"{part}-{name}.safetensors" if self.folder else None
-        if name not in self.known and file and file.exists():
-            with suppress(SafetensorError):  # A broken file is written again.
-                self.known[name] = load_file(file)["states"]
-        if name not in self.known:
-            self.known[name] = encode()
-            if file:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                unfinished = file.with_stem(f".{file.stem}.{os.getpid()}")
-                save_file({"states": self.known[name].contiguous()}, unfinished)
-                unfinished.replace(file)
-        return self.known[name]
-
-    def clear(self) -> None:
-        self.known.clear()
+def state_of(files: Path | set[Path]) -> list[Any]:
+    """Which file this is and in which state, or which files they are."""
+    if isinstance(files, set):
+        return sorted(state_of(file) for file in files)
+    about = files.stat()
+    return [str(files.resolve()), about.st_size, about.st_mtime_ns]

@@ -7,6 +7,7 @@ python tests/measure_code.py --trace    # also which files a starter image enter
 import ast
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +15,6 @@ ROOT = Path(__file__).parents[1]
 CORE = (
     "generate.py",
     "pipeline.py",
-    "prompts.py",
     "weights.py",
     "settings.py",
     "errors.py",
@@ -33,7 +33,7 @@ METHOD = (
     "regional/kernel.py",
     "regional/sampling.py",
 )
-NETWORKS = ("model/autoencoder.py", "model/t5.py", "model/clip.py", "model/tokenizers.py", "model/fp8.py", "formats/")
+NETWORKS = ("model/", "formats/")  # networks, tokenizers, formats
 TRACE = """
 import sys
 entered = set()
@@ -150,9 +150,13 @@ def shortest_chain(start: Path, end: Path) -> list[Path]:
     raise ValueError(f"{start} does not import {end}")
 
 
-def entered_files(output: Path) -> list[str]:
+def entered_files() -> list[str]:
     """The program's files in which a function runs for the starter image."""
-    command = [sys.executable, "-c", TRACE, str(output)]
+    with tempfile.TemporaryDirectory() as folder:
+        return files_entered_by([sys.executable, "-c", TRACE, f"{folder}/image.png"])
+
+
+def files_entered_by(command: list[str]) -> list[str]:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     paths = [Path(line) for line in result.stdout.splitlines() if line.endswith(".py")]
     ours = [str(path.relative_to(ROOT)) for path in paths if path.is_relative_to(ROOT)]
@@ -178,7 +182,7 @@ def main() -> None:
     print(f"longest chain of imports {len(chain)}: {' > '.join(str(p.relative_to(ROOT)) for p in chain)}")
     print(f"generate.py to regional/mask.py: {chain_to_the_method()}")
     if "--trace" in sys.argv:
-        entered = entered_files(ROOT / "benchmarks" / "run" / "trace.png")
+        entered = entered_files()
         core = [path for path in entered if not path.startswith(NETWORKS)]
         print(
             f"a starter image enters {len(entered)} files, {len(core)} without networks and formats: {', '.join(core)}"

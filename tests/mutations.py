@@ -65,7 +65,7 @@ MISTAKES = [
     Mistake("RMS norm", "model/layers.py",
             "keepdim=True) + 1e-6", "keepdim=True) + 1e-5",
             ("test_parity.py", "our_flux")),
-    Mistake("schedule", "sampler/schedule.py",
+    Mistake("schedule", "sampler/flow.py",
             "(4096 - 256)", "4096",
             ("test_sampler.py", "schedule")),
     Mistake("Euler step", "sampler/flow.py",
@@ -157,7 +157,7 @@ MISTAKES = [
 
 def failing_test(folder: Path, file: str, words: str) -> str:
     """The test that fails first, "" if none does. RuntimeError if pytest found no test, or crashed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider", "-n", "0"]
     command += [f"tests/{file}", "-k", words]
     env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)

@@ -3,8 +3,8 @@
 import gc
 import inspect
 import json
+import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -29,10 +29,13 @@ from regional.reader import read_layout
 from runtime import choose
 from runtime.unmasked import kernel_or_library
 from settings import Settings
+from tools.flags import parse
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BOAT = {"prompt": "a red boat", "box": [0, 0, 48, 64]}
 TOWER = {"prompt": "a lighthouse", "box": [32, 16, 96, 48]}
+WHOLE = {"prompt": "a red boat", "box": [0, 0, 96, 64]}
 A = {
     "prompt": "a harbor at dawn",
     "background_prompt": "the sea",
@@ -51,13 +54,20 @@ def tiny_pipeline(golden):
     return pipeline.Pipeline(golden / "models" / "flux-tiny-dev", device="cpu")
 
 
+@pytest.fixture(scope="module")
+def published(tiny_pipeline):
+    """The latents of A as it is."""
+    layout = read_layout(None, A)
+    return tiny_pipeline.denoise(tiny_pipeline.prepare(layout), layout.seed)
+
+
 @pytest.fixture
 def latents(tiny_pipeline):
     """latents(key=value ...) denoises A with these keys changed."""
 
-    def latents(extensions=(), **changes) -> torch.Tensor:
+    def latents(**changes) -> torch.Tensor:
         layout = read_layout(None, A | changes)
-        return tiny_pipeline.denoise(tiny_pipeline.prepare(layout), layout.seed, extensions)
+        return tiny_pipeline.denoise(tiny_pipeline.prepare(layout), layout.seed)
 
     return latents
 
@@ -76,24 +86,29 @@ def calls(monkeypatch) -> list[inspect.BoundArguments]:
     return seen
 
 
-# -------------------------------------------------------------------------------- what is computed
+def distance(first: torch.Tensor, second: torch.Tensor) -> float:
+    return (first - second).abs().max().item()
 
 
-def test_no_regions_no_steps_and_beta_one_are_plain_flux_bit_for_bit(latents):
+# -------------------------------------------------------------------------- what is computed
+
+
+def test_no_regions_no_steps_and_beta_one_are_plain_flux_bit_for_bit(latents, published):
     plain = latents(regions=[])
     assert plain.shape == (1, 16, 8, 12) and plain.dtype == torch.float32
     for changes in {"mask_inject_steps": 0}, {"base_ratio": 1}, {"method": "plain"}:
         assert torch.equal(plain, latents(**changes))
-    assert not torch.equal(plain, latents())
+    assert not torch.equal(plain, published)
 
 
 def test_no_regions_calls_the_model_as_if_regions_did_not_exist(latents, calls):
     """In the plain steps there is plain attention, and the sequence is joined as FLUX does."""
+    usual = inspect.signature(Flux.blocks).parameters["join"].default
 
     def is_plain(call: inspect.BoundArguments) -> tuple[bool, bool]:
         call.apply_defaults()
-        usual = inspect.signature(Flux.blocks if hasattr(Flux, "blocks") else Flux.forward).parameters["join"].default
-        return call.arguments["attention"] is plain_attention, call.arguments["join"] is usual
+        given = call.arguments
+        return given["attention"] is plain_attention, given["join"] is usual
 
     latents(regions=[])
     assert [is_plain(call) for call in calls] == [(True, True)] * 3
@@ -102,76 +117,81 @@ def test_no_regions_calls_the_model_as_if_regions_did_not_exist(latents, calls):
     assert [is_plain(call) for call in calls] == [(False, False)] * 2 + [(True, True)]
 
 
-def test_shorter_prompts_of_regions_are_what_the_model_gets(latents, calls):
-    full = latents()
-    calls.clear()
+def test_shorter_prompts_of_regions_are_what_the_model_gets(latents, calls, published):
     latents(region_max_sequence_length=8)
     lengths = [call.arguments["txt"].shape[1] for call in calls]
     assert lengths == [32 + 3 * 8] * 2 + [32]  # two regions and the background
-    assert torch.equal(full, latents(region_max_sequence_length=32))
+    assert torch.equal(published, latents(region_max_sequence_length=32))
 
 
-def test_sorting_the_tokens_changes_nothing_but_their_order(latents, monkeypatch):
-    ours = latents()
+def test_sorting_the_tokens_changes_nothing_but_their_order(latents, published, monkeypatch):
     tokens = RegionTokens.sorted
-    monkeypatch.setattr(RegionTokens, "sorted", lambda self: (self, torch.arange(len(self.image_bits))))
-    unsorted = latents()
-    assert not torch.equal(ours, unsorted) and (ours - unsorted).abs().max() < 1e-5
+
+    def unsorted(self):
+        return self, torch.arange(len(self.image_bits))
+
+    monkeypatch.setattr(RegionTokens, "sorted", unsorted)
+    assert 0 < distance(published, latents()) < 1e-5
     # Bits in another order than the tokens' would be wrong.
     monkeypatch.setattr(RegionTokens, "sorted", lambda self: (self, tokens(self)[1]))
-    assert (ours - latents()).abs().max() > 1e-2
+    assert distance(published, latents()) > 1e-2
 
 
-def test_the_order_of_the_regions_has_no_effect(latents):
-    assert (latents() - latents(regions=[TOWER, BOAT])).abs().max() < 1e-5
+def test_the_order_of_the_regions_has_no_effect(latents, published):
+    assert distance(published, latents(regions=[TOWER, BOAT])) < 1e-5
 
 
 def test_the_background_prompt_does_not_matter_where_nothing_is_uncovered(latents):
-    full = [{"prompt": "a red boat", "box": [0, 0, 96, 64]}]
-    assert torch.equal(latents(regions=full), latents(regions=full, background_prompt="the desert"))
+    other = latents(regions=[WHOLE], background_prompt="the desert")
+    assert torch.equal(latents(regions=[WHOLE]), other)
 
 
 def test_one_region_by_rpg_is_plain_flux_with_its_prompt(latents):
     """Over the whole image, at base_ratio 0 and in all steps, the composition is one image."""
-    whole = [{"prompt": "a red boat", "box": [0, 0, 96, 64]}]
-    composed = latents(regions=whole, method="rpg", base_ratio=0, mask_inject_steps="100%")
-    assert (composed - latents(prompt="a red boat", regions=[])).abs().max() < 1e-5
+    how = {"method": "rpg", "base_ratio": 0, "mask_inject_steps": "100%"}
+    composed = latents(regions=[WHOLE], **how)
+    assert distance(composed, latents(prompt="a red boat", regions=[])) < 1e-5
 
 
-def test_rpg_composes_and_then_continues_plainly(latents):
+def test_rpg_composes_and_then_continues_plainly(latents, published):
     composed = latents(method="rpg")
     plain = latents(method="plain")
-    assert not torch.equal(composed, latents()) and not torch.equal(composed, plain)
+    assert not torch.equal(composed, published) and not torch.equal(composed, plain)
     assert torch.equal(latents(method="rpg", base_ratio=1), plain)
 
 
-def test_defaults_written_out_change_nothing(latents):
+def test_defaults_written_out_change_nothing(latents, published):
     """Strength 1, no feather, the layout's own steps and ratio: the published method to the bit."""
     own = {"strength": 1, "feather": 0, "mask_inject_steps": 2, "base_ratio": 0.3}
-    more = {"image_attention": "isolated", "base_stream": "separate", "double_blocks": "every 1"}
-    regions = [{**region, **own} for region in A["regions"]]
-    assert torch.equal(latents(), latents(**more, single_blocks="0-99", regions=regions))
+    more = {"image_attention": "isolated", "base_stream": "separate"}
+    more |= {"double_blocks": "every 1", "single_blocks": "0-99"}
+    assert torch.equal(published, latents(**more, regions=[BOAT | own, TOWER | own]))
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"regions": [{**BOAT, "strength": 2}, TOWER]},
-        {"regions": [{**BOAT, "feather": 48}, TOWER]},
-        {"regions": [{**BOAT, "mask_inject_steps": 1}, TOWER]},
-        {"regions": [{**BOAT, "base_ratio": 0.1}, TOWER]},
+        *(
+            {"regions": [BOAT | own, TOWER]}
+            for own in (
+                {"strength": 2},
+                {"feather": 48},
+                {"mask_inject_steps": 1},
+                {"base_ratio": 0.1},
+            )
+        ),
         {"image_attention": "open"},
         {"base_stream": "shared"},
         {"single_blocks": "0"},
     ],
     ids=str,
 )
-def test_each_setting_does_something(latents, changes):
+def test_each_setting_does_something(latents, published, changes):
     ours = latents(**changes)
-    assert ours.isfinite().all() and (ours - latents()).abs().max() > 1e-3
+    assert ours.isfinite().all() and distance(ours, published) > 1e-3
 
 
-def test_defaults_of_steps_and_text_length_come_from_the_model(golden, monkeypatch):
+def test_defaults_of_steps_and_prompt_length_come_from_the_model(golden, monkeypatch):
     seen = []
 
     def sample(flux, layout, *_, **__):
@@ -179,69 +199,82 @@ def test_defaults_of_steps_and_text_length_come_from_the_model(golden, monkeypat
         return torch.zeros(1, 16, 8, 12)
 
     monkeypatch.setattr(pipeline, "sample", sample)
-    layout = Layout(prompt="a harbor", width=96, height=64)
     for name in ("dev", "schnell"):
         tiny = pipeline.Pipeline(golden / "models" / f"flux-tiny-{name}", device="cpu")
-        tiny.denoise(tiny.prepare(layout), 1)
+        tiny.denoise(tiny.prepare(Layout(prompt="a harbor", width=96, height=64)), 1)
     assert seen == [(24, 512), (4, 256)]
 
 
 def test_the_encoders_are_gone_before_the_transformer_and_it_before_the_vae(run, monkeypatch):
     alive = {}
-    before = {id(thing) for thing in gc.get_objects()}  # other tests' models, kept by fixtures
     load = pipeline.Parts.load
     kinds = (T5Encoder, CLIPTextEncoder, Flux)
 
-    def loading(self, name, *rest):
+    def models() -> dict[int, str]:
         gc.collect()
-        found = [x for x in gc.get_objects() if type(x) in kinds and id(x) not in before]
-        alive[name] = [type(x).__name__ for x in found]
+        return {id(x): type(x).__name__ for x in gc.get_objects() if type(x) in kinds}
+
+    before = models().keys()  # other tests' models, kept by fixtures
+
+    def loading(self, name, *rest):
+        alive[name] = models().keys() - before
         return load(self, name, *rest)
 
     monkeypatch.setattr(pipeline.Parts, "load", loading)
-    assert run("--prompt", "a fox", "--width", 64, "--height", 64, "--steps", 1).made == ["picture.png"]
-    assert alive["flux"] == alive["ae"] == [] and {"t5", "clip"} <= alive.keys()
-
-
-def test_a_second_layout_in_the_same_process_is_as_in_a_fresh_one(latents, model, tmp_path):
-    other = {"prompt": "a forest", "width": 64, "regions": [{"prompt": "a fox", "box": [16, 16, 48, 48]}]}
-    latents()
-    second = latents(**other)
-    (tmp_path / "layout.yaml").write_text(yaml.safe_dump(A | other))
-    flags = ["--model", model, "--device", "cpu", "--output", "f.png", "--save-latents", "f.safetensors"]
-    command = [sys.executable, ROOT / "generate.py", "--layout", "layout.yaml", *flags]
-    subprocess.run(command, check=True, cwd=tmp_path)
-    assert torch.equal(second, load_file(tmp_path / "f.safetensors")["latents"])
-
-
-def test_the_library_example_of_the_readme_runs(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    names = {}
-    exec(code.replace("seed in (1, 2, 3)", "seed in (1,)"), names)
-    images = [value for value in names.values() if isinstance(value, Image.Image)]
-    lists = [value for value in names.values() if isinstance(value, list)]
-    assert images[0].size == (256, 256) and [len(images) for images in lists] == [1]
-    assert generate.Pipeline is pipeline.Pipeline
+    flags = ["--prompt", "a fox", "--width", 64, "--height", 64, "--steps", 1]
+    assert run(*flags).made == ["picture.png"]
+    assert alive["flux"] == alive["ae"] == set() and {"t5", "clip"} <= alive.keys()
 
 
 def test_a_pipeline_takes_settings_or_their_fields(model, tiny_pipeline):
-    assert tiny_pipeline.settings == Settings(model=model, device="cpu")
-    assert pipeline.Pipeline(Settings(model=model, device="cpu")).metadata == tiny_pipeline.metadata
+    settings = Settings(model=model, device="cpu")
+    assert tiny_pipeline.settings == settings
+    assert generate.Pipeline is pipeline.Pipeline
+    assert pipeline.Pipeline(settings).metadata == tiny_pipeline.metadata
     with pytest.raises(TypeError, match="dtipe"):
         pipeline.Pipeline(model, dtipe="float32")
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [("device", "gpu"), ("dtype", "float16"), ("attention", "x"), ("quantize", "fp9"), ("offload", "block")],
-)
-def test_a_pipeline_refuses_unknown_settings(name, value):
-    with pytest.raises(InputError, match=f"--{name} {value}"):
+@pytest.mark.parametrize("flag", ["device gpu", "dtype float16", "attention x", "quantize fp9", "offload block"])
+def test_a_pipeline_refuses_unknown_settings(flag):
+    name, value = flag.split()
+    with pytest.raises(InputError, match=f"--{flag}"):
         pipeline.Pipeline("pocket", **{"device": "cpu", name: value})
 
 
-# ------------------------------------------------------------------------------- which attention
+# -------------------------------------------------------------------------------- the README
+
+
+def code_in(readme: str, language: str) -> list[str]:
+    return [part.split("```")[0] for part in readme.split(f"```{language}\n")[1:]]
+
+
+def test_the_library_example_of_the_readme_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(code_in(README, "python")[0], names)
+    assert names["image"].size == (256, 256)
+
+
+def test_the_layout_of_the_readme_runs(run):
+    Path("layout.yaml").write_text(code_in(README, "yaml")[0], encoding="utf-8")
+    assert run("--layout", "layout.yaml", "--check", model=None).code == 0
+    ran = run("--layout", "layout.yaml", "--steps", 3, model=None)
+    assert ran.code == 0 and Image.open(ran.made[0]).size == (256, 256)
+
+
+def test_the_commands_of_the_readme_are_valid(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = [line for block in code_in(README, "sh") for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines]
+    ours = [command[2:] for command in commands if command[:2] == ["python", "generate.py"]]
+    assert ["--layout", "layout.yaml"] in ours and len(ours) >= 3
+    for flags in ours:
+        assert all(file.exists() for file in parse(flags).output.layout)
+    assert generate.main(["--layout", "layout.yaml", "--check"]) == 0
+
+
+# --------------------------------------------------------------------------- which attention
 
 
 @pytest.fixture
@@ -253,14 +286,11 @@ def kernel():
     return module
 
 
-def test_the_kernel_generates_what_the_portable_attention_does(tiny_pipeline, model, monkeypatch, kernel):
-    launch = kernel.Launch(128, 128, num_warps=8, num_stages=2, tma=True)
-    monkeypatch.setattr(kernel, "launch_for", lambda *_: launch)
-    prepared = tiny_pipeline.prepare(read_layout(None, A | {"steps": 1, "mask_inject_steps": 1}))
+def test_the_kernel_generates_what_the_portable_attention_does(tiny_pipeline, model, kernel):
+    short = {"region_max_sequence_length": 8, "steps": 1, "mask_inject_steps": 1}
+    prepared = tiny_pipeline.prepare(read_layout(None, A | short))
     other = pipeline.Pipeline(model, device="cpu", attention="kernel")
-    ours = other.denoise(prepared, 1)
-    theirs = tiny_pipeline.denoise(prepared, 1)
-    assert not torch.equal(ours, theirs) and (ours - theirs).abs().max() < 1e-5
+    assert 0 < distance(other.denoise(prepared, 1), tiny_pipeline.denoise(prepared, 1)) < 1e-5
 
 
 def test_which_attention_is_chosen(monkeypatch, kernel):
@@ -268,8 +298,10 @@ def test_which_attention_is_chosen(monkeypatch, kernel):
         return choose.choose_attention(name, torch.device(device), torch.bfloat16, False)
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert chosen("auto", "cuda").func is chosen("kernel", "cuda").func is kernel_or_library
-    assert chosen("auto", "mps") is chosen("auto", "cpu") is chosen("portable", "cuda") is portable_attention
+    for name in ("auto", "kernel"):
+        assert chosen(name, "cuda").func is kernel_or_library
+    for how in ("auto", "mps"), ("auto", "cpu"), ("portable", "cuda"):
+        assert chosen(*how) is portable_attention
     assert chosen("dense", "cuda") is dense_attention
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert chosen("auto", "cuda") is portable_attention
@@ -281,31 +313,42 @@ def test_the_librarys_fastest_attention_is_preferred(monkeypatch):
     """On a GPU; here a tensor that claims to be on one. The base branch's shape is timed."""
     asked = []
     fastest = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION]
-    monkeypatch.setattr(choose, "timed_backends", lambda shape, *where: (asked.append((shape, *where)), fastest)[1])
-    monkeypatch.setattr(choose, "sdpa_kernel", lambda backends, set_priority: (backends, set_priority))
+
+    def timed(*args):
+        asked.append(args)
+        return fastest
 
     class OnGPU:
-        device, dtype, shape = torch.device("cuda"), torch.bfloat16, (1, 32, 8)
+        device = torch.device("cuda")
+        dtype = torch.bfloat16
+        shape = (1, 32, 8)
 
+    monkeypatch.setattr(choose, "timed_backends", timed)
+    monkeypatch.setattr(choose, "sdpa_kernel", lambda backends, set_priority: backends)
     with torch.device("meta"):
-        flux = Flux(FluxParams(hidden_size=64, num_heads=2, depth=1, depth_single_blocks=1))
+        params = FluxParams(hidden_size=64, num_heads=2, depth=1, depth_single_blocks=1)
+        flux = Flux(params)
     layout = Layout(prompt="", width=96, height=64)
     chosen = choose.library_attention(flux, layout, OnGPU(), False)
-    assert chosen == ([*fastest, SDPBackend.MATH], True)
+    assert chosen == [*fastest, SDPBackend.MATH]
     assert asked == [((1, 2, 32 + 24, 32), torch.bfloat16, torch.device("cuda"))]
 
 
 @pytest.fixture
 def layout(tmp_path) -> str:
-    (tmp_path / "layout.yaml").write_text(yaml.safe_dump(A | {"steps": 2, "mask_inject_steps": 1}))
+    short = A | {"steps": 2, "mask_inject_steps": 1}
+    (tmp_path / "layout.yaml").write_text(yaml.safe_dump(short))
     return "layout.yaml"
 
 
 @pytest.mark.parametrize("dtype, interpreted", [("float32", False), ("bfloat16", True)])
-def test_the_kernel_is_refused_where_it_cannot_run(run, layout, monkeypatch, kernel, dtype, interpreted):
+def test_the_kernel_is_refused_where_it_cannot_run(
+    run, layout, monkeypatch, kernel, dtype, interpreted
+):  # fmt: skip
     monkeypatch.setattr(kernel, "INTERPRETED", interpreted)
     ran = run("--layout", layout, "--attention", "kernel", "--dtype", dtype)
-    assert ran.code == 2 and "--attention kernel" in ran.errors[-1] and not list(Path().glob("*.png"))
+    assert ran.code == 2 and "--attention kernel" in ran.errors[-1]
+    assert not list(Path().glob("*.png"))
 
 
 def test_the_kernel_without_triton_is_an_error(run, layout, monkeypatch):
@@ -315,12 +358,13 @@ def test_the_kernel_without_triton_is_an_error(run, layout, monkeypatch):
     assert ran.code == 2 and "Triton is missing" in ran.errors[-1]
 
 
-# ------------------------------------------------------------------------------- attention maps
+# ---------------------------------------------------------------------------- attention maps
 
 
 def test_attention_maps_are_fractions_inside_the_regions(run, layout):
     """Observing changes nothing."""
-    flags = ["--layout", layout, "--output", "z.png", "--overwrite", "--save-latents", "z.safetensors"]
+    flags = ["--layout", layout, "--output", "z.png", "--overwrite"]
+    flags += ["--save-latents", "z.safetensors"]
     assert run(*flags, "--verbose").code == 0
     plain = load_file("z.safetensors")["latents"]
     assert run(*flags, "--attention-maps", "maps").code == 0
@@ -336,29 +380,32 @@ def test_attention_maps_are_fractions_inside_the_regions(run, layout):
 
 
 def test_a_region_without_strength_gets_no_attention(tiny_pipeline):
-    prepared = tiny_pipeline.prepare(read_layout(None, A | {"regions": [{**BOAT, "strength": 0}, TOWER]}))
+    layout = read_layout(None, A | {"regions": [{**BOAT, "strength": 0}, TOWER]})
     maps = tiny_pipeline.maps()
-    tiny_pipeline.denoise(prepared, 3, [maps.extend])
+    tiny_pipeline.denoise(tiny_pipeline.prepare(layout), 3, [maps.extend])
     assert not maps.maps[:, :, 0].any() and maps.maps[:, :, 1].any()
 
 
 def test_maps_overwrite_nothing_and_report_when_there_are_none(run, layout):
     Path("maps").mkdir()
     Path("maps/a_step7.png").write_text("mine")
-    assert run("--layout", layout, "--attention-maps", "maps", "--output", "a.png").code == 2
+    flags = ["--layout", layout, "--attention-maps", "maps"]
+    assert run(*flags, "--output", "a.png").code == 2
     assert not Path("a.png").exists()
-    ran = run("--layout", layout, "--attention-maps", "maps", "--output", "b.png", "--method", "plain")
+    ran = run(*flags, "--output", "b.png", "--method", "plain")
     assert ran.code == 0 and "no attention maps" in ran.errors[-1]
     assert not Path("maps/b.safetensors").exists()
 
 
-# ----------------------------------------------------------------------------- the command line
+# -------------------------------------------------------------------------- the command line
 
 
 def test_a_flag_overrides_the_layout_and_what_is_automatic_is_reported(run, layout, latents):
     flags = ["--output", "z.png", "--save-latents", "z.safetensors", "--verbose"]
-    ran = run("--layout", layout, "--steps", 3, "--mask-inject-steps", 2, "--seed", 9, *flags)
-    assert ran.code == 0 and torch.equal(load_file("z.safetensors")["latents"], latents(seed=9))
+    flags += ["--steps", 3, "--mask-inject-steps", 2, "--seed", 9]
+    ran = run("--layout", layout, *flags)
+    assert ran.code == 0
+    assert torch.equal(load_file("z.safetensors")["latents"], latents(seed=9))
     assert "masked attention: portable" in ran.errors
     assert "unmasked attention: as torch chooses" in ran.errors
 
@@ -373,47 +420,55 @@ def test_a_cut_prompt_is_reported_with_what_was_cut(tiny_pipeline, capsys):
 def test_tokenizers_of_another_model_are_refused(run, golden, tmp_path):
     model = tmp_path / "mixed"
     shutil.copytree(golden / "models" / "flux-tiny-dev", model)
-    vocab = json.loads((model / "tokenizer" / "vocab.json").read_text())
+    file = model / "tokenizer" / "vocab.json"
+    vocab = json.loads(file.read_text())
     vocab["<|endoftext|>"] += 1000
-    (model / "tokenizer" / "vocab.json").write_text(json.dumps(vocab))
+    file.write_text(json.dumps(vocab))
     ran = run("--prompt", "a fox", "--output", "a.png", model=model)
     assert ran.code == 2 and "tokenizer" in ran.errors[-1] and "don't match" in ran.errors[-1]
 
 
+MISTAKES = """\
+--flux cut.safetensors: 100,000
+--flux pointer.safetensors: git-lfs
+--flux model.ckpt: pickle
+--flux lora.safetensors: LoRA
+--flux gone.safetensors: --flux
+--ae MODEL/flux1-dev.safetensors: --ae
+--model empty: --model
+--model nowhere: --model
+--output a.gif: --output
+--output nowhere/a.png: there is no folder
+--output folder.png --overwrite: folder.png
+--output LONG.png: no file of this name
+--save-latents z.png: --save-latents
+--seed -4: --seed
+--width 1000: width
+--height 8: height
+--steps 0: steps
+--base-ratio 1.5: base-ratio
+--mask-inject-steps many: mask-inject-steps"""
+
+
 def test_mistakes_end_with_code_two_and_one_sentence(run, layout, model):
+    """Each message has the value, up to the first blank, and the words after the colon."""
     whole = Path(model, "flux1-dev.safetensors").read_bytes()
     Path("cut.safetensors").write_bytes(whole[:100000])
-    Path("pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    Path("pointer.safetensors").write_text(pointer)
     Path("model.ckpt").write_bytes(b"PK\x03\x04")
-    save_file({"lora_unet_double_blocks_0_img_mod_lin.lora_down.weight": torch.zeros(4, 4)}, "lora.safetensors")
+    key = "lora_unet_double_blocks_0_img_mod_lin.lora_down.weight"
+    save_file({key: torch.zeros(4, 4)}, "lora.safetensors")
     Path("empty").mkdir()
     Path("folder.png").mkdir()
-    mistakes = [
-        (["--flux", "cut.safetensors"], ["cut.safetensors", "100,000"]),
-        (["--flux", "pointer.safetensors"], ["pointer.safetensors", "git-lfs"]),
-        (["--flux", "model.ckpt"], ["model.ckpt", "pickle"]),
-        (["--flux", "lora.safetensors"], ["lora.safetensors", "LoRA"]),
-        (["--flux", "gone.safetensors"], ["--flux", "gone.safetensors"]),
-        (["--ae", f"{model}/flux1-dev.safetensors"], ["--ae", "flux1-dev.safetensors"]),
-        (["--model", "empty"], ["--model", "empty"]),
-        (["--model", "nowhere"], ["--model", "nowhere"]),
-        (["--output", "a.gif"], ["--output", "a.gif"]),
-        (["--output", "nowhere/a.png"], ["nowhere"]),
-        (["--output", "folder.png", "--overwrite"], ["folder.png"]),
-        (["--output", "x" * 252 + ".png"], ["x.png"]),
-        (["--save-latents", "z.png"], ["--save-latents z.png"]),
-        (["--seed", "-4"], ["--seed", "-4"]),
-        (["--width", "1000"], ["width", "1000"]),
-        (["--height", "8"], ["height", "8"]),
-        (["--steps", "0"], ["steps", "0"]),
-        (["--base-ratio", "1.5"], ["base-ratio", "1.5"]),
-        (["--mask-inject-steps", "many"], ["mask-inject-steps", "many"]),
-    ]
-    for flags, names in mistakes:
+    for line in MISTAKES.replace("MODEL", model).replace("LONG", "x" * 252).splitlines():
+        command, words = line.split(": ")
+        flags = command.split()
         named = model if "--model" not in flags else None
         code, made, errors = run("--layout", layout, *flags, model=named)
-        assert code == 2 and made == [], flags
-        assert errors[-1].startswith("generate.py: ") and all(name in errors[-1] for name in names), errors
+        assert code == 2 and made == [], line
+        assert errors[-1].startswith("generate.py: ")
+        assert words in errors[-1] and Path(flags[1]).name in errors[-1], errors
     assert [str(path) for path in Path().glob("*.png")] == ["folder.png"]
 
 
@@ -423,9 +478,9 @@ def test_a_device_that_is_not_there_is_an_error(device, capsys):
     assert f"generate.py: --device {device}: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--stepz", "3"], ["--steps", "three"], [], ["--overlap", "topmost"]])
+@pytest.mark.parametrize("flags", ["--stepz 3", "--steps three", "", "--overlap topmost"])
 def test_a_wrong_flag_ends_with_code_two(flags, capsys):
     with pytest.raises(SystemExit) as caught:
-        generate.main(flags)
+        generate.main(flags.split())
     assert caught.value.code == 2
     assert "Traceback" not in capsys.readouterr().err

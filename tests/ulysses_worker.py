@@ -13,7 +13,6 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
-from errors import InputError  # noqa: E402
 from extensions.control import controlnets  # noqa: E402
 from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl  # noqa: E402
 from extensions.loading import scale_of  # noqa: E402

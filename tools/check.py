@@ -12,10 +12,20 @@ from model.transformer import FluxParams
 from regional.layout import FLUX_DEV, Defaults, Layout
 from regional.mask import region_tokens
 from settings import MODEL_KEYS, Settings
-from tools.flags import DryRun, Output
+from tools.flags import Command, DryRun, Output
+from tools.jobs import layout_files
 from tools.metadata import SUFFIXES, check_writable, write
 from tools.plan import plan, write_plan
 from tools.preview import preview, report
+
+
+def run_dry(command: Command, read: Callable[..., Layout]) -> int:
+    """A dry run; returns the exit code. read: gives a layout by its file, overrides and size."""
+    settings, overrides, output, dry_run, _ = command
+    if dry_run.plan is not None:
+        write_planned_layout(dry_run, overrides, output)
+        return 0
+    return check_layouts(layout_files(output), read, settings, dry_run, output.overwrite)
 
 
 def check_layouts(
