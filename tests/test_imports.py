@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "settings.py": {"errors"},
     "weights.py": {"formats", "model", "errors"},
     "extensions": {"extensions", "weights", "regional", "sampler", "model", "formats", "errors"},
-    "runtime": {"runtime", "weights", "regional", "model", "formats", "errors", "extensions"},
+    "runtime": {"runtime", "weights", "regional", "model", "formats", "errors"},
     "prompts.py": {"extensions", "runtime", "weights", "regional", "model", "formats", "errors"},
     "pipeline.py": {
         "prompts",
