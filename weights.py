@@ -18,7 +18,7 @@ from errors import InputError
 from formats.hub import Choices, Name, locate
 from formats.key_names import IGNORED, Rows, count
 from formats.recognize import SUBFOLDER, WHAT, Source, describe, leaf, recognize, stacked_shape
-from formats.safetensors import PICKLES, Stored, Tensors, checkpoint_files, read, values, whole, wrong
+from formats.safetensors import PICKLES, Stored, checkpoint_files, read, values, whole, wrong
 from model.autoencoder import AutoEncoder, AutoEncoderParams
 from model.clip import CLIPParams, CLIPTextEncoder
 from model.fp8 import Fp8Linear, can_multiply, to_fp8
@@ -184,7 +184,7 @@ def load(
 class Loader(NamedTuple):
     """Makes a module's tensors from the rows of a file's that `recipe` lists by name."""
 
-    tensors: Tensors
+    tensors: dict[str, Stored]
     recipe: Recipe
     module: State
     device: Device
@@ -366,8 +366,9 @@ def check_widths(flux: Source, t5: Source, clip: Source, ae: Source) -> None:
         (clip, clip_params(clip).hidden_size, sizes.vec_in_dim),
     ):
         if width != expected:
-            problem = f"this {WHAT[source.part]} is {width} wide, but {flux.path} expects {expected}"
-            raise wrong(source.path, f"{problem}; name one that fits with --{source.part}")
+            part = source.part
+            problem = f"this {WHAT[part]} is {width} wide, but {flux.path} expects {expected}"
+            raise wrong(source.path, f"{problem}; name one that fits with --{part}")
 
 
 def tokenizer_folder(name: str, choices: Choices, source: Source, place: Path | None) -> Path:

@@ -38,7 +38,7 @@ class Source:
     config: dict = field(repr=False)
 
     def shape(self, name: str, dims: int = 2) -> tuple[int, ...]:
-        """The shape of a module's tensor in the file. InputError unless it has `dims` dimensions."""
+        """The shape in the file of a module's tensor, which must have `dims` dimensions."""
         rows = self.key_names.rows(name, self.tensors)
         expected = f"{dims} dimensions"
         for row in rows:

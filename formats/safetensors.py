@@ -28,7 +28,7 @@ AGAIN = "download it again"
 
 
 class Stored(NamedTuple):
-    """A tensor as the header describes it: bytes [start, stop) of the file; an FP8 weight's scale."""
+    """A tensor as a header describes it: bytes [start, stop) of the file, and its FP8 scale."""
 
     file: Path
     key: str

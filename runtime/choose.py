@@ -87,9 +87,9 @@ def choose_attention(
         return {"portable": portable_attention, "dense": dense_attention}[name]
     interpreted = kernel.INTERPRETED and device.type == "cpu" and dtype == torch.float32
     if not kernel.runs_on(device) and not interpreted:
-        slowly = "in Triton's interpreter, TRITON_INTERPRET=1, it runs on the CPU in float32, slowly"
+        how = "in Triton's interpreter, TRITON_INTERPRET=1, it runs on the CPU in float32"
         problem = "the kernel needs an NVIDIA GPU from Ampere on; try --attention portable"
-        raise InputError("--attention", "kernel", f"{problem} ({slowly})")
+        raise InputError("--attention", "kernel", f"{problem} ({how}, slowly)")
     if device.type == "cuda" and (lacking := lacks_for_triton()):
         problem = f"Triton compiles its launcher with {lacking}, which this machine lacks"
         advice = "install it, or try --attention portable"
@@ -119,13 +119,14 @@ def library_attention(
     if verbose:
         names = ", then ".join(backend.name for backend in backends)
         info(f"unmasked attention: {names or 'as torch chooses'}")
-    if not backends:
-        return nullcontext()
-    return sdpa_kernel([*backends, SDPBackend.MATH], set_priority=True)
+    backends = backends and [*backends, SDPBackend.MATH]
+    return sdpa_kernel(backends, set_priority=True) if backends else nullcontext()
 
 
 @lru_cache
-def timed_backends(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[SDPBackend]:
+def timed_backends(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> list[SDPBackend]:  # fmt: skip
     return fastest_backends(torch.randn(shape, device=device).to(dtype))
 
 

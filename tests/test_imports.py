@@ -17,9 +17,9 @@ MAY_IMPORT = {
     "formats": {"errors", "model"},
     "weights.py": {"errors", "model", "formats"},
     "extensions": {"errors", "model", "sampler", "regional", "formats", "weights"},
-    "runtime": {"errors", "model", "regional", "formats", "weights", "settings", "extensions"},
+    "runtime": {"errors", "model", "regional", "formats", "weights", "settings"},
     "pipeline.py": {"errors", "settings", "model", "sampler", "regional", "weights"} | (OPTIONAL - {"tools"}),
-    "tools": {"errors", "settings", "model", "regional", "formats", "weights", "extensions"},
+    "tools": {"errors", "settings", "model", "regional", "formats", "weights"},
     "generate.py": {"errors", "settings", "regional", "pipeline"} | OPTIONAL,
 }
 SINGLE = {place.removesuffix(".py") for place in MAY_IMPORT}
