@@ -1,17 +1,17 @@
-"""Attention maps as contact sheets over their image."""
+"""Attention maps (an extensions.attention_maps.AttentionMaps) as sheets over their image."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from extensions.attention_maps import AttentionMaps
 from tools.metadata import save_tensor, write
 from tools.sheets import contact_sheet
 
 
 def map_sheets(
-    maps: AttentionMaps, image: Image.Image, prompts: list[str]
+    maps: Any, image: Image.Image, prompts: list[str]
 ) -> list[Image.Image]:  # fmt: skip
     """A contact sheet for each regional step: a row for each prompt, a column for each group of
     blocks; white is the largest fraction of all steps."""
@@ -35,7 +35,7 @@ def overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
 
 
 def save_maps(
-    maps: AttentionMaps, path: Path, image: Image.Image, prompts: list[str], metadata: dict
+    maps: Any, path: Path, image: Image.Image, prompts: list[str], metadata: dict
 ) -> None:  # fmt: skip
     """Write the sheets, path_step1.png ..., and their numbers, path.safetensors."""
     for i, sheet in enumerate(map_sheets(maps, image, prompts), 1):
