@@ -64,7 +64,8 @@ def read_color(file: str, color: Any) -> np.ndarray:
         elif isinstance(color, str):
             color = bytes.fromhex(color[1:])
         bands = image.convert("RGB").split()
-        return np.logical_and.reduce([np.asarray(band) == value for band, value in zip(bands, color)])
+        same = [np.asarray(band) == value for band, value in zip(bands, color)]
+        return np.logical_and.reduce(same)
 
 
 def read_image(file: str) -> Image.Image:

@@ -1,5 +1,5 @@
-"""What a layout is: frozen structs. `regional.reader` checks them, `resolved` parses what is text in
-them; below that nobody checks or parses again."""
+"""What a layout is: frozen structs. `regional.reader` checks them, `resolved` parses what is text;
+below that nobody checks or parses again."""
 
 import re
 from collections.abc import Collection

@@ -111,7 +111,7 @@ MISTAKES = [
             "resume_size=start", "resume_size=0",
             ("test_hub.py", "in_the_next_run")),
     Mistake("layout checks", "regional/reader.py",
-            "if low >= high", "if low > high",
+            "low < high, key, box", "low <= high, key, box",
             ("test_layout.py", "mistake")),
     Mistake("overrides", "regional/reader.py",
             "data |= overrides", "data = overrides | data",

@@ -243,11 +243,11 @@ def laughs(entry: str, wrap: str = "[{}]") -> str:
 
 def png(width: int, height: int, chunks: list[tuple[bytes, bytes]]) -> bytes:
     """A PNG of 8-bit gray, but for its pixels."""
-    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), *chunks]
-    packed = (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+    data = b"\x89PNG\r\n\x1a\n"
+    for kind, chunk in [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), *chunks]:
+        check = struct.pack(">I", zlib.crc32(kind + chunk))
+        data += struct.pack(">I", len(chunk)) + kind + chunk + check
+    return data
 
 
 TEXTS = {  # name: YAML, and what its sentence says, None where it is a layout
@@ -296,12 +296,11 @@ TEXTS = {  # name: YAML, and what its sentence says, None where it is a layout
 }  # fmt: skip
 IMAGES = {  # what the sentence about such a mask says
     "largest.png": None, "largest.webp": None, "larger.png": "pixels are more than",
-    "100 megapixels.png": "pixels are more than", "180 megapixels.png": "pixels",
     "4 gigapixels.png": "pixels|exceeds", "claims 24 megapixels.png": "can be read", "cut.png": "truncated",
     "empty.png": "cannot identify", "3 GB.png": "bytes are more than", "text bomb.png": "too large",
-    "profile bomb.png": "too large", "script.png": "cannot identify", "drawing.png": "cannot identify",
-    "document.png": "cannot identify", "palette.png": None, "moving.gif": None, "cmyk.jpg": None,
-    "one bit.png": None, "16 bits.png": None, "floats.tiff": None, "a\nb.png": "no such file",
+    "profile bomb.png": "too large", "script.png": "cannot identify", "palette.png": None,
+    "moving.gif": None, "cmyk.jpg": None, "one bit.png": None, "16 bits.png": None, "floats.tiff": None,
+    "a\nb.png": "no such file",
 }  # fmt: skip
 PATHS = {  # of layouts, and what is said of them
     "3 GB": ("3 GB.yaml", "bytes are more than"), "a pipe": ("pipe", "not a regular file"),
@@ -313,31 +312,32 @@ PATHS = {  # of layouts, and what is said of them
 
 
 def write_images(folder: Path) -> None:
-    side, small = round(MAX_PIXELS**0.5), Image.new("L", (64, 64), 255)
+    side = round(MAX_PIXELS**0.5)
+    small = Image.new("L", (64, 64), 255)
     for suffix in ("png", "webp"):
-        Image.new("RGBA", (side, side), "white").save(folder / f"largest.{suffix}", compress_level=1, method=0)
-    for name, length in (("larger", side + 1), ("100 megapixels", 10_000), ("180 megapixels", 13_500)):
-        Image.new("1", (length, length), 1).save(folder / f"{name}.png")
-    (folder / "4 gigapixels.png").write_bytes(png(65535, 65535, [(b"IDAT", zlib.compress(b"")), (b"IEND", b"")]))
-    (folder / "claims 24 megapixels.png").write_bytes(png(4900, 4900, [(b"IDAT", zlib.compress(b"")), (b"IEND", b"")]))
+        image = Image.new("RGBA", (side, side), "white")
+        image.save(folder / f"largest.{suffix}", compress_level=1, method=0)
+    Image.new("1", (side + 1, side + 1), 1).save(folder / "larger.png")
+    end = [(b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    (folder / "4 gigapixels.png").write_bytes(png(65535, 65535, end))
+    (folder / "claims 24 megapixels.png").write_bytes(png(4900, 4900, end))
     small.save(folder / "whole.png")
-    width, turned = struct.pack("<HHI4s", 0x100, 2, 1, b"a"), struct.pack("<HHII", 0x112, 3, 1, 6)  # a width of text
-    small.save(folder / "exif.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x02\0" + width + turned + bytes(4))
+    width = struct.pack("<HHI4s", 0x100, 2, 1, b"a")  # a width of text
+    turned = struct.pack("<HHII", 0x112, 3, 1, 6)
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + width + turned + bytes(4)
+    small.save(folder / "exif.jpg", exif=exif)
     (folder / "link.png").symlink_to("whole.png")
     (folder / "cut.png").write_bytes((folder / "disc.png").read_bytes()[:-30])
     (folder / "empty.png").touch()
+    (folder / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n(ran) print\nshowpage\n")
     (folder / "3 GB.png").write_bytes(png(64, 64, []) + struct.pack(">I4s", 2**31 - 1, b"junk"))
-    os.truncate(folder / "3 GB.png", 3 * 2**30)
+    for name in ("3 GB.png", "3 GB.yaml"):
+        with open(folder / name, "ab") as file:
+            file.truncate(3 * 2**30)
     info = PngImagePlugin.PngInfo()
     info.add_text("a", "a" * 50_000_000, zip=True)
     small.save(folder / "text bomb.png", pnginfo=info)
     small.save(folder / "profile bomb.png", icc_profile=bytes(50_000_000))
-    for name, text in (
-        ("script", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n(ran) print\nshowpage\n"),
-        ("drawing", "<svg xmlns='http://www.w3.org/2000/svg' width='64' height='64'/>"),
-        ("document", "%PDF-1.4\n1 0 obj <</Type /Catalog>> endobj"),
-    ):
-        (folder / f"{name}.png").write_text(text)
     palette = small.convert("P")
     palette.save(folder / "palette.png", transparency=bytes(255) + b"\xff")
     small.save(folder / "moving.gif", save_all=True, append_images=[Image.new("L", (64, 64), 9)])
@@ -363,44 +363,31 @@ def harm(folder) -> dict[str, tuple[Path, str | None]]:
     for i, (image, says) in enumerate(IMAGES.items()):
         files[image] = folder / f"image{i}.yaml", says
         files[image][0].write_text(layout_of(f"mask: {json.dumps(image)}", f"mask: {json.dumps(image)}"))
-    (folder / "3 GB.yaml").touch()
-    os.truncate(folder / "3 GB.yaml", 3 * 2**30)
     (folder / "link.yaml").symlink_to(f"image{list(IMAGES).index('palette.png')}.yaml")
     return files | {name: (folder / path, says) for name, (path, says) in PATHS.items()}
 
 
 def judge(files: list[str]) -> None:
-    """For the process in which harm may be done: a line of JSON for each file, with the peak memory so far, in MB."""
+    """For a process of its own: a line of JSON for each file, with the peak memory so far, in MB,
+    that Linux reports. (getrusage's is at least what the parent process had.)"""
+    status = Path("/proc/self/status")
     for file in files:
         signal.alarm(SECONDS)
         sentence = read(Path(file))
         signal.alarm(0)
-        print(json.dumps([sentence, peak_memory()]), flush=True)
-
-
-def peak_memory() -> float:
-    """Of this process in MB. (getrusage's, on Linux, is at least what the process that started this one had.)"""
-    if sys.platform == "linux":
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        peak = re.search(r"VmHWM:\s+(\d+)", status.read_text() if status.exists() else "VmHWM: 0")
+        print(json.dumps([sentence, int(peak[1]) / 1024]), flush=True)
 
 
 @pytest.fixture(scope="module")
 def judged(harm) -> dict[str, tuple[str | None, float]]:
-    """What another process says of each file that does harm."""
-    command = [sys.executable, "-c", "import sys; from tests.test_fuzz import judge; judge(sys.argv[1:])"]
-    found = subprocess.run(
-        command + [str(file) for file, _ in harm.values()],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=10 * SECONDS,
-    )
+    """What another process reports of each file that does harm."""
+    code = "import sys; from tests.test_fuzz import judge; judge(sys.argv[1:])"
+    command = [sys.executable, "-c", code, *(str(file) for file, _ in harm.values())]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     outcomes = [json.loads(line) for line in found.stdout.splitlines()]
-    assert len(outcomes) == len(harm), f"after {list(harm)[len(outcomes) - 1]}: {found.returncode} {found.stderr}"
+    last = list(harm)[len(outcomes) - 1]
+    assert len(outcomes) == len(harm), f"after {last}: {found.returncode} {found.stderr}"
     return dict(zip(harm, outcomes))
 
 
