@@ -121,7 +121,7 @@ MISTAKES = [
             ("test_settings.py", "preset")),
     Mistake("metadata", "tools/metadata.py",
             "image.info.get(\"layout\") or", "",
-            ("test_batch.py", "reproduced_from_its_metadata")),
+            ("test_batch.py", "before_its_redesign")),
     Mistake("resume decision", "tools/metadata.py",
             "found is not None and", "found is not None or",
             ("test_batch.py", "of_other_settings")),
