@@ -32,7 +32,7 @@ class Mistake(NamedTuple):
 
 
 MISTAKES = [
-    Mistake("mask rule", "regional/mask.py",
+    Mistake("mask rule", "regional/attention.py",
             "(bits_q & bits_k) != 0", "(bits_q | bits_k) != 0",
             ("test_regional.py", "published_code or allowed_keys")),
     Mistake("mask rule of the kernel", "regional/kernel.py",
@@ -43,7 +43,7 @@ MISTAKES = [
             ("test_kernel.py", "lists_are_the_mask")),
     Mistake("kernel blend", "regional/kernel.py",
             "(1 - weight) * acc + weight * base_tile", "weight * acc + (1 - weight) * base_tile",
-            ("test_kernel.py", "three_heads and float32")),
+            ("test_kernel.py", "three_heads and dtype0")),
     Mistake("base_ratio blend", "regional/attention.py",
             "torch.lerp(regional.to(precise), base,", "torch.lerp(base, regional.to(precise),",
             ("test_regional.py", "published_one")),
@@ -54,7 +54,7 @@ MISTAKES = [
             "width / 2 + 0.5 - np.abs", "width / 2 + 1 - np.abs",
             ("test_settings.py", "feather")),
     Mistake("RPG composition", "regional/sampling.py",
-            "tokens.cover / tokens.cover.sum(0)", "tokens.cover",
+            "cover / cover.sum(0)", "cover",
             ("test_regional.py", "composition")),
     Mistake("RoPE", "model/attention.py",
             "even * cos - odd * sin", "even * cos + odd * sin",
@@ -69,7 +69,7 @@ MISTAKES = [
             "(4096 - 256)", "4096",
             ("test_sampler.py", "schedule")),
     Mistake("Euler step", "sampler/flow.py",
-            "(t_next - t_curr)", "(t_curr - t_next)",
+            "(sigmas[step + 1] - t)", "(t - sigmas[step + 1])",
             ("test_sampler.py", "euler")),
     Mistake("pack order", "sampler/flow.py",
             "-> B (h w) (c ph pw)", "-> B (h w) (ph pw c)",

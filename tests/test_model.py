@@ -22,17 +22,7 @@ from model.transformer import Flux, FluxParams, text_then_image
 from runtime.choose import fastest_backends
 
 KEYS = Path(__file__).parent / "fixtures" / "keys"
-SMALL = FluxParams(
-    in_channels=8,
-    out_channels=8,
-    vec_in_dim=6,
-    context_in_dim=10,
-    hidden_size=64,
-    mlp_hidden=128,
-    num_heads=2,
-    depth=2,
-    depth_single_blocks=3,
-)
+SMALL = FluxParams(8, 8, 6, 10, hidden_size=64, mlp_hidden=128, num_heads=2, depth=2, depth_single_blocks=3)
 WORDS, ROWS, COLUMNS = 5, 2, 3
 
 
@@ -149,9 +139,8 @@ def test_join_makes_the_sequence_of_the_single_blocks():
         calls.append((txt.shape, img.shape))
         return text_then_image(txt.flip(1), img)
 
-    torch.testing.assert_close(
-        velocity(flux, **inputs(), join=backwards), velocity(flux, **inputs()), rtol=0, atol=1e-12
-    )
+    turned = velocity(flux, **inputs(), join=backwards)
+    torch.testing.assert_close(turned, velocity(flux, **inputs()), rtol=0, atol=1e-12)
     image = ROWS * COLUMNS
     assert calls == [((2, WORDS, 64), (2, image, 64)), ((2, WORDS, 16, 2), (2, image, 16, 2))]
 
@@ -176,7 +165,7 @@ def test_join_may_repeat_the_image():
     torch.testing.assert_close(got, velocity(flux, **inputs()), rtol=0, atol=1e-12)
 
 
-def test_pictures_of_a_batch_do_not_meet():
+def test_images_of_a_batch_do_not_meet():
     both, flux = inputs(), small_flux()
     alone = velocity(flux, **{name: tensor[1:] for name, tensor in both.items()})
     torch.testing.assert_close(velocity(flux, **both)[1:], alone, rtol=0, atol=1e-12)
@@ -240,9 +229,8 @@ def test_rope_turns_pairs_and_keeps_lengths():
     pairs, turned_pairs = (torch.view_as_complex(t.unflatten(-1, (-1, 2))) for t in (x, turned))
     torch.testing.assert_close(turned_pairs.abs(), pairs.abs())
     assert torch.equal(turned[0, 0, 1, :4], x[0, 0, 1, :4])  # this token's text position is 0
-    torch.testing.assert_close(
-        turned_pairs[0, 0, 1, 2] / pairs[0, 0, 1, 2], torch.polar(*torch.tensor([1.0, 2.0]).double())
-    )
+    turn = torch.polar(*torch.tensor([1.0, 2.0]).double())
+    torch.testing.assert_close(turned_pairs[0, 0, 1, 2] / pairs[0, 0, 1, 2], turn)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -266,9 +254,8 @@ def test_rope_is_exact_far_out():
     table = rope(torch.tensor([[[0.0, 4000.0, 0.0]]]), (16, 56, 56), 10_000)
     assert table.dtype == torch.float32
     angles = [4000 * 10_000 ** (-2 * i / 56) for i in range(28)]
-    expected = torch.stack(
-        [torch.tensor(angles, dtype=torch.float64).cos(), torch.tensor(angles, dtype=torch.float64).sin()]
-    )
+    angles = torch.tensor(angles, dtype=torch.float64)
+    expected = torch.stack([angles.cos(), angles.sin()])
     assert (table[0, 0, 8:36].T.double() - expected).abs().max() < 1e-7
 
 
@@ -279,7 +266,7 @@ def test_the_autoencoder_changes_sizes_by_eight():
     assert latents.shape == (1, 16, 4, 6) and small.decode(latents).shape == picture.shape
 
 
-def test_pictures_are_clamped_and_rounded():
+def test_images_are_clamped_and_rounded():
     values = torch.tensor([-2.0, -1.0, 0.0, 0.9955, 0.9965, 3.0])  # 254.43 and 254.55 in between
     picture = to_uint8(values.expand(1, 3, 1, 6))
     assert picture.shape == (1, 1, 6, 3) and picture.dtype == torch.uint8

@@ -56,8 +56,8 @@ def transformers(monkeypatch) -> ModuleType:
     return library
 
 
-def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
-    """All parameters drawn anew: with biases of 0 and norms of 1, as libraries start, some mistakes don't show."""
+def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
+    """All parameters random: with biases of 0 and norms of 1 some mistakes don't show."""
     generator = torch.Generator().manual_seed(seed)
     module = module.double().eval().requires_grad_(False)
     for parameter in module.parameters():
@@ -92,52 +92,36 @@ def load_renamed(ours: nn.Module, theirs: nn.Module, renames: dict) -> None:
 
 
 FLUX_NAMES = {
-    r"^img_in": "x_embedder",
-    r"^txt_in": "context_embedder",
+    r"^img_in": "x_embedder", r"^txt_in": "context_embedder",
     r"^time_in": "time_text_embed.timestep_embedder",
     r"^guidance_in": "time_text_embed.guidance_embedder",
-    r"^vector_in": "time_text_embed.text_embedder",
-    r"\.in_layer": ".linear_1",
-    r"\.out_layer": ".linear_2",
-    r"^double_blocks": "transformer_blocks",
-    r"img_mod\.lin": "norm1.linear",
-    r"txt_mod\.lin": "norm1_context.linear",
+    r"^vector_in": "time_text_embed.text_embedder", r"\.in_layer": ".linear_1",
+    r"\.out_layer": ".linear_2", r"^double_blocks": "transformer_blocks",
+    r"img_mod\.lin": "norm1.linear", r"txt_mod\.lin": "norm1_context.linear",
     r"img_attn\.qkv": "attn.{to_q,to_k,to_v}",
     r"txt_attn\.qkv": "attn.{add_q_proj,add_k_proj,add_v_proj}",
     r"img_attn\.norm\.(.).*\.scale": r"attn.norm_\1.weight",
     r"txt_attn\.norm\.(.).*\.scale": r"attn.norm_added_\1.weight",
-    r"img_attn\.proj": "attn.to_out.0",
-    r"txt_attn\.proj": "attn.to_add_out",
-    r"img_mlp\.": "ff.net.",
-    r"txt_mlp\.": "ff_context.net.",
-    r"net\.0": "net.0.proj",
-    r"^single_blocks": "single_transformer_blocks",
-    r"modulation\.lin": "norm.linear",
-    r"linear1\.": "{attn.to_q,attn.to_k,attn.to_v,proj_mlp}.",
-    r"linear2": "proj_out",
-    r"(\d)\.norm\.(.).*\.scale": r"\1.attn.norm_\2.weight",
-    r"^final_layer\.linear": "proj_out",
+    r"img_attn\.proj": "attn.to_out.0", r"txt_attn\.proj": "attn.to_add_out",
+    r"img_mlp\.": "ff.net.", r"txt_mlp\.": "ff_context.net.", r"net\.0": "net.0.proj",
+    r"^single_blocks": "single_transformer_blocks", r"modulation\.lin": "norm.linear",
+    r"linear1\.": "{attn.to_q,attn.to_k,attn.to_v,proj_mlp}.", r"linear2": "proj_out",
+    r"(\d)\.norm\.(.).*\.scale": r"\1.attn.norm_\2.weight", r"^final_layer\.linear": "proj_out",
     r"^final_layer\.adaLN_modulation\.1": "norm_out.linear",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("guidance", [True, False], ids=["dev", "schnell"])
 @pytest.mark.parametrize("head_dim, axes, heads, depth", [(32, (4, 14, 14), 3, (1, 3)), (64, (8, 28, 28), 2, (3, 1))])
 def test_our_flux_is_diffusers_flux(diffusers, guidance, head_dim, axes, heads, depth):
     hidden, (double, single) = head_dim * heads, depth
-    theirs = randomised(
+    theirs = randomized(
         diffusers.FluxTransformer2DModel(
-            in_channels=12,
-            num_layers=double,
-            num_single_layers=single,
-            attention_head_dim=head_dim,
-            num_attention_heads=heads,
-            joint_attention_dim=40,
-            pooled_projection_dim=24,
-            guidance_embeds=guidance,
-            axes_dims_rope=axes,
+            in_channels=12, num_layers=double, num_single_layers=single, attention_head_dim=head_dim,
+            num_attention_heads=heads, joint_attention_dim=40, pooled_projection_dim=24,
+            guidance_embeds=guidance, axes_dims_rope=axes,
         )
-    )
+    )  # fmt: skip
     ours = Flux(FluxParams(12, 12, 24, 40, hidden, 4 * hidden, heads, double, single, guidance_embed=guidance))
     load_renamed(ours, theirs, FLUX_NAMES)
     final = ours.final_layer.adaLN_modulation[1]  # diffusers keeps (scale, shift), the official names (shift, scale)
@@ -158,34 +142,27 @@ def test_our_flux_is_diffusers_flux(diffusers, guidance, head_dim, axes, heads, 
 @pytest.mark.parametrize("channels, groups, blocks", [((32, 32, 64, 96), 16, 2), ((32, 64), 32, 1)])
 def test_our_autoencoder_is_diffusers_autoencoder(diffusers, channels, groups, blocks):
     levels = len(channels)
-    theirs = randomised(
+    theirs = randomized(
         diffusers.AutoencoderKL(
             down_block_types=["DownEncoderBlock2D"] * levels,
-            up_block_types=["UpDecoderBlock2D"] * levels,
-            block_out_channels=channels,
-            layers_per_block=blocks,
-            latent_channels=6,
-            norm_num_groups=groups,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
+            up_block_types=["UpDecoderBlock2D"] * levels, block_out_channels=channels,
+            layers_per_block=blocks, latent_channels=6, norm_num_groups=groups,
+            use_quant_conv=False, use_post_quant_conv=False,
         )
-    )
+    )  # fmt: skip
     shift, scale = 0.2, 0.7
     factors = tuple(c // channels[0] for c in channels)
     ours = AutoEncoder(AutoEncoderParams(channels[0], factors, blocks, 6, groups, scale, shift))
     names = {
-        r"\.mid\.block_1": ".mid_block.resnets.0",
-        r"\.mid\.block_2": ".mid_block.resnets.1",
+        r"\.mid\.block_1": ".mid_block.resnets.0", r"\.mid\.block_2": ".mid_block.resnets.1",
         r"\.mid\.attn_1": ".mid_block.attentions.0",
         r"attentions\.0\.norm": "attentions.0.group_norm",
         r"attentions\.0\.([qkv])\.": r"attentions.0.to_\1.",
-        r"attentions\.0\.proj_out": "attentions.0.to_out.0",
-        r"\.norm_out": ".conv_norm_out",
-        r"nin_shortcut": "conv_shortcut",
-        r"\.(down|up)\.(\d)\.block": r".\1_blocks.\2.resnets",
+        r"attentions\.0\.proj_out": "attentions.0.to_out.0", r"\.norm_out": ".conv_norm_out",
+        r"nin_shortcut": "conv_shortcut", r"\.(down|up)\.(\d)\.block": r".\1_blocks.\2.resnets",
         r"\.(down|up)\.(\d)\.\1sample\.": r".\1_blocks.\2.\1samplers.0.",
         r"decoder\.up_blocks\.(\d)": lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}",  # theirs in order of use
-    }
+    }  # fmt: skip
     load_renamed(ours, theirs, names)
     side = 2 ** (levels - 1)
 
@@ -201,16 +178,10 @@ def test_our_autoencoder_is_diffusers_autoencoder(diffusers, channels, groups, b
 def test_our_t5_is_transformers_t5(transformers, length, buckets, layers):
     """300 tokens reach past the distance of 128 from which on all distances share a bucket."""
     config = transformers.T5Config(
-        vocab_size=90,
-        d_model=24,
-        d_ff=56,
-        d_kv=16,
-        num_heads=3,
-        num_layers=layers,
-        relative_attention_num_buckets=buckets,
-        feed_forward_proj="gated-gelu",
-    )
-    theirs = randomised(transformers.T5EncoderModel(config))
+        vocab_size=90, d_model=24, d_ff=56, d_kv=16, num_heads=3, num_layers=layers,
+        relative_attention_num_buckets=buckets, feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    theirs = randomized(transformers.T5EncoderModel(config))
     ours = T5Encoder(T5Params(90, 24, 56, 16, 3, layers, buckets)).double()
     state = theirs.state_dict()
     state.pop("encoder.embed_tokens.weight", None)  # shared.weight once more
@@ -225,16 +196,10 @@ def test_our_t5_is_transformers_t5(transformers, length, buckets, layers):
 def test_our_clip_is_transformers_clip(transformers, eos_token_id, length):
     """With the end token 2 of older configurations, transformers looks for the largest id, else for the end token."""
     config = transformers.CLIPTextConfig(
-        vocab_size=90,
-        hidden_size=36,
-        intermediate_size=80,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        hidden_act="quick_gelu",
-        bos_token_id=88,
-        eos_token_id=eos_token_id,
-    )
-    theirs = randomised(transformers.CLIPTextModel(config))
+        vocab_size=90, hidden_size=36, intermediate_size=80, num_hidden_layers=3,
+        num_attention_heads=3, hidden_act="quick_gelu", bos_token_id=88, eos_token_id=eos_token_id,
+    )  # fmt: skip
+    theirs = randomized(transformers.CLIPTextModel(config))
     ours = CLIPTextEncoder(CLIPParams(90, 36, 80, 3, 3)).double()
     state = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in theirs.state_dict().items()}
     state.pop("text_model.embeddings.position_ids", None)

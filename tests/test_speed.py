@@ -8,7 +8,7 @@ from benchmarks import speed
 from benchmarks.failures import Failures
 from benchmarks.naive import Naive
 from model.transformer import Flux, FluxParams
-from regional.attention import RegionalAttention, allowed, portable_attention
+from regional.attention import allowed
 from regional.layout import Layout, Region
 from regional.mask import region_tokens
 from sampler.flow import image_ids, text_ids
@@ -54,23 +54,6 @@ GIVEN = (torch.tensor([0.7]).double(), random(1, 12), torch.tensor([3.5]).double
 
 
 # ------------------------------------------------------------------------------------------------ the naive baseline
-
-
-@pytest.mark.parametrize("double, single", [(1, 1), (2, 3)])
-@pytest.mark.parametrize("ratio", [0.0, 0.3])
-@LAYOUT
-def test_its_regional_step_is_ours(flux, bits, ratio, double, single):
-    def is_masked(block):
-        return block.index % (double if block.kind == "double" else single) == 0
-
-    img, txt, regions = random(1, IMAGE, 64), random(1, TEXT, 20), random((len(bits) - IMAGE) // TEXT, TEXT, 20)
-    attention = RegionalAttention(portable_attention, bits, TEXT, IMAGE, ratio, is_masked)
-    texts = torch.cat([regions.flatten(0, 1)[None]] + ([txt] if ratio else []), dim=1)
-    ids = image_ids(WIDTH, HEIGHT), texts, text_ids(texts.shape[1])
-    modulation = flux.modulation(*GIVEN)
-    ours = flux(img, *ids, modulation, attention=attention, join=attention.join)
-    theirs = naive(flux, bits, ratio, is_masked).regional_step(img, txt, regions, *GIVEN)
-    assert (ours - theirs).abs().max() < 1e-10 * theirs.abs().max()
 
 
 @LAYOUT

@@ -14,59 +14,36 @@ FIXTURES = Path(__file__).parent / "fixtures" / "tokenizers"
 CLIP, T5_JSON, T5_PIECES = FIXTURES / "clip", FIXTURES / "t5" / "tokenizer.json", FIXTURES / "t5" / "spiece.model"
 
 FIXED = [
-    "",
-    " ",
-    "\n\t",
-    "a",
-    "A photo of a cat.",
-    "two  blanks   three ",
-    " leading and\u00a0no-break\u2003em blanks",
-    "line one\nline two\r\nline three\u2028four",
+    "", " ", "\n\t", "a", "A photo of a cat.", "two  blanks   three ",
+    " leading and\u00a0no-break\u2003em blanks", "line one\nline two\r\nline three\u2028four",
     "The fox's tail, it'll wag; they're we've I'm I'd don't 'tis rock'n'roll",
-    "IT'S UPPER'S CASE, MiXeD'Ll",
-    "1 22 333 4,444.5 ½ ² Ⅷ ١٢٣",
-    "café naïve Ångström",
-    unicodedata.normalize("NFD", "café naïve Ångström ẹ́ ṩ"),
-    "日本語のプロンプト、富士山の写真",
-    "한국어 프롬프트",
-    "ثعلب أحمر في الثلج",
-    "लाल लोमड़ी बर्फ में",
-    "🦊 fox👩🏽‍🚀in🏳️‍🌈space",
-    "ﬁne ﬂow ＡＢＣ１２３！ ｱｲｳ İstanbul ẞ",
-    "“curly” ‘quotes’ … — – « »",
-    "!?.,;:-_/\\|()[]{}<>@#$%^&*+=~`'\"",
-    "under_score-dash a/b/c e.g. x²+y²=z²",
-    "nul\x00bell\x07escape\x1b[0m",
-    "zero\u200bwidth\u200djoin soft\u00adhyphen\ufeff",
-    "▁ a ▁▁ b",
-    "<|startoftext|> hello <|endoftext|> world",
-    "<|STARTOFTEXT|>a<|EndOfText|>",
-    "word " * 120,
-    "antidisestablishmentarianism" * 12,
-    "🦊" * 60,
-]
+    "IT'S UPPER'S CASE, MiXeD'Ll", "1 22 333 4,444.5 ½ ² Ⅷ ١٢٣", "café naïve Ångström",
+    unicodedata.normalize("NFD", "café naïve Ångström ẹ́ ṩ"), "日本語のプロンプト、富士山の写真", "한국어 프롬프트",
+    "ثعلب أحمر في الثلج", "लाल लोमड़ी बर्फ में", "🦊 fox👩🏽‍🚀in🏳️‍🌈space",
+    "ﬁne ﬂow ＡＢＣ１２３！ ｱｲｳ İstanbul ẞ", "“curly” ‘quotes’ … — – « »",
+    "!?.,;:-_/\\|()[]{}<>@#$%^&*+=~`'\"", "under_score-dash a/b/c e.g. x²+y²=z²",
+    "nul\x00bell\x07escape\x1b[0m", "zero\u200bwidth\u200djoin soft\u00adhyphen\ufeff",
+    "▁ a ▁▁ b", "<|startoftext|> hello <|endoftext|> world", "<|STARTOFTEXT|>a<|EndOfText|>",
+    "word " * 120, "antidisestablishmentarianism" * 12, "🦊" * 60,
+]  # fmt: skip
 # transformers and tokenizer.json read these as special tokens, sentencepiece as text
 SPECIAL = ["a </s> b", "<pad><pad>x", "one <extra_id_0> two<extra_id_99>.", "<unk>"]
 
 
 def generated_prompts(count: int) -> list[str]:
     """Words of many scripts, cases and separators in random order: the same ones every time."""
-    words = [word for prompt in FIXED for word in prompt.split()] + [
-        "fox",
-        "Snow",
-        "7",
-        "o'clock",
-        "é",
-        "雪",
-        "'s",
-        "…",
-    ]
+    words = [word for prompt in FIXED for word in prompt.split()]
+    words += "fox Snow 7 o'clock é 雪 's …".split()
     blanks = [" ", " ", " ", "", "  ", "\n", ", ", "-", "\t", "' ", ". "]
     rng = random.Random(0)
     return ["".join(rng.choice(words) + rng.choice(blanks) for _ in range(rng.randrange(1, 60))) for _ in range(count)]
 
 
 PROMPTS = FIXED + generated_prompts(200)
+
+
+def transformers():
+    return pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
 
 
 def differing(ours, theirs, prompts: list[str], length: int) -> list[str]:
@@ -78,41 +55,33 @@ def differing(ours, theirs, prompts: list[str], length: int) -> list[str]:
 
 @pytest.mark.parametrize("length", [77, 20])
 def test_our_clip_ids_are_those_of_transformers(length):
-    transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
-    theirs = transformers.CLIPTokenizerFast.from_pretrained(CLIP)
+    theirs = transformers().CLIPTokenizerFast.from_pretrained(CLIP)
     assert differing(CLIPTokenizer(CLIP), theirs, PROMPTS, length) == []
 
 
 @pytest.mark.parametrize("length", [512, 256, 24])
 def test_our_t5_ids_are_those_of_transformers(length):
-    transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
-    theirs = transformers.T5TokenizerFast.from_pretrained(T5_JSON.parent)
+    theirs = transformers().T5TokenizerFast.from_pretrained(T5_JSON.parent)
     assert differing(T5Tokenizer(T5_JSON), theirs, PROMPTS + SPECIAL, length) == []
 
 
 def test_both_files_of_t5_give_the_same_ids():
-    """Whoever has only spiece.model must get the picture of whoever has tokenizer.json."""
+    """Whoever has only spiece.model must get the image of whoever has tokenizer.json."""
     assert torch.equal(T5Tokenizer(T5_JSON)(PROMPTS, 64)[0], T5Tokenizer(T5_PIECES)(PROMPTS, 64)[0])
 
 
 STORED = [  # prompt, CLIP's ids and T5's, as transformers gives them
     ("", [812, 813], [1]),
-    (
-        "A photo of a cat.",
-        [812, 320, 79, 546, 616, 520, 320, 66, 563, 269, 813],
-        [11, 3, 70, 453, 58, 10, 4, 541, 5, 1],
-    ),
-    (
-        "The fox's tail, it'll wag; 42 times",
-        [812, 513, 647, 343, 6, 338, 556, 692, 267, 72, 339, 6, 643, 632, 326, 282, 275, 273, 83, 72, 76, 522, 813],
-        [16, 8, 89, 249, 2, 6, 3, 339, 9, 3, 62, 2, 494, 238, 40, 184, 3, 555, 568, 33, 66, 24, 29, 1],
-    ),
-    (
-        "日本 🦊 café",
-        [812, 162, 245, 98, 162, 250, 361, 172, 253, 99, 488, 628, 69, 127, 358, 813],
-        [3, 2, 3, 2, 57, 54, 2, 1],
-    ),
-]
+    ("A photo of a cat.", [812, 320, 79, 546, 616, 520, 320, 66, 563, 269, 813],
+     [11, 3, 70, 453, 58, 10, 4, 541, 5, 1]),
+    ("The fox's tail, it'll wag; 42 times",
+     [812, 513, 647, 343, 6, 338, 556, 692, 267, 72, 339, 6, 643, 632, 326, 282, 275, 273, 83, 72,
+      76, 522, 813],
+     [16, 8, 89, 249, 2, 6, 3, 339, 9, 3, 62, 2, 494, 238, 40, 184, 3, 555, 568, 33, 66, 24, 29, 1]),
+    ("日本 🦊 café",
+     [812, 162, 245, 98, 162, 250, 361, 172, 253, 99, 488, 628, 69, 127, 358, 813],
+     [3, 2, 3, 2, 57, 54, 2, 1]),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("prompt, clip, t5", STORED)
