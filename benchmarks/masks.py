@@ -26,7 +26,7 @@ import weights  # noqa: E402
 from extensions.lora import Change, Lora, LowRank  # noqa: E402
 from extensions.region_lora import region_loras  # noqa: E402
 from model.transformer import Flux, FluxParams  # noqa: E402
-from regional.layout import Layout, Region, RegionLora  # noqa: E402
+from regional.layout import FLUX_DEV, Layout, Region, RegionLora  # noqa: E402
 from regional.mask import region_tokens  # noqa: E402
 from runtime import choose  # noqa: E402
 
@@ -81,8 +81,11 @@ def measure(masks: int, method: str, full: bool, region_length: int, repeats: in
         prompt="p", width=size, height=size, steps=24, base_ratio=0.1, mask_inject_steps="40%", method=method,
         regions=grid(masks, size, tuple(RegionLora(file=name) for name in loras)),
     )  # fmt: skip
+    dtype = flux.img_in.weight.dtype
+    params = flux.params
+    sizes = {"depth": params.depth, "depth_single_blocks": params.depth_single_blocks}
+    layout = layout.resolved(FLUX_DEV._replace(**sizes))
     tokens = region_tokens(layout) if method != "plain" else None
-    dtype, params = flux.img_in.weight.dtype, flux.params
     conditioning = pipeline.Conditioning(
         *(
             torch.randn(shape, device=device, dtype=dtype)

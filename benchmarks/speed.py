@@ -54,9 +54,15 @@ from model.attention import Attention, plain_attention
 from model.fp8 import Fp8Linear, can_multiply, to_fp8  # noqa: E402
 from model.transformer import Flux, FluxParams  # noqa: E402
 from pipeline import Pipeline, Prepared
+<<<<<<< HEAD
 from regional.attention import RegionalAttention, allowed  # noqa: E402
 from regional.layout import FLUX_DEV, Layout, Region  # noqa: E402
 from regional.mask import RegionTokens, region_tokens  # noqa: E402
+=======
+from regional.attention import RegionalAttention  # noqa: E402
+from regional.layout import FLUX_DEV, Layout, Region  # noqa: E402
+from regional.mask import RegionTokens, allowed, region_tokens  # noqa: E402
+>>>>>>> t6
 from regional.sampling import Conditioning, guidance_of, noise_levels, sample  # noqa: E402
 from runtime.choose import choose_attention, fastest_backends  # noqa: E402
 from runtime.offload import FLUX_MODULATION  # noqa: E402
@@ -208,7 +214,8 @@ def grid_layout(width: int, height: int, regions: int, text_length: int) -> Layo
 
 def scene(setting: Setting, width: int, height: int, regions: int) -> Scene:
     device, params, length = setting.device, setting.params, setting.text_length
-    layout = grid_layout(width, height, regions, length)
+    sizes = {"depth": params.depth, "depth_single_blocks": params.depth_single_blocks}
+    layout = grid_layout(width, height, regions, length).resolved(FLUX_DEV._replace(**sizes))
     img, ids = pack(noise(width, height, 0)).to(device, setting.dtype).float(), image_ids(width, height)
     tokens, bits, backends = None, None, []
     if regions:

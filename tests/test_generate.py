@@ -1,7 +1,6 @@
 """What is computed: which attention, which prompts, which components; and what mistakes lead to."""
 
 import gc
-import inspect
 import json
 import shlex
 import shutil
@@ -18,7 +17,6 @@ from torch.nn.attention import SDPBackend
 import generate
 import pipeline
 from errors import InputError
-from model.attention import plain_attention
 from model.clip import CLIPTextEncoder
 from model.t5 import T5Encoder
 from model.transformer import Flux, FluxParams
@@ -72,20 +70,6 @@ def latents(tiny_pipeline):
     return latents
 
 
-@pytest.fixture
-def calls(monkeypatch) -> list[inspect.BoundArguments]:
-    """The arguments of each forward pass of the transformer from now on."""
-    seen = []
-    forward = Flux.forward
-
-    def watched(self, *args, **kwargs):
-        seen.append(inspect.signature(forward).bind(self, *args, **kwargs))
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(Flux, "forward", watched)
-    return seen
-
-
 def distance(first: torch.Tensor, second: torch.Tensor) -> float:
     return (first - second).abs().max().item()
 
@@ -99,29 +83,6 @@ def test_no_regions_no_steps_and_beta_one_are_plain_flux_bit_for_bit(latents, pu
     for changes in {"mask_inject_steps": 0}, {"base_ratio": 1}, {"method": "plain"}:
         assert torch.equal(plain, latents(**changes))
     assert not torch.equal(plain, published)
-
-
-def test_no_regions_calls_the_model_as_if_regions_did_not_exist(latents, calls):
-    """In the plain steps there is plain attention, and the sequence is joined as FLUX does."""
-    usual = inspect.signature(Flux.blocks).parameters["join"].default
-
-    def is_plain(call: inspect.BoundArguments) -> tuple[bool, bool]:
-        call.apply_defaults()
-        given = call.arguments
-        return given["attention"] is plain_attention, given["join"] is usual
-
-    latents(regions=[])
-    assert [is_plain(call) for call in calls] == [(True, True)] * 3
-    calls.clear()
-    latents()
-    assert [is_plain(call) for call in calls] == [(False, False)] * 2 + [(True, True)]
-
-
-def test_shorter_prompts_of_regions_are_what_the_model_gets(latents, calls, published):
-    latents(region_max_sequence_length=8)
-    lengths = [call.arguments["txt"].shape[1] for call in calls]
-    assert lengths == [32 + 3 * 8] * 2 + [32]  # two regions and the background
-    assert torch.equal(published, latents(region_max_sequence_length=32))
 
 
 def test_sorting_the_tokens_changes_nothing_but_their_order(latents, published, monkeypatch):
@@ -153,11 +114,8 @@ def test_one_region_by_rpg_is_plain_flux_with_its_prompt(latents):
     assert distance(composed, latents(prompt="a red boat", regions=[])) < 1e-5
 
 
-def test_rpg_composes_and_then_continues_plainly(latents, published):
-    composed = latents(method="rpg")
-    plain = latents(method="plain")
-    assert not torch.equal(composed, published) and not torch.equal(composed, plain)
-    assert torch.equal(latents(method="rpg", base_ratio=1), plain)
+def test_rpg_at_base_ratio_one_is_plain_flux(latents):
+    assert torch.equal(latents(method="rpg", base_ratio=1), latents(method="plain"))
 
 
 def test_defaults_written_out_change_nothing(latents, published):
@@ -165,30 +123,9 @@ def test_defaults_written_out_change_nothing(latents, published):
     own = {"strength": 1, "feather": 0, "mask_inject_steps": 2, "base_ratio": 0.3}
     more = {"image_attention": "isolated", "base_stream": "separate"}
     more |= {"double_blocks": "every 1", "single_blocks": "0-99"}
+    more["region_max_sequence_length"] = A["max_sequence_length"]
     assert torch.equal(published, latents(**more, regions=[BOAT | own, TOWER | own]))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        *(
-            {"regions": [BOAT | own, TOWER]}
-            for own in (
-                {"strength": 2},
-                {"feather": 48},
-                {"mask_inject_steps": 1},
-                {"base_ratio": 0.1},
-            )
-        ),
-        {"image_attention": "open"},
-        {"base_stream": "shared"},
-        {"single_blocks": "0"},
-    ],
-    ids=str,
-)
-def test_each_setting_does_something(latents, published, changes):
-    ours = latents(**changes)
-    assert ours.isfinite().all() and distance(ours, published) > 1e-3
+    assert not torch.equal(published, latents(region_max_sequence_length=8))
 
 
 def test_defaults_of_steps_and_prompt_length_come_from_the_model(golden, monkeypatch):
@@ -233,13 +170,10 @@ def test_a_pipeline_takes_settings_or_their_fields(model, tiny_pipeline):
     assert pipeline.Pipeline(settings).metadata == tiny_pipeline.metadata
     with pytest.raises(TypeError, match="dtipe"):
         pipeline.Pipeline(model, dtipe="float32")
-
-
-@pytest.mark.parametrize("flag", ["device gpu", "dtype float16", "attention x", "quantize fp9", "offload block"])
-def test_a_pipeline_refuses_unknown_settings(flag):
-    name, value = flag.split()
-    with pytest.raises(InputError, match=f"--{flag}"):
-        pipeline.Pipeline("pocket", **{"device": "cpu", name: value})
+    wrong = {"dtype": "float16", "attention": "x", "quantize": "fp9", "offload": "block"}
+    for name, value in wrong.items():
+        with pytest.raises(InputError, match=f"--{name} {value}"):
+            pipeline.Pipeline(model, **{name: value})
 
 
 # -------------------------------------------------------------------------------- the README
