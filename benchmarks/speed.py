@@ -54,15 +54,9 @@ from model.attention import Attention, plain_attention
 from model.fp8 import Fp8Linear, can_multiply, to_fp8  # noqa: E402
 from model.transformer import Flux, FluxParams  # noqa: E402
 from pipeline import Pipeline, Prepared
-<<<<<<< HEAD
 from regional.attention import RegionalAttention, allowed  # noqa: E402
 from regional.layout import FLUX_DEV, Layout, Region  # noqa: E402
 from regional.mask import RegionTokens, region_tokens  # noqa: E402
-=======
-from regional.attention import RegionalAttention  # noqa: E402
-from regional.layout import FLUX_DEV, Layout, Region  # noqa: E402
-from regional.mask import RegionTokens, allowed, region_tokens  # noqa: E402
->>>>>>> t6
 from regional.sampling import Conditioning, guidance_of, noise_levels, sample  # noqa: E402
 from runtime.choose import choose_attention, fastest_backends  # noqa: E402
 from runtime.offload import FLUX_MODULATION  # noqa: E402
