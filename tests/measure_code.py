@@ -93,11 +93,12 @@ def parallel_assignments(places: tuple[str, ...]) -> list[str]:
 
 
 def functions(places: tuple[str, ...]) -> list[tuple[str, int, int]]:
-    """Every function: where it is, its lines, and its parameters without `self`."""
+    """Every function but the GPU's: where it is, its lines, and its parameters without `self`."""
     found = []
     for file in files_in(places):
         for node in ast.walk(tree_of(file)):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            is_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+            if is_function and "triton.jit" not in map(ast.unparse, node.decorator_list):
                 arguments = node.args
                 names = [x.arg for x in arguments.posonlyargs + arguments.args + arguments.kwonlyargs]
                 count = len([name for name in names if name not in ("self", "cls")])

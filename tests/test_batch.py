@@ -107,7 +107,7 @@ def planned(*flags: str | int) -> list[jobs.Job]:
     worker = jobs.worker_of(command.output.shard, False)
 
     def read(file, swept):
-        return read_layout(file, command.overrides | swept, 64, command.metadata)
+        return read_layout(file, command.overrides | swept, 64)
 
     failures = jobs.Failures(len(files) == 1)
     return jobs.plan_jobs(files, command.output, read, worker, failures)

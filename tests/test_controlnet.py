@@ -16,7 +16,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from test_parity import largest_difference, random, randomised
+from test_parity import largest_difference, random, randomized
 
 import weights
 from errors import InputError
@@ -48,7 +48,7 @@ THEIRS = {
 
 def net(double: int = 2, single: int = 0, seed: int = 5, **more: int) -> ControlNet:
     params = ControlNetParams(**SIZES, depth=double, depth_single_blocks=single, **more)
-    return randomised(ControlNet(params), seed)
+    return randomized(ControlNet(params), seed)
 
 
 def inputs(rows: int = 3, columns: int = 5, words: int = 7) -> dict[str, torch.Tensor]:
@@ -109,9 +109,9 @@ def test_files_from_diffusers_give_its_residuals_and_its_velocity(diffusers, tmp
     double, single, modes, hint, guided = FAMILIES[family]
     blocks = {"num_layers": double, "num_single_layers": single, "guidance_embeds": guided}
     own = {"num_mode": modes, "conditioning_embedding_channels": hint, "patch_size": 2 if hint else 1}
-    theirs = randomised(diffusers.FluxControlNetModel(**THEIRS, **blocks, **own))
+    theirs = randomized(diffusers.FluxControlNetModel(**THEIRS, **blocks, **own))
     blocks = {"num_layers": 5, "num_single_layers": 7, "guidance_embeds": True}
-    their_flux = randomised(diffusers.FluxTransformer2DModel(**THEIRS, **blocks), seed=7)
+    their_flux = randomized(diffusers.FluxTransformer2DModel(**THEIRS, **blocks), seed=7)
     tiny.save(tmp_path / "control" / "model.safetensors", theirs.state_dict())
     tiny.save(tmp_path / "flux.safetensors", their_flux.state_dict())
     source = loading.find_controlnet(str(tmp_path / "control"))
@@ -279,7 +279,7 @@ def test_a_regional_step_and_a_plain_one_are_what_they_should_be(residuals, regi
         regions=[Region(prompt=f"{i}", box=box) for i, box in enumerate(boxes)],
     ).resolved(DEFAULTS)  # fmt: skip
     setting = Control(model="m", image="i", scale=0.9, region=region, residuals=residuals)
-    flux = randomised(Flux(BASE))
+    flux = randomized(Flux(BASE))
     control = net(2, 3)
     tokens = region_tokens(layout)
     image = random(1, 16, 64, seed=4)
@@ -431,7 +431,7 @@ def test_an_xlabs_controlnet_reads_the_image_itself(folder, latents, pipeline):
     flux = weights.flux_params(pipeline.checkpoint.flux)
     sizes = {key: getattr(flux, key) for key in SIZES}
     params = ControlNetParams(**sizes, depth=2, depth_single_blocks=0, hint_width=16)
-    state = randomised(ControlNet(params)).float().state_dict()
+    state = randomized(ControlNet(params)).float().state_dict()
     tiny.save(folder / "xlabs.safetensors", xlabs_names(state))
     control = {"model": "../xlabs.safetensors", "image": "control.png"}
     keys = {"regions": [{"prompt": "a boat", "box": [16, 0, 48, 64]}], "mask_inject_steps": 1}

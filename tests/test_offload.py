@@ -12,7 +12,6 @@ from msgspec.structs import replace
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-import pipeline
 import weights
 from formats import key_names, recognize
 from formats import safetensors as files
@@ -209,8 +208,8 @@ def test_a_run_with_some_blocks_streamed_is_bit_equal(
         assert len(names) == (count if source.part == "flux" else 2)
         return Placement(names, modulation and source.part == "flux")
 
-    monkeypatch.setattr(pipeline, "place", some_blocks)
-    made = Pipeline("pocket", device="cpu")
+    monkeypatch.setattr(memory, "place", some_blocks)
+    made = Pipeline("pocket", device="cpu", offload="blocks")
     assert torch.equal(made.denoise(made.prepare(LAYOUT), 1), expected)
     loaded = made.parts.loaded
     assert [len(loaded[part].streamed) for part in ("t5", "flux")] == [1, 1 + modulation]

@@ -188,7 +188,7 @@ def test_a_canvas_is_split_without_rest():
 def test_the_checkpoint_is_small_and_in_the_official_layout():
     assert sum(file.stat().st_size for file in CHECKPOINT.rglob("*") if file.is_file()) < 12e6
     found = weights.find("pocket")
-    assert found.flux.naming.name == "BFL" and found.ae.naming.name == "diffusers"
+    assert found.flux.key_names.name == "BFL" and found.ae.key_names.name == "diffusers"
     with safe_open(found.ae.path, "pt") as file:
         assert "decoder.mid_block.attentions.0.to_q.weight" in file.keys()
 
