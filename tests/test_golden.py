@@ -30,8 +30,8 @@ def run(golden, case, tmp_path, *more):
 EXACT = [case for case in LATENTS if not case.endswith("bf16")]
 
 
-OTHER_WAYS = [("regional_3boxes_full", "--attention", "dense"), ("regional_intervals_2_3", "--offload", "blocks")]
-WAYS = [(case, "--attention", "portable") for case in EXACT] + OTHER_WAYS
+WAYS = [(case, "--attention", name) for case in EXACT for name in ("portable", "dense")]
+WAYS.append(("regional_intervals_2_3", "--offload", "blocks"))
 
 
 @pytest.mark.parametrize("case, flags", [(case, flags) for case, *flags in WAYS], ids=[" ".join(x) for x in WAYS])
