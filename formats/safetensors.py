@@ -140,7 +140,7 @@ def read_shards(index: Path) -> CheckpointFile:
     joined = CheckpointFile(index, {}, {})
     for shard in shards_of(index):
         if not shard.is_file():
-            missing = f"the shard {shard.name} is missing beside it"
+            missing = f"the shard {shard.name} is missing next to it"
             raise wrong(index, f"{missing}; download the folder again")
         file = read_header(shard)
         joined.tensors.update(file.tensors)

@@ -214,11 +214,11 @@ def checked(layout: Layout, folder: Path, overrides: dict, mistakes: InputErrors
         with mistakes.caught():
             require(is_good, key, value, problem)
     for name in ("regions", "loras", "controlnets"):
-        beside = Path() if name in overrides else folder
+        base = Path() if name in overrides else folder
         parts = []
         for i, part in enumerate(getattr(layout, name)):
             with mistakes.caught():
-                parts.append(checked_part(part, layout, beside, f"{name}[{i}]"))
+                parts.append(checked_part(part, layout, base, f"{name}[{i}]"))
         layout = replace(layout, **{name: tuple(parts)})
     return layout
 
