@@ -21,7 +21,6 @@ A participant that fails has `failed: ...` in its row, and the exit code is 1.
 """
 
 import argparse
-import dataclasses
 import gc
 import importlib.util
 import math
@@ -703,7 +702,7 @@ def pipeline_for(source: recognize.Source, setting: Setting, how: dict[str, str]
     drawing = Pipeline(
         "pocket", device=setting.device.type, dtype=dtype, compile=COMPILED in setting.participants, **how
     )
-    drawing.parts.checkpoint = dataclasses.replace(drawing.checkpoint, flux=source)
+    drawing.parts.checkpoint = drawing.checkpoint._replace(flux=source)
     return drawing
 
 

@@ -191,7 +191,7 @@ def pipeline(device: str = DEVICE, dtype: str = "float32", **how) -> Pipeline:
 
 
 def latents(given: Layout, made: Pipeline) -> Tensor:
-    return made.latents(made.prepare(given), 1).cpu()
+    return made.denoise(made.prepare(given), 1).cpu()
 
 
 @cache
@@ -285,7 +285,7 @@ def test_attention_maps_are_those_of_the_cpu(dtype, limit):
     found = []
     for made in pipeline(dtype=dtype), on_cpu():
         maps = made.maps()
-        made.latents(made.prepare(layout()), 1, maps)
+        made.denoise(made.prepare(layout()), 1, [maps.extend])
         found.append(maps.maps)
     assert found[0].shape == found[1].shape
     assert (found[0] - found[1]).abs().max() < limit < found[1].max()
@@ -339,7 +339,8 @@ def test_streamed_blocks_are_the_same_bits(how):
 def blocks_streamed(made: Pipeline) -> int:
     """How many of the transformer's blocks are on the GPU only in turn. Its modulation layers,
     which may be too, have a weight and a bias alone."""
-    return sum(len(module) > 2 for streamed in made.streamed["flux"] for module in streamed.weights)
+    streamed = made.parts.loaded["flux"].streamed
+    return sum(len(module) > 2 for each in streamed for module in each.weights)
 
 
 @on_gpu
@@ -392,25 +393,10 @@ def test_free_memory_is_what_this_process_can_take(capsys):
 def test_two_gpus_make_the_image_of_one(tmp_path):
     """One image, shared out by torchrun and NCCL."""
     file, image = tmp_path / "latents.safetensors", tmp_path / "a.png"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        ROOT / "generate.py",
-    ]
-    flags = [
-        "--parallel",
-        "ulysses",
-        "--layout",
-        ROOT / "layout.yaml",
-        "--dtype",
-        "float32",
-        "--steps",
-        "4",
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "2", ROOT / "generate.py"]
+    flags = ["--parallel", "ulysses", "--layout", ROOT / "layout.yaml"]
+    flags += ["--dtype", "float32", "--steps", "4"]
     found = []
     for start, more in (command, flags), ([sys.executable, ROOT / "generate.py"], flags[2:]):
         run = [*map(str, [*start, *more, "--output", image, "--save-latents", file, "--overwrite"])]
