@@ -32,7 +32,7 @@ class Mistake(NamedTuple):
 
 
 MISTAKES = [
-    Mistake("mask rule", "regional/mask.py",
+    Mistake("mask rule", "regional/attention.py",
             "(bits_q & bits_k) != 0", "(bits_q | bits_k) != 0",
             ("test_regional.py", "published_code or allowed_keys")),
     Mistake("mask rule of the kernel", "regional/kernel.py",
@@ -84,7 +84,7 @@ MISTAKES = [
             "self.params.scale_factor + self.params.shift_factor", "self.params.scale_factor",
             ("test_parity.py", "our_autoencoder")),
     Mistake("LoRA scale", "extensions/lora_files.py",
-            "alpha / rank if alpha else scale", "alpha if alpha else scale",
+            "alpha / len(down) if alpha else scale", "alpha if alpha else scale",
             ("test_lora.py", "kohya")),
     Mistake("LoRA rows", "extensions/lora.py",
             "weight[change.start : change.stop]", "weight[: change.stop - change.start]",
