@@ -1,6 +1,6 @@
 """What fits on the GPU: which of a component's weights stay in host memory."""
 
-from typing import NamedTuple
+from collections import Counter
 
 import torch
 from torch import nn
@@ -10,11 +10,10 @@ from errors import info
 from formats.recognize import WHAT, Source
 from model.layers import Modulation
 from regional.layout import Layout
-from runtime.offload import FLUX_MODULATION, Streamed, block_of
+from runtime.offload import MODULATION, Streamed, group_of
 
 # How many numbers a step, or a decoding, holds at its peak next to the weights: counted at full
-# size on the meta device (14.7 and 25.7, for 1024 x 1024 and 2048 x 2048, 0 to 16 regions, and 769
-# prompt tokens), and some more for the libraries' own
+# size on the meta device (14.7, in FP8 25.7), and some more for the libraries' own.
 VALUES_PER_TOKEN = 18  # times the hidden size
 VALUES_PER_TOKEN_IN_FP8 = 30  # without torch.compile
 VALUES_PER_PIXEL = 1000
@@ -22,50 +21,36 @@ WORKING_T5 = 10**9
 GB = 1e9
 
 
-class Placement(NamedTuple):
-    """What of a component stays in host memory: the weights of these blocks, which are streamed,
-    and FLUX.1's modulation layers, which pass over the GPU once for each layout."""
-
-    blocks: list[str]
-    modulation: bool
-
-    def on_host(self, name: str) -> bool:
-        """Is the weight of this name in host memory?"""
-        if FLUX_MODULATION.match(name):
-            return self.modulation
-        return block_of(name) in self.blocks
-
-
 def place(
     source: Source, offload: str, device: torch.device, dtype: torch.dtype, fp8: bool, room: int
-) -> Placement:  # fmt: skip
-    """Where the weights of this component, flux or t5, are kept. room: `working_bytes`.
-
-    offload: none and blocks stream none and all of its blocks, auto as few as free memory allows.
-    Modulation layers are kept on a CUDA GPU where there is room for them besides all else.
-    """
-    sizes = weight_bytes(source, dtype, fp8)
-    blocks = block_bytes(sizes)
-    modulation = sum(size for name, size in sizes.items() if FLUX_MODULATION.match(name))
-    if device.type != "cuda":
-        return Placement(list(blocks) if offload == "blocks" else [], False)
-    if offload == "blocks":
-        return Placement(list(blocks), modulation > 0)
-    needed = sum(sizes.values()) - modulation + room
+) -> list[str]:  # fmt: skip
+    """What of flux or t5 stays in host memory, as `group_of` calls it: no block, all, or, for auto,
+    as few as free memory allows; on CUDA also the modulation layers, unless they fit besides all
+    else. room: `working_bytes`."""
+    sizes = group_bytes(source, dtype, fp8)
+    blocks = {key: size for key, size in sizes.items() if key not in (None, MODULATION)}
+    on_gpu = device.type == "cuda"
+    modulation = [MODULATION] if on_gpu and MODULATION in sizes else []
+    streamed = list(blocks) if offload == "blocks" else []
+    if offload == "blocks" or not on_gpu:
+        return streamed + modulation
+    needed = sum(sizes.values()) - sizes[MODULATION] + room
     free = free_memory(device)
-    streamed = [] if offload == "none" else fewest_blocks(blocks, needed - free)
     if offload == "auto":
+        streamed = fewest_blocks(blocks, needed - free)
         where = "its blocks stay on the GPU"
         if streamed:
-            where = f"{len(streamed)} of its {len(blocks)} blocks are streamed from host memory"
-        sizes = f"takes {needed / GB:.1f} GB, {free / GB:.1f} GB are free"
-        info(f"the {WHAT[source.part]} {sizes}: {where}")
-    return Placement(streamed, modulation > 0 and needed + modulation > free)
+            counts = f"{len(streamed)} of its {len(blocks)} blocks"
+            where = f"{counts} are streamed from host memory"
+        amounts = f"takes {needed / GB:.1f} GB, {free / GB:.1f} GB are free"
+        info(f"the {WHAT[source.part]} {amounts}: {where}")
+    has_room = needed + sizes[MODULATION] <= free
+    return streamed if has_room else streamed + modulation
 
 
 def fewest_blocks(blocks: dict[str, int], excess: int) -> list[str]:
-    """As few blocks, spread evenly, as have to be streamed to save `excess` bytes, or all. blocks:
-    their sizes. The streamed ones take two buffers, as large as the largest."""
+    """As few blocks, spread evenly, as must be streamed to save `excess` bytes, or all. They take
+    two buffers, as large as the largest. blocks: their sizes."""
     names = list(blocks)
     for count in range(len(names)):
         chosen = [names[i * len(names) // count] for i in range(count)]
@@ -75,27 +60,17 @@ def fewest_blocks(blocks: dict[str, int], excess: int) -> list[str]:
     return names
 
 
-def weight_bytes(source: Source, dtype: torch.dtype, fp8: bool = False) -> dict[str, int]:
-    """The size of each weight on the GPU, by name."""
-    sizes = {}
+def group_bytes(source: Source, dtype: torch.dtype, fp8: bool = False) -> Counter[str | None]:
+    """What weights take on the GPU, by `group_of`; the blocks in the order they run in."""
+    sizes = Counter()
     for name, tensor in weights.on_meta(source).state_dict().items():
         in_fp8 = fp8 and tensor.ndim == 2 and weights.FP8_LAYERS.search(name)
-        sizes[name] = tensor.numel() * (1 if in_fp8 else dtype.itemsize)
+        sizes[group_of(name)] += tensor.numel() * (1 if in_fp8 else dtype.itemsize)
     return sizes
 
 
-def block_bytes(sizes: dict[str, int]) -> dict[str, int]:
-    """The blocks in the order that they run in, and how many bytes of each would be streamed."""
-    blocks = {}
-    for name, size in sizes.items():
-        if block := block_of(name):
-            blocks[block] = blocks.get(block, 0) + size
-    return blocks
-
-
 def working_bytes(hidden: int, layout: Layout, dtype: torch.dtype, fp8: bool) -> int:
-    """About what the activations of FLUX.1, of this hidden size, take in a regional step, or the
-    VAE's, if they take more."""
+    """About what activations take in a regional step, or in the VAE, if that is more."""
     pixels = layout.width * layout.height
     tokens = pixels // 256 + layout.max_sequence_length
     if layout.regions:  # and the background; the second image stream
@@ -107,7 +82,7 @@ def working_bytes(hidden: int, layout: Layout, dtype: torch.dtype, fp8: bool) ->
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still take on the GPU, within torch's limit for it."""
+    """Bytes that this process may still take on the GPU, within torch's limit."""
     free, total = torch.cuda.mem_get_info(device)
     own = torch.cuda.memory_allocated(device)
     free += torch.cuda.memory_reserved(device) - own
@@ -120,14 +95,13 @@ def load_placed(
     fp8: bool, room: int,
 ) -> tuple[nn.Module, list[Streamed]]:  # fmt: skip
     """The transformer or T5 with its weights where `place` has them, and what of it is streamed.
-    room: as for `place`; 0 if it is T5."""
+    room: as for `place`; 0 for T5."""
     placed = place(source, offload, device, dtype, fp8, room or WORKING_T5)
-    module = weights.load(source, device, dtype, merges, placed.on_host, fp8)
+    module = weights.load(source, device, dtype, merges, lambda x: group_of(x) in placed, fp8)
     streamed = []
-    if placed.blocks:
-        blocks = [module.get_submodule(block) for block in placed.blocks]
+    if blocks := [module.get_submodule(name) for name in placed if name != MODULATION]:
         streamed.append(Streamed(blocks, device, pin=True))
-    if placed.modulation:
+    if MODULATION in placed:
         layers = [layer for layer in module.modules() if isinstance(layer, Modulation)]
         streamed.append(Streamed(layers, device))
     return module, streamed

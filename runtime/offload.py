@@ -1,11 +1,12 @@
 """Modules that run on a device while their weights stay in host memory, copied over in turn.
 
-The device holds the weights of two of them at a time: the one that runs, and the next, which is
-being copied meanwhile. They may be only some of a model's blocks: each copy is then hidden behind
-all blocks up to the next of them. What is computed is the same to the bit.
+The device holds the weights of two: of the one that runs, and of the next, which is copied
+meanwhile, behind all blocks in between if only some are streamed. Results are the same bits.
 """
 
+import os
 import re
+import shutil
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -16,41 +17,37 @@ from torch import Tensor, nn
 from formats.recognize import Source
 
 ALIGNMENT = 256  # bytes, as torch's own allocations have it
-# FLUX.1's modulation layers are called at another time than the rest of their blocks, and T5's
-# table of distances is used by all blocks.
+MODULATION = "modulation"
 FLUX_MODULATION = re.compile(r"(double|single)_blocks\.\d+\.(img_mod|txt_mod|modulation)\.")
 BLOCK = re.compile(r"((?:(?:double|single)_blocks|encoder\.block)\.\d+)\.(?!.*relative_attention)")
-APART = re.compile(r"(img_mod|txt_mod|modulation)\b|.*relative_attention_bias$")
+APART = re.compile(r"(img_mod|txt_mod|modulation)\.|.*relative_attention_bias\.")
 
 
-def block_of(name: str) -> str | None:
-    """The block of FLUX.1 or T5 that a weight, by its name, would be streamed with."""
+def group_of(name: str) -> str | None:
+    """What a weight of this name is streamed with: its block, or FLUX.1's modulation layers, which
+    run at another time. T5's table of distances, which all its blocks use, never is."""
+    if FLUX_MODULATION.match(name):
+        return MODULATION
     found = BLOCK.match(name)
-    return found[1] if found and not FLUX_MODULATION.match(name) else None
+    return found and found[1]
 
 
 class Streamed:
-    """Takes care of `modules`, whose weights are in host memory, and which are called in this
-    order, again and again.
-
-    device: where they run. pin: move each module's weights into one piece of memory first, pinned
-    for a GPU, so that one copy in the background fetches them. It takes time and, for a while, the
-    memory of a module's weights again.
-    """
+    """Streams `modules`, which are called in this order, again and again. pin: first move each
+    one's weights into one piece of memory, pinned for a GPU, so that one copy fetches them."""
 
     def __init__(self, modules: list[nn.Module], device: torch.device, pin: bool = False):
         self.device = device
         self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.owners = []  # of each module: the layers with weights, and the weights' names
-        self.weights = []  # of each module: the weights in host memory
-        self.pieces = []  # of each module: what is copied, its weights or the piece they lie in
+        # of each module: layers with weights and the weights' names; the weights in host memory;
+        # what is copied, the weights or the piece they lie in
+        self.owners = []
+        self.weights = []
+        self.pieces = []
         for index, module in enumerate(modules):
-            owners = [
-                (owner, key)
-                for path, owner in module.named_modules()
-                for key, _ in owner.named_parameters(recurse=False)
-                if not APART.match(path)
-            ]
+            names = [key for key, _ in module.named_parameters() if not APART.match(key)]
+            names = [name.rpartition(".") for name in names]
+            owners = [(module.get_submodule(path), key) for path, _, key in names]
             host = [getattr(owner, key).data for owner, key in owners]
             pieces = host
             if pin:
@@ -60,7 +57,7 @@ class Streamed:
             self.owners.append(owners)
             self.weights.append(host)
             self.pieces.append(pieces)
-            self.put(index, host)  # What it was before is free, one module after the other.
+            self.put(index, host)  # frees what it was, one module after the other
             module.register_forward_pre_hook(lambda *_, index=index: self.turn_of(index))
         self.forget()
 
@@ -70,7 +67,7 @@ class Streamed:
         self.fetched = None  # which is in the other buffer
 
     def turn_of(self, index: int) -> None:
-        """Have this module's weights on the device, not the last one's; fetch the next."""
+        """Put this module's weights on the device for the last one's; fetch the next."""
         if index == self.running:
             return
         if index != self.fetched:
@@ -83,11 +80,11 @@ class Streamed:
         self.fetch((index + 1) % len(self.weights))
 
     def fetch(self, index: int) -> None:
-        """Begin to copy a module's weights into the last buffer, once its last module is done."""
+        """Begin to copy a module's weights into the last buffer, once that is done with."""
         if not self.buffers:
             size = max(padded_size(*pieces) for pieces in self.pieces)
-            like = dict(dtype=torch.uint8, device=self.device)
-            self.buffers = [torch.empty(size, **like) for _ in range(2)]
+            both = torch.empty(2, size, dtype=torch.uint8, device=self.device)
+            self.buffers = list(both)
         if self.copying:
             self.copying.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.copying):  # It does nothing without a stream.
@@ -116,13 +113,10 @@ class Streamed:
 
 
 def laid_out(buffer: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """Tensors of these shapes and dtypes, one behind the other in a buffer of bytes."""
-    views = []
-    start = 0
-    for x in like:
-        views.append(buffer[start : start + x.nbytes].view(x.dtype).view(x.shape))
-        start += padded_size(x)
-    return views
+    """Tensors of these shapes and dtypes, one behind the other in a buffer."""
+    sizes = [padded_size(x) for x in like]
+    pieces = buffer[: sum(sizes)].split(sizes)
+    return [piece[: x.nbytes].view(x.dtype).view(x.shape) for piece, x in zip(pieces, like)]
 
 
 def padded_size(*weights: Tensor) -> int:
@@ -131,22 +125,17 @@ def padded_size(*weights: Tensor) -> int:
 
 
 def read_ahead(source: Source) -> None:
-    """Read a component's files, in the background, into the host's file cache, if they fit, so
-    that loading it does not wait for the disk."""
+    """Read a component's files into the file cache, if they fit, in the background."""
     files = {tensor.file for tensor in source.tensors.values()}
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:  # not on Linux
-        return
+    about = Path("/proc/meminfo")  # on Linux
+    text = about.read_text() if about.exists() else ""
     available = re.search(r"MemAvailable:\s+(\d+) kB", text)
-    if available and sum(file.stat().st_size for file in files) < 1024 * int(available[1]):
+    size = sum(file.stat().st_size for file in files)
+    if available and size < 1024 * int(available[1]):
         threading.Thread(target=read_files, args=(files,), daemon=True).start()
 
 
 def read_files(files: set[Path]) -> None:
-    chunk = bytearray(1 << 24)
     for path in files:
-        # Loading will tell what is wrong.
-        with suppress(OSError), open(path, "rb", buffering=0) as file:
-            while file.readinto(chunk):
-                pass
+        with suppress(OSError):  # Loading will tell what is wrong.
+            shutil.copyfile(path, os.devnull)

@@ -15,16 +15,14 @@ from torch import Tensor
 
 
 def cached(
-    folder: Path, name: str, depends_on: list[Any], device: torch.device,
-    encode: Callable[[], Tensor],
+    folder: Path, name: str, depends_on: list, device: torch.device, encode: Callable[[], Tensor]
 ) -> Tensor:  # fmt: skip
-    """What `encode` gives, from a file named by a hash of all that it depends on, the device and
-    the states of files included."""
-    on_gpu = device.type == "cuda"
-    where = torch.cuda.get_device_name(device) if on_gpu else device.type
+    """What `encode` gives, from a file named by a hash of all that it depends on."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     depends_on = [*depends_on, where, torch.__version__, torch.get_num_threads()]
     text = json.dumps(depends_on, default=state_of)
-    file = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    file = folder / f"{name}-{digest}.safetensors"
     if file.exists():
         with suppress(SafetensorError):  # A broken file is written again.
             return load_file(file)["states"]
@@ -37,7 +35,7 @@ def cached(
 
 
 def state_of(files: Path | set[Path]) -> list[Any]:
-    """Which file this is and in which state, or which files they are."""
+    """What tells whether a file, or any of several, was changed."""
     if isinstance(files, set):
         return sorted(state_of(file) for file in files)
     about = files.stat()

@@ -1,12 +1,14 @@
 """One image on several GPUs: each process has a part of the tokens, in attention of the heads.
 
-Sequence parallelism as in DeepSpeed-Ulysses (arXiv 2309.14509), as an extension of sampling. Before
-attention the processes exchange, all to all, their tokens' q, k and v, so that each has all tokens
-of its own heads, in the usual order; after it they exchange back. The result is that of one
-process. Extensions before it in the list see a process's `part` of the tokens, those after it all.
+DeepSpeed-Ulysses (arXiv 2309.14509) as an extension of sampling: before attention the processes
+exchange, all to all, their tokens' q, k and v for all tokens of their heads, in the usual order;
+after it, back. The result is that of one process. Extensions before it in the list see a process's
+`part` of the tokens, those after it all.
 """
 
+import math
 import os
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,9 +18,7 @@ from errors import InputError
 from model.attention import Attention, Block
 from regional.extension import Branches, Forward, Pass
 
-
-def wrong(problem: str) -> InputError:
-    return InputError("--parallel", "ulysses", problem)
+wrong = partial(InputError, "--parallel", "ulysses")
 
 
 class Ulysses:
@@ -37,46 +37,43 @@ class Ulysses:
         self.on_hosts = dist.new_group(backend="gloo")
 
     def extend(self, forward: Forward, branches: Branches) -> Forward:
-        """The extension: a process computes its part of the tokens, and gets the whole velocity."""
+        """Each process computes its part of the tokens, and gets the whole velocity."""
 
         def split(given: Pass, step: int) -> Tensor:
+            lengths = given.txt.shape[1], given.img.shape[1], branches.streams
             tokens = given.img, given.img_ids, given.txt, given.txt_ids
-            img = given.img.shape[1]
-            lengths = (given.txt.shape[1], img, branches.streams)
             local = Pass(*map(self.part, tokens), *given[4:])
             local = local._replace(attention=self.attention(given.attention, *lengths))
-            return self.whole(forward(local, step), img)
+            return self.whole(forward(local, step), given.img.shape[1])
 
         return split
 
     def counts(self, length: int) -> list[int]:
-        """How many of `length` tokens each process has."""
+        """How many of `length` tokens each process has, as by `tensor_split`."""
         least, more = divmod(length, self.size)
         return [least + (rank < more) for rank in range(self.size)]
 
     def part(self, x: Tensor, dim: int = 1) -> Tensor:
         """This process's part of the tokens along `dim`."""
         if x.shape[dim] < self.size:
-            count = x.shape[dim]
-            raise wrong(f"{count} tokens can't be shared out to {self.size} processes")
-        return x.split(self.counts(x.shape[dim]), dim)[self.rank]
+            raise wrong(f"{x.shape[dim]} tokens can't be shared out to {self.size} processes")
+        return x.tensor_split(self.size, dim)[self.rank]
 
     def whole(self, x: Tensor, length: int) -> Tensor:
         """(B, l, ...) of each process -> (B, length, ...), the same for all."""
         out = x.new_zeros(x.shape[0], length, *x.shape[2:])
-        out.split(self.counts(length), 1)[self.rank].copy_(x)
+        out.tensor_split(self.size, 1)[self.rank].copy_(x)
         dist.all_reduce(out)
         return out
 
     def attention(self, inner: Attention, txt: int, img: int, streams: int = 1) -> Attention:
-        """`inner` over all tokens, for a part of the heads. txt, img: tokens of [txt, img] in the
-        double blocks, and of [txt, img, ...] with `streams` image streams in the single blocks."""
+        """`inner` over all tokens, for a part of the heads. txt, img: tokens of [txt, img] in
+        double blocks, of [txt, img, ...] with `streams` image streams in single blocks."""
         lengths = {"double": [txt, img], "single": [txt] + [img] * streams}
 
         def attend(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
-            # how many tokens each process has of each segment of the sequence
             segments = [self.counts(length) for length in lengths[block.kind]]
-            counts = list(zip(*segments))
+            counts = list(zip(*segments))  # of each process: its tokens of each segment
             x = torch.stack([q, k, v]).unflatten(2, (self.size, -1)).movedim(2, 0)
             shapes = [(*x.shape[1:-2], sum(own), x.shape[-1]) for own in counts]
             pieces = self.exchange(list(x), shapes)
@@ -91,16 +88,15 @@ class Ulysses:
 
     def exchange(self, parts: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
         """Send one part to each process and get one of such a shape from each."""
-        sizes = [torch.Size(shape).numel() for shape in shapes]
+        sizes = [math.prod(shape) for shape in shapes]
         flat = torch.cat([part.flatten() for part in parts])
         received = flat.new_empty(sum(sizes))
-        dist.all_to_all_single(received, flat, sizes, [part.numel() for part in parts])
+        dist.all_to_all_single(received, flat, sizes, [x.numel() for x in parts])
         return [x.view(shape) for x, shape in zip(received.split(sizes), shapes)]
 
     def is_any(self, flag: bool) -> bool:
-        """Is it true in any process?"""
+        """Is it true in any process? A GPU would have to finish its work to tell."""
         found = torch.tensor(int(flag))
-        # A GPU would have to finish its work first.
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.on_hosts)
         return bool(found)
 

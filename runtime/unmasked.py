@@ -1,6 +1,6 @@
-"""Where the mask forbids nothing, the library's attention computes what the kernel would, faster.
+"""Where the mask forbids nothing, the library computes what the kernel would, faster.
 
-Without this file every image is the same: `kernel_attention` alone may take its place.
+Images are the same without this file: `kernel_attention` can take its place.
 """
 
 import torch
@@ -14,7 +14,7 @@ from regional.kernel import empty_output, kernel_attention, store_blended
 
 
 def kernel_or_library(tokens: Tokens, dtype: torch.dtype, device: torch.device) -> MaskedAttention:
-    """The masked attention of tokens on a GPU: the kernel, or the library if it does as well."""
+    """Masked attention on a GPU: the kernel, or the library if that does as well."""
     if tokens.log_weight is None and forbids_nothing(tokens.bits):
         return library_attention(tokens, device)
     return kernel_attention(tokens, dtype, device)
@@ -27,14 +27,15 @@ def forbids_nothing(bits: Tensor) -> bool:
 
 
 def library_attention(tokens: Tokens, device: torch.device) -> MaskedAttention:
-    """The library's attention over the tokens that have bits, which all see each other."""
+    """The library's attention of the tokens with bits, which all see each other."""
     counts = tokens.bits.cpu() != 0
     row = torch.where(counts, counts.cumsum(0) - 1, -1)
     _, lengths = counts.unique_consecutive(return_counts=True)
     ends = lengths.cumsum(0).tolist()
     runs = [slice(start, end) for start, end in zip([0, *ends], ends) if counts[start]]
-    given = row.int(), tokens.base_row.int(), tokens.base_weight.float()
-    row, base_row, base_weight = (x.to(device) for x in given)
+    row = row.to(device, torch.int32)
+    base_row = tokens.base_row.to(device, torch.int32)
+    base_weight = tokens.base_weight.to(device, torch.float32)
 
     def counting_rows(x: Tensor) -> Tensor:
         pieces = [x[:, :, run] for run in runs]
@@ -56,9 +57,7 @@ def blend_kernel(
     D: tl.constexpr, ROWS: tl.constexpr, BASE: tl.constexpr,
 ):  # fmt: skip
     """One program writes ROWS tokens of one head; the grid is (tiles, heads, images).
-
-    Token i is row row[i] of `regional`, or zeros where that is -1, blended with base.
-    """
+    Token i is row row[i] of `regional`, or zeros where that is -1, blended with base."""
     h, b = tl.program_id(1), tl.program_id(2)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     source = tl.load(row + rows, mask=rows < L, other=-1)[:, None]
@@ -69,28 +68,23 @@ def blend_kernel(
     store_blended(acc, o, base, (base_row, base_weight), strides, (b, h), rows, L, BASE)
 
 
-def blend(
+# An operator of torch, so that torch.compile and the meta device know what it gives.
+@torch.library.custom_op("regional::blend", mutates_args=())
+def blend_op(
     regional: Tensor, row: Tensor, base: Tensor | None, base_row: Tensor, base_weight: Tensor
 ) -> Tensor:  # fmt: skip
-    """All tokens' results from `regional`, those of the ones that have bits.
-
-    regional (B, H, n, D), base (B, H, L_base, D); row, base_row (L,) int32 and base_weight (L,)
-    float32 as in `blend_kernel` -> (B, H, L, D), laid out as (B, L, H, D).
-    """
+    """regional (B, H, n, D), of the tokens with bits, base (B, H, L_base, D), row, base_row (L,)
+    int32, base_weight (L,) float32 -> (B, H, L, D), laid out as (B, L, H, D)."""
     batch, heads, _, head_dim = regional.shape
-    length = len(row)
     rows = 64
-    out = empty_output(regional, length)
-    has_base = base is not None
-    base = base if has_base else out  # the launcher wants a pointer; it is not read
-    blend_kernel[triton.cdiv(length, rows), heads, batch](
+    out = empty_output(regional, len(row))
+    base = out if base is None else base  # the launcher wants a pointer; it is not read
+    blend_kernel[triton.cdiv(len(row), rows), heads, batch](
         regional, row, out, base, base_row, base_weight,
-        *(stride for x in (regional, out, base) for stride in x.stride()[:3]), length,
-        D=head_dim, ROWS=rows, BASE=has_base, enable_fp_fusion=True,
+        *(stride for x in (regional, out, base) for stride in x.stride()[:3]), len(row),
+        D=head_dim, ROWS=rows, BASE=base is not out, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
 
-# As an operator of torch, so that torch.compile and the meta device know what it gives.
-blend_op = torch.library.custom_op("regional::blend", blend, mutates_args=())
 blend_op.register_fake(lambda regional, row, *rest: empty_output(regional, len(row)))

@@ -21,26 +21,9 @@ Labels = tuple[str, ...]  # of swept settings, each key=value
 Reader = Callable[[Path | None, dict[str, Any]], Layout]
 
 
-class Name(NamedTuple):
-    """What an image's name is made of: its layout's name, the swept settings and the seed."""
-
-    layout: str
-    sweep: Labels
-    seed: int | None = None
-    has_seeds: bool = False
-
-    def fill(self, template: str) -> Path:
-        """The path for a template; what tells images apart and has no place in it is appended."""
-        rest = [] if "{sweep}" in template else [*self.sweep]
-        rest += [str(self.seed)] if self.has_seeds and "{seed}" not in template else []
-        path = template.replace("{name}", self.layout).replace("{seed}", str(self.seed))
-        path = Path(path.replace("{sweep}", "_".join(self.sweep)))
-        return path.with_stem("_".join([path.stem, *rest]))
-
-
 class Job(NamedTuple):
-    """One image. source: its layout's file, or None. files: those to write, by what they hold; all
-    record the metadata. sheet: the contact sheet of its sweep."""
+    """One image. source: its layout. files: those to write, by what they hold; all embed the
+    metadata. sheet: the contact sheet of its sweep."""
 
     source: Path | None
     layout: Layout
@@ -51,7 +34,7 @@ class Job(NamedTuple):
 
 
 class Worker(NamedTuple):
-    """This process among those that split the images. is_shared: others take part in the run."""
+    """This process among those that split a run. is_shared: there are others."""
 
     index: int
     count: int
@@ -59,7 +42,7 @@ class Worker(NamedTuple):
 
 
 class Failures:
-    """Counts the layouts that fail while others continue; of a single one it is the run's error."""
+    """Counts layouts that fail while others continue; of one alone the run fails."""
 
     def __init__(self, is_alone: bool):
         self.count = 0
@@ -77,36 +60,34 @@ class Failures:
 
 
 def layout_files(output: Output) -> list[Path | None]:
-    """The files that --layout names, all in a folder; or the image whose metadata are the layout;
-    or [None] if the command line is."""
+    """Those of --layout, or an image that embeds it; None if the flags are the layout."""
     files = []
     for path in output.layout:
         found = [path]
         if os.path.isdir(path):
             found = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
         if not found:
-            raise InputError("--layout", path, "there is no layout (.yaml, .yml) in this folder")
+            raise InputError("--layout", path, "no layout (.yaml, .yml) is in this folder")
         files += found
     return files or [output.config_from_metadata]
 
 
 def worker_of(shard: str | None, is_parallel: bool) -> Worker:
-    """From --shard, or else the variables of torchrun or SLURM, which --parallel uses otherwise."""
+    """By --shard, torchrun or SLURM; --parallel uses their variables otherwise."""
     if is_parallel:
         return Worker(0, 1, is_shared=True)
     env = os.environ
     for rank, size in ("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"):
         if shard is None and rank in env and size in env:
             shard = f"{env[rank]}/{env[size]}"
-    shard = "0/1" if shard is None else shard
-    index, _, count = shard.partition("/")
+    index, _, count = ("0/1" if shard is None else shard).partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise InputError("--shard", shard, "expected INDEX/COUNT, e.g. 0/4")
     return Worker(int(index), int(count), is_shared=int(count) > 1)
 
 
 def device_of(name: str) -> str:
-    """Of several GPUs, each process of torchrun or SLURM takes its own."""
+    """Of several GPUs, each process of torchrun or SLURM has its own."""
     own = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
     has_choice = name in ("auto", "cuda") and torch.cuda.device_count() > 1
     return f"cuda:{own}" if own and has_choice else name
@@ -115,18 +96,18 @@ def device_of(name: str) -> str:
 def plan_jobs(
     files: list[Path | None], output: Output, read: Reader, worker: Worker, failures: Failures
 ) -> list[Job]:  # fmt: skip
-    """The images of this worker. read: gives a file's layout with some keys overridden. InputError,
-    before any model is loaded, for what could not be written."""
+    """This worker's images. read: gives a file's layout with some keys overridden. InputError
+    for what could not be written."""
     jobs = []
     for file in files:
         with failures.caught():
             layouts = {}
-            for swept in swept_settings(output.sweep) if output.sweep else [{}]:
+            for swept in swept_settings(output.sweep):
                 labels = tuple(f"{key}={value}" for key, value in swept.items())
                 layouts[labels] = read(file, swept)
             jobs += jobs_of(file, layouts, output, worker, is_one=len(files) == 1)
     check_names(jobs, files if output.layout else [])
-    for sheet in {job.sheet for job in jobs if job.sheet}:
+    for sheet in {job.sheet for job in jobs} - {None}:
         check_writable(sheet, output.overwrite)
     jobs = jobs[worker.index :: worker.count]
     for job in jobs if len(files) == 1 else ():
@@ -137,47 +118,59 @@ def plan_jobs(
 def jobs_of(
     file: Path | None, layouts: dict[Labels, Layout], output: Output, worker: Worker, is_one: bool
 ) -> list[Job]:
-    """The jobs of one layout file; layouts: by the labels of what is swept."""
+    """The jobs of one layout file. layouts: by what is swept."""
     seeds = list(dict.fromkeys(output.seed)) or [next(iter(layouts.values())).seed]
     if None in seeds and worker.is_shared:
-        source = file or "the command line"
-        raise InputError("seed", MISSING, "is missing; workers can't choose one each", source)
+        problem = "is missing; workers can't choose one each"
+        raise InputError("seed", MISSING, problem, file or "the command line")
     for seed in seeds:
         if seed is not None and not 0 <= seed < 2**63:
             raise InputError("--seed", seed, "expected a number from 0 to 2^63 - 1")
-    name = partial(Name, file.stem if file else "picture", has_seeds=len(seeds) > 1)
-    names = [name(labels, seed) for labels in layouts for seed in seeds]
-    sheet_name = name(("sheet",), has_seeds=False)
+    images = [(sweep, seed) for sweep in layouts for seed in seeds]
+    path_of = partial(filled, file.stem if file else "picture", has_seeds=len(seeds) > 1)
+    sheet_of = partial(path_of, ("sheet",), has_seeds=False)
+
+    def is_free(template: str) -> bool:
+        paths = [path_of(*image, template) for image in images]
+        paths += [sheet_of(None, template)] * bool(output.sweep)
+        return not any(path.exists() for path in paths)
+
     template = output.output or "{name}.png"
     if not output.output and is_one and not worker.is_shared:
-        template = free_template(names + [sheet_name] * bool(output.sweep))
+        templates = (f"{{name}}_{i}.png" for i in range(1, 10000))
+        template = next(filter(is_free, [template, *templates]))
     if not template.lower().endswith(SUFFIXES):
-        raise InputError("--output", template, f"the suffix must be one of {', '.join(SUFFIXES)}")
-    if output.save_latents and not output.save_latents.endswith(".safetensors"):
-        raise InputError("--save-latents", output.save_latents, "the suffix must be .safetensors")
+        problem = f"the suffix must be one of {', '.join(SUFFIXES)}"
+        raise InputError("--output", template, problem)
+    latents = output.save_latents
+    if latents and not latents.endswith(".safetensors"):
+        raise InputError("--save-latents", latents, "the suffix must be .safetensors")
     chosen = random.randrange(2**32)
     jobs = []
-    for own in names:
-        if own.seed is None:  # An existing image may be finished, with the seed that it has.
-            found = metadata_in(own._replace(seed=chosen).fill(template)) or {"seed": chosen}
-            own = own._replace(seed=found["seed"])
-        image = own.fill(template)
+    for sweep, seed in images:
+        if seed is None:  # An existing image, with the seed that it has, may be finished.
+            found = metadata_in(path_of(sweep, chosen, template))
+            seed = found["seed"] if found else chosen
+        image = path_of(sweep, seed, template)
         files = {"image": image}
-        if output.save_latents:
-            files["latents"] = own.fill(output.save_latents)
+        if latents:
+            files["latents"] = path_of(sweep, seed, latents)
         if output.metadata:
             files["metadata"] = image.with_suffix(".json")
         if output.attention_maps:
             files["maps"] = output.attention_maps / f"{image.stem}.safetensors"
-        sheet = sheet_name._replace(seed=own.seed).fill(template) if output.sweep else None
-        jobs.append(Job(file, layouts[own.sweep], own.seed, own.sweep, files, sheet))
+        sheet = sheet_of(seed, template) if output.sweep else None
+        jobs.append(Job(file, layouts[sweep], seed, sweep, files, sheet))
     return jobs
 
 
-def free_template(names: list[Name]) -> str:
-    """The default template, or the first of {name}_1, {name}_2 ... whose files do not exist."""
-    templates = ["{name}.png", *(f"{{name}}_{i}.png" for i in range(1, 10000))]
-    return next(t for t in templates if not any(name.fill(t).exists() for name in names))
+def filled(name: str, sweep: Labels, seed: int | None, template: str, has_seeds: bool) -> Path:
+    """A template's path; what tells images apart and has no place in it is appended."""
+    rest = [] if "{sweep}" in template else [*sweep]
+    rest += [f"{seed}"] if has_seeds and "{seed}" not in template else []
+    path = template.replace("{name}", name).replace("{seed}", f"{seed}")
+    path = Path(path.replace("{sweep}", "_".join(sweep)))
+    return path.with_stem("_".join([path.stem, *rest]))
 
 
 def check_names(jobs: list[Job], layouts: list[Path | None]) -> None:
@@ -186,7 +179,7 @@ def check_names(jobs: list[Job], layouts: list[Path | None]) -> None:
     written = set()
     for path in (path for job in jobs for path in job.files.values()):
         if path in written:
-            problem = "several images would have this name; put {name} or {seed} into it"
+            problem = "several images would be called so; put {name} or {seed} into it"
             raise InputError("--output", path, problem)
         if os.path.abspath(path) in read:
             raise InputError("--output", path, "that is a layout of this run")
@@ -194,7 +187,7 @@ def check_names(jobs: list[Job], layouts: list[Path | None]) -> None:
 
 
 def is_finished(job: Job, output: Output, metadata: Metadata | None) -> bool:
-    """Do all files of an image exist with this metadata, or with any if it is None? InputError if
+    """Do all files of an image exist with this metadata, or any if that is None? InputError if
     one of the others is in the way."""
     is_same = partial(matches, metadata=metadata) if metadata else metadata_in
     others = [file for file in job.files.values() if not is_same(file)]

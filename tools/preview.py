@@ -14,34 +14,34 @@ from regional.mask import BACKGROUND_BIT, RegionTokens, region_tokens, token_gri
 from tools.cost import cost, resolved
 from tools.sheets import fitting
 
-# For 61 regions. The first seven are Okabe and Ito's, a little lighter, which color-blind people
-# can tell apart; each further one lies farthest, in Oklab and as three kinds of eyes see it, from
-# those before it, gray and white.
+# By region, the background's last. The first seven are Okabe and Ito's, a little lighter, which
+# color-blind people can tell apart; each further one lies farthest, in Oklab and as three kinds of
+# eyes see it, from those before it, gray and white.
 COLORS = """
 338ec1 ebb233 33b18f d693b8 77c3ed dd7e33 f3e967 961e69 696900 3c4bb4 966978 782d00 5ae196 9696ff
 5a1e87 2d4b3c 6969d2 006996 c34b4b ff7878 a5ffa5 96d2c3 c369a5 a57800 b4d2ff 5a87f0 874b4b 5aa54b
 d2d269 2db4d2 5a4b78 871e3c 78005a 784b00 c3a500 693c96 ff9669 78f0c3 00874b 78c396 c3ffd2 00ffff
 b47878 875ab4 785a78 7896d2 698796 00e1e1 ffc3a5 e1c3e1 c39696 b4a5ff 3c785a b49669 ffd22d 5a2d69
-f0b478 5a5a2d a5b44b 963c96 693c5a
-""".split()
-SIZE = 1024  # pixels of the image's longer side
-STRIPES = 32  # pixels of a stripe of each color
-COLUMN = 340  # pixels of a column of the legend
-LINE = 18  # pixels of a line of text
+f0b478 5a5a2d a5b44b 963c96 693c5a e4e4e4
+"""
+COLORS = np.array([list(bytes.fromhex(color)) for color in COLORS.split()])
+SIZE = 1024  # pixels of the image's longer side; the others are pixels too
+STRIPES = 32
+COLUMN = 340  # of the legend
+LINE = 18
 GAP = 16
-DEFAULT_VALUES = {"strength": 1, "feather": 0, "base_ratio": None, "mask_inject_steps": None}
+DEFAULT = Region(prompt="")
 
 
 def preview(layout: Layout) -> Image.Image:
-    """The tokens in the colors of their regions, striped where they belong to several, graded where
-    an edge is soft; the shapes as lines; a legend at the side or below."""
+    """The tokens in their regions' colors, striped where they belong to several, graded where an
+    edge is soft; the shapes as lines; a legend."""
     h = layout.height // 16
     w = layout.width // 16
     cell = max(1, round(SIZE / max(h, w)))
     tokens = grid_tokens(layout)
     cover = tokens.cover.numpy().reshape(-1, h, w)
-    names = names_of(tokens)
-    colors = np.array([color(bit) for bit in tokens.prompt_bits])
+    colors = COLORS[tokens.prompt_bits]
     several = cover[: len(layout.regions)].sum(axis=0) > 1.001
     pixels = painted(cover / cover.sum(axis=0), several, colors, cell)
     fine = replace(layout, width=layout.width * cell, height=layout.height * cell)
@@ -49,20 +49,19 @@ def preview(layout: Layout) -> Image.Image:
         shape = token_grid(magnified(region, cell), fine)  # a token for each pixel
         pixels[shape & ~peeled(peeled(shape))] = 0.45 * own
     image = Image.fromarray(pixels.astype(np.uint8))
-    write_names(ImageDraw.Draw(image), names, cover, colors, cell)
+    write_names(image, tokens, cover, cell)
     about = f"{layout.width} x {layout.height} pixels, {w} x {h} tokens"
     if several.any():
         about += f"; striped: {counted(several.sum())} in several regions at once"
-    entries = [(prompt, details(layout, tokens, i)) for i, prompt in enumerate(tokens.prompts)]
-    return with_legend(image, (layout.prompt, about), names, entries, colors)
+    return with_legend(image, layout, tokens, about)
 
 
 def grid_tokens(layout: Layout) -> RegionTokens:
     """region_tokens; without regions everything is background."""
     if layout.regions:
         return region_tokens(layout)
-    prompt = "(no regions: the base prompt alone)"
-    everything = Region(prompt=prompt, box=(0, 0, layout.width, layout.height))
+    box = (0, 0, layout.width, layout.height)
+    everything = Region(prompt="(no regions: the base prompt alone)", box=box)
     tokens = region_tokens(replace(layout, regions=(everything,)))
     return tokens._replace(prompt_bits=[BACKGROUND_BIT])
 
@@ -75,17 +74,13 @@ def counted(tokens: int) -> str:
     return "1 token" if tokens == 1 else f"{tokens} tokens"
 
 
-def color(bit: int) -> tuple[int, ...]:
-    return (228, 228, 228) if bit == BACKGROUND_BIT else tuple(bytes.fromhex(COLORS[bit]))
-
-
 def enlarged(grid: np.ndarray, by: int) -> np.ndarray:
     return grid.repeat(by, axis=0).repeat(by, axis=1)
 
 
 def painted(parts: np.ndarray, several: np.ndarray, colors: np.ndarray, cell: int) -> np.ndarray:
-    """(h cell, w cell, 3) from each region's fraction of each token (P, h, w), where there are
-    `several` (h, w), and colors (P, 3): stripes are as wide as the fractions."""
+    """(h cell, w cell, 3) from regions' fractions of tokens (P, h, w), where there are `several`
+    (h, w), and colors (P, 3). Stripes are as wide as the fractions."""
     pixels = enlarged(np.tensordot(parts, colors, axes=(0, 0)), cell)
     y, x = np.indices(pixels.shape[:2])
     phase = (x + y) % STRIPES / STRIPES
@@ -98,11 +93,9 @@ def painted(parts: np.ndarray, several: np.ndarray, colors: np.ndarray, cell: in
 
 def magnified(region: Region, by: int) -> Region:
     """A region with its coordinates multiplied; masks and maps have none."""
-    if region.box:
-        return replace(region, box=tuple(by * value for value in region.box))
-    polygons = region.polygon or ()
-    polygons = [[(by * x, by * y) for x, y in points] for points in polygons]
-    return replace(region, polygon=polygons or None)
+    box = region.box and tuple(by * value for value in region.box)
+    polygons = [[(by * x, by * y) for x, y in points] for points in region.polygon or ()]
+    return replace(region, box=box, polygon=polygons or None)
 
 
 def peeled(inside: np.ndarray) -> np.ndarray:
@@ -113,7 +106,7 @@ def peeled(inside: np.ndarray) -> np.ndarray:
 
 
 def innermost(inside: np.ndarray) -> tuple[float, float, float]:
-    """Row and column of a point deep inside (h, w) bool, and its distance from the outside."""
+    """Row and column of a point deep inside (h, w) bool, and its depth."""
     depth = 0.5
     while (inner := peeled(inside)).any():
         inside = inner
@@ -123,38 +116,37 @@ def innermost(inside: np.ndarray) -> tuple[float, float, float]:
     return rows[nearest] + 0.5, columns[nearest] + 0.5, depth
 
 
-def write_names(
-    draw: ImageDraw.ImageDraw, names: list[str], cover: np.ndarray, colors: np.ndarray, cell: int
-) -> None:  # fmt: skip
-    """Each name in its region's own part, or else where the fewest others are; next to other names
-    if there is room."""
+def write_names(image: Image.Image, tokens: RegionTokens, cover: np.ndarray, cell: int) -> None:
+    """Each name where its region is alone, or with the fewest others; next to other names if
+    there is room."""
+    draw = ImageDraw.Draw(image)
     zoom = 2 * (96 // max(cover.shape[1:])) + 1  # odd: a token has a middle
     regions = (cover > 0).sum(axis=0)
     free = enlarged(regions >= 0, zoom)
-    for name, own, edge in zip(names, cover, colors):
+    for name, own, edge in zip(names_of(tokens), cover, COLORS[tokens.prompt_bits]):
+        if not own.any():  # it lies wholly under others
+            continue
         mine = (own > 0) & (own == cover.max(axis=0))
         mine = mine if mine.any() else own > 0
-        if not mine.any():  # it lies wholly under others
-            continue
         mine = enlarged(mine & (regions == regions[mine].min()), zoom)
-        room = mine & free
-        place = innermost(room if room.any() else mine)
+        place = innermost(mine & free if (mine & free).any() else mine)
         y, x, radius = (value * cell / zoom for value in place)
-        size = 3 * radius / max(2, len(name))
-        size = min(32 if name.isdigit() else 20, max(12, size))
-        font = ImageFont.load_default(size)
-        half = font.getlength(name) / 2 + size / 4
-        box = (x - half, y - 0.6 * size, x + half, y + 0.6 * size)
-        draw.rounded_rectangle(box, size / 3, "white", tuple((0.45 * edge).astype(int)), 2)
+        size = max(12, 3 * radius / max(2, len(name)))
+        font = ImageFont.load_default(min(32 if name.isdigit() else 20, size))
+        half = font.getlength(name) / 2 + font.size / 4
+        box = (x - half, y - 0.6 * font.size, x + half, y + 0.6 * font.size)
+        edge = tuple((0.45 * edge).astype(int))
+        draw.rounded_rectangle(box, font.size / 3, "white", edge, 2)
         draw.text((x, y), name, "black", font, anchor="mm")
         x0, y0, x1, y1 = (max(0, int(value * zoom / cell)) for value in box)
         free[y0 : y1 + 1, x0 : x1 + 1] = False
 
 
 def lines_of(prompt: str, about: str, letters: int, most: int) -> list[tuple[str, str]]:
-    """Lines of so many letters, each with its color: at most so many of the prompt, its details."""
+    """Lines of so many letters, each with its color: at most so many of the prompt."""
     lines = textwrap.wrap(prompt, letters, max_lines=most, placeholder=" ...")
-    return [(x, "black") for x in lines] + [(x, "dimgray") for x in textwrap.wrap(about, letters)]
+    lines = [(line, "black") for line in lines]
+    return lines + [(line, "dimgray") for line in textwrap.wrap(about, letters)]
 
 
 def write_lines(draw: ImageDraw.ImageDraw, x: int, y: int, lines: list, width: int) -> None:
@@ -164,21 +156,22 @@ def write_lines(draw: ImageDraw.ImageDraw, x: int, y: int, lines: list, width: i
 
 
 def with_legend(
-    image: Image.Image, head: tuple[str, str], names: list[str], entries: list[tuple[str, str]],
-    colors: np.ndarray,
+    image: Image.Image, layout: Layout, tokens: RegionTokens, about: str
 ) -> Image.Image:  # fmt: skip
-    """The image under its head, a prompt and details, with an entry, a prompt and details too,
-    for each region: at the side, or below if the image is wide."""
-    most = max(1, min(3, 32 // len(names)))
+    """The image under the base prompt and `about`, with an entry for each region: at the side,
+    or below if the image is wide."""
+    count = len(tokens.prompts)
+    most = max(1, min(3, 32 // count))
+    entries = [(prompt, details(layout, tokens, i)) for i, prompt in enumerate(tokens.prompts)]
     entries = [lines_of(*entry, 40, most) for entry in entries]
     step = LINE * max(map(len, entries)) + 10
     is_below = image.width > 1.2 * image.height
     left = GAP if is_below else image.width + 2 * GAP
-    columns = math.ceil(len(names) / max(8, image.height // step))
+    columns = math.ceil(count / max(8, image.height // step))
     columns = image.width // COLUMN if is_below else columns
-    rows = math.ceil(len(names) / columns)
+    rows = math.ceil(count / columns)
     width = max(image.width + 2 * GAP, left + COLUMN * columns)
-    heading = lines_of(*head, width // 8, 3)
+    heading = lines_of(layout.prompt, about, width // 8, 3)
     top = LINE * len(heading) + 2 * GAP
     start = top + is_below * (image.height + GAP)
     height = max(top + image.height + GAP, start + step * rows)
@@ -186,50 +179,51 @@ def with_legend(
     sheet.paste(image, (GAP, top))
     draw = ImageDraw.Draw(sheet)
     write_lines(draw, GAP, GAP, heading, width - 2 * GAP)
-    for i, (name, lines) in enumerate(zip(names, entries)):
+    font = ImageFont.load_default(13)
+    for i, (name, own) in enumerate(zip(names_of(tokens), COLORS[tokens.prompt_bits])):
         x = left + COLUMN * (i // rows)
         y = start + step * (i % rows)
-        draw.rectangle((x, y, x + 34, y + 30), tuple(colors[i].astype(int)), "gray")
+        draw.rectangle((x, y, x + 34, y + 30), tuple(own), "gray")
         draw.rounded_rectangle((x + 5, y + 6, x + 29, y + 24), 5, "white")
         label = name if name.isdigit() else "bg"
-        draw.text((x + 17, y + 15), label, "black", ImageFont.load_default(13), anchor="mm")
-        write_lines(draw, x + 44, y, lines, COLUMN - 60)
+        draw.text((x + 17, y + 15), label, "black", font, anchor="mm")
+        write_lines(draw, x + 44, y, entries[i], COLUMN - 60)
     return sheet
 
 
 def details(layout: Layout, tokens: RegionTokens, i: int) -> str:
-    """A region's tokens and fraction of the image, and those of its settings that were changed."""
-    own = layout.regions[i] if i < len(layout.regions) else None
+    """A region's tokens and fraction of the image, and what was set for it alone."""
+    own = [*layout.regions, DEFAULT][i]
     cover = tokens.cover[i]
     found = [counted(int((cover > 0).sum())), f"{cover.mean():.1%}"]
-    for key, default in DEFAULT_VALUES.items():
-        value = getattr(own, key, default)
-        if value != default:
+    for key in "strength", "feather", "base_ratio", "mask_inject_steps":
+        value = getattr(own, key)
+        if value != getattr(DEFAULT, key):
             found.append(f"{key} {value if isinstance(value, str) else format(value, 'g')}")
     return ", ".join(found)
 
 
 def report(layout: Layout, params: FluxParams, known: list[int] | None) -> tuple[str, list[str]]:
-    """What the regions hold and what an image will cost, as a text, and warnings, a sentence each.
-    known: the tokens of the base prompt and of each prompt of region_tokens, where they are."""
+    """What regions hold and an image will cost, and warnings, a sentence each. known: the tokens
+    of the base prompt and of each prompt of region_tokens."""
     layout = resolved(layout, params)
     tokens = grid_tokens(layout)
-    everywhere = torch.ones(tokens.cover.shape[1])
-    parts = [("base", layout.prompt, everywhere)]
+    parts = [("base", layout.prompt, torch.ones(tokens.cover.shape[1]))]
     if layout.regions:
         parts += zip(names_of(tokens), tokens.prompts, tokens.cover)
+    keys = {"base": "prompt", "background": "background_prompt"}
     warnings = tokens.warnings + doubts(layout, tokens)
     lines = [f"{'region':<12}{'tokens':>7}{'image':>9}{'text':>13}   prompt"]
     for (name, prompt, cover), count in zip(parts, known or [None] * len(parts)):
-        is_base = name == "base"
-        limit = layout.max_sequence_length if is_base else layout.region_max_sequence_length
+        limit = layout.region_max_sequence_length
+        if name == "base":
+            limit = layout.max_sequence_length
         held = f"up to {limit}" if count is None else f"{count} of {limit}"
         size = f"{int((cover > 0).sum()):>7}{cover.mean():>9.1%}"
         prompt = textwrap.shorten(prompt, 60, placeholder=" ...")
         lines.append(f"{name:<12}{size}{held:>13}   {prompt}")
         if count is not None and count > limit:
-            key = {"base": "prompt", "background": "background_prompt"}
-            key = key.get(name, f"regions[{name}].prompt")
+            key = keys.get(name, f"regions[{name}].prompt")
             warnings.append(f"{key} has {count} tokens, and only the first {limit} are read.")
     return "\n".join([*lines, "", *cost(layout, params, tokens)]), warnings
 
@@ -249,8 +243,8 @@ def doubts(layout: Layout, tokens: RegionTokens) -> list[str]:
         if fraction < 0.02:
             few = f"{counted(int(own.sum()))}, {fraction:.1%} of the image"
             found.append(f"{name} covers only {few}, and may not show.")
-        others = enumerate(inside[: len(layout.regions)])
-        around = [j for j, other in others if j != i and not (own & ~other).any()]
+        others = [j for j in range(len(layout.regions)) if j != i]
+        around = [j for j in others if not (own & ~inside[j]).any()]
         if around:
             found.append(f"{name} lies wholly in regions[{around[0]}]; both prompts count there.")
         elif (inside[:, own].sum(dim=0) > 1).all():
