@@ -68,3 +68,16 @@ def run(model, tmp_path, monkeypatch, capsys) -> Callable[..., Ran]:
         return Ran(code, out.split(), errors.splitlines())
 
     return run
+
+
+@pytest.fixture
+def spy(monkeypatch) -> Callable[[object, str], list[tuple]]:
+    """spy(owner, name): the arguments of each call of owner.name from now on."""
+
+    def spy(owner: object, name: str) -> list[tuple]:
+        calls = []
+        called = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *x, **more: calls.append(x) or called(*x, **more))
+        return calls
+
+    return spy
