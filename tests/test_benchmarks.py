@@ -4,21 +4,16 @@ import importlib.util
 import sys
 
 import pytest
+import test_speed
 import torch
 
 from benchmarks import speed
 from benchmarks.failures import Failures, reason
-from model.transformer import FluxParams
 
 if importlib.util.find_spec("triton"):
     from benchmarks import attention
 
-SMALL = speed.PROXY._replace(
-    params=FluxParams(
-        vec_in_dim=12, context_in_dim=20, hidden_size=64, mlp_hidden=128, num_heads=2, depth=1, depth_single_blocks=2
-    ),
-    text_length=16, sizes=[(128, 128)], rounds=2,
-)  # fmt: skip
+SMALL = test_speed.SMALL._replace(rounds=2, participants=[speed.OURS, speed.NAIVE])
 
 
 def fail(*args, **kwargs):
@@ -29,24 +24,13 @@ def rows_of(out: str, *cells: str) -> list[str]:
     return [line for line in out.splitlines() if all(f"| {cell} |" in line for cell in cells)]
 
 
-def test_a_reason_is_one_cell():
-    assert reason(RuntimeError("no kernel | image\nfor this GPU")) == "RuntimeError: no kernel / image for this GPU"
-    assert len(reason(ValueError("x" * 1000))) == 200
-
-
-class FailsAtSixteen(speed.Naive):
-    """Fails to make one kind of step, and its whole runs."""
-
-    def step(self, kind, scene):
-        return fail if kind == 16 else super().step(kind, scene)
-
-    def run(self, scene):
-        fail()
-
-
 @torch.inference_mode()
 def test_a_step_that_fails_has_its_row_and_the_others_theirs(monkeypatch, capsys):
-    monkeypatch.setattr(speed, "Naive", FailsAtSixteen)
+    """And so have whole runs that fail."""
+    step = speed.Naive.step
+    monkeypatch.setattr(speed.Naive, "step", lambda *x: fail if x[1] == 16 else step(*x))
+    monkeypatch.setattr(speed.Naive, "run", fail)
+    assert len(reason(ValueError("x" * 1000))) == 200
     failures = Failures()
     times, who = speed.compare(SMALL, failures)
     speed.runs_table(who, SMALL, times, failures)
@@ -113,14 +97,14 @@ def test_a_cap_under_which_a_run_fails_has_its_row(monkeypatch, capsys):
     assert [goal.name.split(" under")[0] for goal in goals] == ["M3: fp8"] and failures.exit_code() == 1
 
 
-@pytest.mark.parametrize("flags", [[], ["--no-runs"]])
-def test_the_runs_can_be_left_out(monkeypatch, capsys, flags):
+def test_the_runs_can_be_left_out(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(speed, "GPU", SMALL)
     monkeypatch.setattr(speed, "compare", lambda setting, failures: ({}, {}))
-    monkeypatch.setattr(sys, "argv", ["speed.py", *flags])
-    assert speed.main() == 0
-    assert ("in one piece" in capsys.readouterr().out) == (not flags)
+    for flags in [], ["--no-runs"]:
+        monkeypatch.setattr(sys, "argv", ["speed.py", *flags])
+        assert speed.main() == 0
+        assert ("in one piece" in capsys.readouterr().out) == (not flags)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="there is no Triton here")
@@ -134,25 +118,18 @@ def test_an_attention_that_fails_or_disagrees_has_its_row(monkeypatch, capsys):
         attention.PORTABLE: attention.portable_attention,
     }
     monkeypatch.setattr(attention, "participants", lambda setting: makers)
-    small = attention.CPU._replace(sizes=[(128, 128)], calls=1, repeats=2)
-    assert attention.run(small) == 1
+    assert attention.run(attention.CPU._replace(sizes=[(128, 128)], calls=1, repeats=2)) == 1
     out = capsys.readouterr().out
     table = out.split("Four quadrants at")[0]
-    for name, says in {
-        "raises": "no kernel",
-        "wrong": "relative error of wrong is 1.0e+00",
-        "can't be made": "no",
-    }.items():
+    says = {"raises": "no kernel", "wrong": "relative error of wrong is 1.0e+00", "can't be made": "no"}
+    for name in (*says, attention.PORTABLE, attention.CEILING):
         rows = rows_of(table, name)
-        assert len(rows) == 5 and all("failed: " in row and says in row for row in rows)
-    for name in attention.PORTABLE, attention.CEILING:
-        rows = rows_of(table, name)
-        assert len(rows) == 5 and all(float(row.split("|")[4]) > 0 for row in rows)
+        assert len(rows) == 5
+        for row in rows:
+            if name in says:
+                assert "failed: " in row and says[name] in row
+            else:
+                assert float(row.split("|")[4]) > 0
     assert "times plain attention" in out and "QK-RMSNorm and RoPE" in out
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="there is no Triton here")
-def test_targets_need_only_those_that_did_not_fail(capsys):
-    rates = {attention.KERNEL: 400.0, attention.CEILING: 600.0}
-    attention.report(rates, {})
+    attention.report({attention.KERNEL: 400.0, attention.CEILING: 600.0}, {})  # of those that did not fail
     assert "| useful TFLOP/s over the library's unmasked | 0.67 | 0.6 | 0.75 |" in capsys.readouterr().out

@@ -26,13 +26,13 @@ def test_whether_a_device_multiplies_is_tried(monkeypatch):
     """With matrices as large as a layer's: cuBLASLt has sizes that it refuses."""
     assert can_multiply(torch.device("cpu")) and why_not(torch.device("cpu")) == ""
     shapes = []
+    errors = [NotImplementedError, ValueError]
 
     def refuse(x, weight, *args, **kwargs):
         shapes.append((x.shape, weight.shape))
         raise errors[len(shapes) - 1]("no kernel for this GPU\nand a trace")
 
     monkeypatch.setattr(F, "scaled_mm", refuse)
-    errors = [NotImplementedError, ValueError]
     for index in range(len(errors)):
         device = torch.device("cpu", index)
         assert not can_multiply(device) and why_not(device) == "no kernel for this GPU"
@@ -103,12 +103,11 @@ def fp8_layers(flux) -> dict[str, Fp8Linear]:
 
 
 def test_the_blocks_matrices_and_no_others_become_fp8(tmp_path):
-    flux = load(source_of(tmp_path, tiny.flux_state()))
-    names = set(fp8_layers(flux))
+    state = tiny.flux_state()
+    flux = load(source_of(tmp_path, state))
     double = [f"{s}_{leaf}" for s in ("img", "txt") for leaf in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")]
     expected = {f"double_blocks.{i}.{leaf}" for i in range(2) for leaf in double}
-    assert names == expected | {f"single_blocks.{i}.linear{j}" for i in range(3) for j in (1, 2)}
-    state = tiny.flux_state()
+    assert fp8_layers(flux).keys() == expected | {f"single_blocks.{i}.linear{j}" for i in range(3) for j in (1, 2)}
     for name, layer in fp8_layers(flux).items():
         assert error(layer.upcast(), state[f"{name}.weight"]) < 0.03
         assert torch.equal(layer.bias, state[f"{name}.bias"])
@@ -140,12 +139,11 @@ def test_joined_projections_keep_the_scales_of_their_parts(tmp_path):
     """Diffusers' q, k and v come with a scale each, and are one matrix here."""
     state = tiny.flux_to_diffusers(tiny.flux_state())
     parts = [f"transformer_blocks.0.attn.to_{p}.weight" for p in "qkv"]
-    scales = {name: torch.tensor(0.25 * 2**i) for i, name in enumerate(parts)}
     state |= {name: state[name].to(FP8) for name in parts}
-    state |= {name.replace("weight", "weight_scale"): scale for name, scale in scales.items()}
+    state |= {name.replace("weight", "weight_scale"): torch.tensor(0.25 * 2**i) for i, name in enumerate(parts)}
     layer = load(source_of(tmp_path, state)).double_blocks[0].img_attn.qkv
     assert torch.equal(layer.weight.float(), torch.cat([state[name].float() for name in parts]))
-    assert layer.scale.flatten().tolist() == [s for scale in scales.values() for s in [scale.item()] * 64]
+    assert layer.scale.flatten().tolist() == [0.25] * 64 + [0.5] * 64 + [1.0] * 64
 
 
 @pytest.mark.parametrize("stored", [torch.float32, FP8])
@@ -153,8 +151,7 @@ def test_a_merged_lora_is_in_the_8_bits(tmp_path, stored):
     name, delta = "single_blocks.1.linear2.weight", torch.randn(64, 256)
     state = tiny.flux_state()
     state[name] = state[name].to(stored)
-    merges = {name: lambda weight: weight + delta}
-    flux = load(source_of(tmp_path, state), merges)
+    flux = load(source_of(tmp_path, state), {name: lambda weight: weight + delta})
     assert error(flux.single_blocks[1].linear2.upcast(), state[name].float() + delta) < 0.03
 
 
@@ -175,8 +172,8 @@ def test_auto_keeps_fp8_files_on_gpus_that_multiply_them(tmp_path, monkeypatch, 
     state = tiny.flux_state()
     state |= {k: t.to(FP8) for k, t in state.items() if stored and t.ndim == 2}
     source = source_of(tmp_path, state)
-    gpu = torch.device("cuda")
-    for problem in "", "too old":
+    gpu, cpu, mps = map(torch.device, ("cuda", "cpu", "mps"))
+    for problem in "too old", "":
         monkeypatch.setattr(choose, "why_not", lambda device, problem=problem: problem)
         assert choose_fp8("auto", source, gpu) == (stored and not problem)
         said = capsys.readouterr().err
@@ -184,10 +181,10 @@ def test_auto_keeps_fp8_files_on_gpus_that_multiply_them(tmp_path, monkeypatch, 
         assert choose_fp8("fp8", source, gpu)
         said = capsys.readouterr().err
         assert said.count("(too old): each call upcasts") == said.count("\n") == bool(problem)
-    assert not choose_fp8("auto", source, torch.device("cpu"))
-    assert choose_fp8("fp8", source, torch.device("cpu")) and not choose_fp8("none", source, gpu)
+    assert choose_fp8("fp8", source, cpu) and not choose_fp8("auto", source, cpu)
+    assert not choose_fp8("none", source, gpu)
     with pytest.raises(InputError, match="--quantize fp8: Apple"):
-        choose_fp8("fp8", source, torch.device("mps"))
+        choose_fp8("fp8", source, mps)
 
 
 def test_an_image_in_fp8_is_near_and_records_it(run):

@@ -8,60 +8,7 @@ from benchmarks import speed
 from benchmarks.failures import Failures
 from benchmarks.naive import Naive
 from model.transformer import Flux, FluxParams
-from regional.attention import allowed
-from regional.layout import Layout, Region
-from regional.mask import region_tokens
-from sampler.flow import image_ids, text_ids
-
-TEXT, WIDTH, HEIGHT = 5, 96, 64
-IMAGE = WIDTH * HEIGHT // 256
-PARAMS = FluxParams(
-    vec_in_dim=12, context_in_dim=20, hidden_size=96, mlp_hidden=192, num_heads=3, depth=2, depth_single_blocks=3
-)
-
-
-def layout(*boxes: tuple[int, int, int, int]) -> Layout:
-    return Layout(prompt="", width=WIDTH, height=HEIGHT, regions=tuple(Region(prompt="", box=box) for box in boxes))
-
-
-LAYOUTS = {
-    "one box": layout((16, 16, 64, 48)),
-    "halves": layout((0, 0, 48, 64), (48, 0, 96, 64)),
-    "overlapping": layout((0, 0, 64, 48), (32, 16, 96, 64), (48, 0, 80, 32)),
-}
-LAYOUT = pytest.mark.parametrize("bits", [region_tokens(x).bits(TEXT) for x in LAYOUTS.values()], ids=LAYOUTS)
-
-
-@pytest.fixture(scope="module")
-def flux() -> Flux:
-    torch.manual_seed(0)
-    model = Flux(PARAMS).double()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    return model.requires_grad_(False)
-
-
-def random(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def naive(flux: Flux, bits: torch.Tensor, ratio: float, is_masked=lambda block: True) -> Naive:
-    mask = allowed(bits[:, None], bits[None, :])
-    return Naive(flux, image_ids(WIDTH, HEIGHT), TEXT, mask, ratio, is_masked)
-
-
-GIVEN = (torch.tensor([0.7]).double(), random(1, 12), torch.tensor([3.5]).double())
-
-
-# ------------------------------------------------------------------------------------------------ the naive baseline
-
-
-@LAYOUT
-def test_its_late_step_is_plain_flux(flux, bits):
-    img, txt = random(1, IMAGE, 64), random(1, TEXT, 20)
-    ours = flux(img, image_ids(WIDTH, HEIGHT), txt, text_ids(TEXT), flux.modulation(*GIVEN))
-    theirs = naive(flux, bits, 0.3).late_step(img, txt, *GIVEN)
-    assert (ours - theirs).abs().max() < 1e-10 * theirs.abs().max()
+from sampler.flow import image_ids
 
 
 def test_its_operations_are_those_of_the_published_code():
@@ -85,8 +32,6 @@ def test_its_operations_are_those_of_the_published_code():
     assert operations(4, late=True) == pytest.approx(105.6, rel=0.001)
 
 
-# ------------------------------------------------------------------------------------------------ the machinery
-
 SMALL = speed.PROXY._replace(
     params=FluxParams(
         vec_in_dim=48, context_in_dim=64, hidden_size=64, mlp_hidden=256, num_heads=2, depth=2, depth_single_blocks=3
@@ -95,15 +40,12 @@ SMALL = speed.PROXY._replace(
 )  # fmt: skip
 
 
-@pytest.fixture
-def uncompiled(monkeypatch):
-    monkeypatch.setattr(speed, "compiled", lambda flux: flux)
-
-
 @torch.inference_mode()
-def test_all_participants_compute_the_same(uncompiled):
+def test_all_participants_compute_the_same_and_have_their_rows(monkeypatch, capsys):
     """Steps of every kind, and whole runs, on weights that they share; fp8 nearly."""
-    who = speed.participants(SMALL, Failures())
+    monkeypatch.setattr(speed, "compiled", lambda flux: flux)
+    failures = Failures()
+    times, who = speed.compare(SMALL, failures)
     for kind, regions in {"plain": 0, "late": 4, 4: 4}.items():
         given = speed.scene(SMALL, 128, 128, regions)
         steps = {name: step() for name, x in who.items() if (step := x.step(kind, given))}
@@ -114,27 +56,21 @@ def test_all_participants_compute_the_same(uncompiled):
             for name, out in outs.items():
                 error = (out - outs[speed.OURS]).norm() / outs[speed.OURS].norm()
                 assert error < (1e-2 if name == speed.FP8 else 1e-5), (name, kind)
-
-
-def test_what_our_weights_take_on_the_gpu():
-    """FLUX.1-dev's, in 10^9 bytes: without the modulation layers, in bfloat16 and in fp8."""
-    with torch.device("meta"):
-        flux = Flux(FluxParams()).bfloat16()
-    assert speed.weight_bytes(flux) / speed.GB == pytest.approx(23.80, abs=0.01)
-    assert speed.weight_bytes(flux, all_of_them=False) / speed.GB == pytest.approx(17.35, abs=0.01)
-    assert speed.weight_bytes(speed.in_fp8(flux), all_of_them=False) / speed.GB == pytest.approx(8.75, abs=0.01)
-
-
-@torch.inference_mode()
-def test_the_tables_are_printed(uncompiled, capsys):
-    failures = Failures()
-    times, who = speed.compare(SMALL, failures)
     speed.runs_table(who, SMALL, times, failures)
     speed.report(speed.proxy_goals(times) + speed.goals_of(times, who))
     out = capsys.readouterr().out
     cells = "| regional, 16 | naive |", "| 4 | fp8 |", "| G5: naive / fp8", "naive / ours, R = 16 |"
     assert all(cell in out for cell in cells)
     assert not failures.exit_code()
+
+
+def test_what_our_weights_take_on_the_gpu():
+    """FLUX.1-dev's, in 10^9 bytes: without the modulation layers, in bfloat16 and in fp8."""
+    with torch.device("meta"):
+        flux = Flux(FluxParams()).bfloat16()
+    sizes = [speed.weight_bytes(flux), speed.weight_bytes(flux, all_of_them=False)]
+    sizes.append(speed.weight_bytes(speed.in_fp8(flux), all_of_them=False))
+    assert [size / speed.GB for size in sizes] == pytest.approx([23.80, 17.35, 8.75], abs=0.01)
 
 
 @torch.inference_mode()
