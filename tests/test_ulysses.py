@@ -17,6 +17,7 @@ from runtime.ulysses import Ulysses
 from tools.metadata import read_metadata
 
 ROOT = Path(__file__).parent.parent
+COMMAND = (ROOT / "generate.py", "--parallel", "ulysses")
 
 
 def torchrun(processes: int, *command: object) -> subprocess.CompletedProcess:
@@ -48,10 +49,9 @@ def test_heads_that_cannot_be_shared_out_are_refused(monkeypatch):
 
 def test_a_run_of_two_processes_is_the_published_image(golden, tmp_path):
     case = "regional_3boxes_full"
-    model, layout = golden / "models" / "flux-tiny-dev", golden / case / "layout.yaml"
     out, latents = tmp_path / "image.png", tmp_path / "latents.safetensors"
-    flags = ("--parallel", "ulysses", "--model", model, "--layout", layout, "--device", "cpu")
-    done = torchrun(2, ROOT / "generate.py", *flags, "--output", out, "--save-latents", latents)
+    flags = ("--layout", golden / case / "layout.yaml", "--device", "cpu", "--output", out, "--save-latents", latents)
+    done = torchrun(2, *COMMAND, "--model", golden / "models" / "flux-tiny-dev", *flags)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(out)]  # printed once
     assert read_metadata(out)["processes"] == 2
@@ -60,20 +60,18 @@ def test_a_run_of_two_processes_is_the_published_image(golden, tmp_path):
 
 
 def test_an_error_is_printed_once(model, tmp_path):
-    flags = ("--parallel", "ulysses", "--prompt", "x", "--seed", 1, "--output", tmp_path / "a.png")
-    done = torchrun(2, ROOT / "generate.py", *flags, "--model", model, "--width", 16, "--height", 16)
+    flags = ("--prompt", "x", "--seed", 1, "--output", tmp_path / "a.png", "--width", 16, "--height", 16)
+    done = torchrun(2, *COMMAND, "--model", model, *flags)
     assert done.returncode != 0 and not (tmp_path / "a.png").exists()
     problem = "--parallel ulysses: 1 tokens can't be shared out to 2 processes."
     assert done.stderr.count(problem) == 1, done.stderr
 
 
-def test_without_torchrun_it_is_refused(run):
-    code, _, (line,) = run("--prompt", "x", "--parallel", "ulysses")
+def test_without_torchrun_and_what_it_does_not_go_with_it_is_refused(run, capsys):
+    command = ("--prompt", "x", "--parallel", "ulysses")
+    code, _, (line,) = run(*command)
     assert code == 2 and "torchrun --nproc-per-node" in line
-
-
-@pytest.mark.parametrize("flags", [("--shard", "0/2"), ("--attention-maps", "maps")])
-def test_what_it_does_not_go_with_is_refused(flags, capsys):
-    with pytest.raises(SystemExit):
-        generate.main(["--prompt", "x", "--parallel", "ulysses", *flags])
-    assert "--parallel goes with neither" in capsys.readouterr().err
+    for flags in ("--shard", "0/2"), ("--attention-maps", "maps"):
+        with pytest.raises(SystemExit):
+            generate.main([*command, *flags])
+        assert "--parallel goes with neither" in capsys.readouterr().err

@@ -41,7 +41,7 @@ def layout(*regions: dict, **more) -> Layout:
     return Layout(prompt="p", regions=regions, **SIZE, **more).resolved(FLUX_DEV)
 
 
-LORAS = {"loras": (RegionLora(file="everywhere", scale=0.8, plain_steps=True),)}
+TOP_LORAS = {**TOP, "loras": (RegionLora(file="everywhere", scale=0.8, plain_steps=True),)}
 CASES = {
     "plain": layout(),
     "regional": layout(TOP, RIGHT),
@@ -50,10 +50,10 @@ CASES = {
     "soft and strong": layout({**TOP, "feather": 24}, {**RIGHT, "strength": 2.5}),
     "intervals": layout(TOP, RIGHT, double_inject_interval=2, single_inject_interval=2),
     "composition": layout(TOP, RIGHT, method="rpg"),
-    "loras of regions": layout({**TOP, **LORAS}, RIGHT),
+    "loras of regions": layout(TOP_LORAS, RIGHT),
     "control": layout(TOP, RIGHT),
     "control as published": layout(TOP, RIGHT),
-    "control and loras of regions": layout({**TOP, **LORAS}, RIGHT),
+    "control and loras of regions": layout(TOP_LORAS, RIGHT),
 }
 
 
@@ -67,11 +67,11 @@ def random_model(kind: type, params: FluxParams) -> torch.nn.Module:
 
 def random_lora(flux: Flux) -> Lora:
     """Of every matrix in the blocks, modulation included."""
-    changes = [
-        Change(name, 0, len(weight), LowRank(torch.randn(len(weight), 2), torch.randn(2, weight.shape[1]), 0.02))
-        for name, weight in flux.named_parameters()
-        if "blocks" in name and weight.ndim == 2
-    ]
+    changes = []
+    for name, weight in flux.named_parameters():
+        if "blocks" in name and weight.ndim == 2:
+            rows, columns = weight.shape
+            changes.append(Change(name, 0, rows, LowRank(torch.randn(rows, 2), torch.randn(2, columns), 0.02)))
     return Lora(Path("everywhere"), {"flux": changes}, [])
 
 
