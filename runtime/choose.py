@@ -29,8 +29,7 @@ def choose_device(settings: Settings) -> torch.device:
     name = settings.device
     libraries = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
     available = [key for key, library in libraries.items() if library.is_available()]
-    if name == "auto":
-        name = available[0]
+    name = available[0] if name == "auto" else name
     if name.partition(":")[0] not in available:
         raise InputError("--device", name, "this machine or build of torch lacks it")
     device = torch.device(name)
@@ -40,8 +39,7 @@ def choose_device(settings: Settings) -> torch.device:
         torch.cuda.set_device(device)  # Triton launches on the current one.
     compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
     if settings.compile and not any(map(shutil.which, compilers)):
-        problem = "torch.compile needs a C++ compiler; leave it out"
-        raise InputError("--compile", MISSING, problem)
+        raise InputError("--compile", MISSING, "torch.compile needs a C++ compiler; leave it out")
     if settings.offload == "blocks" and device.type == "mps":
         problem = "Apple's GPUs already share the host's memory; leave it out"
         raise InputError("--offload", "blocks", problem)
@@ -49,7 +47,7 @@ def choose_device(settings: Settings) -> torch.device:
 
 
 def choose_fp8(quantize: str, flux: Source, device: torch.device) -> bool:
-    """Are the transformer's weights in FP8? auto: those of an FP8 file, if a GPU multiplies it."""
+    """Are the transformer's weights in FP8? auto: an FP8 file's, if a GPU multiplies it."""
     asked = quantize == "fp8"
     if asked and device.type == "mps":
         raise InputError("--quantize", "fp8", "Apple's GPUs have no float8; leave it out")
@@ -74,8 +72,7 @@ def choose_attention(
     on_gpu = device.type == "cuda"
     advice = "try --attention portable"
     refusal = partial(InputError, "--attention", name)
-    if name == "auto" and not on_gpu:
-        name = "portable"
+    name = "portable" if name == "auto" and not on_gpu else name
     if name in ("auto", "kernel"):
         try:
             from regional import kernel
@@ -94,7 +91,7 @@ def choose_attention(
         how = "or, slowly, the CPU in float32 with TRITON_INTERPRET=1"
         raise refusal(f"{problem}, {how}; {advice}")
     if on_gpu and (lacking := lacks_for_triton()):
-        problem = f"Triton compiles its launcher with {lacking}, which is missing here"
+        problem = f"Triton needs {lacking} for its launcher, which is missing here"
         raise refusal(f"{problem}; install it, or {advice}")
     return partial(kernel_or_library, dtype=dtype, device=device)
 
@@ -111,7 +108,7 @@ def lacks_for_triton() -> str:
 def library_attention(
     flux: Flux, layout: Layout, txt: Tensor, verbose: bool
 ) -> AbstractContextManager:  # fmt: skip
-    """Makes torch prefer, on a GPU, what is fastest for this image."""
+    """Makes torch prefer what is fastest for this image on a GPU."""
     backends = []
     if txt.device.type == "cuda":
         heads = flux.params.num_heads
@@ -127,18 +124,14 @@ def library_attention(
 
 
 @lru_cache
-def timed_backends(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> list[SDPBackend]:  # fmt: skip
+def timed_backends(shape: tuple, dtype: torch.dtype, device: torch.device) -> list[SDPBackend]:
     return fastest_backends(torch.randn(shape, device=device).to(dtype))
 
 
 def fastest_backends(q: Tensor) -> list[SDPBackend]:
-    """torch's SDPA backends that work for q (B, heads, L, head_dim), fastest first.
-
-    Not MATH, which stores all L x L scores, nor cuDNN's up to 9.15.0, which reads out of bounds if
-    L is not a multiple of 128 (pytorch issue 169849).
-    """
+    """torch's SDPA backends that work for q (B, heads, L, head_dim), fastest first: not MATH, which
+    stores L x L scores, nor cuDNN's up to 9.15.0, which reads out of bounds (pytorch issue 169849)
+    if L is not a multiple of 128."""
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     cudnn = torch.backends.cudnn.version() or 0
     if torch.backends.cuda.cudnn_sdp_enabled() and cudnn > 91500:

@@ -40,12 +40,10 @@ def place(
         streamed = fewest_blocks(blocks, needed - free)
         where = "its blocks stay on the GPU"
         if streamed:
-            counts = f"{len(streamed)} of its {len(blocks)} blocks"
-            where = f"{counts} are streamed from host memory"
+            where = f"{len(streamed)} of its {len(blocks)} blocks are streamed from host memory"
         amounts = f"takes {needed / GB:.1f} GB, {free / GB:.1f} GB are free"
         info(f"the {WHAT[source.part]} {amounts}: {where}")
-    has_room = needed + sizes[MODULATION] <= free
-    return streamed if has_room else streamed + modulation
+    return streamed if needed + sizes[MODULATION] <= free else streamed + modulation
 
 
 def fewest_blocks(blocks: dict[str, int], excess: int) -> list[str]:

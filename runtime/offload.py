@@ -1,7 +1,7 @@
 """Modules that run on a device while their weights stay in host memory, copied over in turn.
 
-The device holds the weights of two: of the one that runs, and of the next, which is copied
-meanwhile, behind all blocks in between if only some are streamed. Results are the same bits.
+The device holds the weights of two: the one that runs, and the next, which is copied meanwhile,
+also behind blocks that are not streamed. Results are the same to the bit.
 """
 
 import os
@@ -33,27 +33,26 @@ def group_of(name: str) -> str | None:
 
 
 class Streamed:
-    """Streams `modules`, which are called in this order, again and again. pin: first move each
-    one's weights into one piece of memory, pinned for a GPU, so that one copy fetches them."""
+    """Streams modules that are called in this order, again and again. pin: each one's weights
+    move into one piece of memory first, pinned for a GPU, so that one copy fetches them."""
 
     def __init__(self, modules: list[nn.Module], device: torch.device, pin: bool = False):
         self.device = device
         self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # of each module: layers with weights and the weights' names; the weights in host memory;
-        # what is copied, the weights or the piece they lie in
-        self.owners = []
-        self.weights = []
-        self.pieces = []
+        self.owners = []  # of each module: its layers and their weights' names
+        self.weights = []  # those in host memory
+        self.pieces = []  # what is copied: these, or the piece they lie in
         for index, module in enumerate(modules):
-            names = [key for key, _ in module.named_parameters() if not APART.match(key)]
-            names = [name.rpartition(".") for name in names]
-            owners = [(module.get_submodule(path), key) for path, _, key in names]
+            names = [name for name, _ in module.named_parameters() if not APART.match(name)]
+            paths = [name.rpartition(".") for name in names]
+            owners = [(module.get_submodule(path), key) for path, _, key in paths]
             host = [getattr(owner, key).data for owner, key in owners]
             pieces = host
             if pin:
-                pinned = dict(pin_memory=self.copying is not None)
-                pieces = [torch.empty(padded_size(*host), dtype=torch.uint8, **pinned)]
-                host = [view.copy_(x) for view, x in zip(laid_out(pieces[0], host), host)]
+                size = padded_size(*host)
+                pinned = self.copying is not None
+                pieces = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned)]
+                host = [view.copy_(x) for view, x in zip(laid_out(*pieces, host), host)]
             self.owners.append(owners)
             self.weights.append(host)
             self.pieces.append(pieces)
@@ -83,8 +82,7 @@ class Streamed:
         """Begin to copy a module's weights into the last buffer, once that is done with."""
         if not self.buffers:
             size = max(padded_size(*pieces) for pieces in self.pieces)
-            both = torch.empty(2, size, dtype=torch.uint8, device=self.device)
-            self.buffers = list(both)
+            self.buffers = list(torch.empty(2, size, dtype=torch.uint8, device=self.device))
         if self.copying:
             self.copying.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.copying):  # It does nothing without a stream.

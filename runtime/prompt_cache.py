@@ -20,9 +20,8 @@ def cached(
     """What `encode` gives, from a file named by a hash of all that it depends on."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     depends_on = [*depends_on, where, torch.__version__, torch.get_num_threads()]
-    text = json.dumps(depends_on, default=state_of)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    file = folder / f"{name}-{digest}.safetensors"
+    text = json.dumps(depends_on, default=state_of).encode()
+    file = folder / f"{name}-{hashlib.sha256(text).hexdigest()}.safetensors"
     if file.exists():
         with suppress(SafetensorError):  # A broken file is written again.
             return load_file(file)["states"]

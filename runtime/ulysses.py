@@ -1,4 +1,4 @@
-"""One image on several GPUs: each process has a part of the tokens, in attention of the heads.
+"""One image on several GPUs: each process has some of the tokens, in attention of the heads.
 
 DeepSpeed-Ulysses (arXiv 2309.14509) as an extension of sampling: before attention the processes
 exchange, all to all, their tokens' q, k and v for all tokens of their heads, in the usual order;
@@ -44,7 +44,11 @@ class Ulysses:
             tokens = given.img, given.img_ids, given.txt, given.txt_ids
             local = Pass(*map(self.part, tokens), *given[4:])
             local = local._replace(attention=self.attention(given.attention, *lengths))
-            return self.whole(forward(local, step), given.img.shape[1])
+            own = forward(local, step)  # (B, l, channels)
+            whole = own.new_zeros(own.shape[0], given.img.shape[1], own.shape[2])
+            self.part(whole).copy_(own)
+            dist.all_reduce(whole)
+            return whole
 
         return split
 
@@ -59,14 +63,7 @@ class Ulysses:
             raise wrong(f"{x.shape[dim]} tokens can't be shared out to {self.size} processes")
         return x.tensor_split(self.size, dim)[self.rank]
 
-    def whole(self, x: Tensor, length: int) -> Tensor:
-        """(B, l, ...) of each process -> (B, length, ...), the same for all."""
-        out = x.new_zeros(x.shape[0], length, *x.shape[2:])
-        out.tensor_split(self.size, 1)[self.rank].copy_(x)
-        dist.all_reduce(out)
-        return out
-
-    def attention(self, inner: Attention, txt: int, img: int, streams: int = 1) -> Attention:
+    def attention(self, inner: Attention, txt: int, img: int, streams: int) -> Attention:
         """`inner` over all tokens, for a part of the heads. txt, img: tokens of [txt, img] in
         double blocks, of [txt, img, ...] with `streams` image streams in single blocks."""
         lengths = {"double": [txt, img], "single": [txt] + [img] * streams}
@@ -77,7 +74,7 @@ class Ulysses:
             x = torch.stack([q, k, v]).unflatten(2, (self.size, -1)).movedim(2, 0)
             shapes = [(*x.shape[1:-2], sum(own), x.shape[-1]) for own in counts]
             pieces = self.exchange(list(x), shapes)
-            pieces = [piece.split(own, dim=-2) for piece, own in zip(pieces, counts)]
+            pieces = [x.split(own, dim=-2) for x, own in zip(pieces, counts)]
             out = inner(*torch.cat(sum(zip(*pieces), ()), dim=-2), block)
             pieces = out.split(sum(segments, []), dim=-2)
             parts = [torch.cat(pieces[rank :: self.size], dim=-2) for rank in range(self.size)]

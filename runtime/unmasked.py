@@ -21,7 +21,7 @@ def kernel_or_library(tokens: Tokens, dtype: torch.dtype, device: torch.device) 
 
 
 def forbids_nothing(bits: Tensor) -> bool:
-    """Whether all tokens with bits, (L,) int64, may see each other, as without a mask."""
+    """Whether all tokens with bits, (L,) int64, may see each other."""
     values = bits[bits != 0].unique()
     return len(values) > 0 and bool(allowed(values[:, None], values[None, :]).all())
 
@@ -32,7 +32,7 @@ def library_attention(tokens: Tokens, device: torch.device) -> MaskedAttention:
     row = torch.where(counts, counts.cumsum(0) - 1, -1)
     _, lengths = counts.unique_consecutive(return_counts=True)
     ends = lengths.cumsum(0).tolist()
-    runs = [slice(start, end) for start, end in zip([0, *ends], ends) if counts[start]]
+    runs = [slice(*run) for run in zip([0, *ends], ends) if counts[run[0]]]
     row = row.to(device, torch.int32)
     base_row = tokens.base_row.to(device, torch.int32)
     base_weight = tokens.base_weight.to(device, torch.float32)
@@ -68,7 +68,7 @@ def blend_kernel(
     store_blended(acc, o, base, (base_row, base_weight), strides, (b, h), rows, L, BASE)
 
 
-# An operator of torch, so that torch.compile and the meta device know what it gives.
+# An operator, so that torch.compile and the meta device know what it gives.
 @torch.library.custom_op("regional::blend", mutates_args=())
 def blend_op(
     regional: Tensor, row: Tensor, base: Tensor | None, base_row: Tensor, base_weight: Tensor
@@ -78,10 +78,10 @@ def blend_op(
     batch, heads, _, head_dim = regional.shape
     rows = 64
     out = empty_output(regional, len(row))
-    base = out if base is None else base  # the launcher wants a pointer; it is not read
+    base = out if base is None else base  # wanted as a pointer; it is not read
     blend_kernel[triton.cdiv(len(row), rows), heads, batch](
         regional, row, out, base, base_row, base_weight,
-        *(stride for x in (regional, out, base) for stride in x.stride()[:3]), len(row),
+        *regional.stride()[:3], *out.stride()[:3], *base.stride()[:3], len(row),
         D=head_dim, ROWS=rows, BASE=base is not out, enable_fp_fusion=True,
     )  # fmt: skip
     return out

@@ -68,10 +68,7 @@ def planned(flags: str) -> list[jobs.Job]:
     command = parse(flags.split())
     files = jobs.layout_files(command.output)
     worker = jobs.worker_of(command.output.shard, False)
-
-    def read(file, swept):
-        return read_layout(file, command.overrides | swept, 64)
-
+    read = lambda file, swept: read_layout(file, command.overrides | swept, 64)  # noqa: E731
     return jobs.plan_jobs(files, command.output, read, worker, jobs.Failures(len(files) == 1))
 
 
@@ -80,6 +77,8 @@ def names_of(flags: str) -> list[str]:
 
 
 TWO = "--layout a.yaml b.yaml --seed 1 2 --output"
+LATENTS_TOO = "x_7.png z_7.safetensors x_8.png z_8.safetensors"
+SWEPT = "steps=1_of_a.png steps=2_of_a.png steps=1_of_b.png steps=2_of_b.png"
 NAMES = {
     "--layout scene.v2.yaml": "scene.v2.png",
     "--prompt fox": "picture.png",
@@ -87,16 +86,12 @@ NAMES = {
     "--layout a.yaml": "a_2.png",  # a.png and a_1.png exist
     "--layout a.yaml --seed 1 2": "a_1_1.png a_1_2.png",
     "--layout a.yaml --output x_{seed}_{name}.jpg --seed 8": "x_8_a.jpg",
-    "--layout a.yaml --seed 7 8 --output x.png --save-latents z.safetensors": (
-        "x_7.png z_7.safetensors x_8.png z_8.safetensors"
-    ),
-    "--layout a.yaml --output x.webp --metadata --attention-maps m": ("x.webp x.json m/x.safetensors"),
+    "--layout a.yaml --seed 7 8 --save-latents z.safetensors --output x.png": LATENTS_TOO,
+    "--layout a.yaml --output x.webp --metadata --attention-maps m": "x.webp x.json m/x.safetensors",
     f"{TWO} {{name}}.png": "a_1.png a_2.png b_1.png b_2.png",
     f"{TWO} {{seed}}-{{name}}.png": "1-a.png 2-a.png 1-b.png 2-b.png",
     f"{TWO} {{name}}/x{{seed}}.png": "a/x1.png a/x2.png b/x1.png b/x2.png",
-    "--layout a.yaml b.yaml --sweep steps=1,2 --output {sweep}_of_{name}.png": (
-        "steps=1_of_a.png steps=2_of_a.png steps=1_of_b.png steps=2_of_b.png"
-    ),
+    "--layout a.yaml b.yaml --sweep steps=1,2 --output {sweep}_of_{name}.png": SWEPT,
 }
 
 
@@ -193,15 +188,8 @@ def test_finished_images_are_kept_and_what_is_missing_is_made_again(run, spy):
 
 
 MASKED = {"regions": [{"prompt": "a red boat", "mask": "masks/m.png"}]}
-CHANGES = [
-    {"seed": 4},
-    {"prompt": "a harbor at dusk"},
-    {"steps": 3},
-    {"guidance": 4},
-    {"regions": [{"prompt": "a blue boat", "mask": "masks/m.png"}]},
-    {"regions": [BOAT]},
-    {},  # the pixels of the mask
-]
+CHANGES = [{"seed": 4}, {"prompt": "a harbor at dusk"}, {"steps": 3}, {"guidance": 4}, {"regions": [BOAT]}]
+CHANGES += [{"regions": [{"prompt": "a blue boat", "mask": "masks/m.png"}]}, {}]  # the mask's pixels
 
 
 def test_an_image_of_other_settings_is_refused_or_redone(run, golden):
@@ -216,7 +204,7 @@ def test_an_image_of_other_settings_is_refused_or_redone(run, golden):
         assert run(*alone, *flags.split()).code == 2
     assert run(*alone, model=golden / "models" / "flux-tiny-schnell").code == 2
     for changes in CHANGES:
-        write("a.yaml", **{**MASKED, **changes})
+        write("a.yaml", **MASKED | changes)
         write_mask("masks/m.png", 32 if changes else 16)
         ran = run(*alone)
         assert ran.code == 2 and ran.made == []
@@ -310,11 +298,10 @@ def test_any_number_of_workers_makes_each_image_once(run, monkeypatch, flags, va
 
 
 def test_workers_do_not_choose_a_seed_each(run):
-    ran = run("--layout", write("a.yaml", seed=None), "--shard", "0/2")
-    assert ran.code == 2 and len(ran.errors) == 1
-    assert "a.yaml: seed: is missing" in ran.errors[0]
-    ran = run("--layout", "a.yaml", write("b.yaml"), "--shard", "1/2")
-    assert ran.code == 1 and "a.yaml: seed: is missing" in ran.errors[0]
+    alone = run("--layout", write("a.yaml", seed=None), "--shard", "0/2")
+    two = run("--layout", "a.yaml", write("b.yaml"), "--shard", "1/2")
+    assert alone.code == 2 and len(alone.errors) == 1 and two.code == 1
+    assert "a.yaml: seed: is missing" in alone.errors[0] == two.errors[0]
     ran = run("--layout", "a.yaml", "--shard", "1/2", "--seed", 1)  # a worker without an image
     assert ran.code == 0 and ran.made == [] and not images()
 
@@ -357,10 +344,8 @@ def test_killed_runs_are_resumed(tmp_path):
     """A few kills; `python benchmarks/kill.py` makes 50."""
     kills = os.environ.get("KILLS", "3")
     command = [sys.executable, ROOT / "benchmarks" / "kill.py", "--kills", kills, "--images", "12"]
-    how = {"capture_output": True, "text": True, "cwd": tmp_path, "env": environment()}
-    ran = subprocess.run(command, **how)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert f"{kills} kills, 0 with anything wrong" in ran.stdout
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment())
+    assert f"{kills} kills, 0 with anything wrong" in ran.stdout and not ran.returncode, ran.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the killed process is forked")
@@ -436,16 +421,17 @@ def test_many_layouts_leave_nothing_behind(run, model):
 def write_everything(golden: Path) -> str:
     """A layout with every kind of region, a mask, a map and LoRAs, in a folder of its own."""
     lora = str(golden / "models" / "lora" / "lora_diffusers.safetensors")
-    part = {"mask": "masks/m.png", "base_ratio": 0.1, "mask_inject_steps": "50%"}
-    edge = {"polygon": [[0, 0], ["100%", 0], [0, 64]], "strength": 1.5, "feather": 4}
-    box = {"box": ["0%", 0, "50%", 33.5], "loras": [{"file": lora, "scale": 0.7}]}
-    kinds = (box, edge, part, {"color": "#ff0000"})
-    regions = [{"prompt": f"thing {i}", **kind} for i, kind in enumerate(kinds)]
+    regions = [
+        {"prompt": "0", "box": ["0%", 0, "50%", 33.5], "loras": [{"file": lora, "scale": 0.7}]},
+        {"prompt": "1", "polygon": [[0, 0], ["100%", 0], [0, 64]], "strength": 1.5, "feather": 4},
+        {"prompt": "2", "mask": "masks/m.png", "base_ratio": 0.1, "mask_inject_steps": "50%"},
+        {"prompt": "3", "color": "#ff0000"},
+    ]
     more = {"map": "map.png", "preset": "control", "loras": [{"file": lora, "scale": 0.3}]}
     write_mask("deep/masks/m.png", 20)
-    colors = np.zeros((64, 64, 3), np.uint8)
-    colors[40:, 30:, 0] = 255
-    Image.fromarray(colors).save("deep/map.png")
+    colors = Image.new("RGB", (64, 64))
+    colors.paste("#ff0000", (30, 40, 64, 64))
+    colors.save("deep/map.png")
     return write("deep/all.yaml", regions=regions, steps=4, mask_inject_steps="40%", **more)
 
 
@@ -455,18 +441,15 @@ def test_an_image_is_reproduced_from_its_metadata(run, golden, suffix):
     flags = ["--layout", write_everything(golden), "--output", image, "--metadata", *LATENTS]
     assert run(*flags, "--dtype", "bfloat16", "--seed", 2**53 + 1).code == 0
     with Image.open(image) as opened:
-        kind = opened.format
-        text = opened.getexif().get(metadata.EXIF_DESCRIPTION) or opened.text["layout"]
-    assert f".{kind.lower().replace('jpeg', 'jpg')}" == Path(image).suffix
-    found = json.loads(text)
+        assert f".{opened.format.lower().replace('jpeg', 'jpg')}" == Path(image).suffix
+        found = json.loads(opened.getexif().get(metadata.EXIF_DESCRIPTION) or opened.text["layout"])
     assert found == json.loads(Path("x.json").read_text()) and found["seed"] == 2**53 + 1
     assert found["files"]["ae"].endswith("ae.safetensors")
     Path("deep/all.yaml").unlink()
     flags = ["--config-from-metadata", f"x{suffix}", "--save-latents", "y.safetensors"]
     again = f"y{Path(image).suffix}"
     assert run(*flags, "--output", again, model=None)[:2] == (0, [again])
-    ours = load_file("y.safetensors")["latents"]
-    assert torch.equal(ours, load_file("z.safetensors")["latents"])
+    assert torch.equal(*(load_file(f"{name}.safetensors")["latents"] for name in "yz"))
     assert Path(again).read_bytes() == Path(image).read_bytes()
 
 
@@ -552,7 +535,7 @@ def test_unusable_metadata_are_refused_in_one_sentence(run):
     wrong = [{"seed": "three"}, {"dtype": "torch.float16"}, {"model": "nowhere"}]
     wrong.append({"regions": [{"prompt": "a", "mask": "gone"}]})
     texts = [json.dumps({**A, "model": "pocket", **changes}) for changes in wrong]
-    for text in ["no json", "[1, 2]", '{"prompt": "a"}', *texts]:
+    for text in "no json", "[1, 2]", '{"prompt": "a"}', *texts:
         Path("x.json").write_text(text)
         Path("x.png").write_text(text)
         for file in "x.json", "x.png", "gone.png":

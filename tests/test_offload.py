@@ -302,19 +302,12 @@ def test_a_layout_that_needs_more_room_is_decided_anew(monkeypatch, offload, tim
 
 DEV_ROOM = {fp8: memory.working_bytes(3072, DEV, torch.bfloat16, fp8) for fp8 in (False, True)}
 PLACES = [  # part, GB that are free, fp8; blocks that are streamed, and whether the modulation is
-    ("flux", 80, False, 0, False),
-    ("flux", 26.5, False, 0, False),
-    ("flux", 25.5, False, 0, True),
-    ("flux", 23, False, 0, True),  # a GPU of 24 GB
-    ("flux", 15, False, 18, True),  # of 16 GB
-    ("flux", 11, False, 31, True),  # of 12 GB
-    ("flux", 2, False, 57, True),
-    ("flux", 23, True, 0, False),
-    ("flux", 11, True, 0, True),
-    ("flux", 7.5, True, 25, True),
-    ("t5", 11.5, False, 0, False),
-    ("t5", 7.5, False, 10, False),
-]
+    ("flux", 80, False, 0, False), ("flux", 26.5, False, 0, False), ("flux", 25.5, False, 0, True),
+    # GPUs of 24, 16 and 12 GB
+    ("flux", 23, False, 0, True), ("flux", 15, False, 18, True), ("flux", 11, False, 31, True),
+    ("flux", 2, False, 57, True), ("flux", 23, True, 0, False), ("flux", 11, True, 0, True),
+    ("flux", 7.5, True, 25, True), ("t5", 11.5, False, 0, False), ("t5", 7.5, False, 10, False),
+]  # fmt: skip
 
 
 def test_as_few_blocks_are_streamed_as_free_memory_asks_for(full_size, monkeypatch, capsys):

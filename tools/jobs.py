@@ -67,7 +67,7 @@ def layout_files(output: Output) -> list[Path | None]:
         if os.path.isdir(path):
             found = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
         if not found:
-            raise InputError("--layout", path, "no layout (.yaml, .yml) is in this folder")
+            raise InputError("--layout", path, "there is no layout (.yaml, .yml) in this folder")
         files += found
     return files or [output.config_from_metadata]
 
@@ -121,8 +121,8 @@ def jobs_of(
     """The jobs of one layout file. layouts: by what is swept."""
     seeds = list(dict.fromkeys(output.seed)) or [next(iter(layouts.values())).seed]
     if None in seeds and worker.is_shared:
-        problem = "is missing; workers can't choose one each"
-        raise InputError("seed", MISSING, problem, file or "the command line")
+        source = file or "the command line"
+        raise InputError("seed", MISSING, "is missing; workers can't choose one each", source)
     for seed in seeds:
         if seed is not None and not 0 <= seed < 2**63:
             raise InputError("--seed", seed, "expected a number from 0 to 2^63 - 1")
@@ -140,8 +140,7 @@ def jobs_of(
         templates = (f"{{name}}_{i}.png" for i in range(1, 10000))
         template = next(filter(is_free, [template, *templates]))
     if not template.lower().endswith(SUFFIXES):
-        problem = f"the suffix must be one of {', '.join(SUFFIXES)}"
-        raise InputError("--output", template, problem)
+        raise InputError("--output", template, f"the suffix must be one of {', '.join(SUFFIXES)}")
     latents = output.save_latents
     if latents and not latents.endswith(".safetensors"):
         raise InputError("--save-latents", latents, "the suffix must be .safetensors")
@@ -179,7 +178,7 @@ def check_names(jobs: list[Job], layouts: list[Path | None]) -> None:
     written = set()
     for path in (path for job in jobs for path in job.files.values()):
         if path in written:
-            problem = "several images would be called so; put {name} or {seed} into it"
+            problem = "several images would have this name; put {name} or {seed} into it"
             raise InputError("--output", path, problem)
         if os.path.abspath(path) in read:
             raise InputError("--output", path, "that is a layout of this run")

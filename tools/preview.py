@@ -1,4 +1,4 @@
-"""A layout without a model: an image of its regions as tokens, and a report of what they hold."""
+"""A layout without a model: an image of its regions, and a report of what they hold."""
 
 import math
 import textwrap
@@ -14,9 +14,9 @@ from regional.mask import BACKGROUND_BIT, RegionTokens, region_tokens, token_gri
 from tools.cost import cost, resolved
 from tools.sheets import fitting
 
-# By region, the background's last. The first seven are Okabe and Ito's, a little lighter, which
-# color-blind people can tell apart; each further one lies farthest, in Oklab and as three kinds of
-# eyes see it, from those before it, gray and white.
+# The background's last. The first seven are Okabe and Ito's, a little lighter, which color-blind
+# people can tell apart; each further one lies farthest, in Oklab and as three kinds of eyes see
+# it, from those before it, gray and white.
 COLORS = """
 338ec1 ebb233 33b18f d693b8 77c3ed dd7e33 f3e967 961e69 696900 3c4bb4 966978 782d00 5ae196 9696ff
 5a1e87 2d4b3c 6969d2 006996 c34b4b ff7878 a5ffa5 96d2c3 c369a5 a57800 b4d2ff 5a87f0 874b4b 5aa54b
@@ -34,8 +34,8 @@ DEFAULT = Region(prompt="")
 
 
 def preview(layout: Layout) -> Image.Image:
-    """The tokens in their regions' colors, striped where they belong to several, graded where an
-    edge is soft; the shapes as lines; a legend."""
+    """The tokens in their regions' colors, striped where they belong to several, graded where
+    an edge is soft; the shapes as lines; a legend."""
     h = layout.height // 16
     w = layout.width // 16
     cell = max(1, round(SIZE / max(h, w)))
@@ -46,7 +46,11 @@ def preview(layout: Layout) -> Image.Image:
     pixels = painted(cover / cover.sum(axis=0), several, colors, cell)
     fine = replace(layout, width=layout.width * cell, height=layout.height * cell)
     for region, own in zip(layout.regions, colors):
-        shape = token_grid(magnified(region, cell), fine)  # a token for each pixel
+        box = region.box and tuple(cell * value for value in region.box)
+        polygons = region.polygon or ()
+        polygons = [[(cell * x, cell * y) for x, y in points] for points in polygons]
+        region = replace(region, box=box, polygon=polygons or None)
+        shape = token_grid(region, fine)  # a token for each pixel
         pixels[shape & ~peeled(peeled(shape))] = 0.45 * own
     image = Image.fromarray(pixels.astype(np.uint8))
     write_names(image, tokens, cover, cell)
@@ -67,7 +71,8 @@ def grid_tokens(layout: Layout) -> RegionTokens:
 
 
 def names_of(tokens: RegionTokens) -> list[str]:
-    return ["background" if bit == BACKGROUND_BIT else str(bit) for bit in tokens.prompt_bits]
+    special = {BACKGROUND_BIT: "background"}
+    return [special.get(bit, str(bit)) for bit in tokens.prompt_bits]
 
 
 def counted(tokens: int) -> str:
@@ -79,23 +84,17 @@ def enlarged(grid: np.ndarray, by: int) -> np.ndarray:
 
 
 def painted(parts: np.ndarray, several: np.ndarray, colors: np.ndarray, cell: int) -> np.ndarray:
-    """(h cell, w cell, 3) from regions' fractions of tokens (P, h, w), where there are `several`
+    """(h cell, w cell, 3) from regions' fractions of tokens (P, h, w), where there are several
     (h, w), and colors (P, 3). Stripes are as wide as the fractions."""
     pixels = enlarged(np.tensordot(parts, colors, axes=(0, 0)), cell)
     y, x = np.indices(pixels.shape[:2])
     phase = (x + y) % STRIPES / STRIPES
-    stripe = sum((phase >= enlarged(end, cell)).astype(int) for end in parts.cumsum(axis=0)[:-1])
+    ends = parts.cumsum(axis=0)[:-1]
+    stripe = sum((phase >= enlarged(end, cell)).astype(int) for end in ends)
     pixels = np.where(enlarged(several, cell)[..., None], colors[stripe], pixels)
     if cell >= 6:
         pixels[(x % cell == 0) | (y % cell == 0)] *= 0.9
     return pixels
-
-
-def magnified(region: Region, by: int) -> Region:
-    """A region with its coordinates multiplied; masks and maps have none."""
-    box = region.box and tuple(by * value for value in region.box)
-    polygons = [[(by * x, by * y) for x, y in points] for points in region.polygon or ()]
-    return replace(region, box=box, polygon=polygons or None)
 
 
 def peeled(inside: np.ndarray) -> np.ndarray:
@@ -117,8 +116,7 @@ def innermost(inside: np.ndarray) -> tuple[float, float, float]:
 
 
 def write_names(image: Image.Image, tokens: RegionTokens, cover: np.ndarray, cell: int) -> None:
-    """Each name where its region is alone, or with the fewest others; next to other names if
-    there is room."""
+    """Each name where its region has the fewest others; beside other names if there is room."""
     draw = ImageDraw.Draw(image)
     zoom = 2 * (96 // max(cover.shape[1:])) + 1  # odd: a token has a middle
     regions = (cover > 0).sum(axis=0)
@@ -158,12 +156,12 @@ def write_lines(draw: ImageDraw.ImageDraw, x: int, y: int, lines: list, width: i
 def with_legend(
     image: Image.Image, layout: Layout, tokens: RegionTokens, about: str
 ) -> Image.Image:  # fmt: skip
-    """The image under the base prompt and `about`, with an entry for each region: at the side,
-    or below if the image is wide."""
+    """The image under the base prompt and `about`; an entry for each region at the side, or below
+    if the image is wide."""
     count = len(tokens.prompts)
     most = max(1, min(3, 32 // count))
-    entries = [(prompt, details(layout, tokens, i)) for i, prompt in enumerate(tokens.prompts)]
-    entries = [lines_of(*entry, 40, most) for entry in entries]
+    texts = [details(layout, tokens, i) for i in range(count)]
+    entries = [lines_of(*entry, 40, most) for entry in zip(tokens.prompts, texts)]
     step = LINE * max(map(len, entries)) + 10
     is_below = image.width > 1.2 * image.height
     left = GAP if is_below else image.width + 2 * GAP
@@ -204,8 +202,8 @@ def details(layout: Layout, tokens: RegionTokens, i: int) -> str:
 
 
 def report(layout: Layout, params: FluxParams, known: list[int] | None) -> tuple[str, list[str]]:
-    """What regions hold and an image will cost, and warnings, a sentence each. known: the tokens
-    of the base prompt and of each prompt of region_tokens."""
+    """What regions hold and an image costs; warnings, a sentence each. known: the tokens of the
+    base prompt and of each prompt of region_tokens."""
     layout = resolved(layout, params)
     tokens = grid_tokens(layout)
     parts = [("base", layout.prompt, torch.ones(tokens.cover.shape[1]))]
