@@ -25,7 +25,7 @@ from settings import Settings
 
 
 def choose_device(settings: Settings) -> torch.device:
-    """InputError for what the device can't do."""
+    """InputError for what it can't do."""
     name = settings.device
     libraries = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
     available = [key for key, library in libraries.items() if library.is_available()]
@@ -129,9 +129,9 @@ def timed_backends(shape: tuple, dtype: torch.dtype, device: torch.device) -> li
 
 
 def fastest_backends(q: Tensor) -> list[SDPBackend]:
-    """torch's SDPA backends that work for q (B, heads, L, head_dim), fastest first: not MATH, which
-    stores L x L scores, nor cuDNN's up to 9.15.0, which reads out of bounds (pytorch issue 169849)
-    if L is not a multiple of 128."""
+    """torch's SDPA backends that work for q (B, heads, L, head_dim), fastest first: not MATH,
+    which stores L x L scores, nor cuDNN's up to 9.15.0, which reads out of bounds unless L is a
+    multiple of 128 (pytorch issue 169849)."""
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     cudnn = torch.backends.cudnn.version() or 0
     if torch.backends.cuda.cudnn_sdp_enabled() and cudnn > 91500:

@@ -12,8 +12,8 @@ from model.layers import Modulation
 from regional.layout import Layout
 from runtime.offload import MODULATION, Streamed, group_of
 
-# How many numbers a step, or a decoding, holds at its peak next to the weights: counted at full
-# size on the meta device (14.7, in FP8 25.7), and some more for the libraries' own.
+# How many numbers a step, or a decoding, holds at its peak besides weights: counted at full size
+# on the meta device (14.7, in FP8 25.7), and some more for the libraries' own.
 VALUES_PER_TOKEN = 18  # times the hidden size
 VALUES_PER_TOKEN_IN_FP8 = 30  # without torch.compile
 VALUES_PER_PIXEL = 1000
@@ -24,11 +24,11 @@ GB = 1e9
 def place(
     source: Source, offload: str, device: torch.device, dtype: torch.dtype, fp8: bool, room: int
 ) -> list[str]:  # fmt: skip
-    """What of flux or t5 stays in host memory, as `group_of` calls it: no block, all, or, for auto,
-    as few as free memory allows; on CUDA also the modulation layers, unless they fit besides all
-    else. room: `working_bytes`."""
+    """What of flux or t5 stays in host memory, as `group_of` says: no blocks, all, or, if auto, as
+    few as free memory allows; on CUDA modulation layers, too, unless they fit besides all else.
+    room: `working_bytes`."""
     sizes = group_bytes(source, dtype, fp8)
-    blocks = {key: size for key, size in sizes.items() if key not in (None, MODULATION)}
+    blocks = {key: sizes[key] for key in sizes if key not in (None, MODULATION)}
     on_gpu = device.type == "cuda"
     modulation = [MODULATION] if on_gpu and MODULATION in sizes else []
     streamed = list(blocks) if offload == "blocks" else []
@@ -47,7 +47,7 @@ def place(
 
 
 def fewest_blocks(blocks: dict[str, int], excess: int) -> list[str]:
-    """As few blocks, spread evenly, as must be streamed to save `excess` bytes, or all. They take
+    """The fewest blocks, spread evenly, that save `excess` bytes if streamed, or all. They take
     two buffers, as large as the largest. blocks: their sizes."""
     names = list(blocks)
     for count in range(len(names)):
@@ -59,7 +59,7 @@ def fewest_blocks(blocks: dict[str, int], excess: int) -> list[str]:
 
 
 def group_bytes(source: Source, dtype: torch.dtype, fp8: bool = False) -> Counter[str | None]:
-    """What weights take on the GPU, by `group_of`; the blocks in the order they run in."""
+    """What weights take on the GPU, by `group_of`; blocks are in order."""
     sizes = Counter()
     for name, tensor in weights.on_meta(source).state_dict().items():
         in_fp8 = fp8 and tensor.ndim == 2 and weights.FP8_LAYERS.search(name)
@@ -68,7 +68,7 @@ def group_bytes(source: Source, dtype: torch.dtype, fp8: bool = False) -> Counte
 
 
 def working_bytes(hidden: int, layout: Layout, dtype: torch.dtype, fp8: bool) -> int:
-    """About what activations take in a regional step, or in the VAE, if that is more."""
+    """About what activations take in a regional step, or in the VAE if more."""
     pixels = layout.width * layout.height
     tokens = pixels // 256 + layout.max_sequence_length
     if layout.regions:  # and the background; the second image stream
@@ -92,8 +92,8 @@ def load_placed(
     source: Source, device: torch.device, dtype: torch.dtype, merges: weights.Merges, offload: str,
     fp8: bool, room: int,
 ) -> tuple[nn.Module, list[Streamed]]:  # fmt: skip
-    """The transformer or T5 with its weights where `place` has them, and what of it is streamed.
-    room: as for `place`; 0 for T5."""
+    """The transformer or T5, its weights where `place` has them, and what of it is streamed.
+    room: as there; 0 for T5."""
     placed = place(source, offload, device, dtype, fp8, room or WORKING_T5)
     module = weights.load(source, device, dtype, merges, lambda x: group_of(x) in placed, fp8)
     streamed = []

@@ -1,7 +1,7 @@
-"""Modules that run on a device while their weights stay in host memory, copied over in turn.
+"""Modules that run on a device with weights that stay in host memory, copied over in turn.
 
-The device holds the weights of two: the one that runs, and the next, which is copied meanwhile,
-also behind blocks that are not streamed. Results are the same to the bit.
+The device holds those of two modules: of the running one, and of the next, which are copied
+meanwhile, also behind blocks that are not streamed. Results are the same to the bit.
 """
 
 import os
@@ -18,14 +18,14 @@ from formats.recognize import Source
 
 ALIGNMENT = 256  # bytes, as torch's own allocations have it
 MODULATION = "modulation"
-FLUX_MODULATION = re.compile(r"(double|single)_blocks\.\d+\.(img_mod|txt_mod|modulation)\.")
-BLOCK = re.compile(r"((?:(?:double|single)_blocks|encoder\.block)\.\d+)\.(?!.*relative_attention)")
+FLUX_MODULATION = re.compile(r"\w+_blocks\.\d+\.(img_mod|txt_mod|modulation)\.")
+BLOCK = re.compile(r"((?:\w+_blocks|encoder\.block)\.\d+)\.(?!.*relative_attention)")
 APART = re.compile(r"(img_mod|txt_mod|modulation)\.|.*relative_attention_bias\.")
 
 
 def group_of(name: str) -> str | None:
-    """What a weight of this name is streamed with: its block, or FLUX.1's modulation layers, which
-    run at another time. T5's table of distances, which all its blocks use, never is."""
+    """What a weight is streamed with: its block, or FLUX.1's modulation layers, which run at
+    another time. T5's table of distances never is, as all its blocks use it."""
     if FLUX_MODULATION.match(name):
         return MODULATION
     found = BLOCK.match(name)
@@ -34,7 +34,7 @@ def group_of(name: str) -> str | None:
 
 class Streamed:
     """Streams modules that are called in this order, again and again. pin: each one's weights
-    move into one piece of memory first, pinned for a GPU, so that one copy fetches them."""
+    move into one piece of memory, pinned for a GPU, so that one copy fetches them."""
 
     def __init__(self, modules: list[nn.Module], device: torch.device, pin: bool = False):
         self.device = device
@@ -43,8 +43,8 @@ class Streamed:
         self.weights = []  # those in host memory
         self.pieces = []  # what is copied: these, or the piece they lie in
         for index, module in enumerate(modules):
-            names = [name for name, _ in module.named_parameters() if not APART.match(name)]
-            paths = [name.rpartition(".") for name in names]
+            names = dict(module.named_parameters())
+            paths = [name.rpartition(".") for name in names if not APART.match(name)]
             owners = [(module.get_submodule(path), key) for path, _, key in paths]
             host = [getattr(owner, key).data for owner, key in owners]
             pieces = host
@@ -66,7 +66,7 @@ class Streamed:
         self.fetched = None  # which is in the other buffer
 
     def turn_of(self, index: int) -> None:
-        """Put this module's weights on the device for the last one's; fetch the next."""
+        """Put this module's weights in place of the last one's; fetch the next."""
         if index == self.running:
             return
         if index != self.fetched:
@@ -79,7 +79,7 @@ class Streamed:
         self.fetch((index + 1) % len(self.weights))
 
     def fetch(self, index: int) -> None:
-        """Begin to copy a module's weights into the last buffer, once that is done with."""
+        """Begin to copy a module's weights into the last buffer, once it is free."""
         if not self.buffers:
             size = max(padded_size(*pieces) for pieces in self.pieces)
             self.buffers = list(torch.empty(2, size, dtype=torch.uint8, device=self.device))

@@ -1,9 +1,9 @@
 """One image on several GPUs: each process has some of the tokens, in attention of the heads.
 
 DeepSpeed-Ulysses (arXiv 2309.14509) as an extension of sampling: before attention the processes
-exchange, all to all, their tokens' q, k and v for all tokens of their heads, in the usual order;
-after it, back. The result is that of one process. Extensions before it in the list see a process's
-`part` of the tokens, those after it all.
+exchange their tokens' q, k and v for all tokens of their heads, in the usual order, and after it
+back. The result is that of one process. Extensions before it in the list see a process's `part`
+of the tokens, those after it all.
 """
 
 import math
@@ -64,13 +64,13 @@ class Ulysses:
         return x.tensor_split(self.size, dim)[self.rank]
 
     def attention(self, inner: Attention, txt: int, img: int, streams: int) -> Attention:
-        """`inner` over all tokens, for a part of the heads. txt, img: tokens of [txt, img] in
-        double blocks, of [txt, img, ...] with `streams` image streams in single blocks."""
+        """`inner` over all tokens, for some heads. txt, img: tokens of [txt, img] in double
+        blocks, and of [txt, img, ...] with `streams` image streams in single blocks."""
         lengths = {"double": [txt, img], "single": [txt] + [img] * streams}
 
         def attend(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
             segments = [self.counts(length) for length in lengths[block.kind]]
-            counts = list(zip(*segments))  # of each process: its tokens of each segment
+            counts = list(zip(*segments))  # each process's tokens of each segment
             x = torch.stack([q, k, v]).unflatten(2, (self.size, -1)).movedim(2, 0)
             shapes = [(*x.shape[1:-2], sum(own), x.shape[-1]) for own in counts]
             pieces = self.exchange(list(x), shapes)

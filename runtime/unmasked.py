@@ -73,8 +73,8 @@ def blend_kernel(
 def blend_op(
     regional: Tensor, row: Tensor, base: Tensor | None, base_row: Tensor, base_weight: Tensor
 ) -> Tensor:  # fmt: skip
-    """regional (B, H, n, D), of the tokens with bits, base (B, H, L_base, D), row, base_row (L,)
-    int32, base_weight (L,) float32 -> (B, H, L, D), laid out as (B, L, H, D)."""
+    """regional (B, H, n, D), of tokens with bits, base (B, H, L_base, D), row, base_row (L,) int32
+    and base_weight (L,) float32 -> (B, H, L, D), laid out as (B, L, H, D)."""
     batch, heads, _, head_dim = regional.shape
     rows = 64
     out = empty_output(regional, len(row))

@@ -150,8 +150,8 @@ MISTAKES = [
             "if index != self.fetched", "if self.fetched is None",
             ("test_offload.py", "out_of_turn")),
     Mistake("Ulysses exchange", "runtime/ulysses.py",
-            "segments[rank :: self.size]", "segments[self.rank :: self.size]",
-            ("test_ulysses.py", "several_processes and 2")),
+            "pieces[rank :: self.size]", "pieces[self.rank :: self.size]",
+            ("test_ulysses.py", "several_processes")),
 ]  # fmt: skip
 
 

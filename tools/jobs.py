@@ -1,4 +1,4 @@
-"""Many images in one run: names, seeds, sweeps and shards, and which images are finished."""
+"""Many images in one run: names, seeds, sweeps, shards, and which are finished."""
 
 import glob
 import os
@@ -22,8 +22,8 @@ Reader = Callable[[Path | None, dict[str, Any]], Layout]
 
 
 class Job(NamedTuple):
-    """One image. source: its layout. files: those to write, by what they hold; all embed the
-    metadata. sheet: the contact sheet of its sweep."""
+    """One image. source: its layout. files: those to write, by content; all embed the metadata.
+    sheet: the contact sheet of its sweep."""
 
     source: Path | None
     layout: Layout
@@ -60,7 +60,7 @@ class Failures:
 
 
 def layout_files(output: Output) -> list[Path | None]:
-    """Those of --layout, or an image that embeds it; None if the flags are the layout."""
+    """Those of --layout, or an image that embeds one; None if flags are the layout."""
     files = []
     for path in output.layout:
         found = [path]
@@ -96,8 +96,8 @@ def device_of(name: str) -> str:
 def plan_jobs(
     files: list[Path | None], output: Output, read: Reader, worker: Worker, failures: Failures
 ) -> list[Job]:  # fmt: skip
-    """This worker's images. read: gives a file's layout with some keys overridden. InputError
-    for what could not be written."""
+    """This worker's images. read: a file's layout with some keys overridden. InputError for
+    what could not be written."""
     jobs = []
     for file in files:
         with failures.caught():
@@ -147,7 +147,7 @@ def jobs_of(
     chosen = random.randrange(2**32)
     jobs = []
     for sweep, seed in images:
-        if seed is None:  # An existing image, with the seed that it has, may be finished.
+        if seed is None:  # An existing image, with its own seed, may be finished.
             found = metadata_in(path_of(sweep, chosen, template))
             seed = found["seed"] if found else chosen
         image = path_of(sweep, seed, template)
@@ -164,7 +164,7 @@ def jobs_of(
 
 
 def filled(name: str, sweep: Labels, seed: int | None, template: str, has_seeds: bool) -> Path:
-    """A template's path; what tells images apart and has no place in it is appended."""
+    """A template's path; what tells images apart and has no field is appended."""
     rest = [] if "{sweep}" in template else [*sweep]
     rest += [f"{seed}"] if has_seeds and "{seed}" not in template else []
     path = template.replace("{name}", name).replace("{seed}", f"{seed}")

@@ -34,8 +34,8 @@ DEFAULT = Region(prompt="")
 
 
 def preview(layout: Layout) -> Image.Image:
-    """The tokens in their regions' colors, striped where they belong to several, graded where
-    an edge is soft; the shapes as lines; a legend."""
+    """Tokens in their regions' colors, striped where they belong to several, graded where an
+    edge is soft; the shapes as lines; a legend."""
     h = layout.height // 16
     w = layout.width // 16
     cell = max(1, round(SIZE / max(h, w)))
@@ -116,7 +116,7 @@ def innermost(inside: np.ndarray) -> tuple[float, float, float]:
 
 
 def write_names(image: Image.Image, tokens: RegionTokens, cover: np.ndarray, cell: int) -> None:
-    """Each name where its region has the fewest others; beside other names if there is room."""
+    """Names where fewest other regions are, beside other names if there is room."""
     draw = ImageDraw.Draw(image)
     zoom = 2 * (96 // max(cover.shape[1:])) + 1  # odd: a token has a middle
     regions = (cover > 0).sum(axis=0)
@@ -141,7 +141,7 @@ def write_names(image: Image.Image, tokens: RegionTokens, cover: np.ndarray, cel
 
 
 def lines_of(prompt: str, about: str, letters: int, most: int) -> list[tuple[str, str]]:
-    """Lines of so many letters, each with its color: at most so many of the prompt."""
+    """Lines of so many letters, and their colors; at most so many of the prompt."""
     lines = textwrap.wrap(prompt, letters, max_lines=most, placeholder=" ...")
     lines = [(line, "black") for line in lines]
     return lines + [(line, "dimgray") for line in textwrap.wrap(about, letters)]
@@ -156,8 +156,8 @@ def write_lines(draw: ImageDraw.ImageDraw, x: int, y: int, lines: list, width: i
 def with_legend(
     image: Image.Image, layout: Layout, tokens: RegionTokens, about: str
 ) -> Image.Image:  # fmt: skip
-    """The image under the base prompt and `about`; an entry for each region at the side, or below
-    if the image is wide."""
+    """The image under the base prompt and `about`, with an entry for each region at its side, or
+    below if it is wide."""
     count = len(tokens.prompts)
     most = max(1, min(3, 32 // count))
     texts = [details(layout, tokens, i) for i in range(count)]
@@ -178,14 +178,15 @@ def with_legend(
     draw = ImageDraw.Draw(sheet)
     write_lines(draw, GAP, GAP, heading, width - 2 * GAP)
     font = ImageFont.load_default(13)
-    for i, (name, own) in enumerate(zip(names_of(tokens), COLORS[tokens.prompt_bits])):
+    named = zip(names_of(tokens), COLORS[tokens.prompt_bits], entries)
+    for i, (name, own, lines) in enumerate(named):
         x = left + COLUMN * (i // rows)
         y = start + step * (i % rows)
         draw.rectangle((x, y, x + 34, y + 30), tuple(own), "gray")
         draw.rounded_rectangle((x + 5, y + 6, x + 29, y + 24), 5, "white")
         label = name if name.isdigit() else "bg"
         draw.text((x + 17, y + 15), label, "black", font, anchor="mm")
-        write_lines(draw, x + 44, y, entries[i], COLUMN - 60)
+        write_lines(draw, x + 44, y, lines, COLUMN - 60)
     return sheet
 
 
@@ -202,8 +203,8 @@ def details(layout: Layout, tokens: RegionTokens, i: int) -> str:
 
 
 def report(layout: Layout, params: FluxParams, known: list[int] | None) -> tuple[str, list[str]]:
-    """What regions hold and an image costs; warnings, a sentence each. known: the tokens of the
-    base prompt and of each prompt of region_tokens."""
+    """What regions hold and an image costs; warnings, a sentence each. known: the tokens of
+    the base prompt and of each one of region_tokens."""
     layout = resolved(layout, params)
     tokens = grid_tokens(layout)
     parts = [("base", layout.prompt, torch.ones(tokens.cover.shape[1]))]
