@@ -12,8 +12,9 @@ from model.layers import Modulation
 from regional.layout import Layout
 from runtime.offload import MODULATION, Streamed, group_of
 
-# How many numbers a step, or a decoding, holds at its peak besides weights: counted at full size
-# on the meta device (14.7, in FP8 25.7), and some more for the libraries' own.
+# How many numbers a step, or a decoding, holds at its peak besides weights: counted on the meta
+# device (14.7, in FP8 25.7; for 1024 x 1024 and 2048 x 2048, 0 to 16 regions, and 769 prompt
+# tokens), and some more for the libraries' own.
 VALUES_PER_TOKEN = 18  # times the hidden size
 VALUES_PER_TOKEN_IN_FP8 = 30  # without torch.compile
 VALUES_PER_PIXEL = 1000

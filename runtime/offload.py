@@ -33,8 +33,11 @@ def group_of(name: str) -> str | None:
 
 
 class Streamed:
-    """Streams modules that are called in this order, again and again. pin: each one's weights
-    move into one piece of memory, pinned for a GPU, so that one copy fetches them."""
+    """Streams modules that are called in this order, again and again.
+
+    pin: each one's weights move into one piece of memory, pinned for a GPU, so that one copy in
+    the background fetches them. It takes time and, for a while, a module's memory again.
+    """
 
     def __init__(self, modules: list[nn.Module], device: torch.device, pin: bool = False):
         self.device = device
@@ -43,7 +46,7 @@ class Streamed:
         self.weights = []  # those in host memory
         self.pieces = []  # what is copied: these, or the piece they lie in
         for index, module in enumerate(modules):
-            names = dict(module.named_parameters())
+            names = [name for name, _ in module.named_parameters()]
             paths = [name.rpartition(".") for name in names if not APART.match(name)]
             owners = [(module.get_submodule(path), key) for path, _, key in paths]
             host = [getattr(owner, key).data for owner, key in owners]

@@ -127,7 +127,7 @@ def jobs_of(
         if seed is not None and not 0 <= seed < 2**63:
             raise InputError("--seed", seed, "expected a number from 0 to 2^63 - 1")
     images = [(sweep, seed) for sweep in layouts for seed in seeds]
-    path_of = partial(filled, file.stem if file else "picture", has_seeds=len(seeds) > 1)
+    path_of = partial(fill, file.stem if file else "picture", has_seeds=len(seeds) > 1)
     sheet_of = partial(path_of, ("sheet",), has_seeds=False)
 
     def is_free(template: str) -> bool:
@@ -163,7 +163,7 @@ def jobs_of(
     return jobs
 
 
-def filled(name: str, sweep: Labels, seed: int | None, template: str, has_seeds: bool) -> Path:
+def fill(name: str, sweep: Labels, seed: int | None, template: str, has_seeds: bool) -> Path:
     """A template's path; what tells images apart and has no field is appended."""
     rest = [] if "{sweep}" in template else [*sweep]
     rest += [f"{seed}"] if has_seeds and "{seed}" not in template else []
