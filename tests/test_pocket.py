@@ -18,7 +18,7 @@ from model.autoencoder import to_uint8
 from pocket.adapters import draw_edges, draw_looks
 from pocket.detect import borders_agree, detect, look_of
 from pocket.judge import KINDS, drawn, judge, random_case
-from pocket.scenes import BACKGROUNDS, COLORS, LOOKS, PATTERNS, Scene, Thing, caption, draw, place, random_scene, split
+from pocket.scenes import BACKGROUNDS, COLORS, LOOKS, PATTERNS, Scene, caption, draw, place, random_scene, split
 from regional.mask import region_tokens
 from regional.reader import read_layout
 
@@ -27,11 +27,10 @@ CHECKPOINT = ROOT / "pocket" / "checkpoint"
 ADAPTERS = ROOT / "pocket" / "adapters"
 
 
-def around(thing: Thing, picture: np.ndarray) -> np.ndarray:
-    """The pixels within 3 of an object's bounding box, (H, W) bool."""
-    (x, y), (rx, ry) = thing.center, thing.radius
+def area_of(picture: np.ndarray, x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
+    """The pixels in a box, (H, W) bool."""
     area = np.zeros(picture.shape[:2], dtype=bool)
-    area[max(0, y - ry - 3) : y + ry + 3, max(0, x - rx - 3) : x + rx + 3] = True
+    area[max(0, y0) : y1, max(0, x0) : x1] = True
     return area
 
 
@@ -42,7 +41,9 @@ def read_objects(change, seed: int) -> np.ndarray:
         scene = random_scene(rng, 256, 256, 4)
         picture = change(draw(scene))
         for thing in scene.things:
-            seen = detect(picture, around(thing, picture)) or (None,) * 3
+            (x, y), (rx, ry) = thing.center, thing.radius
+            area = area_of(picture, x - rx - 3, y - ry - 3, x + rx + 3, y + ry + 3)
+            seen = detect(picture, area) or (None,) * 3
             right.append([thing.color == seen[0], thing.pattern == seen[1], thing.shape == seen[2]])
     return np.array(right, dtype=float).mean(0)
 
@@ -81,10 +82,7 @@ def seen_looks(look: str | None, change, boxes: list[tuple[int, ...]], scenes: i
         width, height = boxes[-1][2:]
         scene = Scene(width, height, list(BACKGROUNDS)[i % 4], things)
         picture = change(draw_looks(scene, [look] * len(boxes)))
-        for x0, y0, x1, y1 in boxes:
-            area = np.zeros((height, width), dtype=bool)
-            area[y0:y1, x0:x1] = True
-            seen.append(look_of(picture, area))
+        seen += [look_of(picture, area_of(picture, *box)) for box in boxes]
     return seen
 
 
@@ -106,12 +104,15 @@ def test_borders_agree_where_the_same_objects_are():
     assert borders_agree(moved, draw(scene)) > 0.95 > 0.3 > borders_agree(draw(scene), draw_edges(scene) * 0)
 
 
-def test_the_adapters_are_small_and_for_this_model():
+def test_the_checkpoint_and_its_adapters_are_small_and_in_official_layouts():
     base = weights.find("pocket")
+    assert sum(file.stat().st_size for file in CHECKPOINT.rglob("*") if file.is_file()) < 12e6
+    assert base.flux.key_names.name == "BFL" and base.ae.key_names.name == "diffusers"
+    assert "decoder.mid_block.attentions.0.to_q.weight" in safe_open(base.ae.path, "pt").keys()
     parts = {part: weights.on_meta(getattr(base, part)) for part in ("flux", "t5", "clip")}
     for look in LOOKS:
         lora = read_lora(ADAPTERS / f"{look}.safetensors", parts)
-        assert lora.changes["flux"] and not lora.unknown and all(can_be_regional(c) for c in lora.changes["flux"])
+        assert lora.changes["flux"] and not lora.unknown and all(map(can_be_regional, lora.changes["flux"]))
     loading.check_base(loading.find_controlnet(str(ADAPTERS / "edges")), base.flux)
     assert all(file.stat().st_size < 2e6 for file in ADAPTERS.rglob("*.safetensors"))
 
@@ -173,14 +174,6 @@ def test_a_caption_names_everything_and_a_canvas_is_split_without_rest():
     assert sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes) == 256 * 128
 
 
-def test_the_checkpoint_is_small_and_in_the_official_layout():
-    assert sum(file.stat().st_size for file in CHECKPOINT.rglob("*") if file.is_file()) < 12e6
-    found = weights.find("pocket")
-    assert found.flux.key_names.name == "BFL" and found.ae.key_names.name == "diffusers"
-    with safe_open(found.ae.path, "pt") as file:
-        assert "decoder.mid_block.attentions.0.to_q.weight" in file.keys()
-
-
 EXAMPLES = [ROOT / "layout.yaml", *sorted(ROOT.glob("examples/*.yaml"))]
 
 
@@ -195,8 +188,5 @@ def test_every_example_runs(layout, tmp_path):
     picture = np.asarray(Image.open(output))
     assert picture.shape == (written.height, written.width, 3)
     for region in written.regions if not steps else ():
-        area = np.zeros(picture.shape[:2], dtype=bool)
-        x0, y0, x1, y1 = (int(v) for v in region.box)
-        area[y0:y1, x0:x1] = True
-        seen = detect(picture, area)
+        seen = detect(picture, area_of(picture, *map(int, region.box)))
         assert seen and seen.color in region.prompt and seen.pattern in region.prompt, (region.prompt, seen)
