@@ -102,7 +102,7 @@ def plan_jobs(
     for file in files:
         with failures.caught():
             layouts = {}
-            for swept in swept_settings(output.sweep):
+            for swept in swept_settings(output.sweep) if output.sweep else [{}]:
                 labels = tuple(f"{key}={value}" for key, value in swept.items())
                 layouts[labels] = read(file, swept)
             jobs += jobs_of(file, layouts, output, worker, is_one=len(files) == 1)
