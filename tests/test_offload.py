@@ -48,29 +48,20 @@ def modulation_of(flux: Flux) -> list[Modulation]:
     return [layer for layer in flux.modules() if isinstance(layer, Modulation)]
 
 
-def counted(stream: Streamed) -> list[int]:
-    """The modules that it fetches from now on."""
-    fetched = []
-    fetch = stream.fetch
-    stream.fetch = lambda index: (fetched.append(index), fetch(index))
-    return fetched
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("pin", [False, True])
 @pytest.mark.parametrize("streamed", [[0], [0, 3], [1, 2, 4], [0, 1, 2, 3, 4]])
-def test_some_blocks_may_be_streamed_and_the_others_stay(streamed, pin, monkeypatch):
+def test_some_blocks_may_be_streamed_and_the_others_stay(streamed, pin, spy):
     """The same bits. Only streamed blocks are copied, each once a step and, pinned, in one copy."""
     resident, flux = random_flux(), random_flux()
     places = list(map(places_of, blocks_of(flux)))
     stream = Streamed([blocks_of(flux)[i] for i in streamed], CPU, pin)
-    fetched = counted(stream)
+    fetched = spy(stream, "fetch")
     for t in 0.9, 0.5, 0.1:
         assert torch.equal(tiny.velocity(flux, *inputs(t)), tiny.velocity(resident, *inputs(t)))
-    assert fetched == [*range(len(streamed))] * (1 if len(streamed) == 1 else 3) + [0]
-    copies = []
-    copy = torch.Tensor.copy_
-    monkeypatch.setattr(torch.Tensor, "copy_", lambda *x, **how: copies.append(x) or copy(*x, **how))
+    turns = [*range(len(streamed))] * (1 if len(streamed) == 1 else 3)
+    assert fetched == [(index,) for index in (*turns, 0)]
+    copies = spy(torch.Tensor, "copy_")
     stream.fetch(0)
     assert len(copies) == (1 if pin else len(stream.weights[0]))
     for i in {*range(5)} - {*streamed}:
@@ -183,14 +174,14 @@ def blocks_in(sizes: dict[str | None, int]) -> dict[str, int]:
 
 
 @torch.inference_mode()
-def test_modulation_known_beforehand_is_fetched_once_and_the_same_to_the_bit():
+def test_modulation_known_beforehand_is_fetched_once_and_the_same_to_the_bit(spy):
     flux = random_flux()
     levels = [1.0, 0.6, 0.2]
     *_, y, guidance = inputs()
     streamed = Streamed(modulation_of(flux), CPU)
-    fetched = counted(streamed)
+    fetched = spy(streamed, "fetch")
     known = flux.modulations(levels, y, guidance)
-    assert fetched == [*range(len(streamed.weights)), 0]  # the first for the next layout
+    assert fetched == [(index,) for index in (*range(len(streamed.weights)), 0)]  # and the next layout's first
     streamed.release()
     for layer in modulation_of(flux):
         layer.lin.weight.fill_(torch.nan)  # they are not used any more
@@ -199,10 +190,8 @@ def test_modulation_known_beforehand_is_fetched_once_and_the_same_to_the_bit():
         assert torch.equal(flux(*inputs(level)[:4], modulation), tiny.velocity(fresh, *inputs(level)))
 
 
-def test_modulation_is_made_once_for_all_seeds_of_a_layout(monkeypatch):
-    made = []
-    modulations = Flux.modulations
-    monkeypatch.setattr(Flux, "modulations", lambda *args: made.append(args) or modulations(*args))
+def test_modulation_is_made_once_for_all_seeds_of_a_layout(spy):
+    made = spy(Flux, "modulations")
     pipeline = Pipeline("pocket", device="cpu")
     prepared = pipeline.prepare(LAYOUT)
     first, _ = (pipeline.denoise(prepared, seed) for seed in (1, 2))
