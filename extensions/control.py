@@ -1,26 +1,106 @@
-"""ControlNets, which read the base prompt, and control LoRAs as extensions of sampling.
+"""ControlNets for FLUX.1, which also read the base prompt, and control LoRAs.
 
-Single blocks of a regional step with a base branch have two image streams, [..., base img, img];
-both get a ControlNet's residuals, or with `residuals: published` the last one alone.
+InstantX's and Shakker-Labs' ControlNets take an image's latents, XLabs' its pixels. Names are
+the files': the official ones for what FLUX has too, else diffusers' or XLabs'.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 
-from extensions.controlnet import LoadedControl, Residuals
 from model.attention import Block
-from model.transformer import FluxParams
+from model.layers import Vectors, embedding
+from model.transformer import FluxParams, Streams
 from regional.extension import Branches, Conditioning, Extension, Forward, Pass
+from regional.layout import Control
 from sampler.flow import text_ids
+
+Residuals = dict[str, list[Tensor]]  # (B, L_img, D), for double and for single blocks
+
+
+@dataclass(frozen=True)
+class ControlNetParams(FluxParams):
+    """modes: of a union model, or 0. hint_width: of XLabs' convolutions, or 0."""
+
+    modes: int = 0
+    hint_width: int = 0
+
+
+class ControlNet(Streams):
+    def __init__(self, params: ControlNetParams):
+        super().__init__(params)
+        hidden = params.hidden_size
+        width = params.hint_width
+        self.controlnet_x_embedder = nn.Linear(params.in_channels, hidden)
+        counts = (params.depth, params.depth_single_blocks)
+        heads = ([nn.Linear(hidden, hidden) for _ in range(count)] for count in counts)
+        self.controlnet_blocks, self.controlnet_single_blocks = map(nn.ModuleList, heads)
+        if params.modes:
+            self.controlnet_mode_embedder = embedding(params.modes, hidden)
+        if width:
+            convs = [nn.Conv2d(3, width, 3, padding=1), nn.SiLU()]
+            for stride in (1, 2) * 3:
+                convs += [nn.Conv2d(width, width, 3, padding=1, stride=stride), nn.SiLU()]
+            convs.append(nn.Conv2d(width, params.in_channels // 4, 3, padding=1))
+            self.input_hint_block = nn.Sequential(*convs)
+
+    def read(self, image: Tensor) -> Tensor:
+        """XLabs': (B, 3, H, W) in [-1, 1] -> tokens (B, L_img, in_channels)."""
+        hint = self.input_hint_block(image)  # (B, in_channels / 4, H / 8, W / 8)
+        return rearrange(hint, "B c (h ph) (w pw) -> B (h w) (c ph pw)", ph=2, pw=2)
+
+    def forward(
+        self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor,
+        modulation: list[Vectors], control: Tensor, mode: int | None = None,
+    ) -> Residuals:  # fmt: skip
+        """control: the control image's packed latents (B, L_img, in_channels), or `read`.
+        mode: for union models, one more token before the prompt. The rest: Flux.forward's."""
+        length = img.shape[1]
+        hidden = self.embed(img, img_ids, txt, txt_ids)
+        hidden = hidden._replace(img=hidden.img + self.controlnet_x_embedder(control))
+        if self.params.modes:
+            token = self.controlnet_mode_embedder.weight[mode].expand(len(txt), 1, -1)
+            txt = torch.cat([token, hidden.txt], dim=1)
+            pe = torch.cat([hidden.pe[:, :1], hidden.pe], dim=1)
+            hidden = hidden._replace(txt=txt, pe=pe)
+        residuals = {"double": [], "single": []}
+        heads = {"double": self.controlnet_blocks, "single": self.controlnet_single_blocks}
+
+        def collect(x: Tensor, block: Block) -> Tensor:
+            head = heads[block.kind][block.index]
+            residuals[block.kind].append(head(x[:, -length:]))
+            return x
+
+        self.blocks(hidden, modulation, after_block=collect)
+        return residuals
+
+
+def residual_after(block: Block, own: list[Tensor], depth: int, in_turn: bool) -> Tensor:
+    """A block's, of its kind's: neighbors share one, or they are taken in turn (XLabs)."""
+    group = math.ceil(depth / len(own))
+    return own[block.index % len(own) if in_turn else block.index // group]
+
+
+class LoadedControl(NamedTuple):
+    """tokens: (1, L_img, in_channels), of the control image; scale: (L_img, 1), of the
+    residuals. Both are row by row."""
+
+    net: ControlNet
+    tokens: Tensor
+    scale: Tensor
+    setting: Control
 
 
 def controlnets(
     controls: Sequence[LoadedControl], params: FluxParams, steps: int,
     conditioning: Conditioning, part: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Extension:  # fmt: skip
-    """params: the transformer's; part: this process's part of a stream's tokens (dimension 1)."""
+    """params: the transformer's; part: a process's part of the tokens, dimension 1."""
     depths = {"double": params.depth, "single": params.depth_single_blocks}
     txt, _, y = conditioning
 
@@ -29,7 +109,7 @@ def controlnets(
         modulation = net.modulation(given.timesteps, y[:1], given.guidance)
         inputs = (given.img, given.img_ids, txt, text_ids(txt.shape[1]))
         found = net(*inputs, modulation, tokens[:, order], setting.mode)
-        return Residuals(*([part(x * scale[order]) for x in kind] for kind in found))
+        return {kind: [part(x * scale[order]) for x in own] for kind, own in found.items()}
 
     def extend(forward: Forward, branches: Branches) -> Forward:
         def with_residuals(given: Pass, step: int) -> Tensor:
@@ -39,10 +119,10 @@ def controlnets(
             def after_block(x: Tensor, block: Block) -> Tensor:
                 x = given.after_block(x, block)
                 for control, residuals in zip(acting, found):
-                    in_turn = control.net.params.hint_width > 0
-                    residual = residuals.after(block, depths[block.kind], in_turn)
-                    alone = control.setting.residuals == "published"
-                    if residual is not None:
+                    if own := residuals[block.kind]:
+                        in_turn = control.net.params.hint_width > 0
+                        residual = residual_after(block, own, depths[block.kind], in_turn)
+                        alone = control.setting.residuals == "published"
                         add(x, residual, 1 if alone else branches.streams)
                 return x
 
@@ -54,12 +134,11 @@ def controlnets(
 
 
 def add(x: Tensor, residual: Tensor, streams: int) -> None:
-    """Add a residual (B, L_img, D) to the last image streams of x (B, L, D), which double blocks
-    and the last block give one of; in place: x is the block's own result."""
+    """Add (B, L_img, D) to the last image streams of x (B, L, D), in place: x is the block's
+    own. Single blocks beside a base branch have [..., base img, img], others one."""
     length = residual.shape[1]
     streams = min(streams, x.shape[1] // length)
-    images = x[:, x.shape[1] - streams * length :].unflatten(1, (streams, length))
-    images.add_(residual[:, None])
+    x[:, -streams * length :].unflatten(1, (streams, length)).add_(residual[:, None])
 
 
 def control_lora(latents: Tensor) -> Extension:

@@ -1,9 +1,12 @@
-"""LoRA terms: merged into weights while these are loaded, or added for some tokens by hooks."""
+"""LoRA terms: merged into weights that are loaded, or added for some tokens by hooks.
+
+A region's LoRAs act on its prompt and image tokens in every stream; where regions overlap they
+add up. One of the whole image also acts on the base prompt's tokens, like a merged one.
+"""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.fp8 import Fp8Linear
+from model.layers import Vectors
+from model.transformer import Flux
+from regional.extension import Branches, Extension, Forward, Pass
+from regional.layout import Layout, RegionLora
+
+# Layers whose input is one vector for all tokens.
+MODULATION = re.compile(r"mod(ulation)?\.(lin|1)$")
+# Which tokens the parts of Flux work on, by the first word of a tensor's name.
+STREAMS = {"img_in": "img", "txt_in": "txt", "single_blocks": "both", "final_layer": "img"}
+Loras = Mapping[str, "Lora"]  # by their names in the layout
+Hooks = dict[str, Callable[..., Tensor]]  # by layer
+Part = Callable[[Tensor], Tensor]
+Addition = tuple["Change", float, Tensor]  # its scale; which tokens get it, (L,) bool
 
 
 class LowRank(NamedTuple):
@@ -30,7 +46,7 @@ class LowRank(NamedTuple):
 
 
 class Kronecker(NamedTuple):
-    """scale * kron(left, right): left (a, b), right (c, d), for a layer from b d to a c."""
+    """scale * kron(left, right), (a c, b d): left (a, b), right (c, d)."""
 
     left: Tensor
     right: Tensor
@@ -67,8 +83,8 @@ def converted(term: Term, device: torch.device | str, dtype: torch.dtype) -> Ter
 
 
 class Change(NamedTuple):
-    """What a file does to rows [start, stop) of the tensor `name`. magnitude: DoRA's, (out, 1) or
-    (1, in), the lengths of the changed weight's rows or columns. replaces: what was there."""
+    """A file changes rows [start, stop) of the tensor `name`. magnitude: DoRA's lengths of the
+    new weight's rows (out, 1) or columns (1, in). replaces: what was there."""
 
     name: str
     start: int
@@ -85,16 +101,13 @@ class Change(NamedTuple):
         if self.magnitude is None:
             return new
         changed = rows + new
-        magnitude = self.magnitude.to(rows.device).to(rows.dtype)
-        by_row = len(magnitude) == len(rows)
+        by_row = len(self.magnitude) == len(rows)
         lengths = changed.norm(dim=1 if by_row else 0, keepdim=True)
-        return changed * magnitude / lengths - rows
+        return changed * self.magnitude.to(rows) / lengths - rows
 
 
-@dataclass(frozen=True)
-class Lora:
-    """A file's changes to flux, t5 and clip, and its unknown keys. is_control: with it the
-    transformer reads a control image next to the noisy one (BFL's Canny and Depth)."""
+class Lora(NamedTuple):
+    """changes: by part, flux, t5, clip. is_control: it reads an image (BFL's Canny, Depth)."""
 
     path: Path
     changes: dict[str, list[Change]]
@@ -102,12 +115,8 @@ class Lora:
     is_control: bool = False
 
 
-Loras = Mapping[str, Lora]  # by their names in the layout
-NO_LORAS: Loras = {}
-
-
 def merge(weight: Tensor, changes: list[tuple[Change, float]]) -> Tensor:
-    """A weight, float32 or more, with changes at these scales; control LoRAs make it wider."""
+    """A weight, in float32 or more, with scaled changes; control LoRAs widen it."""
     weight = weight.clone()
     for change, scale in changes:
         low_rank = isinstance(change.term, LowRank)
@@ -119,31 +128,14 @@ def merge(weight: Tensor, changes: list[tuple[Change, float]]) -> Tensor:
     return weight
 
 
-# Layers whose input is one vector for all tokens.
-MODULATION = re.compile(r"mod(ulation)?\.(lin|1)$")
-# By the first part of a tensor's name.
-STREAMS = {"img_in": "img", "txt_in": "txt", "single_blocks": "both", "final_layer": "img"}
-
-
 def stream_of(name: str) -> str | None:
-    """Which tokens a tensor of Flux works on: img, txt, both; None for those of vectors."""
+    """Which tokens a tensor of Flux works on; None for those of vectors."""
     first, *rest = name.split(".")
     return rest[1][:3] if first == "double_blocks" else STREAMS.get(first)
 
 
 def can_be_regional(change: Change) -> bool:
     return stream_of(change.name) is not None and not change.name.endswith("_norm.scale")
-
-
-class Addition(NamedTuple):
-    """A change of a linear layer for the tokens where `tokens` (L,) is true."""
-
-    change: Change
-    scale: float
-    tokens: Tensor
-
-
-Hooks = dict[str, Callable[..., Tensor]]  # by layer
 
 
 @contextmanager
@@ -163,27 +155,27 @@ def hooks_for(
     terms = {}
     for change, scale, tokens in additions:
         layer = change.name.rpartition(".")[0]
+        rows = slice(change.start, change.stop)
         term = change.term
         if change.magnitude is not None:  # what a DoRA comes to
-            rows = slice(change.start, change.stop)
             linear = module.get_submodule(layer)
             weight = linear.upcast(rows) if isinstance(linear, Fp8Linear) else linear.weight[rows]
             precise = torch.promote_types(weight.dtype, torch.float32)
             term = Full(change.delta(weight.to(precise)))
-        term = converted(term, device, dtype)
         index = tokens.nonzero().flatten().to(device)
-        addition = term, scale, range(change.start, change.stop), tokens.cpu(), index
+        addition = converted(term, device, dtype), scale, rows, tokens.cpu(), index
         terms.setdefault(layer, []).append(addition)
-    return {name: partial(add, own, bool(MODULATION.search(name))) for name, own in terms.items()}
+    is_vector = {layer: bool(MODULATION.search(layer)) for layer in terms}
+    return {layer: partial(add, own, is_vector[layer]) for layer, own in terms.items()}
 
 
 def add(
-    terms: list[tuple[Term, float, range, Tensor, Tensor]], of_vector: bool,
+    terms: list[tuple[Term, float, slice, Tensor, Tensor]], of_vector: bool,
     linear: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any], out: Tensor,
 ) -> Tensor:  # fmt: skip
-    """A forward hook: scale * term(x) is added to some rows of the output of some tokens, (L,)
-    bool and indices. args[0]: (B, L, in), or the last tokens alone; if `of_vector`, one for all,
-    (B, 1, in), and each token gets an output of its own. kwargs: FusedLinear's `rows` in `out`."""
+    """A forward hook: adds scale * term(x) to rows of the output of some tokens, (L,) bool and
+    indices. x: (B, L, in), or the last tokens; if `of_vector` (B, 1, in), of which each token
+    gets its own output. kwargs: FusedLinear's `rows`, those in `out`."""
     (x,) = args
     asked = range(linear.out_features)[kwargs.get("rows", slice(None))]
     for term, scale, rows, tokens, index in terms:
@@ -193,11 +185,75 @@ def add(
             continue
         own = slice(start - rows.start, stop - rows.start)
         there = slice(start - asked.start, stop - asked.start)
+        given = x
         if of_vector:
             out = out.repeat(1, len(tokens), 1) if out.shape[1] == 1 else out
-            out[:, index, there] += scale * term(x, own)
         else:
             before = len(tokens) - x.shape[1]
             index = index[int(tokens[:before].sum()) :] - before
-            out[:, index, there] += scale * term(x[:, index], own)
+            given = x[:, index]
+        out[:, index, there] += scale * term(given, own)
     return out
+
+
+class OwnModulation:
+    """Modulation, entry by entry: vectors for each token take gigabytes."""
+
+    def __init__(self, flux: Flux, given: Pass):
+        self.modules = flux.modulated
+        self.vec = flux.conditioning(given.timesteps, given.y, given.guidance)
+
+    def __getitem__(self, index: int) -> Vectors:
+        return self.modules[index].vectors([self.vec])[0]
+
+
+def region_loras(
+    flux: Flux, layout: Layout, loras: Loras, device: torch.device, dtype: torch.dtype,
+    part: Part = lambda x: x,
+) -> Extension:  # fmt: skip
+    """device, dtype: of the layers' inputs; part: a process's part of the tokens (L,)."""
+
+    def extend(forward: Forward, branches: Branches) -> Forward:
+        is_plain = branches.base_ratio is None and branches.prompt == 0
+        found = []
+        for i, region in enumerate(layout.regions):
+            mine = branches.region_bits.cpu() & (1 << i) != 0
+            streams = tokens_of(mine, branches, part)
+            for lora in region.loras if mine.any() else ():
+                if is_plain and not lora.plain_steps:
+                    continue
+                for change in filter(can_be_regional, loras[lora.file].changes["flux"]):
+                    tokens = streams[stream_of(change.name)]
+                    found.append((change, lora.scale, tokens))
+        hooks = hooks_for(flux, found, device, dtype)
+        changes_modulation = any(MODULATION.search(layer) for layer in hooks)
+
+        def with_loras(given: Pass, step: int) -> Tensor:
+            with added(flux, hooks):
+                if changes_modulation:
+                    given = given._replace(modulation=OwnModulation(flux, given))
+                return forward(given, step)
+
+        return with_loras if hooks else forward
+
+    return extend
+
+
+def prompt_loras(
+    encoder: nn.Module, name: str, own: Sequence[RegionLora], loras: Loras, length: int,
+    device: torch.device, dtype: torch.dtype,
+) -> AbstractContextManager:  # fmt: skip
+    """While it lasts, T5 or CLIP (`name`) encodes a prompt with its region's LoRAs."""
+    all_of = torch.ones(length, dtype=torch.bool)
+    found = [(x, lora.scale, all_of) for lora in own for x in loras[lora.file].changes[name]]
+    return added(encoder, hooks_for(encoder, found, device, dtype))
+
+
+def tokens_of(mine: Tensor, branches: Branches, part: Part = lambda x: x) -> dict[str, Tensor]:
+    """A region's tokens by stream, (L,) bool; mine: those in region_bits."""
+    length = len(branches.order)
+    txt, img = mine.split([len(mine) - length, length])
+    base = img.all().expand(branches.text_length * branches.has_base)
+    txt = part(torch.cat([txt, base]))
+    img = part(img)
+    return {"txt": txt, "img": img, "both": torch.cat([txt] + [img] * branches.streams)}

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from errors import InputError
-from extensions.lora import Addition, Change, Full, Kronecker, LowRank, added, hooks_for, merge
+from extensions.lora import (
+    Change, Full, Kronecker, LowRank, added, can_be_regional, hooks_for, merge, stream_of,
+    tokens_of,
+)  # fmt: skip
 from extensions.lora_files import read_lora
-from extensions.region_lora import can_be_regional, stream_of, tokens_of
 from model.clip import CLIPTextEncoder
 from model.layers import FusedLinear
 from model.t5 import T5Encoder
@@ -347,7 +349,7 @@ WRONG = [
     ({UP: (9216, 4), DOWN: (4, H)}, ["(9216, 4)", "another model"]),
     ({UP: (192, 4), DOWN: ()}, ["lora_down", "()", "a matrix"]),
     ({f"{QKV}.lokr_w1": (4, 4), f"{QKV}.lokr_w2": (4, 4)}, ["(192, 64)", "(16, 16)"]),
-    ({f"{QKV}.lokr_w1": (4,), f"{QKV}.lokr_w2": (4, 4)}, ["(192, 64)", "(16,)"]),
+    ({f"{QKV}.lokr_w1": (4,), f"{QKV}.lokr_w2": (4, 4)}, ["lokr_w1", "(4,)", "a matrix"]),
 ]
 
 
@@ -387,7 +389,7 @@ def test_additions_are_the_merged_layer_token_by_token(term):
     tokens = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0]]).bool()
     changes = [Change("0.weight", 0, 24, each) for each in TERMS[term]]
     changes.append(Change("0.bias", 3, 9, Full(rand(6))))
-    additions = list(map(Addition, changes, (0.7, -1.5, 2.0), [*tokens, tokens[0]]))
+    additions = list(zip(changes, (0.7, -1.5, 2.0), [*tokens, tokens[0]]))
     x = torch.randn(2, 6, 12, dtype=torch.float64)
     before = layer(x)
     with added(layer, hooks_for(layer, additions, *ON_CPU)):
@@ -396,7 +398,7 @@ def test_additions_are_the_merged_layer_token_by_token(term):
     assert torch.equal(layer(x), before)  # nothing is left behind
     torch.testing.assert_close(last, found[:, 2:, 5:17])  # some rows alone, of the last tokens
     for i in range(6):
-        own = [(a.change, a.scale) for a in additions if a.tokens[i]]
+        own = [(change, scale) for change, scale, where in additions if where[i]]
         w = merge(layer[0].weight.data, [x for x in own if x[0].name == "0.weight"])
         b = merge(layer[0].bias.data, [x for x in own if x[0].name == "0.bias"])
         torch.testing.assert_close(found[:, i], nn.functional.linear(x[:, i], w, b))
@@ -409,12 +411,12 @@ def test_a_vectors_addition_gives_each_token_its_own_output():
     tokens = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0]]).bool()
     terms = [LowRank(rand(24, 3), rand(3, 12), scale) for scale in (0.5, 2.0)]
     changes = [Change("modulation.lin.weight", 0, 24, term) for term in terms]
-    additions = [Addition(change, 0.7, own) for change, own in zip(changes, tokens)]
+    additions = [(change, 0.7, own) for change, own in zip(changes, tokens)]
     vector = torch.randn(2, 1, 12, dtype=torch.float64)
     with added(modulation, hooks_for(modulation, additions, *ON_CPU)):
         found = layer(vector)
     for i in range(4):
-        weight = merge(layer.weight.data, [(a.change, a.scale) for a in additions if a.tokens[i]])
+        weight = merge(layer.weight.data, [(change, scale) for change, scale, where in additions if where[i]])
         torch.testing.assert_close(found[:, i], nn.functional.linear(vector[:, 0], weight, layer.bias))
 
 
@@ -423,7 +425,7 @@ def test_a_dora_for_some_tokens_is_the_merged_one():
     term = LowRank(rand(12, 3), rand(3, 12), 0.5)
     change = Change("0.weight", 6, 18, term, magnitude=rand(12, 1).abs())
     x = torch.randn(1, 4, 12, dtype=torch.float64)
-    with added(layer, hooks_for(layer, [Addition(change, 0.8, torch.ones(4).bool())], *ON_CPU)):
+    with added(layer, hooks_for(layer, [(change, 0.8, torch.ones(4).bool())], *ON_CPU)):
         found = layer(x)
     merged = merge(layer[0].weight.data, [(change, 0.8)])
     torch.testing.assert_close(found, nn.functional.linear(x, merged, layer[0].bias))

@@ -13,11 +13,9 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
-from extensions.control import controlnets  # noqa: E402
-from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl  # noqa: E402
+from extensions.control import ControlNet, ControlNetParams, LoadedControl, controlnets  # noqa: E402
 from extensions.loading import scale_of  # noqa: E402
-from extensions.lora import Change, Lora, LowRank  # noqa: E402
-from extensions.region_lora import all_of, region_loras  # noqa: E402
+from extensions.lora import Change, Lora, LowRank, region_loras  # noqa: E402
 from model.transformer import Flux, FluxParams  # noqa: E402
 from regional.attention import portable_attention  # noqa: E402
 from regional.layout import Control, Defaults, Layout, Region, RegionLora  # noqa: E402
@@ -85,7 +83,7 @@ def latents(parallel: Ulysses | None = None) -> dict[str, Tensor]:
     flux = random_model(Flux, FluxParams(**SIZES))
     found = {}
     loras = {"everywhere": random_lora(flux)}
-    part = parallel.part if parallel else all_of
+    part = parallel.part if parallel else lambda x, dim=1: x
     for name, of in CASES.items():
         torch.manual_seed(1)
         tokens = region_tokens(of) if of.regions else None
