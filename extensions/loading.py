@@ -168,4 +168,6 @@ def control_image(file: str, preprocess: str | None, layout: Layout) -> Tensor:
             raise InputError("preprocess", "canny", problem) from error
         edges = cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), 100, 200)
         pixels = np.stack([edges] * 3, axis=2)
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+    # Contiguous, because group norms over channels-last images lose three digits on CPUs.
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
+    return image.float() / 127.5 - 1
