@@ -10,8 +10,8 @@ from regional.extension import Branches, Forward, Pass
 
 
 class AttentionMaps:
-    """Watches one image's regional branch: the fraction of each image token's attention that goes
-    to each region's prompt, the mean over heads and thirds of the double and single blocks."""
+    """Watches the regional branch: the fraction of each image token's attention that goes to
+    each region's prompt, averaged over heads and thirds of the double and single blocks."""
 
     def __init__(self, depth: int, depth_single_blocks: int):
         self.group_of = {}
@@ -25,7 +25,6 @@ class AttentionMaps:
         self.steps = []
 
     def extend(self, forward: Forward, branches: Branches) -> Forward:
-        """The scores are computed once more, by values of the region bits."""
         if branches.base_ratio is None:
             return forward
         bits = branches.region_bits

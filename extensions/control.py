@@ -1,7 +1,7 @@
 """ControlNets for FLUX.1, which also read the base prompt, and control LoRAs.
 
-InstantX's and Shakker-Labs' ControlNets take an image's latents, XLabs' its pixels. Names are
-the files': the official ones for what FLUX has too, else diffusers' or XLabs'.
+InstantX's and Shakker-Labs' take an image's latents, XLabs' its pixels. Names are the files':
+the official ones for what FLUX has too, else diffusers' or XLabs'.
 """
 
 import math
@@ -25,10 +25,8 @@ Residuals = dict[str, list[Tensor]]  # (B, L_img, D), for double and for single 
 
 @dataclass(frozen=True)
 class ControlNetParams(FluxParams):
-    """modes: of a union model, or 0. hint_width: of XLabs' convolutions, or 0."""
-
-    modes: int = 0
-    hint_width: int = 0
+    modes: int = 0  # of a union model
+    hint_width: int = 0  # of XLabs' convolutions
 
 
 class ControlNet(Streams):
@@ -58,8 +56,8 @@ class ControlNet(Streams):
         self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor,
         modulation: list[Vectors], control: Tensor, mode: int | None = None,
     ) -> Residuals:  # fmt: skip
-        """control: the control image's packed latents (B, L_img, in_channels), or `read`.
-        mode: for union models, one more token before the prompt. The rest: Flux.forward's."""
+        """control: the image's packed latents (B, L_img, in_channels), or `read`. mode: of a
+        union, one more token before the prompt. The rest: Flux.forward's."""
         length = img.shape[1]
         hidden = self.embed(img, img_ids, txt, txt_ids)
         hidden = hidden._replace(img=hidden.img + self.controlnet_x_embedder(control))
@@ -81,18 +79,15 @@ class ControlNet(Streams):
 
 
 def residual_after(block: Block, own: list[Tensor], depth: int, in_turn: bool) -> Tensor:
-    """A block's, of its kind's: neighbors share one, or they are taken in turn (XLabs)."""
+    """A block's, of its kind's: neighbors share one, or they take turns (XLabs)."""
     group = math.ceil(depth / len(own))
     return own[block.index % len(own) if in_turn else block.index // group]
 
 
 class LoadedControl(NamedTuple):
-    """tokens: (1, L_img, in_channels), of the control image; scale: (L_img, 1), of the
-    residuals. Both are row by row."""
-
     net: ControlNet
-    tokens: Tensor
-    scale: Tensor
+    tokens: Tensor  # (1, L_img, in_channels), of the image, row by row
+    scale: Tensor  # (L_img, 1), of the residuals, row by row
     setting: Control
 
 

@@ -28,7 +28,7 @@ def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras) -> 
         named |= {f"regions[{i}].loras[{j}].file": own for j, own in enumerate(region.loras)}
     if not named:
         return {}
-    modules = {part: weights.on_meta(getattr(checkpoint, part)) for part in ("flux", "t5", "clip")}
+    modules = {x: weights.on_meta(getattr(checkpoint, x)) for x in ("flux", "t5", "clip")}
     loras = {}
     for key, entry in named.items():
         where = f"{key} = {entry.file}"
@@ -69,7 +69,7 @@ def merges_of(layout: Layout, loras: Loras, part: str) -> weights.Merges:
 
 
 def plan_controls(layout: Layout, flux: Source) -> list[tuple[Source, Tensor]]:
-    """Each ControlNet's file, which fits, and image, (1, 3, height, width) in [-1, 1]."""
+    """Each one's file, which fits, and image, (1, 3, height, width) in [-1, 1]."""
     found = []
     steps = layout.steps
     for i, control in enumerate(layout.controlnets):
@@ -90,7 +90,6 @@ def plan_controls(layout: Layout, flux: Source) -> list[tuple[Source, Tensor]]:
 
 
 def find_controlnet(name: str, flag: str = "--controlnet") -> Source:
-    """name: a file, a folder, org/name or org/name:file."""
     place = locate(name, CONTROLNET_FILES, f"{flag} {name}")
     source = weights.pick("controlnet", flag, place)
     weights.check_loads(source, CONTROLNET)
@@ -120,8 +119,7 @@ def load_controls(
         net = nets[source.path]
         image = image.to(device, dtype)
         tokens = net.read(image) if net.params.hint_width else image
-        scale = scale_of(setting, layout).to(device, dtype)
-        controls.append(LoadedControl(net, tokens, scale, setting))
+        controls.append(LoadedControl(net, tokens, scale_of(setting, layout).to(image), setting))
     return controls
 
 
@@ -153,7 +151,7 @@ def scale_of(control: Control, layout: Layout) -> Tensor:
 
 
 def control_image(file: str, preprocess: str | None, layout: Layout) -> Tensor:
-    """An image in the layout's size, (1, 3, height, width) in [-1, 1]; canny: its edges."""
+    """An image of the layout's size, (1, 3, height, width) in [-1, 1]."""
     image = read_image(file)
     size = layout.width, layout.height
     if abs(image.width * size[1] - image.height * size[0]) > max(size):
@@ -168,6 +166,6 @@ def control_image(file: str, preprocess: str | None, layout: Layout) -> Tensor:
             raise InputError("preprocess", "canny", problem) from error
         edges = cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), 100, 200)
         pixels = np.stack([edges] * 3, axis=2)
-    # Contiguous, because group norms over channels-last images lose three digits on CPUs.
+    # On CPUs, group norms over images that are channels-last lose digits.
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
     return image.float() / 127.5 - 1

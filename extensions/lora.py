@@ -1,7 +1,7 @@
 """LoRA terms: merged into weights that are loaded, or added for some tokens by hooks.
 
-A region's LoRAs act on its prompt and image tokens in every stream; where regions overlap they
-add up. One of the whole image also acts on the base prompt's tokens, like a merged one.
+A region's LoRAs act on its prompt and image tokens in every stream, and add up where regions
+overlap; one of the whole image also acts on the base prompt, like a merged one.
 """
 
 import re
@@ -62,9 +62,7 @@ class Kronecker(NamedTuple):
 
 
 class Full(NamedTuple):
-    """A whole matrix (out, in), or for a bias or a norm a vector (out,)."""
-
-    matrix: Tensor
+    matrix: Tensor  # (out, in), or for a bias or a norm (out,)
 
     def delta(self) -> Tensor:
         return self.matrix
@@ -83,15 +81,12 @@ def converted(term: Term, device: torch.device | str, dtype: torch.dtype) -> Ter
 
 
 class Change(NamedTuple):
-    """A file changes rows [start, stop) of the tensor `name`. magnitude: DoRA's lengths of the
-    new weight's rows (out, 1) or columns (1, in). replaces: what was there."""
-
-    name: str
+    name: str  # of a tensor, whose rows [start, stop) change
     start: int
     stop: int
     term: Term
-    magnitude: Tensor | None = None
-    replaces: bool = False
+    magnitude: Tensor | None = None  # DoRA's: lengths of new rows (out, 1) or columns (1, in)
+    replaces: bool = False  # what was there
 
     def delta(self, rows: Tensor) -> Tensor:
         """What is added to the weight's rows (out, in), at a scale of 1."""
@@ -107,12 +102,10 @@ class Change(NamedTuple):
 
 
 class Lora(NamedTuple):
-    """changes: by part, flux, t5, clip. is_control: it reads an image (BFL's Canny, Depth)."""
-
     path: Path
-    changes: dict[str, list[Change]]
-    unknown: list[str]
-    is_control: bool = False
+    changes: dict[str, list[Change]]  # of flux, t5 and clip
+    unknown: list[str]  # keys
+    is_control: bool = False  # it reads an image, as BFL's Canny and Depth
 
 
 def merge(weight: Tensor, changes: list[tuple[Change, float]]) -> Tensor:
@@ -173,9 +166,9 @@ def add(
     terms: list[tuple[Term, float, slice, Tensor, Tensor]], of_vector: bool,
     linear: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any], out: Tensor,
 ) -> Tensor:  # fmt: skip
-    """A forward hook: adds scale * term(x) to rows of the output of some tokens, (L,) bool and
-    indices. x: (B, L, in), or the last tokens; if `of_vector` (B, 1, in), of which each token
-    gets its own output. kwargs: FusedLinear's `rows`, those in `out`."""
+    """A forward hook: adds scale * term(x) to rows of some tokens, (L,) bool and indices. x:
+    (B, L, in), or the last tokens; if `of_vector` (B, 1, in), and each token gets its own
+    output. kwargs: FusedLinear's `rows`, those in `out`."""
     (x,) = args
     asked = range(linear.out_features)[kwargs.get("rows", slice(None))]
     for term, scale, rows, tokens, index in terms:
@@ -211,7 +204,7 @@ def region_loras(
     flux: Flux, layout: Layout, loras: Loras, device: torch.device, dtype: torch.dtype,
     part: Part = lambda x: x,
 ) -> Extension:  # fmt: skip
-    """device, dtype: of the layers' inputs; part: a process's part of the tokens (L,)."""
+    """device, dtype: of the layers' inputs; part: of the tokens (L,), a process's."""
 
     def extend(forward: Forward, branches: Branches) -> Forward:
         is_plain = branches.base_ratio is None and branches.prompt == 0

@@ -39,7 +39,7 @@ SUFFIX = re.compile(
 Kinds = dict[str, Stored]  # a module's tensors in a file
 Shape = tuple[int, ...]
 Scale = Callable[[int], float]  # by the rank
-Target = tuple[str, str, int, int]  # a part of the model, its layer, rows [start, stop)
+Target = tuple[str, str, int, int]  # part, layer, rows [start, stop)
 
 
 def spellings(modules: dict[str, nn.Module]) -> dict[str, Target]:
@@ -145,7 +145,7 @@ def changes_of(target: Target, layer: nn.Module, kinds: Kinds, scale: Scale) -> 
         magnitude = None
         if "magnitude" in kinds:
             magnitude = read(kinds["magnitude"]).float()
-            magnitude = magnitude.reshape(len(magnitude), -1)  # peft's has one dimension
+            magnitude = magnitude.reshape(len(magnitude), -1)  # peft's is flat
         found.append(Change(f"{name}.{weight}", start, stop, term, magnitude))
     for kind in ("diff", "set", "bias"):
         if kind in kinds:
@@ -171,7 +171,7 @@ def swap_halves(change: Change) -> Change:
 
 
 def weight_term(kinds: Kinds, shape: Shape, scale: Scale, widens: bool) -> Term | None:
-    """What changes a weight (rows, in), if anything; BFL's control LoRAs widen it twice."""
+    """What changes a weight (rows, in), if any; `widens`: to twice the columns."""
     own = {kind: x for kind, x in kinds.items() if kind in ("down", "up") or "_w" in kind}
     if not own:
         return None
@@ -228,11 +228,11 @@ def factors(kinds: Kinds, first: str, second: str, shape: Shape = (0, 0)) -> lis
 
 
 def matrix(tensor: Stored, rows: int = 0, columns: int = 0) -> Tensor:
-    """A stored matrix, of these sizes if given. 1 x 1 convolutions are matrices too."""
+    """A stored matrix, of these sizes if given; or a 1 x 1 convolution."""
     if len(tensor.shape) < 2 or 0 in tensor.shape:
         raise misfit(tensor, "a matrix")
     shape = (rows or tensor.shape[0], columns or tensor.shape[1])
-    return read(check(tensor, shape)).reshape(shape).clone()  # a view would keep its file open
+    return read(check(tensor, shape)).reshape(shape).clone()  # a view keeps its file open
 
 
 def check(tensor: Stored, shape: Shape) -> Stored:

@@ -125,9 +125,6 @@ def test_files_from_diffusers_give_its_residuals_and_its_velocity(
     assert (tiny.velocity(flux, **x) - wanted).abs().max() > 1e-3
 
 
-# ------------------------------------------------------------------------------ files
-
-
 OF_TINY = SIZES | {"mlp_hidden": 192, "depth": 2}  # as tiny.FLUX
 XLABS = ControlNetParams(**OF_TINY, depth_single_blocks=0, hint_width=16)
 UNION = ControlNetParams(**OF_TINY, depth_single_blocks=3, modes=6)
@@ -195,9 +192,6 @@ def test_other_parts_nothing_and_other_base_sizes_are_refused(tmp_path):
     flux = tiny.save(tmp_path / "b" / "f.safetensors", tiny.state(Flux(other)))
     message = "c.safetensors: .*wrong base size: its vec_in_dim is 48, that of .*f.safetensors is 40"
     refuse(message, loading.check_base, find_controlnet(str(control)), weights.pick("flux", "--flux", flux))
-
-
-# ------------------------------------------------------------------------------ which blocks, steps, tokens, streams
 
 
 @pytest.mark.parametrize("count, depth", [(5, 19), (6, 19), (10, 38), (1, 4), (3, 7), (4, 3)])
@@ -277,9 +271,6 @@ def test_a_regional_step_and_a_plain_one_are_what_they_should_be(residuals, regi
     assert (got - sample(*run)).abs().max() > 1e-2
 
 
-# ------------------------------------------------------------------------------ images
-
-
 RED = Image.new("RGB", (64, 32), (255, 0, 127)), (1.0, -1.0, 127 / 127.5 - 1)
 DEPTH = Image.fromarray(np.full((16, 16), 128 * 257, np.uint16)), [128 / 127.5 - 1] * 3  # of 16 bits
 
@@ -308,9 +299,6 @@ def test_canny_is_opencvs_and_without_it_names_what_to_install(tmp_path, monkeyp
     edges = cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), 100, 200)
     assert set(np.unique(edges)) == {0, 255}
     assert torch.equal(control_image(*given), torch.tensor(edges / 127.5 - 1).float().expand(1, 3, 48, 64))
-
-
-# ---------------------------------------------------------------------------- layout and flags
 
 
 A = {"prompt": "a harbor at dawn", "width": 64, "height": 64, "steps": 2, "seed": 3, "max_sequence_length": 16}
