@@ -154,14 +154,6 @@ def test_every_spelling_is_read_without_a_config_and_is_no_transformer(tmp_path,
     refuse(message, weights.pick, "flux", "--flux", path)
 
 
-def test_a_repository_can_name_one_of_its_files(tmp_path, monkeypatch):
-    for name in ("canny", "depth"):
-        tiny.save(tmp_path / f"{name}.safetensors", xlabs_names(tiny.state(ControlNet(XLABS))))
-    monkeypatch.setattr(loading, "locate", lambda name, *_: tmp_path / name.partition(":")[2])
-    assert find_controlnet("org/name:depth.safetensors").path.name == "depth.safetensors"
-    refuse("canny.safetensors and depth.safetensors could each be", find_controlnet, "org/name")
-
-
 WRONG = {
     r"controlnet_single_blocks.1.weight is missing": ("controlnet_single_blocks.1.weight", None),
     r"x.safetensors: controlnet_blocks.1.bias has shape \(3,\)": ("controlnet_blocks.1.bias", (3,)),
@@ -187,9 +179,9 @@ def test_other_parts_nothing_and_other_base_sizes_are_refused(tmp_path):
     path = tiny.save(tmp_path / "x.safetensors", tiny.flux_state())
     refuse("no FLUX.1 ControlNet in it: x.safetensors is a FLUX.1 transformer", find_controlnet, str(path))
     refuse("--controlnet .*none: there is no such file", find_controlnet, str(tmp_path / "none"))
-    other = FluxParams(**SIZES | {"vec_in_dim": 40}, depth=1, depth_single_blocks=1)
+    other = Flux(FluxParams(**SIZES | {"vec_in_dim": 40}, depth=1, depth_single_blocks=1))
     control = tiny.save(tmp_path / "a" / "c.safetensors", diffusers_names(tiny.state(ControlNet(UNION))))
-    flux = tiny.save(tmp_path / "b" / "f.safetensors", tiny.state(Flux(other)))
+    flux = tiny.save(tmp_path / "b" / "f.safetensors", tiny.state(other))
     message = "c.safetensors: .*wrong base size: its vec_in_dim is 48, that of .*f.safetensors is 40"
     refuse(message, loading.check_base, find_controlnet(str(control)), weights.pick("flux", "--flux", flux))
 
@@ -226,18 +218,15 @@ def test_start_and_end_say_in_which_steps_it_acts(start, end, steps, acting):
 @pytest.mark.parametrize("region, base_ratio", [(None, 0.3), (1, 0.3), (1, 0.0)])
 def test_a_regional_step_and_a_plain_one_are_what_they_should_be(residuals, region, base_ratio):
     """Two steps, regional and plain, against the rule written out once more, without sorted tokens."""
-    boxes = [(0, 16, 64, 48), (32, 0, 64, 64)]
     layout = Layout(
         prompt="p", width=64, height=64, steps=2, mask_inject_steps=1, base_ratio=base_ratio,
-        regions=[Region(prompt=f"{i}", box=box) for i, box in enumerate(boxes)],
+        regions=[Region(prompt="0", box=(0, 16, 64, 48)), Region(prompt="1", box=(32, 0, 64, 64))],
     ).resolved(DEFAULTS)  # fmt: skip
     setting = Control(model="m", image="i", scale=0.9, region=region, residuals=residuals)
-    flux = randomized(Flux(BASE))
-    control = net(2, 3)
+    flux, control, image = randomized(Flux(BASE)), net(2, 3), random(1, 16, 64, seed=4)
     tokens = region_tokens(layout)
-    image = random(1, 16, 64, seed=4)
-    texts = random(1, 7, 32, seed=2), random(len(tokens.prompts), 5, 32, seed=8)
-    conditioning = Conditioning(*texts, random(1, 48, seed=3))
+    regions = random(len(tokens.prompts), 5, 32, seed=8)
+    conditioning = Conditioning(INPUTS["txt"], regions, INPUTS["y"])
     loaded = LoadedControl(control, image, scale_of(setting, layout).double(), setting)
     run = flux, layout, tokens, conditioning, 1, portable_attention
     got = sample(*run, [controlnets([loaded], BASE, 2, conditioning)])
@@ -247,17 +236,14 @@ def test_a_regional_step_and_a_plain_one_are_what_they_should_be(residuals, regi
     levels = noise_levels(layout, BASE)
     regional = RegionalAttention(dense_attention, tokens.bits(5), 7, 16, layout.regions[0].base_ratio)
     base = {"img_ids": image_ids(64, 64), "y": conditioning.y, "guidance": torch.tensor([3.5])}
-    txt = conditioning.regions.flatten(0, 1)[None]
-    if base_ratio:
-        txt = torch.cat([txt, conditioning.txt], dim=1)
+    txt = torch.cat([regions.flatten(0, 1)[None]] + [conditioning.txt] * (base_ratio > 0), dim=1)
     passes = [(txt, {"attention": regional, "join": regional.join}), (conditioning.txt, {})]
     for step, (txt, more) in enumerate(passes):
         given = base | {"img": img, "timesteps": torch.tensor([levels[step]], dtype=torch.float32)}
-        own = {"txt": conditioning.txt, "txt_ids": text_ids(7), "control": image}
-        residuals_of_step = residuals_of(control, **given, **own)
+        found = residuals_of(control, **given, txt=conditioning.txt, txt_ids=text_ids(7), control=image)
         two = base_ratio and step == 0 and residuals == "all"
 
-        def after_block(x, block, found=residuals_of_step, two=two):
+        def after_block(x, block, found=found, two=two):
             x = x.clone()
             r = torch.where(inside[:, None], 0.9 * found[block.kind][block.index // 3], 0.0)
             x[:, -16:] += r
