@@ -1,4 +1,4 @@
-"""LoRA terms: merged into weights that are loaded, or added for some tokens by hooks.
+"""LoRA terms, merged into weights at loading or added for some tokens by hooks.
 
 A region's LoRAs act on its prompt and image tokens in every stream, and add up where regions
 overlap; one of the whole image also acts on the base prompt, like a merged one.
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -163,12 +163,12 @@ def hooks_for(
 
 
 def add(
-    terms: list[tuple[Term, float, slice, Tensor, Tensor]], of_vector: bool,
-    linear: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any], out: Tensor,
+    terms: list[tuple], of_vector: bool, linear: nn.Module,
+    args: tuple[Tensor], kwargs: dict, out: Tensor,
 ) -> Tensor:  # fmt: skip
-    """A forward hook: adds scale * term(x) to rows of some tokens, (L,) bool and indices. x:
-    (B, L, in), or the last tokens; if `of_vector` (B, 1, in), and each token gets its own
-    output. kwargs: FusedLinear's `rows`, those in `out`."""
+    """A forward hook: adds scale * term(x) to rows of some tokens. terms: these, (L,) bool
+    and indices last. x: (B, L, in), or the last tokens; if `of_vector` (B, 1, in), and each
+    token gets its own output. kwargs: FusedLinear's `rows`, those in `out`."""
     (x,) = args
     asked = range(linear.out_features)[kwargs.get("rows", slice(None))]
     for term, scale, rows, tokens, index in terms:

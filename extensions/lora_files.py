@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from operator import truediv
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -121,10 +120,10 @@ def read_lora(path: Path, modules: dict[str, nn.Module]) -> Lora:
     return Lora(path, changes, unknown, is_control)
 
 
-def metadata_scale(path: Path, settings: dict[str, Any], module: str, rank: int) -> float:
+def metadata_scale(path: Path, settings: dict, module: str, rank: int) -> float:
     """alpha / rank by peft's settings in the header, else 1."""
     part = re.match(r"((transformer|text_encoder(_2)?)\.)?", module)[0]
-    own = {key.removeprefix(part): x for key, x in settings.items() if key.startswith(part)}
+    own = {k.removeprefix(part): x for k, x in settings.items() if k.startswith(part)}
     if "lora_alpha" not in own:
         return 1.0
     try:
