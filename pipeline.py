@@ -171,7 +171,7 @@ class Pipeline:
             encoder = self.parts.get(name, layout, read)
             changed = nullcontext()
             if own:
-                from extensions.lora import prompt_loras
+                from extensions.region_lora import prompt_loras
 
                 length = ids.shape[1]
                 changed = prompt_loras(encoder, name, own, read, length, self.device, self.dtype)
@@ -228,10 +228,10 @@ class Pipeline:
         part = self.parallel.part if self.parallel else lambda x, dim=1: x
         found = []
         if prepared.loras or prepared.controls:
-            from extensions import control, loading, lora
+            from extensions import control, loading, region_lora
         if any(region.loras for region in layout.regions):
             loras = (prepared.loras, *where, partial(part, dim=0))
-            found.append(lora.region_loras(flux, layout, *loras))
+            found.append(region_lora.region_loras(flux, layout, *loras))
         if self.parallel:
             found.append(self.parallel.extend)
         if prepared.control_latents is not None:

@@ -23,7 +23,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import pipeline  # noqa: E402
 import weights  # noqa: E402
-from extensions.lora import Change, Lora, LowRank, region_loras  # noqa: E402
+from extensions.lora import Change, Lora, LowRank  # noqa: E402
+from extensions.region_lora import region_loras  # noqa: E402
 from model.transformer import Flux, FluxParams  # noqa: E402
 from regional.layout import FLUX_DEV, Layout, Region, RegionLora  # noqa: E402
 from regional.mask import region_tokens  # noqa: E402

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import weights
 from errors import MISSING, InputError, warn
-from extensions.control import ControlNet, ControlNetParams, LoadedControl
+from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl
 from extensions.lora import Loras, can_be_regional, merge
 from extensions.lora_files import lora_file, read_lora
 from formats.hub import locate

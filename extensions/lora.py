@@ -1,12 +1,8 @@
-"""LoRA terms, merged into weights at loading or added for some tokens by hooks.
-
-A region's LoRAs act on its prompt and image tokens in every stream, and add up where regions
-overlap; one of the whole image also acts on the base prompt, like a merged one.
-"""
+"""LoRA terms, merged into weights at loading or added for some tokens by hooks."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.fp8 import Fp8Linear
-from model.layers import Vectors
-from model.transformer import Flux
-from regional.extension import Branches, Extension, Forward, Pass
-from regional.layout import Layout, RegionLora
 
 # Layers whose input is one vector for all tokens.
 MODULATION = re.compile(r"mod(ulation)?\.(lin|1)$")
@@ -27,15 +19,12 @@ MODULATION = re.compile(r"mod(ulation)?\.(lin|1)$")
 STREAMS = {"img_in": "img", "txt_in": "txt", "single_blocks": "both", "final_layer": "img"}
 Loras = Mapping[str, "Lora"]  # by their names in the layout
 Hooks = dict[str, Callable[..., Tensor]]  # by layer
-Part = Callable[[Tensor], Tensor]
 Addition = tuple["Change", float, Tensor]  # its scale; which tokens get it, (L,) bool
 
 
-class LowRank(NamedTuple):
-    """scale * up @ down: up (out, rank), down (rank, in)."""
-
-    up: Tensor
-    down: Tensor
+class LowRank(NamedTuple):  # scale * up @ down
+    up: Tensor  # (out, rank)
+    down: Tensor  # (rank, in)
     scale: float
 
     def delta(self) -> Tensor:
@@ -45,11 +34,9 @@ class LowRank(NamedTuple):
         return self.scale * F.linear(F.linear(x, self.down), self.up[rows])
 
 
-class Kronecker(NamedTuple):
-    """scale * kron(left, right), (a c, b d): left (a, b), right (c, d)."""
-
-    left: Tensor
-    right: Tensor
+class Kronecker(NamedTuple):  # scale * kron(left, right), (a c, b d)
+    left: Tensor  # (a, b)
+    right: Tensor  # (c, d)
     scale: float
 
     def delta(self) -> Tensor:
@@ -187,66 +174,3 @@ def add(
             given = x[:, index]
         out[:, index, there] += scale * term(given, own)
     return out
-
-
-class OwnModulation:
-    """Modulation, entry by entry: vectors for each token take gigabytes."""
-
-    def __init__(self, flux: Flux, given: Pass):
-        self.modules = flux.modulated
-        self.vec = flux.conditioning(given.timesteps, given.y, given.guidance)
-
-    def __getitem__(self, index: int) -> Vectors:
-        return self.modules[index].vectors([self.vec])[0]
-
-
-def region_loras(
-    flux: Flux, layout: Layout, loras: Loras, device: torch.device, dtype: torch.dtype,
-    part: Part = lambda x: x,
-) -> Extension:  # fmt: skip
-    """device, dtype: of the layers' inputs; part: of the tokens (L,), a process's."""
-
-    def extend(forward: Forward, branches: Branches) -> Forward:
-        is_plain = branches.base_ratio is None and branches.prompt == 0
-        found = []
-        for i, region in enumerate(layout.regions):
-            mine = branches.region_bits.cpu() & (1 << i) != 0
-            streams = tokens_of(mine, branches, part)
-            for lora in region.loras if mine.any() else ():
-                if is_plain and not lora.plain_steps:
-                    continue
-                for change in filter(can_be_regional, loras[lora.file].changes["flux"]):
-                    tokens = streams[stream_of(change.name)]
-                    found.append((change, lora.scale, tokens))
-        hooks = hooks_for(flux, found, device, dtype)
-        changes_modulation = any(MODULATION.search(layer) for layer in hooks)
-
-        def with_loras(given: Pass, step: int) -> Tensor:
-            with added(flux, hooks):
-                if changes_modulation:
-                    given = given._replace(modulation=OwnModulation(flux, given))
-                return forward(given, step)
-
-        return with_loras if hooks else forward
-
-    return extend
-
-
-def prompt_loras(
-    encoder: nn.Module, name: str, own: Sequence[RegionLora], loras: Loras, length: int,
-    device: torch.device, dtype: torch.dtype,
-) -> AbstractContextManager:  # fmt: skip
-    """While it lasts, T5 or CLIP (`name`) encodes a prompt with its region's LoRAs."""
-    all_of = torch.ones(length, dtype=torch.bool)
-    found = [(x, lora.scale, all_of) for lora in own for x in loras[lora.file].changes[name]]
-    return added(encoder, hooks_for(encoder, found, device, dtype))
-
-
-def tokens_of(mine: Tensor, branches: Branches, part: Part = lambda x: x) -> dict[str, Tensor]:
-    """A region's tokens by stream, (L,) bool; mine: those in region_bits."""
-    length = len(branches.order)
-    txt, img = mine.split([len(mine) - length, length])
-    base = img.all().expand(branches.text_length * branches.has_base)
-    txt = part(torch.cat([txt, base]))
-    img = part(img)
-    return {"txt": txt, "img": img, "both": torch.cat([txt] + [img] * branches.streams)}

@@ -163,9 +163,9 @@ def swap_halves(change: Change) -> Change:
     if isinstance(term, Kronecker):
         term = Full(term.delta())
     rows, *others = term  # LowRank's up, Full's matrix
-    if magnitude is not None and len(magnitude) == 2 * half:
-        magnitude = magnitude.roll(half, 0)
     term = term._make([rows.roll(half, 0), *others])
+    if magnitude is not None:
+        magnitude = magnitude.roll(half, 0)
     return change._replace(term=term, magnitude=magnitude)
 
 

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import weights
-from extensions.control import ControlNet, ControlNetParams, residual_after
+from extensions.controlnet import ControlNet, ControlNetParams, residual_after
 from formats import key_names as namings
 from model.attention import Block, rope_axes
 from model.tokenizers import CLIPTokenizer, T5Tokenizer

@@ -17,9 +17,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from errors import InputError
-from extensions import lora as loras
 from extensions.lora import Change, Full, Kronecker, LowRank, added, hooks_for, merge
 from extensions.lora_files import read_lora
+from extensions.region_lora import can_be_regional, stream_of, tokens_of
 from model.clip import CLIPTextEncoder
 from model.layers import FusedLinear
 from model.t5 import T5Encoder
@@ -352,13 +352,13 @@ def test_additions_are_the_merged_layer_token_by_token(case):
 
 
 def test_streams_of_all_of_flux():
-    streams = {name: loras.stream_of(name) for name in MODULES["flux"].state_dict()}
+    streams = {name: stream_of(name) for name in MODULES["flux"].state_dict()}
     known = {"double_blocks.1.img_mlp.0.weight": "img", "double_blocks.0.txt_mod.lin.bias": "txt"}
     known |= {"single_blocks.2.linear1.weight": "both", "final_layer.linear.weight": "img"}
     assert known.items() <= streams.items()
     without = {name.split(".")[0] for name, stream in streams.items() if stream is None}
     assert without == {"time_in", "vector_in", "guidance_in"}
-    assert not loras.can_be_regional(Change("double_blocks.0.img_attn.norm.key_norm.scale", 0, 32, Full(rand(32))))
+    assert not can_be_regional(Change("double_blocks.0.img_attn.norm.key_norm.scale", 0, 32, Full(rand(32))))
 
 
 @pytest.mark.parametrize(
@@ -372,7 +372,7 @@ def test_streams_of_all_of_flux():
 )
 def test_tokens_of_a_region(mine, more, txt, streams):
     mine, txt = (torch.tensor([bit == "1" for bit in bits]) for bits in (mine, txt))
-    found = loras.tokens_of(mine, Branches(torch.zeros(7, dtype=torch.long), torch.arange(3), 2, **more))
+    found = tokens_of(mine, Branches(torch.zeros(7, dtype=torch.long), torch.arange(3), 2, **more), lambda x: x)
     assert torch.equal(found["img"], mine[-3:]) and torch.equal(found["txt"], txt)
     assert torch.equal(found["both"], torch.cat([txt] + [mine[-3:]] * streams))
 

@@ -12,8 +12,8 @@ from safetensors import safe_open
 import generate
 import weights
 from extensions import loading
-from extensions.lora import can_be_regional
 from extensions.lora_files import read_lora
+from extensions.region_lora import can_be_regional
 from model.autoencoder import AutoEncoder, to_uint8
 from pocket.adapters import draw_edges, draw_looks
 from pocket.detect import borders_agree, detect, look_of

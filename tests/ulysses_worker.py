@@ -13,9 +13,11 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
-from extensions.control import ControlNet, ControlNetParams, LoadedControl, controlnets  # noqa: E402
+from extensions.control import controlnets  # noqa: E402
+from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl  # noqa: E402
 from extensions.loading import scale_of  # noqa: E402
-from extensions.lora import Change, Lora, LowRank, region_loras  # noqa: E402
+from extensions.lora import Change, Lora, LowRank  # noqa: E402
+from extensions.region_lora import region_loras  # noqa: E402
 from model.transformer import Flux, FluxParams  # noqa: E402
 from regional.attention import portable_attention  # noqa: E402
 from regional.layout import Control, Defaults, Layout, Region, RegionLora  # noqa: E402
