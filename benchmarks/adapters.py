@@ -99,6 +99,7 @@ def controls(case: Case, setting: Setting) -> tuple[Control, ...]:
     if not setting.control:
         return ()
     file = RUN / "masks" / f"edges_{case.layout.seed}_{len(case.wanted)}.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
     write(file, Image.fromarray(draw_edges(wanted_scene(case))).save)
     return (Control(model=str(ADAPTERS / "edges"), image=str(file), scale=setting.control),)
 

@@ -4,15 +4,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.attention import Attention, Block
+from model.attention import Block
 from regional.attention import added_scores, allowed, in_one_sequence
 from regional.extension import Branches, Forward, Pass
 
 
 class AttentionMaps:
-    """Watches one image's regional steps: which fraction of an image token's attention goes to
-    each region's prompt in the regional branch; the mean over the heads, and over the blocks of a
-    group, thirds of the double and of the single blocks."""
+    """Watches the regional branch: the fraction of each image token's attention that goes to
+    each region's prompt, averaged over heads and thirds of the double and single blocks."""
 
     def __init__(self, depth: int, depth_single_blocks: int):
         self.group_of = {}
@@ -28,47 +27,39 @@ class AttentionMaps:
     def extend(self, forward: Forward, branches: Branches) -> Forward:
         if branches.base_ratio is None:
             return forward
-        length = len(branches.order)
-        prompts = len(branches.region_bits[:-length].unique())
-        size = (len(self.groups), prompts, length)
-
-        def watched(given: Pass, step: int) -> Tensor:
-            self.steps.append(torch.zeros(size))
-            attention = self.watch(given.attention, branches)
-            return forward(given._replace(attention=attention), step)
-
-        return watched
-
-    def watch(self, attention: Attention, branches: Branches) -> Attention:
-        """The same attention; its fractions are added to the last of `steps`. The scores are
-        computed once more, by values of the region bits."""
         bits = branches.region_bits
         order = branches.order
         length = len(order)
         start = len(bits) - length
-        words = start // self.steps[-1].shape[1]
+        prompts = len(bits[:start].unique())
+        words = start // prompts
         every = torch.arange(len(bits), device=bits.device)
         no_base = torch.zeros(length, device=bits.device)
-        log_weights = branches.log_weights
-        if log_weights is not None:
-            log_weights = log_weights.to(bits.device)
-        weighed = in_one_sequence(bits, 0, words, no_base, log_weights)
+        weights = branches.log_weights
+        weights = weights if weights is None else weights.to(bits.device)
+        weighed = in_one_sequence(bits, 0, words, no_base, weights)
 
-        def watched(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
-            group, blocks = self.group_of[block]
-            q_img = q[:, :, -length:]
-            seen = torch.cat([k[:, :, :start], k[:, :, -length:]], dim=2)
-            for value in bits[start:].unique():
-                rows = (bits[start:] == value).nonzero().flatten()
-                scores = q_img[:, :, rows] @ seen.mT / q.shape[-1] ** 0.5
-                if branches.is_masked(block):
-                    more = added_scores(weighed, start + rows, every)
-                    scores = scores if more is None else scores + more.to(scores)
-                    scores = scores.masked_fill(~allowed(bits, value), -torch.inf)
-                found = scores.float().softmax(-1)[..., :start]
-                found = found.unflatten(-1, (-1, words)).sum(-1).mean((0, 1))
-                self.steps[-1][group][:, order[rows.cpu()]] += found.T.cpu() / blocks
-            return attention(q, k, v, block)
+        def watched(given: Pass, step: int) -> Tensor:
+            maps = torch.zeros(len(self.groups), prompts, length)
+            self.steps.append(maps)
+
+            def attention(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
+                group, blocks = self.group_of[block]
+                q_img = q[:, :, -length:]
+                seen = torch.cat([k[:, :, :start], k[:, :, -length:]], dim=2)
+                for value in bits[start:].unique():
+                    rows = (bits[start:] == value).nonzero().flatten()
+                    scores = q_img[:, :, rows] @ seen.mT / q.shape[-1] ** 0.5
+                    if branches.is_masked(block):
+                        more = added_scores(weighed, start + rows, every)
+                        scores = scores if more is None else scores + more.to(scores)
+                        scores = scores.masked_fill(~allowed(bits, value), -torch.inf)
+                    found = scores.float().softmax(-1)[..., :start]
+                    found = found.unflatten(-1, (-1, words)).sum(-1).mean((0, 1))
+                    maps[group][:, order[rows.cpu()]] += found.T.cpu() / blocks
+                return given.attention(q, k, v, block)
+
+            return forward(given._replace(attention=attention), step)
 
         return watched
 

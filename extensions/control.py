@@ -1,15 +1,11 @@
-"""ControlNets, which read the base prompt, and control LoRAs as extensions of sampling.
-
-Single blocks of a regional step with a base branch have two image streams, [..., base img, img];
-both get a ControlNet's residuals, or with `residuals: published` the last one alone.
-"""
+"""ControlNets, which read the base prompt, and control LoRAs as extensions of sampling."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from extensions.controlnet import LoadedControl, Residuals
+from extensions.controlnet import LoadedControl, Residuals, residual_after
 from model.attention import Block
 from model.transformer import FluxParams
 from regional.extension import Branches, Conditioning, Extension, Forward, Pass
@@ -20,7 +16,7 @@ def controlnets(
     controls: Sequence[LoadedControl], params: FluxParams, steps: int,
     conditioning: Conditioning, part: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Extension:  # fmt: skip
-    """params: the transformer's; part: this process's part of a stream's tokens (dimension 1)."""
+    """params: the transformer's; part: a process's part of the tokens, dimension 1."""
     depths = {"double": params.depth, "single": params.depth_single_blocks}
     txt, _, y = conditioning
 
@@ -29,7 +25,7 @@ def controlnets(
         modulation = net.modulation(given.timesteps, y[:1], given.guidance)
         inputs = (given.img, given.img_ids, txt, text_ids(txt.shape[1]))
         found = net(*inputs, modulation, tokens[:, order], setting.mode)
-        return Residuals(*([part(x * scale[order]) for x in kind] for kind in found))
+        return {kind: [part(x * scale[order]) for x in own] for kind, own in found.items()}
 
     def extend(forward: Forward, branches: Branches) -> Forward:
         def with_residuals(given: Pass, step: int) -> Tensor:
@@ -39,10 +35,10 @@ def controlnets(
             def after_block(x: Tensor, block: Block) -> Tensor:
                 x = given.after_block(x, block)
                 for control, residuals in zip(acting, found):
-                    in_turn = control.net.params.hint_width > 0
-                    residual = residuals.after(block, depths[block.kind], in_turn)
-                    alone = control.setting.residuals == "published"
-                    if residual is not None:
+                    if own := residuals[block.kind]:
+                        in_turn = control.net.params.hint_width > 0
+                        residual = residual_after(block, own, depths[block.kind], in_turn)
+                        alone = control.setting.residuals == "published"
                         add(x, residual, 1 if alone else branches.streams)
                 return x
 
@@ -54,12 +50,11 @@ def controlnets(
 
 
 def add(x: Tensor, residual: Tensor, streams: int) -> None:
-    """Add a residual (B, L_img, D) to the last image streams of x (B, L, D), which double blocks
-    and the last block give one of; in place: x is the block's own result."""
+    """Add (B, L_img, D) to the last image streams of x (B, L, D), in place: x is the block's
+    own. Single blocks beside a base branch have [..., base img, img], others one."""
     length = residual.shape[1]
     streams = min(streams, x.shape[1] // length)
-    images = x[:, x.shape[1] - streams * length :].unflatten(1, (streams, length))
-    images.add_(residual[:, None])
+    x[:, -streams * length :].unflatten(1, (streams, length)).add_(residual[:, None])
 
 
 def control_lora(latents: Tensor) -> Extension:

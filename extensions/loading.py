@@ -11,27 +11,26 @@ from torch import Tensor
 import weights
 from errors import MISSING, InputError, warn
 from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl
-from extensions.lora import NO_LORAS, Loras, can_be_regional, merge
+from extensions.lora import Loras, can_be_regional, merge
 from extensions.lora_files import lora_file, read_lora
 from formats.hub import locate
 from formats.recognize import CONTROLNET_FILES, Source
+from formats.safetensors import wrong
 from regional.images import read_image
 from regional.layout import Control, Layout
 from regional.mask import region_tokens
 
 
-def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras = NO_LORAS) -> Loras:
-    """A layout's LoRAs by their names there, with warnings of what is left out; `known` ones are
-    not read again."""
-    named = [(f"loras[{i}].file", lora) for i, lora in enumerate(layout.loras)]
+def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras) -> Loras:
+    """LoRAs by their names in the layout; those in `known` are not read again."""
+    named = {f"loras[{i}].file": lora for i, lora in enumerate(layout.loras)}
     for i, region in enumerate(layout.regions):
-        named += [(f"regions[{i}].loras[{j}].file", own) for j, own in enumerate(region.loras)]
+        named |= {f"regions[{i}].loras[{j}].file": own for j, own in enumerate(region.loras)}
     if not named:
-        return NO_LORAS
-    parts = ("flux", "t5", "clip")
-    modules = {part: weights.on_meta(getattr(checkpoint, part)) for part in parts}
+        return {}
+    modules = {x: weights.on_meta(getattr(checkpoint, x)) for x in ("flux", "t5", "clip")}
     loras = {}
-    for key, entry in named:
+    for key, entry in named.items():
         where = f"{key} = {entry.file}"
         lora = loras.get(entry.file) or known.get(entry.file)
         if lora is None:
@@ -41,10 +40,9 @@ def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras = NO
                 warn(f"{lora.path}: {keys} are skipped, such as {lora.unknown[0]}")
         loras[entry.file] = lora
         if lora.is_control != bool(getattr(entry, "image", None)):
-            needs = "takes no image"
-            if lora.is_control:
-                needs = "is a control LoRA, for the whole image, and needs an image"
-            raise InputError(key, Path(entry.file), f"this LoRA {needs}")
+            needs = "is a control LoRA, for the whole image, and needs an image"
+            problem = f"this LoRA {needs if lora.is_control else 'takes no image'}"
+            raise InputError(key, Path(entry.file), problem)
         skipped = {x.name for x in lora.changes["flux"] if not can_be_regional(x)}
         skipped |= {x.name for x in lora.changes["clip"]}
         if skipped and key.startswith("regions"):
@@ -54,7 +52,7 @@ def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras = NO
 
 
 def control_of(layout: Layout) -> Tensor | None:
-    """The image of the layout's control LoRA, (1, 3, height, width) in [-1, 1]."""
+    """The control LoRA's image, (1, 3, height, width) in [-1, 1]."""
     files = [lora.image for lora in layout.loras if lora.image]
     if len(files) > 1:
         raise InputError("loras", files, "there can be only one control LoRA, with one image")
@@ -71,24 +69,27 @@ def merges_of(layout: Layout, loras: Loras, part: str) -> weights.Merges:
 
 
 def plan_controls(layout: Layout, flux: Source) -> list[tuple[Source, Tensor]]:
-    """Each ControlNet's file, which fits, and image, (1, 3, height, width) in [-1, 1]."""
+    """Each one's file, which fits, and image, (1, 3, height, width) in [-1, 1]."""
     found = []
     steps = layout.steps
     for i, control in enumerate(layout.controlnets):
         key = f"controlnets[{i}]"
         source = find_controlnet(control.model, f"{key}.model")
         check_base(source, flux)
-        check_mode(control, source, f"{key}.mode")
-        image = control_image(control.image, control.preprocess, layout)
-        found.append((source, image))
+        modes = controlnet_params(source).modes
+        if control.mode is None and modes:
+            needs = f"{source.path} is a union of {modes} modes and needs one of them"
+            raise InputError(f"{key}.mode", MISSING, f"missing, {needs}")
+        if control.mode is not None and control.mode >= modes:
+            has = f"{modes} modes, counted from 0" if modes else "no modes"
+            raise InputError(f"{key}.mode", control.mode, f"{source.path} has {has}")
+        found.append((source, control_image(control.image, control.preprocess, layout)))
         if not any(control.acts(step, steps) for step in range(steps)):
-            none = f"none of the {steps} steps"
-            warn(f"{control.model}: {none} lies between start and end")
+            warn(f"{control.model}: none of the {steps} steps lies between start and end")
     return found
 
 
 def find_controlnet(name: str, flag: str = "--controlnet") -> Source:
-    """name: a file, a folder, org/name or org/name:file."""
     place = locate(name, CONTROLNET_FILES, f"{flag} {name}")
     source = weights.pick("controlnet", flag, place)
     weights.check_loads(source, CONTROLNET)
@@ -96,35 +97,21 @@ def find_controlnet(name: str, flag: str = "--controlnet") -> Source:
 
 
 def check_base(controlnet: Source, flux: Source) -> None:
-    """InputError when a ControlNet was made for a transformer of other widths."""
     own = controlnet_params(controlnet)
     base = weights.flux_params(flux)
     for key in ("hidden_size", "in_channels", "context_in_dim", "vec_in_dim"):
         found, expected = (getattr(sizes, key) for sizes in (own, base))
         if found != expected:
-            problem = "this ControlNet is of the wrong base size"
             sizes = f"its {key} is {found}, that of {flux.path} is {expected}"
-            raise InputError(controlnet.path, MISSING, f"{problem}: {sizes}")
-
-
-def check_mode(control: Control, source: Source, key: str) -> None:
-    modes = controlnet_params(source).modes
-    mode = control.mode
-    if modes and mode is None:
-        problem = f"missing, {source.path} is a union of {modes} modes and needs one of them"
-        raise InputError(key, MISSING, problem)
-    if not modes and mode is not None:
-        raise InputError(key, mode, f"{source.path} has no modes")
-    if modes and mode >= modes:
-        raise InputError(key, mode, f"{source.path} has {modes} modes, counted from 0")
+            raise wrong(controlnet.path, f"this ControlNet is of the wrong base size: {sizes}")
 
 
 def load_controls(
     layout: Layout, found: list[tuple[Source, Tensor]], device: torch.device, dtype: torch.dtype,
     nets: dict[Path, ControlNet],
 ) -> list[LoadedControl]:  # fmt: skip
-    """found: by `plan_controls`, with packed latents (1, L_img, 64) for images that are not read
-    as pixels. nets: those that are loaded; new ones are added."""
+    """found: by `plan_controls`, with packed latents (1, L_img, 64) unless the net reads pixels.
+    nets: those that are loaded; new ones are added."""
     controls = []
     for setting, (source, image) in zip(layout.controlnets, found):
         if source.path not in nets:
@@ -132,26 +119,24 @@ def load_controls(
         net = nets[source.path]
         image = image.to(device, dtype)
         tokens = net.read(image) if net.params.hint_width else image
-        scale = scale_of(setting, layout).to(device, dtype)
-        controls.append(LoadedControl(net, tokens, scale, setting))
+        controls.append(LoadedControl(net, tokens, scale_of(setting, layout).to(image), setting))
     return controls
 
 
 def controlnet_params(source: Source) -> ControlNetParams:
     """Sizes from the header's shapes; a config.json would add nothing."""
     sizes = weights.stream_sizes(source)
-    width = source.shape("controlnet_x_embedder.weight")[1]
-    if width != sizes["in_channels"]:
-        key = source.key_names.rows("controlnet_x_embedder.weight", source.tensors)[0].key
+    x_embedder = "controlnet_x_embedder.weight"
+    modes = "controlnet_mode_embedder.weight"
+    if source.shape(x_embedder)[1] != sizes["in_channels"]:
+        key = source.key_names.rows(x_embedder, source.tensors)[0].key
         expected = f"{sizes['in_channels']} columns"
         raise source.misshapen(key, f"{expected}; inpainting ControlNets are not supported")
-    union = "controlnet_mode_embedder.weight"
-    hint = any(key.startswith("input_hint_block.") for key in source.tensors)
-    return ControlNetParams(
-        **sizes,
-        modes=source.shape(union)[0] if union in source.tensors else 0,
-        hint_width=source.shape("input_hint_block.0.weight", dims=4)[0] if hint else 0,
-    )
+    if modes in source.tensors:
+        sizes["modes"] = source.shape(modes)[0]
+    if any(key.startswith("input_hint_block.") for key in source.tensors):
+        sizes["hint_width"] = source.shape("input_hint_block.0.weight", dims=4)[0]
+    return ControlNetParams(**sizes)
 
 
 CONTROLNET = weights.Kind(ControlNet, controlnet_params)
@@ -166,25 +151,21 @@ def scale_of(control: Control, layout: Layout) -> Tensor:
 
 
 def control_image(file: str, preprocess: str | None, layout: Layout) -> Tensor:
-    """A control image at the layout's size, (1, 3, height, width) in [-1, 1]."""
+    """An image of the layout's size, (1, 3, height, width) in [-1, 1]."""
     image = read_image(file)
-    width = layout.width
-    height = layout.height
-    if abs(image.width * height - image.height * width) > max(width, height):
-        sizes = f"{image.width} x {image.height} pixels are stretched to {width} x {height}"
+    size = layout.width, layout.height
+    if abs(image.width * size[1] - image.height * size[0]) > max(size):
+        sizes = "{} x {} pixels are stretched to {} x {}".format(*image.size, *size)
         warn(f"{file}: its {sizes}, another aspect ratio")
-    pixels = np.array(image.resize((width, height), Image.Resampling.LANCZOS))
+    pixels = np.array(image.resize(size, Image.Resampling.LANCZOS))
     if preprocess == "canny":
-        pixels = canny(pixels)
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
-
-
-def canny(pixels: np.ndarray) -> np.ndarray:
-    """White edges on black: (height, width, 3) uint8 in and out."""
-    try:
-        import cv2
-    except ImportError as error:
-        problem = f"needs OpenCV ({error}); pip install opencv-python-headless"
-        raise InputError("preprocess", "canny", problem) from error
-    edges = cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), 100, 200)
-    return np.repeat(edges[:, :, None], 3, axis=2)
+        try:
+            import cv2
+        except ImportError as error:
+            problem = f"needs OpenCV ({error}); pip install opencv-python-headless"
+            raise InputError("preprocess", "canny", problem) from error
+        edges = cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), 100, 200)
+        pixels = np.stack([edges] * 3, axis=2)
+    # On CPUs, group norms over images that are channels-last lose digits.
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
+    return image.float() / 127.5 - 1

@@ -1,12 +1,11 @@
-"""LoRA terms: merged into weights while these are loaded, or added for some tokens by hooks."""
+"""LoRA terms, merged into weights at loading or added for some tokens by hooks."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +13,18 @@ from torch import Tensor, nn
 
 from model.fp8 import Fp8Linear
 
+# Layers whose input is one vector for all tokens.
+MODULATION = re.compile(r"mod(ulation)?\.(lin|1)$")
+# Which tokens the parts of Flux work on, by the first word of a tensor's name.
+STREAMS = {"img_in": "img", "txt_in": "txt", "single_blocks": "both", "final_layer": "img"}
+Loras = Mapping[str, "Lora"]  # by their names in the layout
+Hooks = dict[str, Callable[..., Tensor]]  # by layer
+Addition = tuple["Change", float, Tensor]  # its scale; which tokens get it, (L,) bool
 
-class LowRank(NamedTuple):
-    """scale * up @ down: up (out, rank), down (rank, in)."""
 
-    up: Tensor
-    down: Tensor
+class LowRank(NamedTuple):  # scale * up @ down
+    up: Tensor  # (out, rank)
+    down: Tensor  # (rank, in)
     scale: float
 
     def delta(self) -> Tensor:
@@ -29,11 +34,9 @@ class LowRank(NamedTuple):
         return self.scale * F.linear(F.linear(x, self.down), self.up[rows])
 
 
-class Kronecker(NamedTuple):
-    """scale * kron(left, right): left (a, b), right (c, d), for a layer from b d to a c."""
-
-    left: Tensor
-    right: Tensor
+class Kronecker(NamedTuple):  # scale * kron(left, right), (a c, b d)
+    left: Tensor  # (a, b)
+    right: Tensor  # (c, d)
     scale: float
 
     def delta(self) -> Tensor:
@@ -46,9 +49,7 @@ class Kronecker(NamedTuple):
 
 
 class Full(NamedTuple):
-    """A whole matrix (out, in), or for a bias or a norm a vector (out,)."""
-
-    matrix: Tensor
+    matrix: Tensor  # (out, in), or for a bias or a norm (out,)
 
     def delta(self) -> Tensor:
         return self.matrix
@@ -67,15 +68,12 @@ def converted(term: Term, device: torch.device | str, dtype: torch.dtype) -> Ter
 
 
 class Change(NamedTuple):
-    """What a file does to rows [start, stop) of the tensor `name`. magnitude: DoRA's, (out, 1) or
-    (1, in), the lengths of the changed weight's rows or columns. replaces: what was there."""
-
-    name: str
+    name: str  # of a tensor, whose rows [start, stop) change
     start: int
     stop: int
     term: Term
-    magnitude: Tensor | None = None
-    replaces: bool = False
+    magnitude: Tensor | None = None  # DoRA's: lengths of new rows (out, 1) or columns (1, in)
+    replaces: bool = False  # what was there
 
     def delta(self, rows: Tensor) -> Tensor:
         """What is added to the weight's rows (out, in), at a scale of 1."""
@@ -85,29 +83,20 @@ class Change(NamedTuple):
         if self.magnitude is None:
             return new
         changed = rows + new
-        magnitude = self.magnitude.to(rows.device).to(rows.dtype)
-        by_row = len(magnitude) == len(rows)
+        by_row = len(self.magnitude) == len(rows)
         lengths = changed.norm(dim=1 if by_row else 0, keepdim=True)
-        return changed * magnitude / lengths - rows
+        return changed * self.magnitude.to(rows) / lengths - rows
 
 
-@dataclass(frozen=True)
-class Lora:
-    """A file's changes to flux, t5 and clip, and its unknown keys. is_control: with it the
-    transformer reads a control image next to the noisy one (BFL's Canny and Depth)."""
-
+class Lora(NamedTuple):
     path: Path
-    changes: dict[str, list[Change]]
-    unknown: list[str]
-    is_control: bool = False
-
-
-Loras = Mapping[str, Lora]  # by their names in the layout
-NO_LORAS: Loras = {}
+    changes: dict[str, list[Change]]  # of flux, t5 and clip
+    unknown: list[str]  # keys
+    is_control: bool = False  # it reads an image, as BFL's Canny and Depth
 
 
 def merge(weight: Tensor, changes: list[tuple[Change, float]]) -> Tensor:
-    """A weight, float32 or more, with changes at these scales; control LoRAs make it wider."""
+    """A weight, in float32 or more, with scaled changes; control LoRAs widen it."""
     weight = weight.clone()
     for change, scale in changes:
         low_rank = isinstance(change.term, LowRank)
@@ -119,31 +108,14 @@ def merge(weight: Tensor, changes: list[tuple[Change, float]]) -> Tensor:
     return weight
 
 
-# Layers whose input is one vector for all tokens.
-MODULATION = re.compile(r"mod(ulation)?\.(lin|1)$")
-# By the first part of a tensor's name.
-STREAMS = {"img_in": "img", "txt_in": "txt", "single_blocks": "both", "final_layer": "img"}
-
-
 def stream_of(name: str) -> str | None:
-    """Which tokens a tensor of Flux works on: img, txt, both; None for those of vectors."""
+    """Which tokens a tensor of Flux works on; None for those of vectors."""
     first, *rest = name.split(".")
     return rest[1][:3] if first == "double_blocks" else STREAMS.get(first)
 
 
 def can_be_regional(change: Change) -> bool:
     return stream_of(change.name) is not None and not change.name.endswith("_norm.scale")
-
-
-class Addition(NamedTuple):
-    """A change of a linear layer for the tokens where `tokens` (L,) is true."""
-
-    change: Change
-    scale: float
-    tokens: Tensor
-
-
-Hooks = dict[str, Callable[..., Tensor]]  # by layer
 
 
 @contextmanager
@@ -163,27 +135,27 @@ def hooks_for(
     terms = {}
     for change, scale, tokens in additions:
         layer = change.name.rpartition(".")[0]
+        rows = slice(change.start, change.stop)
         term = change.term
         if change.magnitude is not None:  # what a DoRA comes to
-            rows = slice(change.start, change.stop)
             linear = module.get_submodule(layer)
             weight = linear.upcast(rows) if isinstance(linear, Fp8Linear) else linear.weight[rows]
             precise = torch.promote_types(weight.dtype, torch.float32)
             term = Full(change.delta(weight.to(precise)))
-        term = converted(term, device, dtype)
         index = tokens.nonzero().flatten().to(device)
-        addition = term, scale, range(change.start, change.stop), tokens.cpu(), index
+        addition = converted(term, device, dtype), scale, rows, tokens.cpu(), index
         terms.setdefault(layer, []).append(addition)
-    return {name: partial(add, own, bool(MODULATION.search(name))) for name, own in terms.items()}
+    is_vector = {layer: bool(MODULATION.search(layer)) for layer in terms}
+    return {layer: partial(add, own, is_vector[layer]) for layer, own in terms.items()}
 
 
 def add(
-    terms: list[tuple[Term, float, range, Tensor, Tensor]], of_vector: bool,
-    linear: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any], out: Tensor,
+    terms: list[tuple], of_vector: bool, linear: nn.Module,
+    args: tuple[Tensor], kwargs: dict, out: Tensor,
 ) -> Tensor:  # fmt: skip
-    """A forward hook: scale * term(x) is added to some rows of the output of some tokens, (L,)
-    bool and indices. args[0]: (B, L, in), or the last tokens alone; if `of_vector`, one for all,
-    (B, 1, in), and each token gets an output of its own. kwargs: FusedLinear's `rows` in `out`."""
+    """A forward hook: adds scale * term(x) to rows of some tokens. terms: these, (L,) bool
+    and indices last. x: (B, L, in), or the last tokens; if `of_vector` (B, 1, in), and each
+    token gets its own output. kwargs: FusedLinear's `rows`, those in `out`."""
     (x,) = args
     asked = range(linear.out_features)[kwargs.get("rows", slice(None))]
     for term, scale, rows, tokens, index in terms:
@@ -193,11 +165,12 @@ def add(
             continue
         own = slice(start - rows.start, stop - rows.start)
         there = slice(start - asked.start, stop - asked.start)
+        given = x
         if of_vector:
             out = out.repeat(1, len(tokens), 1) if out.shape[1] == 1 else out
-            out[:, index, there] += scale * term(x, own)
         else:
             before = len(tokens) - x.shape[1]
             index = index[int(tokens[:before].sum()) :] - before
-            out[:, index, there] += scale * term(x[:, index], own)
+            given = x[:, index]
+        out[:, index, there] += scale * term(given, own)
     return out

@@ -1,7 +1,7 @@
 """LoRAs of single regions, an extension of sampling.
 
-They act on the region's prompt and image tokens in every stream; where regions overlap they add
-up. One of the whole image also acts on the base prompt's tokens: it is the same as a merged one.
+They act on the region's prompt and image tokens in every stream, and add up where regions
+overlap; one of the whole image also acts on the base prompt, like a merged one.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,19 +10,15 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from extensions.lora import MODULATION, Addition, Loras, added, can_be_regional, hooks_for, stream_of
+from extensions.lora import MODULATION, Loras, added, can_be_regional, hooks_for, stream_of
 from model.layers import Vectors
 from model.transformer import Flux
 from regional.extension import Branches, Extension, Forward, Pass
 from regional.layout import Layout, RegionLora
 
 
-def all_of(x: Tensor, dim: int = 1) -> Tensor:
-    return x
-
-
 class OwnModulation:
-    """A modulation computed entry by entry: vectors for each token take gigabytes."""
+    """Modulation, entry by entry: vectors for each token take gigabytes."""
 
     def __init__(self, flux: Flux, given: Pass):
         self.modules = flux.modulated
@@ -34,10 +30,9 @@ class OwnModulation:
 
 def region_loras(
     flux: Flux, layout: Layout, loras: Loras, device: torch.device, dtype: torch.dtype,
-    part: Callable[[Tensor], Tensor] = all_of,
+    part: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Extension:  # fmt: skip
-    """In plain steps those act that ask for it. device, dtype: of the layers' inputs. part: this
-    process's part of a stream's tokens, along dimension 0."""
+    """device, dtype: of the layers' inputs; part: of the tokens (L,), a process's."""
 
     def extend(forward: Forward, branches: Branches) -> Forward:
         is_plain = branches.base_ratio is None and branches.prompt == 0
@@ -48,10 +43,9 @@ def region_loras(
             for lora in region.loras if mine.any() else ():
                 if is_plain and not lora.plain_steps:
                     continue
-                for change in loras[lora.file].changes["flux"]:
-                    if can_be_regional(change):
-                        tokens = streams[stream_of(change.name)]
-                        found.append(Addition(change, lora.scale, tokens))
+                for change in filter(can_be_regional, loras[lora.file].changes["flux"]):
+                    tokens = streams[stream_of(change.name)]
+                    found.append((change, lora.scale, tokens))
         hooks = hooks_for(flux, found, device, dtype)
         changes_modulation = any(MODULATION.search(layer) for layer in hooks)
 
@@ -70,17 +64,14 @@ def prompt_loras(
     encoder: nn.Module, name: str, own: Sequence[RegionLora], loras: Loras, length: int,
     device: torch.device, dtype: torch.dtype,
 ) -> AbstractContextManager:  # fmt: skip
-    """While it lasts, T5 or CLIP (`name`) encodes a prompt of this length with its region's LoRAs."""
-    everywhere = torch.ones(length, dtype=torch.bool)
-    changes = [(change, x.scale) for x in own for change in loras[x.file].changes[name]]
-    found = [Addition(change, scale, everywhere) for change, scale in changes]
+    """While it lasts, T5 or CLIP (`name`) encodes a prompt with its region's LoRAs."""
+    all_of = torch.ones(length, dtype=torch.bool)
+    found = [(x, lora.scale, all_of) for lora in own for x in loras[lora.file].changes[name]]
     return added(encoder, hooks_for(encoder, found, device, dtype))
 
 
-def tokens_of(
-    mine: Tensor, branches: Branches, part: Callable[[Tensor], Tensor] = all_of
-) -> dict[str, Tensor]:  # fmt: skip
-    """A region's tokens in each stream, (L,) bool; mine: those in branches.region_bits."""
+def tokens_of(mine: Tensor, branches: Branches, part: Callable) -> dict[str, Tensor]:
+    """A region's tokens by stream, (L,) bool; mine: those in region_bits."""
     length = len(branches.order)
     txt, img = mine.split([len(mine) - length, length])
     base = img.all().expand(branches.text_length * branches.has_base)

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import weights
-from extensions.controlnet import ControlNet, ControlNetParams
+from extensions.controlnet import ControlNet, ControlNetParams, residual_after
 from formats import key_names as namings
 from model.attention import Block, rope_axes
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
@@ -314,7 +314,8 @@ def train_controlnet(minutes: float, out: Path) -> None:
         residuals = net(b.noisy, b.img_ids, b.txt, ids, modulation, b.extra)
 
         def add(x: Tensor, block: Block) -> Tensor:
-            return x + residuals.after(block, depth, in_turn=False) if block.kind == "double" else x
+            own = residuals[block.kind]
+            return x + residual_after(block, own, depth, in_turn=False) if own else x
 
         return (model.velocity(b, guidance, after_block=add).float() - b.target).square().mean()
 

@@ -22,8 +22,8 @@ import weights
 from errors import InputError
 from extensions import loading
 from extensions.control import controlnets
-from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl, Residuals
-from extensions.loading import CONTROLNET, canny, control_image, scale_of
+from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl, residual_after
+from extensions.loading import CONTROLNET, control_image, find_controlnet, scale_of
 from model.attention import Block, plain_attention
 from model.transformer import Flux, FluxParams, as_it_is, text_then_image
 from pipeline import Pipeline
@@ -44,40 +44,28 @@ THEIRS = {
     "in_channels": 64, "attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 32,
     "pooled_projection_dim": 48, "axes_dims_rope": (4, 14, 14),
 }  # fmt: skip
+INPUTS = {
+    "img": random(1, 15, 64), "img_ids": image_ids(80, 48), "txt": random(1, 7, 32, seed=2), "txt_ids": text_ids(7),
+    "timesteps": torch.tensor([0.317]).double(), "y": random(1, 48, seed=3), "guidance": torch.tensor([3.5]).double(),
+}  # fmt: skip
 
 
-def net(double: int = 2, single: int = 0, seed: int = 5, **more: int) -> ControlNet:
-    params = ControlNetParams(**SIZES, depth=double, depth_single_blocks=single, **more)
-    return randomized(ControlNet(params), seed)
+def net(double: int, single: int, seed: int = 5, **more: int) -> ControlNet:
+    return randomized(ControlNet(ControlNetParams(**SIZES, depth=double, depth_single_blocks=single, **more)), seed)
 
 
-def inputs(rows: int = 3, columns: int = 5, words: int = 7) -> dict[str, torch.Tensor]:
-    return {
-        "img": random(1, rows * columns, 64),
-        "img_ids": image_ids(16 * columns, 16 * rows),
-        "txt": random(1, words, 32, seed=2),
-        "txt_ids": text_ids(words),
-        "timesteps": torch.tensor([0.317], dtype=F64),
-        "y": random(1, 48, seed=3),
-        "guidance": torch.tensor([3.5], dtype=F64),
-    }
-
-
-def after_block_of(controls, given, step=0, steps=1, streams=1):
+def after_block_of(controls, step=0, steps=1):
     """What the ControlNets do after the blocks of a pass, a function (x, block) -> x."""
     seen = []
-    order = torch.arange(15)
-    bits = torch.zeros(15, dtype=torch.long)
-    conditioning = Conditioning(given["txt"], None, given["y"])
-    extension = controlnets(controls, BASE, steps, conditioning)
-    forward = extension(lambda given, step: seen.append(given), Branches(bits, order, 7, streams=streams))
-    tokens = given["img"], given["img_ids"], given["txt"], given["txt_ids"]
-    seam = plain_attention, text_then_image, as_it_is
-    forward(Pass(*tokens, [], *seam, given["timesteps"], given["y"], given["guidance"]), step)
+    branches = Branches(torch.zeros(15, dtype=torch.long), torch.arange(15), 7)
+    extension = controlnets(controls, BASE, steps, Conditioning(INPUTS["txt"], None, INPUTS["y"]))
+    *tokens, timesteps, y, guidance = INPUTS.values()
+    given = Pass(*tokens, [], plain_attention, text_then_image, as_it_is, timesteps, y, guidance)
+    extension(lambda given, step: seen.append(given), branches)(given, step)
     return seen[0].after_block
 
 
-def residuals_of(net: ControlNet, timesteps, y, guidance, **more) -> Residuals:
+def residuals_of(net: ControlNet, timesteps, y, guidance, **more) -> dict[str, list[torch.Tensor]]:
     return net(modulation=net.modulation(timesteps, y, guidance), **more)
 
 
@@ -92,21 +80,14 @@ def refuse(match, call, *args):
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
-# ------------------------------------------------------------------------------ diffusers'
-
-
-FAMILIES = {  # double and single blocks, modes, the hint's channels, guidance
-    "union": (3, 4, 6, None, True),
-    "spread": (2, 3, None, None, True),
-    "double_only": (3, 0, None, None, True),
-    "without_guidance": (1, 1, None, None, False),
-    "xlabs": (2, 0, None, 16, True),
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_files_from_diffusers_give_its_residuals_and_its_velocity(diffusers, tmp_path, family):
-    double, single, modes, hint, guided = FAMILIES[family]
+@pytest.mark.parametrize(
+    "double, single, modes, hint, guided",
+    [(3, 4, 6, None, True), (2, 3, None, None, True), (3, 0, None, None, True), (1, 1, None, None, False),
+     (2, 0, None, 16, True)], ids=["union", "spread", "double only", "without guidance", "xlabs"],
+)  # fmt: skip
+def test_files_from_diffusers_give_its_residuals_and_its_velocity(
+    diffusers, tmp_path, double, single, modes, hint, guided
+):
     blocks = {"num_layers": double, "num_single_layers": single, "guidance_embeds": guided}
     own = {"num_mode": modes, "conditioning_embedding_channels": hint, "patch_size": 2 if hint else 1}
     theirs = randomized(diffusers.FluxControlNetModel(**THEIRS, **blocks, **own))
@@ -114,13 +95,11 @@ def test_files_from_diffusers_give_its_residuals_and_its_velocity(diffusers, tmp
     their_flux = randomized(diffusers.FluxTransformer2DModel(**THEIRS, **blocks), seed=7)
     tiny.save(tmp_path / "control" / "model.safetensors", theirs.state_dict())
     tiny.save(tmp_path / "flux.safetensors", their_flux.state_dict())
-    source = loading.find_controlnet(str(tmp_path / "control"))
-    ours = weights.load(source, "cpu", F64, kind=CONTROLNET)
+    ours = weights.load(find_controlnet(str(tmp_path / "control")), "cpu", F64, kind=CONTROLNET)
     flux = weights.load(weights.pick("flux", "--flux", tmp_path / "flux.safetensors"), "cpu", F64)
-    sizes = ours.params.modes, ours.params.hint_width, ours.params.guidance_embed
-    assert sizes == (modes or 0, hint or 0, guided)
-
-    x = inputs()
+    params = ours.params
+    assert (params.modes, params.hint_width, params.guidance_embed) == (modes or 0, hint or 0, guided)
+    x = INPUTS
     mode = 4 if modes else None
     control = random(1, 3, 48, 80, seed=4) if hint else random(1, 15, 64, seed=4)
     tokens = ours.read(control) if hint else control
@@ -134,29 +113,17 @@ def test_files_from_diffusers_give_its_residuals_and_its_velocity(diffusers, tmp
         guidance=x["guidance"] if guided else None, **shared,
     )  # fmt: skip
     got = residuals_of(ours, **x, control=tokens, mode=mode)
-    assert (len(got.double), len(got.single)) == (double, single)
-    for our, their in zip(got.double + got.single, [*wanted_double, *(wanted_single or [])]):
+    assert (len(got["double"]), len(got["single"])) == (double, single)
+    for our, their in zip(got["double"] + got["single"], [*wanted_double, *(wanted_single or [])]):
         assert largest_difference(0.7 * our, their) < 1e-9
 
-    residuals = {"controlnet_block_samples": wanted_double, "controlnet_single_block_samples": wanted_single}
-    more = {"guidance": x["guidance"], "controlnet_blocks_repeat": hint is not None}
-    wanted = their_flux(x["img"], **residuals, **more, **shared)[0]
-    after_block = after_block_of([at_full(ours, tokens, 0.7, mode=mode)], x)
+    wanted = their_flux(
+        x["img"], controlnet_block_samples=wanted_double, controlnet_single_block_samples=wanted_single,
+        guidance=x["guidance"], controlnet_blocks_repeat=hint is not None, **shared,
+    )[0]  # fmt: skip
+    after_block = after_block_of([at_full(ours, tokens, 0.7, mode=mode)])
     assert largest_difference(tiny.velocity(flux, **x, after_block=after_block), wanted) < 1e-9
     assert (tiny.velocity(flux, **x) - wanted).abs().max() > 1e-3
-
-
-def test_canny_is_opencvs():
-    cv2 = pytest.importorskip("cv2", reason="needs opencv-python-headless")
-    pixels = np.zeros((40, 60, 3), np.uint8)
-    pixels[10:30, 20:50] = 200, 50, 250
-    edges = canny(pixels)
-    assert np.array_equal(edges[:, :, 0], cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), 100, 200))
-    assert set(np.unique(edges)) == {0, 255} and edges.shape == pixels.shape
-    assert np.array_equal(edges[:, :, 0], edges[:, :, 2])
-
-
-# ------------------------------------------------------------------------------ files
 
 
 OF_TINY = SIZES | {"mlp_hidden": 192, "depth": 2}  # as tiny.FLUX
@@ -170,8 +137,7 @@ def xlabs_names(state: tiny.State) -> tiny.State:
 
 def diffusers_names(state: tiny.State) -> tiny.State:
     own = {key: state[key] for key in state if key.startswith(("controlnet_", "input_hint_block"))}
-    convs = ["conv_in", *(f"blocks.{i}" for i in range(6)), "conv_out"]
-    for i, conv in enumerate(convs):
+    for i, conv in enumerate(["conv_in", *(f"blocks.{i}" for i in range(6)), "conv_out"]):
         own = {key.replace(f"hint_block.{2 * i}.", f"hint_block.{conv}."): tensor for key, tensor in own.items()}
     return own | tiny.flux_to_diffusers({key: state[key] for key in state if key not in own and "hint" not in key})
 
@@ -181,21 +147,12 @@ def test_every_spelling_is_read_without_a_config_and_is_no_transformer(tmp_path,
     state = tiny.state(ControlNet(params))
     path = tiny.save(tmp_path / "any-name.safetensors", names(state))
     for place in (path, tmp_path):
-        source = loading.find_controlnet(str(place))
+        source = find_controlnet(str(place))
         assert loading.controlnet_params(source) == params
         found = weights.load(source, "cpu", torch.float32, kind=CONTROLNET).state_dict()
-        assert found.keys() == state.keys()
-        assert all(torch.equal(found[key], state[key]) for key in state)
+        assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
     message = "no FLUX.1 transformer in it: any-name.safetensors is a ControlNet"
     refuse(message, weights.pick, "flux", "--flux", path)
-
-
-def test_a_repository_can_name_one_of_its_files(tmp_path, monkeypatch):
-    for name in ("canny", "depth"):
-        tiny.save(tmp_path / f"{name}.safetensors", xlabs_names(tiny.state(ControlNet(XLABS))))
-    monkeypatch.setattr(loading, "locate", lambda name, *_: tmp_path / name.partition(":")[2])
-    assert loading.find_controlnet("org/name:depth.safetensors").path.name == "depth.safetensors"
-    refuse("canny.safetensors and depth.safetensors could each be", loading.find_controlnet, "org/name")
 
 
 WRONG = {
@@ -216,45 +173,37 @@ def test_files_that_do_not_fit_are_refused(tmp_path, match):
     state = diffusers_names(tiny.state(ControlNet(UNION)))
     state.pop(key, None)
     state |= {key: torch.zeros(shape)} if shape else {}
-    path = tiny.save(tmp_path / "x.safetensors", state)
-    refuse(match, loading.find_controlnet, str(path))
+    refuse(match, find_controlnet, str(tiny.save(tmp_path / "x.safetensors", state)))
 
 
 def test_other_parts_nothing_and_other_base_sizes_are_refused(tmp_path):
     path = tiny.save(tmp_path / "x.safetensors", tiny.flux_state())
-    message = "no FLUX.1 ControlNet in it: x.safetensors is a FLUX.1 transformer"
-    refuse(message, loading.find_controlnet, str(path))
-    refuse("--controlnet .*none: there is no such file", loading.find_controlnet, str(tmp_path / "none"))
-    other = FluxParams(**SIZES | {"vec_in_dim": 40}, depth=1, depth_single_blocks=1)
+    refuse("no FLUX.1 ControlNet in it: x.safetensors is a FLUX.1 transformer", find_controlnet, str(path))
+    refuse("--controlnet .*none: there is no such file", find_controlnet, str(tmp_path / "none"))
+    other = Flux(FluxParams(**SIZES | {"vec_in_dim": 40}, depth=1, depth_single_blocks=1))
     control = tiny.save(tmp_path / "a" / "c.safetensors", diffusers_names(tiny.state(ControlNet(UNION))))
-    flux = tiny.save(tmp_path / "b" / "f.safetensors", tiny.state(Flux(other)))
-    sources = loading.find_controlnet(str(control)), weights.pick("flux", "--flux", flux)
+    flux = tiny.save(tmp_path / "b" / "f.safetensors", tiny.state(other))
     message = "c.safetensors: .*wrong base size: its vec_in_dim is 48, that of .*f.safetensors is 40"
-    refuse(message, loading.check_base, *sources)
-
-
-# ------------------------------------------------------------------------------ which blocks, steps, tokens, streams
+    refuse(message, loading.check_base, find_controlnet(str(control)), weights.pick("flux", "--flux", flux))
 
 
 @pytest.mark.parametrize("count, depth", [(5, 19), (6, 19), (10, 38), (1, 4), (3, 7), (4, 3)])
 def test_residuals_are_spread_in_groups_or_taken_in_turn(count, depth):
-    residuals = Residuals([torch.tensor(i) for i in range(count)], [])
     blocks = [Block("double", i) for i in range(depth)]
-    spread = [int(residuals.after(block, depth, in_turn=False)) for block in blocks]
+    spread, in_turn = ([residual_after(block, range(count), depth, turn) for block in blocks] for turn in (False, True))
     assert spread == [i // math.ceil(depth / count) for i in range(depth)]
-    assert [int(residuals.after(block, depth, in_turn=True)) for block in blocks] == [i % count for i in range(depth)]
-    assert residuals.after(Block("single", 0), depth, in_turn=False) is None
+    assert in_turn == [i % count for i in range(depth)]
 
 
-def test_several_controlnets_add_up():
-    x, tokens = inputs(), random(1, 15, 64, seed=4)
-    two = [at_full(net(2, 3), tokens, 0.5), at_full(net(2, seed=6, hint_width=4), tokens, -0.25)]
+def test_several_controlnets_add_up_in_the_steps_in_which_each_acts():
+    tokens = random(1, 15, 64, seed=4)
+    two = at_full(net(2, 0, 6, hint_width=4), tokens, -0.25, end=0.5), at_full(net(2, 3), tokens, 0.5)
     for block in (Block("double", 3), Block("single", 6)):
         before = random(1, 22 if block.kind == "single" else 15, 64, seed=9)
-        parts = [after_block_of([one], x)(before.clone(), block) - before for one in two]
-        both = after_block_of(two, x)(before.clone(), block) - before
-        assert parts[0].abs().max() > 0.01 and torch.allclose(both, sum(parts))
-        assert (parts[1].abs().max() > 0.01) == (block.kind == "double")  # XLabs has none for the single blocks
+        runs = ([two[0]], 0), ([two[1]], 0), (two, 0), (two, 1)
+        *parts, both, later = (after_block_of(own, step, 2)(before.clone(), block) - before for own, step in runs)
+        assert parts[1].abs().max() > 0.01 and torch.allclose(both, sum(parts)) and torch.equal(later, parts[1])
+        assert (parts[0].abs().max() > 0.01) == (block.kind == "double")  # XLabs has none for the single blocks
 
 
 @pytest.mark.parametrize(
@@ -262,29 +211,23 @@ def test_several_controlnets_add_up():
     [(0, 1, 4, [0, 1, 2, 3]), (0, 0.5, 4, [0, 1]), (0.3, 0.7, 10, [3, 4, 5, 6]), (0.26, 1, 4, [2, 3]), (0, 0.2, 4, [])],
 )
 def test_start_and_end_say_in_which_steps_it_acts(start, end, steps, acting):
-    control = at_full(net(1), random(1, 15, 64, seed=4), start=start, end=end)
-    for step in range(steps):
-        after_block = after_block_of([control], inputs(), step, steps)
-        changed = after_block(torch.zeros(1, 15, 64, dtype=F64), Block("double", 0)).any()
-        assert changed == (step in acting)
+    setting = Control(model="m", image="i", start=start, end=end)
+    assert [step for step in range(steps) if setting.acts(step, steps)] == acting
 
 
 @pytest.mark.parametrize("residuals", ["all", "published"])
 @pytest.mark.parametrize("region, base_ratio", [(None, 0.3), (1, 0.3), (1, 0.0)])
 def test_a_regional_step_and_a_plain_one_are_what_they_should_be(residuals, region, base_ratio):
     """Two steps, regional and plain, against the rule written out once more, without sorted tokens."""
-    boxes = [(0, 16, 64, 48), (32, 0, 64, 64)]
     layout = Layout(
         prompt="p", width=64, height=64, steps=2, mask_inject_steps=1, base_ratio=base_ratio,
-        regions=[Region(prompt=f"{i}", box=box) for i, box in enumerate(boxes)],
+        regions=[Region(prompt="0", box=(0, 16, 64, 48)), Region(prompt="1", box=(32, 0, 64, 64))],
     ).resolved(DEFAULTS)  # fmt: skip
     setting = Control(model="m", image="i", scale=0.9, region=region, residuals=residuals)
-    flux = randomized(Flux(BASE))
-    control = net(2, 3)
+    flux, control, image = randomized(Flux(BASE)), net(2, 3), random(1, 16, 64, seed=4)
     tokens = region_tokens(layout)
-    image = random(1, 16, 64, seed=4)
-    texts = random(1, 7, 32, seed=2), random(len(tokens.prompts), 5, 32, seed=8)
-    conditioning = Conditioning(*texts, random(1, 48, seed=3))
+    regions = random(len(tokens.prompts), 5, 32, seed=8)
+    conditioning = Conditioning(INPUTS["txt"], regions, INPUTS["y"])
     loaded = LoadedControl(control, image, scale_of(setting, layout).double(), setting)
     run = flux, layout, tokens, conditioning, 1, portable_attention
     got = sample(*run, [controlnets([loaded], BASE, 2, conditioning)])
@@ -294,20 +237,16 @@ def test_a_regional_step_and_a_plain_one_are_what_they_should_be(residuals, regi
     levels = noise_levels(layout, BASE)
     regional = RegionalAttention(dense_attention, tokens.bits(5), 7, 16, layout.regions[0].base_ratio)
     base = {"img_ids": image_ids(64, 64), "y": conditioning.y, "guidance": torch.tensor([3.5])}
-    txt = conditioning.regions.flatten(0, 1)[None]
-    if base_ratio:
-        txt = torch.cat([txt, conditioning.txt], dim=1)
+    txt = torch.cat([regions.flatten(0, 1)[None]] + [conditioning.txt] * (base_ratio > 0), dim=1)
     passes = [(txt, {"attention": regional, "join": regional.join}), (conditioning.txt, {})]
     for step, (txt, more) in enumerate(passes):
         given = base | {"img": img, "timesteps": torch.tensor([levels[step]], dtype=torch.float32)}
-        own = {"txt": conditioning.txt, "txt_ids": text_ids(7), "control": image}
-        residuals_of_step = residuals_of(control, **given, **own)
+        found = residuals_of(control, **given, txt=conditioning.txt, txt_ids=text_ids(7), control=image)
         two = base_ratio and step == 0 and residuals == "all"
 
-        def after_block(x, block, found=residuals_of_step, two=two):
+        def after_block(x, block, found=found, two=two):
             x = x.clone()
-            r = getattr(found, block.kind)[block.index // 3]
-            r = torch.where(inside[:, None], 0.9 * r, 0.0)
+            r = torch.where(inside[:, None], 0.9 * found[block.kind][block.index // 3], 0.0)
             x[:, -16:] += r
             if block.kind == "single" and x.shape[1] > 16 and two:
                 x[:, -32:-16] += r
@@ -319,37 +258,37 @@ def test_a_regional_step_and_a_plain_one_are_what_they_should_be(residuals, regi
     assert (got - sample(*run)).abs().max() > 1e-2
 
 
-# ------------------------------------------------------------------------------ images
+RED = Image.new("RGB", (64, 32), (255, 0, 127)), (1.0, -1.0, 127 / 127.5 - 1)
+DEPTH = Image.fromarray(np.full((16, 16), 128 * 257, np.uint16)), [128 / 127.5 - 1] * 3  # of 16 bits
 
 
-@pytest.mark.parametrize("height, warning", [(64, ""), (128, "64 x 32 pixels are stretched to 128 x 128")])
-def test_the_image_is_scaled_and_its_aspect_ratio_is_warned_of(tmp_path, capsys, height, warning):
-    Image.new("RGB", (64, 32), (255, 0, 127)).save(tmp_path / "a.png")
-    image = control_image(str(tmp_path / "a.png"), None, Layout(prompt="", width=128, height=height))
+@pytest.mark.parametrize(
+    "image, rgb, height, warning",
+    [(*RED, 64, ""), (*RED, 128, "64 x 32 pixels are stretched to 128 x 128"), (*DEPTH, 128, "")],
+)
+def test_the_image_is_scaled_and_its_aspect_ratio_is_warned_of(tmp_path, capsys, image, rgb, height, warning):
+    image.save(tmp_path / "a.png")
+    found = control_image(str(tmp_path / "a.png"), None, Layout(prompt="", width=128, height=height))
     warned = capsys.readouterr().err
     assert warning in warned and bool(warned) == bool(warning)
-    assert image.shape == (1, 3, height, 128)
-    assert torch.allclose(image[0, :, 5, 7], torch.tensor([1.0, -1.0, 127 / 127.5 - 1]))
+    assert found.shape == (1, 3, height, 128) and torch.allclose(found, torch.tensor(rgb)[:, None, None], atol=1e-6)
 
 
-def test_a_depth_map_of_16_bits_keeps_its_grays(tmp_path):
-    Image.fromarray(np.full((16, 16), 128 * 257, np.uint16)).save(tmp_path / "depth.png")
-    image = control_image(str(tmp_path / "depth.png"), None, Layout(prompt="", width=16, height=16))
-    assert torch.allclose(image, torch.tensor(128 / 127.5 - 1), atol=1e-6)
+def test_canny_is_opencvs_and_without_it_names_what_to_install(tmp_path, monkeypatch):
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[10:30, 20:50] = 200, 50, 250
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    given = str(tmp_path / "a.png"), "canny", Layout(prompt="", width=64, height=48)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "cv2", None)
+        refuse("preprocess = 'canny': .*pip install opencv-python-headless", control_image, *given)
+    cv2 = pytest.importorskip("cv2", reason="needs opencv-python-headless")
+    edges = cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), 100, 200)
+    assert set(np.unique(edges)) == {0, 255}
+    assert torch.equal(control_image(*given), torch.tensor(edges / 127.5 - 1).float().expand(1, 3, 48, 64))
 
 
-def test_canny_without_opencv_names_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    message = "preprocess = 'canny': .*pip install opencv-python-headless"
-    refuse(message, canny, np.zeros((4, 4, 3), np.uint8))
-
-
-# ---------------------------------------------------------------------------- layout and flags
-
-
-A = {
-    "prompt": "a harbor at dawn", "width": 64, "height": 64, "steps": 2, "seed": 3, "max_sequence_length": 16,
-}  # fmt: skip
+A = {"prompt": "a harbor at dawn", "width": 64, "height": 64, "steps": 2, "seed": 3, "max_sequence_length": 16}
 UNION_CONTROL = {"model": "../models/controlnet-union", "image": "control.png", "mode": 2}
 CONTROL = {"model": "../models/controlnet", "image": "control.png"}
 
@@ -397,11 +336,9 @@ def test_flags_are_the_layouts_keys_and_win_over_them(folder, latents, run, caps
     layout = written(A | {"controlnets": [control | {"scale": 3}]})
     more = ["--control-mode", "depth", "--control-scale", 0.5, "--control-end", 0.5]
     ran = run("--layout", layout, *FLAGS, *more, "--output", "z.png", "--save-latents", "z.safetensors")
-    assert ran.code == 0
-    assert torch.equal(by_layout, load_file("z.safetensors")["latents"])
+    assert ran.code == 0 and torch.equal(by_layout, load_file("z.safetensors")["latents"])
     (recorded,) = json.loads(Image.open("z.png").text["layout"])["controlnets"]
-    expected = {"model": "models/controlnet-union", "mode": "depth", "scale": 0.5, "region": None}
-    assert expected.items() <= recorded.items()
+    assert recorded | {"model": "models/controlnet-union", "mode": "depth", "scale": 0.5, "region": None} == recorded
     without = latents()
     assert (by_layout - without).abs().max() > 1e-3
     assert (by_layout - latents(control | {"mode": "canny"})).abs().max() > 1e-3
@@ -417,22 +354,18 @@ def test_one_model_may_act_twice_and_a_scale_of_0_is_none_at_all(latents):
 
 @pytest.mark.parametrize("method", ["regional", "rpg", "plain"])
 def test_every_method_takes_a_controlnet_for_one_region(latents, method):
-    boxes = {"a boat": [0, 0, 32, 64], "a tower": [32, 0, 64, 64]}
-    regions = [{"prompt": prompt, "box": box} for prompt, box in boxes.items()]
+    regions = [{"prompt": "a boat", "box": [0, 0, 32, 64]}, {"prompt": "a tower", "box": [32, 0, 64, 64]}]
     keys = {"method": method, "mask_inject_steps": 1, "regions": regions}
-    everywhere = latents(CONTROL, **keys)
-    one = latents(CONTROL | {"region": 0}, **keys)
-    none = latents(**keys)
-    for a, b in ((everywhere, one), (one, none), (everywhere, none)):
+    found = [latents(CONTROL, **keys), latents(CONTROL | {"region": 0}, **keys), latents(**keys)]
+    for a, b in zip(found, found[1:] + found[:1]):
         assert (a - b).abs().max() > 1e-3
 
 
 def test_an_xlabs_controlnet_reads_the_image_itself(folder, latents, pipeline):
     flux = weights.flux_params(pipeline.checkpoint.flux)
     sizes = {key: getattr(flux, key) for key in SIZES}
-    params = ControlNetParams(**sizes, depth=2, depth_single_blocks=0, hint_width=16)
-    state = randomized(ControlNet(params)).float().state_dict()
-    tiny.save(folder / "xlabs.safetensors", xlabs_names(state))
+    control = ControlNet(ControlNetParams(**sizes, depth=2, depth_single_blocks=0, hint_width=16))
+    tiny.save(folder / "xlabs.safetensors", xlabs_names(randomized(control).float().state_dict()))
     control = {"model": "../xlabs.safetensors", "image": "control.png"}
     keys = {"regions": [{"prompt": "a boat", "box": [16, 0, 48, 64]}], "mask_inject_steps": 1}
     assert (latents(control, **keys) - latents(**keys)).abs().max() > 1e-3
@@ -479,9 +412,8 @@ FLAG_MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("mistake", FLAG_MISTAKES)
-def test_mistakes_in_flags_name_the_flag(folder, run, mistake):
-    message, *flags = mistake
+@pytest.mark.parametrize("message, flags", [(message, flags) for message, *flags in FLAG_MISTAKES])
+def test_mistakes_in_flags_name_the_flag(folder, run, message, flags):
     ran = run("--layout", written(A), *FLAGS, "--control-mode", 2, *flags)
     assert ran.code == 2 and message in ran.errors[-1]
 

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from msgspec.structs import replace
+from test_parity import random, randomized
 from torch import Tensor
 
 from extensions.control import control_lora
@@ -24,7 +25,6 @@ from regional.mask import region_tokens
 from regional.sampling import Run, modulations, noise_levels, regional, sample
 from sampler.flow import image_ids, noise, pack, text_ids, unpack
 
-PAGE = Path(__file__).parent.parent / "docs" / "extensions.md"
 IMAGE = 16
 TEXT = 5
 STEPS = 4
@@ -36,25 +36,13 @@ GUIDANCE = torch.tensor([3.5])
 IDS = image_ids(64, 64)
 
 
-def random(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def random_flux(in_channels: int = 64) -> Flux:
-    torch.manual_seed(0)
-    flux = Flux(dataclasses.replace(tiny.FLUX, in_channels=in_channels)).double()
-    for parameter in flux.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    return flux.requires_grad_(False)
+TOKENS = region_tokens(LAYOUT)
+CONDITIONING = Conditioning(random(1, TEXT, 32), random(3, TEXT, 32, seed=2), random(1, 48, seed=3))
 
 
 @pytest.fixture(scope="module")
 def flux() -> Flux:
-    return random_flux()
-
-
-TOKENS = region_tokens(LAYOUT)
-CONDITIONING = Conditioning(random(1, TEXT, 32), random(3, TEXT, 32, seed=2), random(1, 48, seed=3))
+    return randomized(Flux(tiny.FLUX))
 
 
 def latents(flux: Flux, *extensions, layout: Layout = LAYOUT) -> Tensor:
@@ -98,9 +86,6 @@ def test_without_extensions_a_plain_run_is_the_loop_written_out(flux):
     assert torch.equal(latents(flux, layout=PLAIN), euler(flux, lambda img, t: plain_velocity(flux, img, t)))
 
 
-# ------------------------------------------------------------------------------ other samplers
-
-
 def heun(velocity, img: Tensor, levels: list[float]) -> Tensor:
     """Heun's method asks for a second velocity in each step, at its end."""
     for step, (t, t_next) in enumerate(zip(levels, levels[1:])):
@@ -130,9 +115,8 @@ def test_heun_takes_the_modulation_by_its_timestep(flux, ratio):
         more = {"attention": attention, "join": attention.join}
 
     def fresh(img: Tensor, t: float, step: int) -> Tensor:
-        places = IDS[:, order], txt, text_ids(txt.shape[1])
-        given = torch.tensor([t]), CONDITIONING.y, GUIDANCE
-        return tiny.velocity(flux, img.double(), *places, *given, **more)
+        given = IDS[:, order], txt, text_ids(txt.shape[1]), torch.tensor([t]), CONDITIONING.y, GUIDANCE
+        return tiny.velocity(flux, img.double(), *given, **more)
 
     img = pack(noise(64, 64, 1))[:, order]
     assert torch.equal(heun(velocity, img, levels), heun(fresh, img, levels))
@@ -140,19 +124,16 @@ def test_heun_takes_the_modulation_by_its_timestep(flux, ratio):
     assert list(known[0]) == levels
 
 
-# --------------------------------------------------------------------------------- two velocities
-
-
 def true_cfg(flux: Flux, txt: Tensor, y: Tensor, scale: float):
     """From the velocity by a negative prompt, away to that by the prompt."""
 
     def extend(forward, branches):
         def mixed(given, step):
-            modulation = flux.modulation(given.timesteps, y, given.guidance)
-            given_txt = {"txt": txt, "txt_ids": text_ids(txt.shape[1]), "modulation": modulation, "y": y}
-            plain = {"attention": plain_attention, "join": text_then_image}
-            negative = forward(given._replace(**given_txt, **plain), step)
-            return torch.lerp(negative, forward(given, step), scale)
+            other = given._replace(
+                txt=txt, txt_ids=text_ids(TEXT), modulation=flux.modulation(given.timesteps, y, given.guidance), y=y,
+                attention=plain_attention, join=text_then_image,
+            )  # fmt: skip
+            return torch.lerp(forward(other, step), forward(given, step), scale)
 
         return mixed
 
@@ -167,13 +148,9 @@ def test_two_velocities_can_be_mixed(flux):
         return negative + 2.5 * (plain_velocity(flux, img, t) - negative)
 
     cfg = true_cfg(flux, txt, y, 2.5)
-    neutral = true_cfg(flux, txt, y, 1.0)
     assert difference(latents(flux, cfg, layout=PLAIN), euler(flux, velocity)) < 1e-5
-    assert difference(latents(flux, neutral), latents(flux)) < 1e-5
+    assert difference(latents(flux, true_cfg(flux, txt, y, 1.0)), latents(flux)) < 1e-5
     assert difference(latents(flux, cfg), latents(flux)) > 1e-2
-
-
-# ------------------------------------------------------------------------------ a step cache
 
 
 def first_block_cache(flux: Flux, threshold: float, reused: list[int]):
@@ -209,9 +186,6 @@ def test_a_cache_may_skip_blocks(flux):
     assert difference(always, never) > 1e-3
 
 
-# ------------------------------------------------------------------------------ more tokens
-
-
 def references(tokens: Tensor, ids: Tensor):
     """As Kontext: image tokens that are read and not denoised, which every region sees."""
     count = tokens.shape[1]
@@ -219,15 +193,14 @@ def references(tokens: Tensor, ids: Tensor):
     def longer(branches: Branches) -> RegionalAttention:
         bits = torch.cat([branches.region_bits, torch.full((count,), -1)])
         ratio = torch.cat([branches.base_ratio, torch.zeros(count)])
-        text, length = branches.text_length, len(ratio)
-        return RegionalAttention(portable_attention, bits, text, length, ratio, branches.is_masked)
+        lengths = branches.text_length, len(ratio)
+        return RegionalAttention(portable_attention, bits, *lengths, ratio, branches.is_masked)
 
     def extend(forward, branches):
         def with_references(given, step):
             if branches.base_ratio is not None:
                 given = given._replace(attention=longer(branches))
-            img = torch.cat([given.img, tokens], dim=1)
-            img_ids = torch.cat([given.img_ids, ids], dim=1)
+            img, img_ids = torch.cat([given.img, tokens], dim=1), torch.cat([given.img_ids, ids], dim=1)
             return forward(given._replace(img=img, img_ids=img_ids), step)[:, :-count]
 
         return with_references
@@ -236,8 +209,7 @@ def references(tokens: Tensor, ids: Tensor):
 
 
 def test_image_tokens_can_be_appended(flux):
-    tokens = random(1, 6, 64, seed=8)
-    ids = image_ids(48, 32) + torch.tensor([1, 0, 0])
+    tokens, ids = random(1, 6, 64, seed=8), image_ids(48, 32) + torch.tensor([1, 0, 0])
     own = references(tokens, ids)
 
     def velocity(img: Tensor, t: Tensor) -> Tensor:
@@ -246,17 +218,14 @@ def test_image_tokens_can_be_appended(flux):
 
     assert torch.equal(latents(flux, own, layout=PLAIN), euler(flux, velocity))
     seen = []
-    lengths = watch(seen, lambda given, _: given.img.shape[1])
-    assert difference(latents(flux, lengths, own), latents(flux)) > 1e-2
-    assert seen == [IMAGE + 6] * STEPS
-
-
-# ------------------------------------------------------------------------------ more channels
+    found = latents(flux, watch(seen, lambda given, _: given.img.shape[1]), own)
+    assert difference(found, latents(flux)) > 1e-2 and seen == [IMAGE + 6] * STEPS
 
 
 def test_latents_can_be_joined_by_channel():
     """As FLUX.1-Fill and -Canny; in a regional run the further latents follow the order of the tokens."""
-    wide, image = random_flux(in_channels=128), random(1, 16, 8, 8, seed=8)
+    wide = randomized(Flux(dataclasses.replace(tiny.FLUX, in_channels=128)))
+    image = random(1, 16, 8, 8, seed=8)
 
     def velocity(img: Tensor, t: Tensor) -> Tensor:
         return plain_velocity(wide, torch.cat([img, pack(image)], dim=-1), t)
@@ -264,16 +233,13 @@ def test_latents_can_be_joined_by_channel():
     joined = control_lora(pack(image))
     assert torch.equal(latents(wide, joined, layout=PLAIN), euler(wide, velocity))
     only_base = {"base_ratio": 1.0, "mask_inject_steps": STEPS}
-    regions = tuple(replace(region, **only_base) for region in LAYOUT.regions)
-    everywhere = replace(LAYOUT, regions=regions, **only_base)
-    assert (latents(wide, joined, layout=everywhere) - euler(wide, velocity)).abs().max() < 1e-5
-
-
-# --------------------------------------------------------------------------------------- the page
+    everywhere = replace(LAYOUT, regions=tuple(replace(x, **only_base) for x in LAYOUT.regions), **only_base)
+    assert difference(latents(wide, joined, layout=everywhere), euler(wide, velocity)) < 1e-5
 
 
 def test_the_pages_example_logs_every_blocks_entropy():
-    example, use = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    page = Path(__file__).parent.parent / "docs" / "extensions.md"
+    example, use = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
     pipeline = Pipeline("pocket", device="cpu")
     layout = Layout(prompt="a red circle", width=64, height=64, steps=2)
@@ -281,8 +247,7 @@ def test_the_pages_example_logs_every_blocks_entropy():
     exec(example + use, names)
     depth, single = pipeline.defaults[-2:]
     blocks = [("double", i) for i in range(depth)] + [("single", i) for i in range(single)]
-    logged = [entry[:3] for entry in names["log"]]
-    assert logged == [(step, *block) for step in range(2) for block in blocks]
+    assert [entry[:3] for entry in names["log"]] == [(step, *block) for step in range(2) for block in blocks]
     tokens = names["prepared"].conditioning.txt.shape[1] + 16
     assert all(0 < entropy < math.log(tokens) for *_, entropy in names["log"])
     assert torch.equal(names["latents"], pipeline.denoise(names["prepared"], seed=1))

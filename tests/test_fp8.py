@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import weights
 from errors import InputError
-from extensions.lora import Addition, Change, LowRank, added, hooks_for, merge
+from extensions.lora import Change, LowRank, added, hooks_for, merge
 from formats import recognize
 from model.fp8 import Fp8Linear, can_multiply, scaled_product, to_fp8, why_not
 from runtime import choose
@@ -160,7 +160,7 @@ def test_a_dora_of_a_region_sees_the_weight_that_the_8_bits_stand_for():
     layer = torch.nn.ModuleDict({"0": layer_of(20 * torch.randn(24, 16), torch.zeros(24))})
     change = Change("0.weight", 6, 18, LowRank(torch.randn(12, 3), torch.randn(3, 16), 0.5), torch.rand(12, 1))
     x = torch.randn(1, 4, 16)
-    with added(layer, hooks_for(layer, [Addition(change, 0.8, torch.ones(4).bool())], torch.device("cpu"), x.dtype)):
+    with added(layer, hooks_for(layer, [(change, 0.8, torch.ones(4).bool())], torch.device("cpu"), x.dtype)):
         found = layer["0"](x) - layer["0"].forward(x)
     expected = merge(layer["0"].upcast(), [(change, 0.8)]) - layer["0"].upcast()
     torch.testing.assert_close(found, F.linear(x, expected), rtol=1e-4, atol=1e-3)

@@ -3,6 +3,8 @@ of single regions against merged ones, and token by token."""
 
 import dataclasses
 import json
+import zlib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.testing import assert_close
 
 from errors import InputError
-from extensions.lora import Addition, Change, Full, Kronecker, LowRank, added, hooks_for, merge
+from extensions.lora import Change, Full, Kronecker, LowRank, added, hooks_for, merge
 from extensions.lora_files import read_lora
 from extensions.region_lora import can_be_regional, stream_of, tokens_of
 from model.clip import CLIPTextEncoder
@@ -41,14 +44,17 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def low_rank(key: str, rows: int, columns: int, names: tuple[str, str] = KOHYA, rank: int = 4):
-    """A layer's two tensors in a file, and their product."""
-    up = rand(rows, rank)
-    down = rand(rank, columns, seed=1)
+    """A layer's two tensors in a file, each key's its own, and their product."""
+    up, down = rand(rows, rank, seed=zlib.crc32(key.encode())), rand(rank, columns, seed=1)
     return {key + names[0]: up, key + names[1]: down}, up.double() @ down.double()
 
 
 def layers(part: str = "flux") -> dict[str, nn.Linear]:
     return {name: m for name, m in MODULES[part].named_modules() if isinstance(m, nn.Linear)}
+
+
+def zeros(shape) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.float64)
 
 
 def read_file(tmp_path, tensors, metadata=None, modules=MODULES):
@@ -62,9 +68,8 @@ def deltas(lora, part: str = "flux", scale: float = 1.0, base=None) -> dict[str,
     shapes = {name: tensor.shape for name, tensor in MODULES[part].state_dict().items()}
     found = {}
     for name in dict.fromkeys(change.name for change in lora.changes[part]):
-        weight = base[name] if base else torch.zeros(shapes[name], dtype=torch.float64)
-        changes = [(c, scale) for c in lora.changes[part] if c.name == name]
-        found[name] = merge(weight, changes)
+        weight = base[name] if base else zeros(shapes[name])
+        found[name] = merge(weight, [(c, scale) for c in lora.changes[part] if c.name == name])
         if base and found[name].shape == weight.shape:
             found[name] = found[name] - weight
     return found
@@ -74,11 +79,7 @@ def assert_same(found, expected, tolerance=1e-9):
     """tolerance: 1e-5 where products of factors are made in float32."""
     assert found.keys() == expected.keys()
     for name in expected:
-        wanted = expected[name].double()
-        torch.testing.assert_close(found[name], wanted, rtol=tolerance, atol=tolerance, msg=name)
-
-
-# ------------------------------------------------------------------------------ families of files
+        assert_close(found[name], expected[name].double(), rtol=tolerance, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize("part, number", [("flux", ""), ("clip", "1"), ("t5", "3"), ("t5", "2")])
@@ -105,70 +106,51 @@ def test_diffusers_and_peft(prefix, tmp_path):
     last modulation's halves are swapped."""
     tensors = {}
     whole = {}
-    stored = tiny.flux_to_diffusers(tiny.flux_state())
-    theirs = {key.removesuffix(".weight"): t.shape for key, t in stored.items() if t.ndim == 2}
-    for i, (key, (rows, columns)) in enumerate(theirs.items()):
-        own, whole[key] = low_rank(prefix + key, rows, columns, PEFT, rank=2 + i % 3)
-        if key.endswith("to_k"):
-            whole[key] = torch.zeros(rows, columns)
+    theirs = {key: x for key, x in tiny.flux_to_diffusers(tiny.flux_state()).items() if x.ndim == 2}
+    for i, (key, x) in enumerate(theirs.items()):
+        own, whole[key] = low_rank(prefix + key.removesuffix(".weight"), *x.shape, PEFT, rank=2 + i % 3)
+        if "to_k" in key:
+            whole[key] = zeros(x.shape)
         else:
             tensors |= own
-    expected = {f"{name}.weight": joined(whole, name) for name in layers()}
+    expected = {f"{name}.weight": ours(whole, f"{name}.weight") for name in layers()}
     assert_same(deltas(read_file(tmp_path, tensors)), expected)
 
 
-def joined(theirs: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """One of our layers' matrices from diffusers' by the names in tiny.py, the test's own."""
-    shape = layers()[name].weight.shape
-    numbered = torch.arange(shape.numel(), dtype=torch.float64).reshape(shape)
-    result = torch.zeros(shape, dtype=torch.float64)
-    for key, rows in tiny.flux_to_diffusers({f"{name}.weight": numbered}).items():
-        result[(rows[:, 0] / shape[1]).long()] = theirs[key.removesuffix(".weight")].double()
-    return result
-
-
-CLIP_LAYERS = "text_model.encoder.layers"
-OF_XLABS = [
-    ("double_blocks.1.processor.qkv_lora1", "double_blocks.1.img_attn.qkv", 0, 3 * H),
-    ("double_blocks.1.processor.proj_lora1", "double_blocks.1.img_attn.proj", 0, H),
-    ("double_blocks.1.processor.qkv_lora2", "double_blocks.1.txt_attn.qkv", 0, 3 * H),
-    ("double_blocks.1.processor.proj_lora2", "double_blocks.1.txt_attn.proj", 0, H),
-    ("single_blocks.2.processor.qkv_lora", "single_blocks.2.linear1", 0, 3 * H),
-    ("single_blocks.2.processor.proj_lora", "single_blocks.2.linear2", 0, H),
+CLIP = "text_model.encoder.layers"
+QUERY = "encoder.block.1.layer.0.SelfAttention.q"
+NAMES = [  # a file's name of a layer, the layer, and its rows
+    (XLABS, "double_blocks.1.processor.qkv_lora1", "double_blocks.1.img_attn.qkv", 0, 3 * H),
+    (XLABS, "double_blocks.1.processor.proj_lora1", "double_blocks.1.img_attn.proj", 0, H),
+    (XLABS, "double_blocks.1.processor.qkv_lora2", "double_blocks.1.txt_attn.qkv", 0, 3 * H),
+    (XLABS, "diffusion_model.double_blocks.1.processor.proj_lora2", "double_blocks.1.txt_attn.proj", 0, H),
+    (XLABS, "single_blocks.2.processor.qkv_lora", "single_blocks.2.linear1", 0, 3 * H),
+    (XLABS, "single_blocks.2.processor.proj_lora", "single_blocks.2.linear2", 0, H),
+    (XLABS, "diffusion_model.single_blocks.1.processor.proj_lora", "single_blocks.1.linear2", 0, H),
+    # OneTrainer's: flat names of diffusers, and the newer form, BFL's layers in numbered parts
+    (KOHYA, "lora_transformer_transformer_blocks_0_attn_to_v", "double_blocks.0.img_attn.qkv", 2 * H, 3 * H),
+    (KOHYA, "lora_transformer_single_transformer_blocks_1_proj_mlp", "single_blocks.1.linear1", 3 * H, 3 * H + MLP),
+    (KOHYA, "transformer.double_blocks.0.img_attn.qkv.1", "double_blocks.0.img_attn.qkv", H, 2 * H),
+    (KOHYA, "transformer.single_blocks.0.linear1.3", "single_blocks.0.linear1", 3 * H, 3 * H + MLP),
+    # ComfyUI's and old diffusers'
+    (KOHYA, f"text_encoders.clip_l.transformer.{CLIP}.1.mlp.fc2", f"{CLIP}.1.mlp.fc2", 0, 48),
+    (XLABS, f"text_encoder.{CLIP}.0.self_attn.k_proj.lora_linear_layer", f"{CLIP}.0.self_attn.k_proj", 0, 48),
+    (PEFT, f"text_encoders.t5xxl.transformer.{QUERY}", QUERY, 0, 24),
 ]
-OF_ONETRAINER = [  # flat names of diffusers, and the newer form, BFL's layers in numbered parts
-    ("lora_transformer_transformer_blocks_0_attn_to_v", "double_blocks.0.img_attn.qkv", 2 * H, 3 * H),
-    ("lora_transformer_single_transformer_blocks_1_proj_mlp", "single_blocks.1.linear1", 3 * H, 3 * H + MLP),
-    ("transformer.double_blocks.1.img_attn.qkv.1", "double_blocks.1.img_attn.qkv", H, 2 * H),
-    ("transformer.single_blocks.2.linear1.3", "single_blocks.2.linear1", 3 * H, 3 * H + MLP),
-]
-OF_COMFYUI = [(f"text_encoders.clip_l.transformer.{CLIP_LAYERS}.1.mlp.fc2", f"{CLIP_LAYERS}.1.mlp.fc2", 0, 48)]
-OF_OLD_DIFFUSERS = [
-    (f"text_encoder.{CLIP_LAYERS}.0.self_attn.k_proj.lora_linear_layer", f"{CLIP_LAYERS}.0.self_attn.k_proj", 0, 48)
-]
-T5_QUERY = "encoder.block.1.layer.0.SelfAttention.q"
-FAMILIES = {
-    "xlabs": ("flux", XLABS, OF_XLABS),
-    "xlabs in comfyui": ("flux", XLABS, [(f"diffusion_model.{key}", *rest) for key, *rest in OF_XLABS]),
-    "onetrainer": ("flux", KOHYA, OF_ONETRAINER),
-    "comfyui": ("clip", KOHYA, OF_COMFYUI),
-    "old diffusers": ("clip", XLABS, OF_OLD_DIFFUSERS),
-    "t5": ("t5", PEFT, [(f"text_encoders.t5xxl.transformer.{T5_QUERY}", T5_QUERY, 0, 24)]),
-}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_familys_names_are_known(family, tmp_path):
-    part, names, rows = FAMILIES[family]
+def test_each_familys_names_are_known(tmp_path):
     tensors = {}
-    expected = {}
-    for key, layer, start, stop in rows:
-        linear = layers(part)[layer]
-        own, product = low_rank(key, stop - start, linear.in_features, names)
+    expected = {part: {} for part in MODULES}
+    for names, key, layer, start, stop in NAMES:
+        part = next(part for part in MODULES if layer in layers(part))
+        weight = layers(part)[layer].weight
+        own, product = low_rank(key, stop - start, weight.shape[1], names)
         tensors |= own
-        zeros = torch.zeros(linear.out_features, linear.in_features, dtype=torch.float64)
-        expected.setdefault(f"{layer}.weight", zeros)[start:stop] = product
-    assert_same(deltas(read_file(tmp_path, tensors), part), expected)
+        expected[part].setdefault(f"{layer}.weight", zeros(weight.shape))[start:stop] += product
+    lora = read_file(tmp_path, tensors)
+    for part in MODULES:
+        assert_same(deltas(lora, part), expected[part])
 
 
 def test_differences_and_replacements(tmp_path):
@@ -191,27 +173,23 @@ def test_differences_and_replacements(tmp_path):
 
 def test_peft_settings_in_the_header(tmp_path):
     settings = {
-        "transformer.r": 4, "transformer.lora_alpha": 8,
-        "transformer.alpha_pattern": {"attn.to_q": 2},
+        "transformer.r": 4, "transformer.lora_alpha": 8, "transformer.alpha_pattern": {"attn.to_q": 2},
         "text_encoder.lora_alpha": 1, "text_encoder.use_rslora": True,
     }  # fmt: skip
-    name = f"{CLIP_LAYERS}.0.self_attn.q_proj"
+    name = f"{CLIP}.0.self_attn.q_proj"
     tensors, q = low_rank("transformer.transformer_blocks.0.attn.to_q", H, H, PEFT)
-    tensors |= low_rank("transformer.transformer_blocks.0.attn.to_k", H, H, PEFT)[0]
-    own, te = low_rank(f"text_encoder.{name}", 48, 48, PEFT)
-    metadata = {"lora_adapter_metadata": json.dumps(settings)}
-    lora = read_file(tmp_path, tensors | own, metadata)
-    found = deltas(lora)["double_blocks.0.img_attn.qkv.weight"]
-    torch.testing.assert_close(found, torch.cat([q * 2 / 4, q * 8 / 4, 0 * q]))
-    torch.testing.assert_close(deltas(lora, "clip")[f"{name}.weight"], te / 4**0.5)
+    own, k = low_rank("transformer.transformer_blocks.0.attn.to_k", H, H, PEFT)
+    more, te = low_rank(f"text_encoder.{name}", 48, 48, PEFT)
+    lora = read_file(tmp_path, tensors | own | more, {"lora_adapter_metadata": json.dumps(settings)})
+    assert_same(deltas(lora), {"double_blocks.0.img_attn.qkv.weight": torch.cat([q * 2 / 4, k * 8 / 4, 0 * q])})
+    assert_same(deltas(lora, "clip"), {f"{name}.weight": te / 4**0.5})
 
 
 def test_lycoris(tmp_path):
     """LoKr's alpha counts only where a factor is itself a product; LoHa's always."""
     w1, w2, a, b = rand(4, 8), rand(3 * H // 4, H // 8), rand(H // 4, 5), rand(5, H // 8)
     h = [rand(H, 3, seed=i) if i % 2 == 0 else rand(3, H, seed=i) for i in range(4)]
-    first = "lycoris_double_blocks_0_img_attn_qkv"
-    second = "lycoris_transformer_blocks_1_attn_to_k"
+    first, second = "lycoris_double_blocks_0_img_attn_qkv", "lycoris_transformer_blocks_1_attn_to_k"
     third = "diffusion_model.double_blocks.1.txt_attn.proj"
     tensors = {
         f"{first}.lokr_w1": w1, f"{first}.lokr_w2": w2, f"{first}.alpha": torch.tensor(1e10),
@@ -234,11 +212,9 @@ def test_a_control_lora_widens_the_input_and_replaces_norms(tmp_path):
     key = "double_blocks.0.img_attn.norm.key_norm.scale"
     tensors, product = low_rank("img_in", H, 128, PEFT)
     lora = read_file(tmp_path, tensors | {"img_in.lora_B.bias": rand(H), key: rand(32)})
-    found = deltas(lora, base=BASE)
     padded = torch.cat([BASE["img_in.weight"], torch.zeros(H, 64)], dim=1)
-    torch.testing.assert_close(found["img_in.weight"], padded + product)
-    torch.testing.assert_close(found["img_in.bias"], rand(H).double())
-    torch.testing.assert_close(BASE[key] + found[key], rand(32).double())
+    expected = {"img_in.weight": padded + product, "img_in.bias": rand(H), key: rand(32).double() - BASE[key]}
+    assert_same(deltas(lora, base=BASE), expected)
     assert lora.is_control
 
 
@@ -254,7 +230,7 @@ def test_dora(dim, tmp_path):
     expected = changed / changed.norm(dim=dim, keepdim=True) * magnitude.double() - weight
     for scale in (1.0, 0.5):
         (found,) = deltas(lora, base=BASE, scale=scale).values()
-        torch.testing.assert_close(found, scale * expected)
+        assert_close(found, scale * expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
@@ -262,9 +238,6 @@ def test_numbers_are_read_in_whatever_float_they_are_stored(dtype, tmp_path):
     tensors = {key: x.to(dtype) for key, x in low_rank("lora_unet_img_in", H, 64)[0].items()}
     up, down = tensors.values()
     assert_same(deltas(read_file(tmp_path, tensors)), {"img_in.weight": up.double() @ down.double()})
-
-
-# ------------------------------------------------------------------------------ against libraries
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "rslora", "loha", "lokr"])
@@ -296,15 +269,13 @@ def test_files_of_peft(method, tmp_path):
     with torch.device("meta"):
         flux = Flux(dataclasses.replace(tiny.FLUX, mlp_hidden=4 * H))
     lora = read_file(tmp_path, tensors, metadata, {"flux": flux})
-    assert not lora.unknown
     after = wrapped.merge_and_unload().state_dict()
     names = [f"{name}.weight" for name, x in flux.named_modules() if isinstance(x, nn.Linear)]
     changed = {name for name in names if not torch.equal(ours(before, name), ours(after, name))}
-    assert {c.name for c in lora.changes["flux"]} == changed and len(changed) > 10
+    assert not lora.unknown and {c.name for c in lora.changes["flux"]} == changed and len(changed) > 10
     for name in changed:
-        changes = [(change, 1.0) for change in lora.changes["flux"] if change.name == name]
-        found = merge(ours(before, name), changes)
-        torch.testing.assert_close(found, ours(after, name), rtol=1e-6, atol=1e-6)
+        found = merge(ours(before, name), [(change, 1.0) for change in lora.changes["flux"] if change.name == name])
+        assert_close(found, ours(after, name), rtol=1e-6, atol=1e-6)
 
 
 def ours(theirs: dict[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -313,30 +284,6 @@ def ours(theirs: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     parts = [theirs[key] for key in tiny.flux_to_diffusers({name: torch.zeros(rows, 1)})]
     return torch.cat(parts[0].chunk(2)[::-1]) if "adaLN" in name else torch.cat(parts)
 
-
-@pytest.mark.parametrize("family", ["kohya", "xlabs"])
-def test_diffusers_converts_files_to_the_same(family, tmp_path):
-    """Its converters know the fused layers of the single blocks by FLUX.1's sizes alone, so those
-    are left out."""
-    conversion = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
-    convert = getattr(conversion, f"_convert_{family}_flux_lora_to_diffusers")
-    tensors = {}
-    for name, layer in layers().items():
-        sizes = layer.out_features, layer.in_features
-        if family == "kohya" and "linear1" not in name and "blocks" in name:
-            key = f"lora_unet_{name.replace('.', '_')}"
-            tensors |= low_rank(key, *sizes)[0] | {f"{key}.alpha": torch.tensor(2.0)}
-        if family == "xlabs" and "double_blocks" in name and "attn" in name:
-            block, stream, kind = name.split(".")[1:]
-            key = f"double_blocks.{block}.processor.{kind}_lora{1 if 'img' in stream else 2}"
-            tensors |= low_rank(key, *sizes, XLABS)[0]
-    converted = convert({key: tensor.clone() for key, tensor in tensors.items()})
-    assert len(tensors) >= 16 and not any(key in tensors for key in converted)
-    expected = deltas(read_file(tmp_path, converted))
-    assert_same(deltas(read_file(tmp_path, tensors)), expected, 1e-5)
-
-
-# ----------------------------------------------------------------------------------------- errors
 
 UP, DOWN = (f"{QKV}{name}" for name in KOHYA)
 WRONG = [
@@ -347,7 +294,7 @@ WRONG = [
     ({UP: (9216, 4), DOWN: (4, H)}, ["(9216, 4)", "another model"]),
     ({UP: (192, 4), DOWN: ()}, ["lora_down", "()", "a matrix"]),
     ({f"{QKV}.lokr_w1": (4, 4), f"{QKV}.lokr_w2": (4, 4)}, ["(192, 64)", "(16, 16)"]),
-    ({f"{QKV}.lokr_w1": (4,), f"{QKV}.lokr_w2": (4, 4)}, ["(192, 64)", "(16,)"]),
+    ({f"{QKV}.lokr_w1": (4,), f"{QKV}.lokr_w2": (4, 4)}, ["lokr_w1", "(4,)", "a matrix"]),
 ]
 
 
@@ -367,78 +314,51 @@ def test_integers_are_refused_and_unknown_keys_kept_for_the_report(tmp_path):
     assert set(lora.unknown) == set(strange) and not lora.is_control
 
 
-# -------------------------------------------------------------------------------- for some tokens
-
-
-ON_CPU = torch.device("cpu"), torch.float64
-TERMS = {
+DORA = Change("0.weight", 6, 18, LowRank(rand(12, 3), rand(3, 12), 0.5), magnitude=rand(12, 1).abs())
+CHANGES = {
     "low rank": [LowRank(rand(24, 3), rand(3, 12), 0.5), LowRank(rand(24, 5), rand(5, 12), 2.0)],
     "kronecker": [Kronecker(rand(4, 3), rand(6, 4), 0.5), Kronecker(rand(6, 2), rand(4, 6), 1.0)],
     "full": [Full(rand(24, 12)), Full(rand(24, 12, seed=3))],
 }
+CHANGES = {name: [Change("0.weight", 0, 24, term) for term in terms] for name, terms in CHANGES.items()}
+CHANGES["dora"] = [DORA, Change("0.weight", 18, 24, LowRank(rand(6, 3), rand(3, 12), 2.0))]
+CHANGES["vector"] = [change._replace(name="modulation.lin.weight") for change in CHANGES["low rank"]]
 
 
-@pytest.mark.parametrize("term", TERMS)
-def test_additions_are_the_merged_layer_token_by_token(term):
-    """Two terms on overlapping tokens: each token's result is that of a layer whose weight holds
-    its terms."""
+@pytest.mark.parametrize("case", CHANGES)
+def test_additions_are_the_merged_layer_token_by_token(case):
+    """Two changes on overlapping tokens, and one of the bias: each token's result is that of a layer
+    whose weight holds its changes; of one vector, too, each token gets its own output."""
     torch.manual_seed(0)
-    layer = nn.Sequential(FusedLinear(12, 24)).double()
+    module = nn.ModuleDict({"0": FusedLinear(12, 24), "modulation": nn.ModuleDict({"lin": FusedLinear(12, 24)})})
+    module = module.double()
     tokens = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0]]).bool()
-    changes = [Change("0.weight", 0, 24, each) for each in TERMS[term]]
-    changes.append(Change("0.bias", 3, 9, Full(rand(6))))
-    additions = list(map(Addition, changes, (0.7, -1.5, 2.0), [*tokens, tokens[0]]))
-    x = torch.randn(2, 6, 12, dtype=torch.float64)
+    name = CHANGES[case][0].name.removesuffix(".weight")
+    layer = module.get_submodule(name)
+    changes = [*CHANGES[case], Change(f"{name}.bias", 3, 9, Full(rand(6)))]
+    additions = list(zip(changes, (0.7, -1.5, 2.0), [*tokens, tokens[0]]))
+    x = torch.randn(2, 1 if case == "vector" else 6, 12, dtype=torch.float64)
     before = layer(x)
-    with added(layer, hooks_for(layer, additions, *ON_CPU)):
+    with added(module, hooks_for(module, additions, torch.device("cpu"), torch.float64)):
         found = layer(x)
-        last = layer[0](x[:, 2:], rows=slice(5, 17))
+        last = layer(x[:, -4:], rows=slice(5, 17))
     assert torch.equal(layer(x), before)  # nothing is left behind
-    torch.testing.assert_close(last, found[:, 2:, 5:17])  # some rows alone, of the last tokens
+    assert_close(last, found[:, -4:, 5:17] if case != "vector" else found[..., 5:17])  # some rows of the last tokens
     for i in range(6):
-        own = [(a.change, a.scale) for a in additions if a.tokens[i]]
-        w = merge(layer[0].weight.data, [x for x in own if x[0].name == "0.weight"])
-        b = merge(layer[0].bias.data, [x for x in own if x[0].name == "0.bias"])
-        torch.testing.assert_close(found[:, i], nn.functional.linear(x[:, i], w, b))
-    assert torch.equal(found[:, 4:], before[:, 4:])
-
-
-def test_a_vectors_addition_gives_each_token_its_own_output():
-    modulation = nn.ModuleDict({"modulation": nn.ModuleDict({"lin": nn.Linear(12, 24)})}).double()
-    layer = modulation["modulation"]["lin"]
-    tokens = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0]]).bool()
-    terms = [LowRank(rand(24, 3), rand(3, 12), scale) for scale in (0.5, 2.0)]
-    changes = [Change("modulation.lin.weight", 0, 24, term) for term in terms]
-    additions = [Addition(change, 0.7, own) for change, own in zip(changes, tokens)]
-    vector = torch.randn(2, 1, 12, dtype=torch.float64)
-    with added(modulation, hooks_for(modulation, additions, *ON_CPU)):
-        found = layer(vector)
-    for i in range(4):
-        weight = merge(layer.weight.data, [(a.change, a.scale) for a in additions if a.tokens[i]])
-        torch.testing.assert_close(found[:, i], nn.functional.linear(vector[:, 0], weight, layer.bias))
-
-
-def test_a_dora_for_some_tokens_is_the_merged_one():
-    layer = nn.Sequential(nn.Linear(12, 24)).double()
-    term = LowRank(rand(12, 3), rand(3, 12), 0.5)
-    change = Change("0.weight", 6, 18, term, magnitude=rand(12, 1).abs())
-    x = torch.randn(1, 4, 12, dtype=torch.float64)
-    with added(layer, hooks_for(layer, [Addition(change, 0.8, torch.ones(4).bool())], *ON_CPU)):
-        found = layer(x)
-    merged = merge(layer[0].weight.data, [(change, 0.8)])
-    torch.testing.assert_close(found, nn.functional.linear(x, merged, layer[0].bias))
+        own = [(change, scale) for change, scale, where in additions if where[i]]
+        w, b = (merge(y, [z for z in own if z[0].name.endswith(end)]) for end, y in layer.state_dict().items())
+        assert_close(found[:, i], nn.functional.linear(x.expand(-1, 6, -1)[:, i], w, b))
+    assert torch.equal(found[:, 4:], before.expand_as(found)[:, 4:])
 
 
 def test_streams_of_all_of_flux():
     streams = {name: stream_of(name) for name in MODULES["flux"].state_dict()}
-    assert streams["double_blocks.1.img_mlp.0.weight"] == "img"
-    assert streams["double_blocks.0.txt_mod.lin.bias"] == "txt"
-    assert streams["single_blocks.2.linear1.weight"] == "both"
-    assert streams["final_layer.linear.weight"] == "img"
+    known = {"double_blocks.1.img_mlp.0.weight": "img", "double_blocks.0.txt_mod.lin.bias": "txt"}
+    known |= {"single_blocks.2.linear1.weight": "both", "final_layer.linear.weight": "img"}
+    assert known.items() <= streams.items()
     without = {name.split(".")[0] for name, stream in streams.items() if stream is None}
     assert without == {"time_in", "vector_in", "guidance_in"}
-    norm = Change("double_blocks.0.img_attn.norm.key_norm.scale", 0, 32, Full(rand(32)))
-    assert not can_be_regional(norm)
+    assert not can_be_regional(Change("double_blocks.0.img_attn.norm.key_norm.scale", 0, 32, Full(rand(32))))
 
 
 @pytest.mark.parametrize(
@@ -451,23 +371,16 @@ def test_streams_of_all_of_flux():
     ],
 )
 def test_tokens_of_a_region(mine, more, txt, streams):
-    mine = torch.tensor([bit == "1" for bit in mine])
-    branches = Branches(torch.zeros(7, dtype=torch.long), torch.arange(3), 2, **more)
-    found = tokens_of(mine, branches)
-    assert torch.equal(found["img"], mine[-3:])
-    assert found["txt"].tolist() == [bit == "1" for bit in txt]
-    assert torch.equal(found["both"], torch.cat([found["txt"]] + [mine[-3:]] * streams))
+    mine, txt = (torch.tensor([bit == "1" for bit in bits]) for bits in (mine, txt))
+    found = tokens_of(mine, Branches(torch.zeros(7, dtype=torch.long), torch.arange(3), 2, **more), lambda x: x)
+    assert torch.equal(found["img"], mine[-3:]) and torch.equal(found["txt"], txt)
+    assert torch.equal(found["both"], torch.cat([txt] + [mine[-3:]] * streams))
 
-
-# ------------------------------------------------------------------------------------- in images
 
 LAYOUT = {
     "prompt": "a harbor at dawn", "width": 96, "height": 64, "steps": 2, "seed": 3, "max_sequence_length": 32,
     "mask_inject_steps": "100%", "base_ratio": 0,
 }  # fmt: skip
-LEFT = [0, 0, 48, 64]
-RIGHT = [48, 0, 96, 64]
-WHOLE = [0, 0, 96, 64]
 
 
 @pytest.fixture(scope="module")
@@ -498,15 +411,19 @@ def region(box, *loras, prompt="a red boat"):
     return {"prompt": prompt, "box": box, "loras": entries}
 
 
+left = partial(region, [0, 0, 48, 64])
+right = partial(region, [48, 0, 96, 64])
+whole = partial(region, [0, 0, 96, 64])
+
+
 def mean(x: torch.Tensor, y: torch.Tensor) -> float:
     return (x - y).abs().mean().item()
 
 
 def test_three_spellings_give_the_same_image_and_so_does_the_flag(latents, golden, run):
     files = sorted((golden / "models" / "lora").glob("*.safetensors"))
-    regions = [region(LEFT), region(RIGHT)]
     entries = [{"file": str(file), "scale": 1.5} for file in files]
-    first, *others = (latents(regions, loras=[entry]) for entry in entries)
+    first, *others = (latents([left(), right()], loras=[entry]) for entry in entries)
     assert len(others) == 2 and all((first - other).abs().max() < 1e-5 for other in others)
     keys = ["--prompt", LAYOUT["prompt"], "--width", 96, "--height", 64, "--steps", 2, "--seed", 3]
     keys += ["--max-sequence-length", 32, "--lora", files[0], 1.5]
@@ -514,19 +431,18 @@ def test_three_spellings_give_the_same_image_and_so_does_the_flag(latents, golde
     assert torch.equal(load_file("z.safetensors")["latents"], latents([], loras=entries[:1]))
 
 
-def test_outside_its_region_nothing_changes_to_the_bit(latents, lora, tmp_path):
+def test_outside_its_region_nothing_changes_to_the_bit(latents, lora):
     small = {}  # of rank 2, of attention alone
     for key, x in load_file(lora).items():
         if "attn.qkv" in key or "linear1" in key:
-            small[key] = x[:2] if "lora_A" in key else x[:, :2].neg().contiguous()
-    save_file({key: x.contiguous() for key, x in small.items()}, tmp_path / "small.safetensors")
-    without = latents([region(LEFT), region(RIGHT)])
-    left = latents([region(LEFT, (lora, 1.5)), region(RIGHT)])
-    assert torch.equal(left[..., 6:], without[..., 6:])
-    assert mean(left[..., :6], without[..., :6]) > 0.01
-    own = region(RIGHT, (lora, -0.5), (str(tmp_path / "small.safetensors"), 2.0))
-    both = latents([region(LEFT, (lora, 1.5)), own])
-    assert torch.equal(both[..., :6], left[..., :6])  # nor by others elsewhere, of another rank
+            small[key] = (x[:2] if "lora_A" in key else x[:, :2].neg()).contiguous()
+    save_file(small, "small.safetensors")
+    without = latents([left(), right()])
+    one = latents([left((lora, 1.5)), right()])
+    assert torch.equal(one[..., 6:], without[..., 6:])
+    assert mean(one[..., :6], without[..., :6]) > 0.01
+    both = latents([left((lora, 1.5)), right((lora, -0.5), ("small.safetensors", 2.0))])
+    assert torch.equal(both[..., :6], one[..., :6])  # nor by others elsewhere, of another rank
     assert mean(both[..., 6:], without[..., 6:]) > 0.01
 
 
@@ -534,44 +450,37 @@ def test_outside_its_region_nothing_changes_to_the_bit(latents, lora, tmp_path):
     "keys", [{}, {"base_ratio": 0.3}, {"base_ratio": 0.3, "mask_inject_steps": 1}, {"mask_inject_steps": 0}]
 )
 def test_over_the_whole_image_it_is_the_merged_one(latents, lora, keys):
-    merged = latents([region(WHOLE)], loras=[{"file": lora, "scale": 1.5}], **keys)
-    regional = latents([region(WHOLE, (lora, 1.5, True))], **keys)
-    assert mean(merged, latents([region(WHOLE)], **keys)) > 0.01
-    assert (merged - regional).abs().max() < 1e-4
+    merged = latents([whole()], loras=[{"file": lora, "scale": 1.5}], **keys)
+    assert mean(merged, latents([whole()], **keys)) > 0.01
+    assert (merged - latents([whole((lora, 1.5, True))], **keys)).abs().max() < 1e-4
 
 
 def test_in_the_plain_steps_it_acts_if_asked_to(latents, lora):
-    def left(*more, **keys):
-        return latents([region(LEFT, (lora, 1.5, *more)), region(RIGHT)], **keys)
-
     keys = {"mask_inject_steps": 1, "base_ratio": 0.3}
-    assert mean(left(**keys), left(True, **keys)) > 0.003
-    without = latents([region(LEFT), region(RIGHT)], mask_inject_steps=0)
-    assert torch.equal(left(mask_inject_steps=0), without)
+    asked, not_asked = (latents([left((lora, 1.5, plain)), right()], **keys) for plain in (True, False))
+    assert mean(asked, not_asked) > 0.003
+    found, without = (latents([left(*own), right()], mask_inject_steps=0) for own in ([(lora, 1.5)], []))
+    assert torch.equal(found, without)
 
 
 def test_overlaps_add(latents, lora):
     """Two regions over the same pixels with half of a LoRA each have all of it, but for their
     prompts' tokens, which have half of it each."""
-    halves = region(LEFT, (lora, 0.5)), region(LEFT, (lora, 0.5), prompt="a boat")
-    whole = region(LEFT, (lora, 1.0)), region(LEFT, prompt="a boat")
-    halves, whole = (latents([*regions, region(RIGHT)]) for regions in (halves, whole))
+    halves = latents([left((lora, 0.5)), left((lora, 0.5), prompt="a boat"), right()])
+    whole = latents([left((lora, 1.0)), left(prompt="a boat"), right()])
     assert torch.equal(halves[..., 6:], whole[..., 6:])
     assert mean(halves[..., :6], whole[..., :6]) > 1e-4
 
 
 def test_by_composition_each_region_is_generated_with_its_own(latents, lora):
-    keys = {"method": "rpg", "base_ratio": 0}
-    left = latents([region(LEFT, (lora, 1.5)), region(RIGHT)], **keys)
-    without = latents([region(LEFT), region(RIGHT)], **keys)
-    assert mean(left[..., :6], without[..., :6]) > 0.01
+    found, without = (latents([left(*own), right()], method="rpg") for own in ([(lora, 1.5)], []))
+    assert mean(found[..., :6], without[..., :6]) > 0.01
 
 
 def test_a_control_lora_reads_its_image(latents):
     """By hand: what the noisy latents' half of it does is an ordinary LoRA; without the image's
     half the image changes nothing."""
-    up = 0.2 * rand(128, 3)
-    down = 0.2 * rand(3, 128)
+    up, down = 0.2 * rand(128, 3), 0.2 * rand(3, 128)
     half = down[:, :64].contiguous()
     wide = torch.cat([half, torch.zeros(3, 64)], dim=1)
     for name, own in {"depth": down, "half": half, "wide": wide}.items():
@@ -579,41 +488,38 @@ def test_a_control_lora_reads_its_image(latents):
     Image.fromarray((rand(64, 96, 3) * 60 + 128).clip(0, 255).byte().numpy()).save("depth.png")
     Image.new("RGB", (96, 64)).save("black.png")
 
-    def found(lora, image=None):
-        entry = {"file": f"{lora}.safetensors"} | ({"image": f"{image}.png"} if image else {})
-        return latents([region(LEFT), region(RIGHT)], loras=[entry])
+    def found(*given):
+        entries = [{"file": f"{lora}.safetensors", "image": image and f"{image}.png"} for lora, image in given]
+        return latents([left(), right()], loras=entries)
 
-    assert mean(found("depth", "depth"), found("depth", "black")) > 0.01
-    assert (found("wide", "depth") - found("half")).abs().max() < 1e-4
-    for lora, image, words in (
-        ("depth", None, "depth.safetensors: this LoRA is a control LoRA, .* needs an image"),
-        ("half", "depth", "half.safetensors: this LoRA takes no image"),
-        ("depth", "none", r"loras\[0\].image = none.png: there is no such file"),
+    assert mean(found(("depth", "depth")), found(("depth", "black"))) > 0.01
+    assert (found(("wide", "depth")) - found(("half", None))).abs().max() < 1e-4
+    for words, *given in (
+        ("depth.safetensors: this LoRA is a control LoRA, .* needs an image", ("depth", None)),
+        ("half.safetensors: this LoRA takes no image", ("half", "depth")),
+        (r"loras\[0\].image = none.png: there is no such file", ("depth", "none")),
+        ("only one control LoRA", ("depth", "depth"), ("depth", "depth")),
     ):
         with pytest.raises(InputError, match=words):
-            found(lora, image)
-    entry = {"file": "depth.safetensors", "image": "depth.png"}
-    with pytest.raises(InputError, match="only one control LoRA"):
-        latents([], loras=[entry, entry])
+            found(*given)
 
 
 def test_what_cannot_be_regional_is_left_out_with_a_warning(latents, capsys):
     tensors, _ = low_rank("lora_unet_time_in_in_layer", 128, 256)
     tensors |= low_rank("lora_te1_text_model_encoder_layers_0_mlp_fc1", 192, 48)[0]
     save_file(tensors | {"lora_unet_else.lora_up.weight": rand(2, 2)}, "vectors.safetensors")
-    left = latents([region(LEFT, ("vectors.safetensors", 1.0))])
+    found = latents([left(("vectors.safetensors", 1.0))])
     warnings = capsys.readouterr().err
-    assert torch.equal(latents([region(LEFT)]), left)
+    assert torch.equal(latents([left()]), found)
     for words in ("regions[0].loras[0].file", "time_in.in_layer.weight", "mlp.fc1", "1 unrecognized keys"):
         assert words in warnings
 
 
 def test_a_t5_part_changes_its_regions_prompt_alone(latents):
     save_file(low_rank("lora_te3_encoder_block_0_layer_0_SelfAttention_q", 64, 64)[0], "t5.safetensors")
-    without = latents([region(LEFT), region(RIGHT)])
-    left = latents([region(LEFT, ("t5.safetensors", 1.0)), region(RIGHT)])
-    assert mean(left[..., :6], without[..., :6]) > 1e-3
-    torch.testing.assert_close(left[..., 6:], without[..., 6:], rtol=0, atol=1e-4)
+    found, without = latents([left(("t5.safetensors", 1.0)), right()]), latents([left(), right()])
+    assert mean(found[..., :6], without[..., :6]) > 1e-3
+    assert_close(found[..., 6:], without[..., 6:], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

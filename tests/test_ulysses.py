@@ -22,7 +22,7 @@ from extensions.control import controlnets
 from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl
 from extensions.loading import scale_of
 from extensions.lora import Change, Lora, LowRank
-from extensions.region_lora import all_of, region_loras
+from extensions.region_lora import region_loras
 from model.transformer import Flux, FluxParams
 from regional.attention import portable_attention
 from regional.layout import Control, Defaults, Layout, Region, RegionLora
@@ -93,7 +93,7 @@ def latents(parallel: Ulysses | None = None) -> dict[str, Tensor]:
     flux = random_model(Flux, FluxParams(**SIZES))
     found = {}
     loras = {"everywhere": random_lora(flux)}
-    part = parallel.part if parallel else all_of
+    part = parallel.part if parallel else lambda x, dim=1: x
     for name, of in CASES.items():
         torch.manual_seed(1)
         tokens = region_tokens(of) if of.regions else None
