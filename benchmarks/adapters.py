@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks.intervals import mean_of  # noqa: E402
 from pipeline import Pipeline  # noqa: E402
 from pocket.adapters import draw_edges, draw_looks  # noqa: E402
 from pocket.detect import borders_agree, look_of  # noqa: E402
@@ -188,12 +189,6 @@ def jobs_of(regions: int, setting: Setting, seeds: range) -> list[Job]:
     return [Job(regions, seed, setting) for seed in seeds]
 
 
-def mean(name: str, jobs: list[Job], results: dict[str, dict[str, float]]) -> tuple[float, float]:
-    """The mean over the layouts, and half its 95 % confidence interval."""
-    values = np.array([results[job.key][name] for job in jobs])
-    return values.mean(), 1.96 * values.std(ddof=1) / len(values) ** 0.5
-
-
 def markdown(title: str, results: dict[str, dict[str, float]], regions: list[int], seeds: range) -> str:
     settings, measures = TABLES[title]
     lines = [f"## {title}", "", f"| regions | setting | {' | '.join(measures)} |", "|" + "---|" * (len(measures) + 2)]
@@ -202,7 +197,7 @@ def markdown(title: str, results: dict[str, dict[str, float]], regions: list[int
             jobs = jobs_of(count, setting, seeds)
             if all(job.key in results for job in jobs):
                 name = setting.method if setting == HAND else str(setting)
-                cells = ["{:.3f} ± {:.3f}".format(*mean(measure_, jobs, results)) for measure_ in measures]
+                cells = [str(mean_of([results[job.key][measure_] for job in jobs])) for measure_ in measures]
                 lines.append(f"| {count} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -210,7 +205,7 @@ def markdown(title: str, results: dict[str, dict[str, float]], regions: list[int
 ABOUT = f"""# Adapters, measured
 
 `python benchmarks/adapters.py`: {len(SEEDS)} random layouts of boxes a row, preset control, {STEPS} steps, bfloat16,
-guidance 3.5, means with 95 % confidence intervals over layouts. own: of the regions with a LoRA, the share that show
+guidance 3.5, means over layouts with 95 % intervals. own: of the regions with a LoRA, the share that show
 its look; other: of all regions, the share that show a look that is not theirs; edges: F1 of the pixels where objects
 end, against the control image's objects, within 3 pixels; the rest as in tables.md.
 
