@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks.intervals import mean_of  # noqa: E402
 from pipeline import Pipeline  # noqa: E402
 from pocket.adapters import draw_edges, draw_looks  # noqa: E402
 from pocket.detect import borders_agree, look_of  # noqa: E402
@@ -189,12 +190,6 @@ def jobs_of(regions: int, setting: Setting, seeds: range) -> list[Job]:
     return [Job(regions, seed, setting) for seed in seeds]
 
 
-def mean(name: str, jobs: list[Job], results: dict[str, dict[str, float]]) -> tuple[float, float]:
-    """The mean over the layouts, and half its 95 % confidence interval."""
-    values = np.array([results[job.key][name] for job in jobs])
-    return values.mean(), 1.96 * values.std(ddof=1) / len(values) ** 0.5
-
-
 def markdown(title: str, results: dict[str, dict[str, float]], regions: list[int], seeds: range) -> str:
     settings, measures = TABLES[title]
     lines = [f"## {title}", "", f"| regions | setting | {' | '.join(measures)} |", "|" + "---|" * (len(measures) + 2)]
@@ -203,7 +198,7 @@ def markdown(title: str, results: dict[str, dict[str, float]], regions: list[int
             jobs = jobs_of(count, setting, seeds)
             if all(job.key in results for job in jobs):
                 name = setting.method if setting == HAND else str(setting)
-                cells = ["{:.3f} ± {:.3f}".format(*mean(measure_, jobs, results)) for measure_ in measures]
+                cells = [str(mean_of([results[job.key][measure_] for job in jobs])) for measure_ in measures]
                 lines.append(f"| {count} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -211,7 +206,7 @@ def markdown(title: str, results: dict[str, dict[str, float]], regions: list[int
 ABOUT = f"""# Adapters, measured
 
 `python benchmarks/adapters.py`: {len(SEEDS)} random layouts of boxes a row, preset control, {STEPS} steps, bfloat16,
-guidance 3.5, means with 95 % confidence intervals over layouts. own: of the regions with a LoRA, the share that show
+guidance 3.5, means over layouts with 95 % intervals. own: of the regions with a LoRA, the share that show
 its look; other: of all regions, the share that show a look that is not theirs; edges: F1 of the pixels where objects
 end, against the control image's objects, within 3 pixels; the rest as in tables.md.
 
@@ -245,7 +240,8 @@ def main() -> int:
     tables = [markdown(title, results, regions, seeds) for title in TABLES]
     print("\n\n".join(tables))
     if args.quick:
-        own, other = (mean(name, jobs_of(4, LORA_ROWS[-1], seeds), results)[0] for name in ("own", "other"))
+        jobs = jobs_of(4, LORA_ROWS[-1], seeds)
+        own, other = (np.mean([results[job.key][name] for job in jobs]) for name in ("own", "other"))
         return int(own < 0.75 or other > 0.15)
     (DOCS / "adapters.md").write_text("\n\n".join([ABOUT, *tables]) + "\n\n![The first layouts](adapters.jpg)\n")
     start_worker()

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks.intervals import Mean, mean_of  # noqa: E402
 from model.attention import Block  # noqa: E402
 from pipeline import Pipeline  # noqa: E402
 from pocket.judge import KINDS, Case, drawn, judge, random_case  # noqa: E402
@@ -42,9 +43,10 @@ RUN, DOCS = ROOT / "benchmarks" / "run", ROOT / "docs" / "control"
 REGIONS = (1, 2, 3, 4, 6, 8, 12, 16)
 SWEPT_REGIONS = (2, 4, 8)
 MEASURES = (
-    "both", "color", "pattern", "shape", "leakage", "duplicates", "background", "seams", "visible", "cut", "coherence",
-    "seconds",
+    "both", "color", "pattern", "shape", "strict", "all", "leakage", "duplicates", "background", "seams", "visible",
+    "cut", "coherence", "seconds",
 )  # fmt: skip
+NO_FRACTIONS = ("seams", "coherence", "seconds")
 
 
 class Setting(NamedTuple):
@@ -251,15 +253,12 @@ def tables() -> dict[str, list[Row]]:
 # ------------------------------------------------------------------------------------------------ what is written
 
 
-def summary(row: Row, results: dict[str, dict[str, float]]) -> dict[str, tuple[float, float]]:
-    """Each measure's mean over the layouts and half its 95 % confidence interval; regions of one layout are not
-    independent. NaN where nothing could be measured."""
+def summary(row: Row, results: dict[str, dict[str, float]]) -> dict[str, Mean]:
+    """Each measure's mean over the layouts and its interval."""
     found = {}
     for name in MEASURES:
-        values = np.array([results[job.key][name] for job in row.jobs()])
-        values = values[~np.isnan(values)]
-        half = 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-        found[name] = (values.mean() if len(values) else float("nan"), half)
+        values = [results[job.key][name] for job in row.jobs()]
+        found[name] = mean_of(values, is_fraction=name not in NO_FRACTIONS)
     return found
 
 
@@ -268,14 +267,20 @@ def markdown(title: str, rows: list[Row], results: dict[str, dict[str, float]]) 
     lines.append("|" + "---|" * (len(MEASURES) + 2))
     for row in rows:
         means = summary(row, results)
-        cells = [f"{means['both'][0]:.3f} ± {means['both'][1]:.3f}"]
-        cells += ["" if np.isnan(means[name][0]) else f"{means[name][0]:.3g}" for name in MEASURES[1:]]
+        cells = [str(means["both"])]
+        cells += ["" if np.isnan(means[name].value) else f"{means[name].value:.3g}" for name in MEASURES[1:]]
         lines.append(f"| {row.regions} | {row.setting or 'drawn by hand'} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def whole(rows: list[Row], results: dict[str, dict[str, float]]) -> list[Row]:
     return [row for row in rows if all(job.key in results for job in row.jobs())]
+
+
+def plot(axis, x: list[float], means: list[Mean], label: str) -> None:
+    """A curve with its intervals, in an axis of matplotlib."""
+    errors = np.transpose([mean.errors for mean in means])
+    axis.errorbar(x, [mean.value for mean in means], errors, label=label, capsize=2, marker=".")
 
 
 def plot_accuracy(results: dict[str, dict[str, float]]) -> None:
@@ -290,7 +295,7 @@ def plot_accuracy(results: dict[str, dict[str, float]]) -> None:
             curve = [row for row in rows if row.setting == setting(row.regions)]
             if curve:
                 means = [summary(row, results)["both"] for row in curve]
-                axis.errorbar([row.regions for row in curve], *zip(*means), label=name, capsize=2, marker=".")
+                plot(axis, [row.regions for row in curve], means, name)
         axis.set(title=kind, xlabel="regions", ylim=(0, 1.03))
     axes[0][0].set_ylabel("color and pattern right")
     axes[0][0].legend(fontsize=7)
@@ -312,7 +317,7 @@ def plot_sweep(results: dict[str, dict[str, float]]) -> None:
                 means = [summary(row, results)[measure_] for row in rows]
                 shares = [float(row.setting.mask_inject_steps.rstrip("%")) for row in rows]
                 if rows:
-                    axis.errorbar(shares, *zip(*means), label=f"beta {beta:g}", capsize=2, marker=".")
+                    plot(axis, shares, means, f"beta {beta:g}")
             axis.set(title=f"{regions} regions: {measure_}", xlabel="T, % of the steps")
     axes[0][0].legend(fontsize=7)
     figure.savefig(DOCS / "sweep.png", dpi=100, bbox_inches="tight")
@@ -341,8 +346,8 @@ def write_all(results: dict[str, dict[str, float]]) -> None:
             numbers[title] = [
                 {"kind": row.kind, "regions": row.regions, "setting": str(row.setting or "drawn by hand")}
                 | {
-                    name: [None if np.isnan(x) else round(float(x), 4) for x in pair]
-                    for name, pair in summary(row, results).items()
+                    name: [None if np.isnan(x) else round(x, 4) for x in mean]
+                    for name, mean in summary(row, results).items()
                 }
                 for row in rows
             ]
@@ -362,7 +367,7 @@ def quick(workers: int) -> int:
     jobs = [job for row in rows for job in row.jobs()]
     results = run(jobs, workers, None)
     print(markdown("4 regions in boxes", rows, results))
-    return int(summary(rows[-1], results)["both"][0] < 0.85)
+    return int(summary(rows[-1], results)["both"].value < 0.85)
 
 
 def main() -> int:

@@ -22,6 +22,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.intervals import Mean, mean_of  # noqa: E402
 from model.fp8 import Fp8Linear  # noqa: E402
 from pipeline import Pipeline  # noqa: E402
 from pocket.judge import judge, random_case  # noqa: E402
@@ -52,14 +53,14 @@ class Watch:
         return hook
 
 
-def regions_right(pipeline: Pipeline, layouts: int) -> tuple[float, float]:
-    """The share of regions in which colour and pattern are right, and half of its 95 % interval over the layouts."""
+def regions_right(pipeline: Pipeline, layouts: int) -> Mean:
+    """The share of regions in which color and pattern are right."""
     right = []
     for seed in range(layouts):
         case = random_case(seed, 4)
         z = pipeline.denoise(pipeline.prepare(replace(case.layout, steps=10)), case.layout.seed)
         right.append(judge(np.asarray(pipeline.decode(z)), case)["both"])
-    return float(np.mean(right)), 1.96 * float(np.std(right, ddof=1)) / len(right) ** 0.5
+    return mean_of(right)
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -89,10 +90,9 @@ def main() -> None:
         if name == "exact":
             kept = prepared
     if args.model == "pocket" and args.layouts:
-        print("| 4 regions, both right | share | |\n|---|---|---|")
+        print("| 4 regions, both right | share (95 %) |\n|---|---|")
         for name, pipeline in pipelines.items():
-            share, interval = regions_right(pipeline, args.layouts)
-            print(f"| {name} | {share:.3f} | ± {interval:.3f} |", flush=True)
+            print(f"| {name} | {regions_right(pipeline, args.layouts)} |", flush=True)
         print()
     watch = Watch(pipelines["exact"].parts.get("flux", kept.layout), pipelines["fp8"].parts.get("flux", kept.layout))
     pipelines["exact"].denoise(kept, args.seeds[0])

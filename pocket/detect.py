@@ -11,7 +11,8 @@ from PIL import Image, ImageFilter
 
 from pocket.scenes import BACKGROUNDS, COLORS, DARK, LOOKS, PATTERNS, PERIOD, SHAPES, outline_mask
 
-SIDE = 48  # shapes are compared at this size
+CLEAN = 0.94  # the least fit of an object that is not deformed
+TIPS = (0, 1, 2)  # pixels by which an object's thin tips may have faded on every side
 LEAST = 0.06  # share of an area that an object must take to be seen
 GAP = 5  # pixels that close the gaps of a look
 MARGIN = 8  # pixels around an area, more than `clean` reaches
@@ -21,6 +22,13 @@ class Looks(NamedTuple):
     color: str
     pattern: str
     shape: str
+
+
+class Seen(NamedTuple):
+    """What an object looks like, and how well it fits its shape, 1 at best; below CLEAN it is deformed."""
+
+    looks: Looks
+    fit: float
 
 
 def nearest_of(picture: np.ndarray, tones: np.ndarray) -> np.ndarray:
@@ -41,10 +49,18 @@ def nearest_tones(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def detect(picture: np.ndarray, area: np.ndarray | None = None) -> Looks | None:
     """The looks of the object in the area (H, W) bool of a picture (H, W, 3) uint8; None where there is none."""
+    seen = see(picture, area)
+    return seen and seen.looks
+
+
+def see(picture: np.ndarray, area: np.ndarray | None = None) -> Seen | None:
+    """As `detect`, and whether the object is clean or deformed."""
     found = find_object(picture, area)
     if not found or found.body.sum() < LEAST * found.area.sum():
         return None
-    return Looks(list(COLORS)[found.color], pattern_of(found.body, found.dark), shape_of(found.body))
+    fits = shape_fits(silhouette(found))
+    shape = max(fits, key=fits.get)
+    return Seen(Looks(list(COLORS)[found.color], pattern_of(found.body, found.dark), shape), fits[shape])
 
 
 class Found(NamedTuple):
@@ -123,19 +139,40 @@ def best_tile(body: np.ndarray, marked: np.ndarray, tiles: dict) -> Any:
     return min(errors, key=errors.get)
 
 
-@cache
-def shape_templates() -> dict[str, np.ndarray]:
-    half = (SIDE / 2, SIDE / 2)
-    return {name: outline_mask(name, half, half, (SIDE, SIDE)) > 0.5 for name in SHAPES}
+def silhouette(found: Found) -> np.ndarray:
+    """The object with the thin tips that `clean` takes away, without specks elsewhere."""
+    image = Image.fromarray(found.raw.astype(np.uint8) * 255)
+    closed = image.filter(ImageFilter.MaxFilter(3)).filter(ImageFilter.MinFilter(3))
+    return (np.asarray(closed) > 0) & grown(found.body, 3)
 
 
-def shape_of(body: np.ndarray) -> str:
-    """The template that overlaps most with the body when both fill a square."""
+def shape_fits(body: np.ndarray) -> dict[str, float]:
+    """How well each shape explains a body (H, W) bool when both fill the same box.
+
+    1 - (pixels beyond the shape's border + pixels missing within it) / the shape's pixels. A band along the border,
+    3 % of the box on both sides and a pixel at least, does not count: small objects are drawn with few pixels.
+    """
     rows, columns = body.any(1).nonzero()[0], body.any(0).nonzero()[0]
-    cut = body[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    cut = np.asarray(Image.fromarray(cut.astype(np.uint8) * 255).resize((SIDE, SIDE))) > 127
-    overlap = {name: (cut & t).sum() / (cut | t).sum() for name, t in shape_templates().items()}
-    return max(overlap, key=overlap.get)
+    cut = np.pad(body[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], 3)
+    fits = {}
+    for name in SHAPES:
+        errors = []
+        for tip in TIPS:
+            size, outer, inner = shape_template(name, cut.shape, tip)
+            errors.append(((cut & ~outer).sum() + (inner & ~cut).sum()) / size)
+        fits[name] = float(1 - min(errors))
+    return fits
+
+
+@cache
+def shape_template(name: str, shape: tuple[int, int], tip: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """A shape that fills an array but for a margin of 3 - tip pixels: its pixels, and masks grown and shrunk by the
+    band along its border."""
+    height, width = shape
+    radius = (width / 2 - 3 + tip, height / 2 - 3 + tip)
+    filled = outline_mask(name, (width / 2, height / 2), radius, (width, height)) > 0.5
+    band = max(1, round(0.03 * (min(shape) - 6)))
+    return int(filled.sum()), grown(filled, band), ~grown(~filled, band)
 
 
 def borders_agree(picture: np.ndarray, wanted: np.ndarray, within: int = 3) -> float:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from pocket.detect import Looks, detect, nearest_of, nearest_tones
+from pocket.detect import CLEAN, Looks, Seen, nearest_of, nearest_tones, see
 from pocket.scenes import BACKGROUNDS, COLORS, Scene, draw, place, random_looks, split
 from regional.layout import Layout, Region
 
@@ -119,7 +119,8 @@ def free_forms(rng: np.random.Generator, cells: list[tuple[int, ...]], margins: 
 def judge(picture: np.ndarray, case: Case) -> dict[str, float]:
     """Measures of a picture (H, W, 3) uint8, each a mean over the layout; NaN where there is nothing to measure.
 
-    color, pattern, both, shape: the share of regions that show it. A region is looked at where no other one is.
+    color, pattern, both, shape, all: the share of regions that show it; both: color and pattern. A region is looked at
+        where no other one is. strict: the share whose shape is right and not deformed.
     leakage: of the object pixels in a region, the share in a color that others ask for and it does not.
     duplicates: looks (color and pattern) seen in more regions than ask for them, as a share of the regions.
     background: of the pixels in no region, the share nearest to the background asked for.
@@ -131,8 +132,10 @@ def judge(picture: np.ndarray, case: Case) -> dict[str, float]:
     """
     color, _ = nearest_tones(picture)
     alone = case.areas & (case.areas.sum(0) == 1)
-    seen = [detect(picture, area) or Looks("", "", "") for area in alone]
+    found = [see(picture, area) or Seen(Looks("", "", ""), 0) for area in alone]
+    seen = [each.looks for each in found]
     right = np.array([[a == b for a, b in zip(s, w)] for s, w in zip(seen, case.wanted)])
+    is_clean = np.array([each.fit >= CLEAN for each in found])
     names = list(COLORS)
     leaks = []
     for i, area in enumerate(alone):
@@ -144,7 +147,8 @@ def judge(picture: np.ndarray, case: Case) -> dict[str, float]:
     uncovered = ~case.areas.any(0)
     return {
         "color": right[:, 0].mean(), "pattern": right[:, 1].mean(), "both": right[:, :2].all(1).mean(),
-        "shape": right[:, 2].mean(), "leakage": float(np.mean(leaks)), "duplicates": extra / len(asked),
+        "shape": right[:, 2].mean(), "strict": (right[:, 2] & is_clean).mean(), "all": right.all(1).mean(),
+        "leakage": float(np.mean(leaks)), "duplicates": extra / len(asked),
         "background": is_background(picture, case.background)[uncovered].mean() if uncovered.sum() > 500 else np.nan,
         "coherence": coherence(picture, color, alone), **borders(picture.astype(float), color, case.areas),
     }  # fmt: skip
