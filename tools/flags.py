@@ -10,9 +10,9 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 import msgspec
 from msgspec import Struct, inspect
 
-from errors import MISSING, InputError
+from errors import MISSING, InputError, flag
 from regional.layout import Control, Layout
-from settings import MODEL_KEYS, Name, Settings, flag, recorded
+from settings import MODEL_KEYS, Name, Settings, invalid, recorded
 from tools.metadata import read_metadata
 
 ABOUT = """Layouts in, images out.
@@ -120,9 +120,10 @@ def repeated(metadata: dict[str, Any], given: dict[str, Any], file: Path) -> dic
     names the image's file."""
     settings = recorded(metadata)
     try:
-        Settings(**settings).checked()
-    except InputError as error:
-        raise InputError(file, MISSING, f"in its metadata, {error}") from None
+        msgspec.convert(settings, Settings)
+    except msgspec.ValidationError as error:
+        problem = f"in its metadata, {invalid(settings, error)}"
+        raise InputError(file, MISSING, problem) from None
     if given.keys() & set(MODEL_KEYS):  # Files of one model are not mixed with another's.
         settings = {key: value for key, value in settings.items() if key not in MODEL_KEYS}
     return settings | given
