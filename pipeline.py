@@ -91,20 +91,18 @@ class Pipeline:
         settings = self.settings
         checkpoint = self.checkpoint
         given = {key: getattr(settings, key) for key in MODEL_KEYS}
-        chosen = {
-            "fp8": self.fp8,
-            "compile": settings.compile,
-            "processes": self.parallel and self.parallel.size,
-            "attention": settings.attention if settings.attention != "auto" else None,
-        }
-        return {
+        found = {
             "model": checkpoint.name,
             "files": {part: str(getattr(checkpoint, part).path) for part in MODEL_KEYS[1:]},
             "dtype": str(self.dtype),
             "torch": torch.__version__,
-            **{key: value for key, value in chosen.items() if value},
-            "given": {key: value for key, value in given.items() if value},
+            "fp8": self.fp8,
+            "compile": settings.compile,
+            "processes": self.parallel and self.parallel.size,
+            "attention": settings.attention.replace("auto", ""),
         }
+        found = {key: value for key, value in found.items() if value}
+        return found | {"given": {key: value for key, value in given.items() if value}}
 
     def __call__(self, layout: Layout, seed: int) -> Image.Image:
         prepared = self.prepare(layout)
@@ -293,9 +291,7 @@ class Parts:
         self.controlnets: dict[Path, nn.Module] = {}  # by their files
         self.modulated = (None, [])  # one layout's
 
-    def get(
-        self, name: str, layout: Layout | None = None, loras: Loras = NO_LORAS
-    ) -> nn.Module:  # fmt: skip
+    def get(self, name: str, layout: Layout | None = None, loras: Loras = NO_LORAS) -> nn.Module:
         """t5, clip, flux or ae with the layout's LoRAs merged; it is loaded again for others, and
         the transformer also for an image that needs more memory than it left free."""
         used = changing(name, layout.loras, loras) if layout else []
@@ -328,9 +324,7 @@ class Parts:
         activations = working_bytes(hidden, layout, self.dtype, self.fp8)
         return activations + numbers * self.dtype.itemsize
 
-    def load(
-        self, name: str, merges: weights.Merges, room: int
-    ) -> tuple[nn.Module, list[Any]]:  # fmt: skip
+    def load(self, name: str, merges: weights.Merges, room: int) -> tuple[nn.Module, list[Any]]:
         """A Part's module and streamed. room: bytes of the GPU to leave free, if known."""
         source = getattr(self.checkpoint, name)
         offload = self.settings.offload

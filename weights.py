@@ -27,8 +27,7 @@ from model.transformer import Flux, FluxParams
 
 POCKET = Path(__file__).parent / "pocket" / "checkpoint"
 TOKENIZERS = ["tokenizer/*", "tokenizer_2/*"]
-ENDINGS = ("safetensors", "json")
-FOLDERS = {part: [f"{name}/*.{end}" for end in ENDINGS] for part, name in SUBFOLDER.items()}
+FOLDERS = {part: [f"{name}/*.safetensors", f"{name}/*.json"] for part, name in SUBFOLDER.items()}
 SINGLE_FILES = FOLDERS | {"flux": ["flux1-*.safetensors"], "ae": ["ae.safetensors"]}
 SCHNELL = "black-forest-labs/FLUX.1-schnell"  # Apache-2.0, with all models' tokenizers
 
@@ -212,11 +211,11 @@ class Loader(NamedTuple):
         """A weight (out, in) in FP8 and its scales (out, 1); stored ones are kept."""
         rows = self.recipe[name]
         stored = [self.tensors[row.key] for row in rows]
-        is_fp8 = all(tensor.dtype == "F8_E4M3" for tensor in stored)
-        if is_fp8 and name not in self.merges:
-            pieces = map(partial(stored_fp8, device=self.device), stored, rows)
-        else:  # A large matrix would take several times its memory at once.
+        if name in self.merges or any(tensor.dtype != "F8_E4M3" for tensor in stored):
+            # At once, a large matrix would take several times its memory.
             pieces = map(to_fp8, self.tensor(name, self.device).split(1024))
+        else:
+            pieces = map(partial(stored_fp8, device=self.device), stored, rows)
         return tuple(torch.cat(parts) for parts in zip(*pieces))
 
     def stacked(self, name: str, device: Device, dtype: torch.dtype) -> Tensor:
