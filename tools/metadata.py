@@ -52,8 +52,8 @@ def check_writable(path: Path, overwrite: bool) -> None:
     folder = path.absolute().parent
     if not folder.is_dir():
         raise InputError(path, MISSING, f"there is no folder {path.parent} to write it to")
-    is_bad = path.is_dir() or len(os.fsencode(path.name)) > 200
-    if is_bad or not os.access(folder, os.W_OK):
+    name = os.fsencode(path.name)
+    if len(name) > 200 or path.is_dir() or not os.access(folder, os.W_OK):
         raise InputError(path, MISSING, "no file of this name can be written there")
     if path.exists() and not overwrite:
         raise InputError(path, MISSING, "exists already; --overwrite replaces it")
