@@ -77,6 +77,10 @@ def shown(name: Any) -> str:
     return text if text.isprintable() and len(text) <= 1000 else describe(text, 1000)
 
 
+def flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
 def check_file(file: str | Path, most: int) -> None:
     """OSError for pipes and devices, which may never end, and for more than `most` bytes."""
     about = os.stat(file)

@@ -2,8 +2,8 @@
 
     python generate.py --layout layout.yaml
 
-reads the layout and writes its image. With many layouts all prompts are encoded first, and each
-image is written as soon as it is finished; the same command resumes a run that was stopped.
+With many layouts all prompts are encoded first, and each image is written as soon as it is
+finished; the same command resumes a run that was stopped.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -39,17 +39,17 @@ POCKET = "this is the built-in pocket model; FLUX.1-dev: --model black-forest-la
 class Stop:
     """Ctrl-C and SIGTERM: the first lets the running step finish, the second ends at once."""
 
-    def __init__(self):
-        self.is_asked = False
+    is_asked = False
 
-    def __enter__(self) -> "Stop":
+    @contextlib.contextmanager
+    def handled(self) -> Iterator[None]:
         kinds = (signal.SIGINT, signal.SIGTERM)
-        self.before = {kind: signal.signal(kind, self.ask) for kind in kinds}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for kind, handler in self.before.items():
-            signal.signal(kind, handler)
+        before = [signal.signal(kind, self.ask) for kind in kinds]
+        try:
+            yield
+        finally:
+            for kind, handler in zip(kinds, before):
+                signal.signal(kind, handler)
 
     def ask(self, *signal_and_frame: object) -> None:
         if self.is_asked:
@@ -63,23 +63,17 @@ class Stop:
             raise KeyboardInterrupt
 
 
-def report_first_step(start: float) -> None:
-    """Tell when it ended; start: of the program, by time.perf_counter()."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    info(f"the first step ended {time.perf_counter() - start:.1f} s after the start")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the program. Returns the exit code: 0; 2 for bad input; 1 if the machine refuses or some
     of many layouts failed; 130 for Ctrl-C and SIGTERM."""
-    report = cache(partial(report_first_step, time.perf_counter()))  # It runs once.
+    start = time.perf_counter()
     settings = Settings()
+    stop = Stop()
     try:
         command = parse(argv)
         settings = command.settings
-        with Stop() as stop:
-            return run(command, stop, report)
+        with stop.handled():
+            return run(command, stop, start)
     except (InputError, OSError) as error:
         if is_first(settings):
             print_error(error)
@@ -100,15 +94,15 @@ def is_first(settings: Settings) -> bool:
     return not settings.parallel or os.environ.get("RANK", "0") == "0"
 
 
-def run(command: Command, stop: Stop, report: Callable[[], None]) -> int:
+def run(command: Command, stop: Stop, start: float) -> int:
     settings, overrides, output, dry_run, recorded = command
 
     def read(file: Path | None, swept: dict[str, Any], size: int) -> Layout:
         given = overrides | swept
         with naming(file, given):
-            if recorded is not None:  # by the image `file`
-                return read_layout(None, recorded | given, size)
-            return read_layout(file, given, size)
+            if recorded is None:
+                return read_layout(file, given, size)
+            return read_layout(None, recorded | given, size)  # by the image `file`
 
     if dry_run.check or dry_run.preview or dry_run.plan is not None:
         from tools.check import run_dry
@@ -135,10 +129,11 @@ def run(command: Command, stop: Stop, report: Callable[[], None]) -> int:
             jobs = plan(pipeline.defaults.size)
         if worker.count > 1:
             info(f"worker {worker.index} of {worker.count}: {len(jobs)} images")
-        info(f"seed {', '.join(str(seed) for seed in dict.fromkeys(job.seed for job in jobs))}")
+        seeds = dict.fromkeys(str(job.seed) for job in jobs)
+        info(f"seed {', '.join(seeds)}")
         if pipeline.checkpoint.name == "pocket":
             info(POCKET)
-        generate_all(pipeline, jobs, command, failures, stop, report)
+        generate_all(pipeline, jobs, command, failures, stop, start)
         if output.sweep and not failures.count and is_first(settings):
             from tools.sweeps import write_sheets
 
@@ -148,20 +143,27 @@ def run(command: Command, stop: Stop, report: Callable[[], None]) -> int:
 
 def generate_all(
     pipeline: Pipeline, jobs: list[Job], command: Command, failures: Failures, stop: Stop,
-    report: Callable[[], None],
+    start: float,
 ) -> None:  # fmt: skip
     """Prepare the layouts of up to CHUNK at a time, then denoise, decode and write their images.
-    report: called after every step."""
+    start: of the program, by time.perf_counter()."""
     check = partial(stop.check, pipeline.parallel.is_any) if pipeline.parallel else stop.check
 
+    @cache  # It runs once.
+    def report_first_step() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        info(f"the first step ended {seconds:.1f} s after the start")
+
     def on_step() -> None:
-        report()
+        report_first_step()
         check()
 
     by_layout = [list(group) for _, group in itertools.groupby(jobs, lambda job: id(job.layout))]
-    for start in range(0, len(by_layout), CHUNK):
+    for first in range(0, len(by_layout), CHUNK):
         ready = []
-        for group in by_layout[start : start + CHUNK]:
+        for group in by_layout[first : first + CHUNK]:
             check()
             with failures.caught(), naming(group[0].source, command.overrides):
                 ready += prepare(group, pipeline, command.output)
@@ -186,9 +188,7 @@ def prepare(group: list[Job], pipeline: Pipeline, output: Output) -> list[Ready]
             print(job.files["image"])
         else:
             missing.append((job, metadata))
-    if not missing:
-        return []
-    prepared = pipeline.prepare(group[0].layout)
+    prepared = pipeline.prepare(group[0].layout) if missing else None
     return [(job, prepared, metadata) for job, metadata in missing]
 
 

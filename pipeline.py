@@ -3,9 +3,9 @@
     pipeline = Pipeline("black-forest-labs/FLUX.1-dev")
     image = pipeline(Layout(prompt="a harbor"), seed=1)
 
-A call is `prepare` (prompts and control images are encoded), `denoise` and `decode`. Components of
-the model are loaded when they are needed and stay until `drop`, so that one can make room for the
-next. What not every image needs is imported where it is used. A pipeline is not thread-safe.
+A call is `prepare` (prompts and control images are encoded), `denoise` and `decode`. Components
+are loaded when they are needed and stay until `drop`. What not every image needs is imported where
+it is used. A pipeline is not thread-safe.
 """
 
 import gc
@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -34,18 +35,17 @@ from regional.prompts import check_vocabulary, encode_prompts
 from regional.sampling import MakeAttention, Modulations, modulations, sample
 from runtime.choose import choose_attention, choose_device, choose_fp8, library_attention
 from sampler.flow import pack
-from settings import MODEL_KEYS, Settings
+from settings import MODEL_KEYS, Settings, invalid
 
 Loras = dict[str, Any]  # extensions.lora.Lora by the names in layouts
 NO_LORAS: Loras = {}
-Loaded = tuple[nn.Module, list[Any]]  # a component, and what of it is on the GPU only in turn
 
 
 class Prepared(NamedTuple):
-    """A layout, and all that is encoded and read for it, once for all seeds.
+    """A resolved layout, and all that is encoded and read for it, once for all seeds.
 
-    layout: resolved. controls: each ControlNet's file and its control image or packed latents.
-    control_latents: those of a control LoRA's image, (1, L_img, 64).
+    controls: each ControlNet's file and its control image or packed latents. control_latents:
+    those of a control LoRA's image, (1, L_img, 64).
     """
 
     layout: Layout
@@ -62,11 +62,15 @@ class Pipeline:
 
     def __init__(self, model: Settings | str | Path | None = None, **settings: Any):
         given = model if isinstance(model, Settings) else Settings(model=model, **settings)
-        settings = self.settings = given.checked()
+        values = msgspec.to_builtins(given, enc_hook=str)  # paths as text
+        try:
+            settings = self.settings = msgspec.convert(values, Settings)
+        except msgspec.ValidationError as error:
+            raise invalid(values, error) from None
         self.device = choose_device(settings)
         automatic = "float32" if self.device.type == "cpu" else "bfloat16"
         self.dtype = getattr(torch, settings.dtype.replace("auto", automatic))
-        if self.dtype == torch.float32:  # TF32 in cuDNN's convolutions makes the VAE err by 3e-4
+        if self.dtype == torch.float32:  # With TF32 in cuDNN the VAE would err by 3e-4.
             torch.backends.cudnn.allow_tf32 = False
         self.checkpoint = weights.find(*(getattr(settings, key) for key in MODEL_KEYS))
         flux = self.checkpoint.flux
@@ -85,29 +89,28 @@ class Pipeline:
     def metadata(self) -> dict[str, Any]:
         """What images record of how they were made; settings.recorded is the reverse."""
         settings = self.settings
+        checkpoint = self.checkpoint
         given = {key: getattr(settings, key) for key in MODEL_KEYS}
-        chosen = {
+        found = {
+            "model": checkpoint.name,
+            "files": {part: str(getattr(checkpoint, part).path) for part in MODEL_KEYS[1:]},
+            "dtype": str(self.dtype),
+            "torch": torch.__version__,
             "fp8": self.fp8,
             "compile": settings.compile,
             "processes": self.parallel and self.parallel.size,
-            "attention": settings.attention if settings.attention != "auto" else None,
+            "attention": settings.attention.replace("auto", ""),
         }
-        return {
-            "model": self.checkpoint.name,
-            "files": {part: str(getattr(self.checkpoint, part).path) for part in MODEL_KEYS[1:]},
-            "dtype": str(self.dtype),
-            "torch": torch.__version__,
-            **{key: value for key, value in chosen.items() if value},
-            "given": {key: value for key, value in given.items() if value},
-        }
+        found = {key: value for key, value in found.items() if value}
+        return found | {"given": {key: value for key, value in given.items() if value}}
 
     def __call__(self, layout: Layout, seed: int) -> Image.Image:
         prepared = self.prepare(layout)
-        self.embeddings.clear()  # Calls with ever new prompts must not fill the memory.
+        self.embeddings.clear()  # Ever new prompts must not fill the memory.
         return self.decode(self.denoise(prepared, seed))
 
     def drop(self, *names: str) -> None:
-        """Free components: t5, clip, flux, ae; with t5 the prompt embeddings kept in memory."""
+        """Free components: t5, clip, flux, ae; with t5 the prompt embeddings in memory."""
         self.parts.drop(*names)
         if "t5" in names:
             self.embeddings.clear()
@@ -120,7 +123,7 @@ class Pipeline:
 
     @torch.inference_mode()
     def prepare(self, layout: Layout) -> Prepared:
-        """Read and encode what a layout names; most errors come before a component is loaded."""
+        """Read and encode what a layout names; most errors come before anything is loaded."""
         layout = layout.resolved(self.defaults)
         own = [lora for region in layout.regions for lora in region.loras]
         controls = []
@@ -143,11 +146,12 @@ class Pipeline:
         clip = CLIPTokenizer(self.checkpoint.clip_tokenizer)
         encode = partial(self.embedding, layout)
         conditioning = encode_prompts(layout, tokens, t5, clip, encode)
-        control_latents = None if control_image is None else self.latents_of(control_image)
+        if control_image is not None:
+            control_image = self.latents_of(control_image)
         for i, (source, image) in enumerate(controls):
             if not loading.controlnet_params(source).hint_width:
                 controls[i] = source, self.latents_of(image)
-        return Prepared(layout, tokens, conditioning, loras, controls, control_latents)
+        return Prepared(layout, tokens, conditioning, loras, controls, control_image)
 
     def masked_attention(self, layout: Layout, verbose: bool = False) -> MakeAttention:
         """What makes the attention of a layout's regional steps."""
@@ -156,16 +160,19 @@ class Pipeline:
         return choose_attention(self.settings.attention, self.device, self.dtype, verbose)
 
     def embedding(self, layout: Layout, name: str, ids: Tensor, own: Sequence[Any]) -> Tensor:
-        """What an encoder, t5 or clip, makes of a prompt's ids (1, L) with the layout's LoRAs and
-        with `own`, those of its region; on the CPU, and cached."""
+        """What an encoder, t5 or clip, makes of a prompt's ids (1, L) with the layout's LoRAs
+        and with `own`, its region's; on the CPU, and cached."""
         read = self.loras
         source = getattr(self.checkpoint, name)
         tokenizer = getattr(self.checkpoint, f"{name}_tokenizer")
-        check_vocabulary(ids, weights.KINDS[name].params(source).vocab_size, tokenizer, source.path)
-        merged = [lora for lora in layout.loras if read[lora.file].changes[name]]
-        own = [lora for lora in own if read[lora.file].changes[name]]
-        used = [(read[lora.file].path, lora.scale) for lora in (*merged, *own)]
+        size = weights.KINDS[name].params(source).vocab_size
+        check_vocabulary(ids, size, tokenizer, source.path)
+        own = changing(name, own, read)
+        loras = changing(name, layout.loras, read) + own
+        used = [(read[lora.file].path, lora.scale) for lora in loras]
         key = f"{name} {ids.tolist()} {used} {len(own)}"
+        if key in self.embeddings:
+            return self.embeddings[key]
 
         def encode() -> Tensor:
             encoder = self.parts.get(name, layout, read)
@@ -173,20 +180,19 @@ class Pipeline:
             if own:
                 from extensions.region_lora import prompt_loras
 
-                length = ids.shape[1]
-                changed = prompt_loras(encoder, name, own, read, length, self.device, self.dtype)
+                how = (ids.shape[1], self.device, self.dtype)
+                changed = prompt_loras(encoder, name, own, read, *how)
             with changed:
                 return encoder(ids.to(self.device)).to(self.dtype).cpu()
 
-        if key not in self.embeddings and self.settings.prompt_cache:
+        if self.settings.prompt_cache:
             from runtime.prompt_cache import cached
 
             files = {tensor.file for tensor in source.tensors.values()}
             depends_on = [ids.tolist(), files, used, len(own), str(self.dtype)]
             folder = Path(self.settings.prompt_cache)
-            self.embeddings[key] = cached(folder, name, depends_on, self.device, encode)
-        elif key not in self.embeddings:
-            self.embeddings[key] = encode()
+            encode = partial(cached, folder, name, depends_on, self.device, encode)
+        self.embeddings[key] = encode()
         return self.embeddings[key]
 
     @torch.inference_mode()
@@ -199,8 +205,9 @@ class Pipeline:
         layout = prepared.layout
         verbose = self.settings.verbose
         flux = self.parts.get("flux", layout, prepared.loras)
-        given = (x if x is None else x.to(self.device, self.dtype) for x in prepared.conditioning)
-        conditioning = Conditioning(*given)
+        where = (self.device, self.dtype)
+        encoded = [x if x is None else x.to(*where) for x in prepared.conditioning]
+        conditioning = Conditioning(*encoded)
         extensions = self.extensions(flux, prepared, conditioning, extensions)
         modulation = self.parts.modulation(flux, prepared, conditioning.y)
         masked = self.masked_attention(layout, verbose)
@@ -220,8 +227,8 @@ class Pipeline:
     ) -> list[Extension]:
         """The layout's extensions and a call's own, the innermost first.
 
-        LoRAs of regions see a process's part of the tokens, all others see all tokens. ControlNets
-        are outermost, because they read the image without a control LoRA's.
+        LoRAs of regions see a process's part of the tokens, all others see all. ControlNets are
+        outermost, because they read the image without a control LoRA's.
         """
         layout = prepared.layout
         where = (self.device, self.dtype)
@@ -256,13 +263,18 @@ class Pipeline:
         return pack(vae.encode(image.to(self.device, self.dtype))).cpu()
 
 
+def changing(part: str, entries: Sequence[Any], loras: Loras) -> list[Any]:
+    """Those of a layout's LoRAs that change this component."""
+    return [entry for entry in entries if loras[entry.file].changes.get(part)]
+
+
 class Part(NamedTuple):
-    """A loaded component. loras: files and scales merged into it. streamed: what of it is on the
-    GPU only in turn. room: bytes that were reserved for working with it."""
+    """A loaded component. loras: files and scales merged into it. streamed: what of it is on
+    the GPU only in turn. room: bytes that were reserved for working with it."""
 
     module: nn.Module
-    loras: list[tuple[str, float]]
     streamed: list[Any]
+    loras: list[tuple[str, float]]
     room: int
 
 
@@ -276,17 +288,17 @@ class Parts:
         self.dtype = pipeline.dtype
         self.fp8 = pipeline.fp8
         self.loaded: dict[str, Part] = {}
-        # These are dropped with flux: ControlNets by their files, and one layout's modulation.
-        self.controlnets: dict[Path, nn.Module] = {}
-        self.modulated = (None, [])
+        self.controlnets: dict[Path, nn.Module] = {}  # by their files
+        self.modulated = (None, [])  # one layout's
 
     def get(self, name: str, layout: Layout | None = None, loras: Loras = NO_LORAS) -> nn.Module:
         """t5, clip, flux or ae with the layout's LoRAs merged; it is loaded again for others, and
         the transformer also for an image that needs more memory than it left free."""
-        used = [x for x in layout.loras if loras[x.file].changes.get(name)] if layout else []
+        used = changing(name, layout.loras, loras) if layout else []
         key = [(lora.file, lora.scale) for lora in used]
         room = 0
-        if name == "flux" and self.settings.offload != "blocks" and self.device.type == "cuda":
+        is_cuda = self.device.type == "cuda"
+        if name == "flux" and is_cuda and self.settings.offload != "blocks":
             room = self.room_for(layout)
         part = self.loaded.get(name)
         if part is None or part.loras != key or part.room < room:
@@ -297,9 +309,8 @@ class Parts:
                 from extensions.loading import merges_of
 
                 merges = merges_of(layout, loras, name)
-            module, streamed = self.load(name, merges, room)
-            self.loaded[name] = Part(module, key, streamed, room)
-        return self.loaded[name].module
+            part = self.loaded[name] = Part(*self.load(name, merges, room), key, room)
+        return part.module
 
     def room_for(self, layout: Layout) -> int:
         """About how many bytes the transformer and the layout's ControlNets work with."""
@@ -313,17 +324,18 @@ class Parts:
         activations = working_bytes(hidden, layout, self.dtype, self.fp8)
         return activations + numbers * self.dtype.itemsize
 
-    def load(self, name: str, merges: weights.Merges, room: int) -> Loaded:
-        """room: how many bytes of the GPU the weights must leave free, if that is known."""
+    def load(self, name: str, merges: weights.Merges, room: int) -> tuple[nn.Module, list[Any]]:
+        """A Part's module and streamed. room: bytes of the GPU to leave free, if known."""
         source = getattr(self.checkpoint, name)
+        offload = self.settings.offload
         where = (self.device, self.dtype)
         fp8 = self.fp8 and name == "flux"
-        is_placed = fp8 or self.device.type == "cuda" or self.settings.offload == "blocks"
+        is_placed = fp8 or self.device.type == "cuda" or offload == "blocks"
         streamed = []
         if is_placed and name in ("flux", "t5"):
             from runtime.memory import load_placed
 
-            how = (self.settings.offload, fp8, room)
+            how = (offload, fp8, room)
             module, streamed = load_placed(source, *where, merges, *how)
         else:
             module = weights.load(source, *where, merges)
@@ -336,7 +348,7 @@ class Parts:
         return module, streamed
 
     def modulation(self, flux: Flux, prepared: Prepared, y: Tensor) -> Modulations:
-        """The modulation of a layout's steps, computed once for all its seeds."""
+        """The modulation of a layout's steps, once for all its seeds."""
         if self.modulated[0] is not prepared:
             self.modulated = (prepared, modulations(flux, prepared.layout, y))
             self.release()
@@ -357,7 +369,7 @@ class Parts:
             self.modulated = (None, [])
             if self.settings.compile:  # Compiled blocks hold references to themselves.
                 gc.collect()
-        if self.device.type == "cuda":  # The next component's tensors are of other sizes.
+        if self.device.type == "cuda":  # The next tensors are of other sizes.
             torch.cuda.empty_cache()
-            if hasattr(torch.accelerator, "empty_host_cache"):  # torch 2.11 has no such function
+            if hasattr(torch.accelerator, "empty_host_cache"):  # not in torch 2.11
                 torch.accelerator.empty_host_cache()

@@ -1,25 +1,25 @@
-"""How a run works, whatever the layout: flags, checks, metadata and replay all come from here."""
+"""How a run works, whatever the layout; flags, checks and metadata come from here."""
 
-from pathlib import Path
+import re
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
 
-from errors import InputError
+from errors import InputError, flag
 
-MODEL_KEYS = ("model", "flux", "t5", "clip", "ae")  # which files a model consists of
+MODEL_KEYS = ("model", "flux", "t5", "clip", "ae")  # where a model's files are
 Name = str | None
 Device = Annotated[str, Meta(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")]
 Parallel = Literal["ulysses", None]
-Dtype = Literal["auto", "float32", "bfloat16"]  # in float16 the activations of FLUX.1 overflow
+Dtype = Literal["auto", "float32", "bfloat16"]  # in float16 FLUX.1 overflows
 Attention = Literal["auto", "kernel", "portable", "dense"]
 Quantize = Literal["auto", "none", "fp8"]
 Offload = Literal["auto", "none", "blocks"]
 
 
 class Settings(Struct, frozen=True, kw_only=True):
-    """All that a run depends on besides the layout, the seed and the output."""
+    """What a run depends on besides layout, seed and output."""
 
     model: Annotated[Name, "a folder, a Hugging Face repository, or pocket (default)"] = None
     flux: Annotated[Name, "load the transformer from this file or folder"] = None
@@ -36,34 +36,25 @@ class Settings(Struct, frozen=True, kw_only=True):
     prompt_cache: Annotated[Name, "keep prompt embeddings in this folder"] = None
     verbose: Annotated[bool, "print which attention functions are used"] = False
 
-    def checked(self) -> "Settings":
-        """The same settings, paths as text. InputError names the flag of an invalid value."""
-        values = msgspec.structs.asdict(self)
-        for key, kind in get_type_hints(Settings, include_extras=True).items():
-            if isinstance(values[key], Path):
-                values[key] = str(values[key])
-            try:
-                msgspec.convert(values[key], kind)
-            except msgspec.ValidationError:
-                options = get_args(kind.__origin__)
-                is_choice = get_origin(kind.__origin__) is Literal
-                expected = f"one of {', '.join(map(str, options))}"
-                problem = f"expected {expected if is_choice else kind.__metadata__[-1]}"
-                raise InputError(flag(key), values[key], problem) from None
-        return Settings(**values)
 
-
-def flag(key: str) -> str:
-    return "--" + key.replace("_", "-")
+def invalid(values: dict[str, Any], error: msgspec.ValidationError) -> InputError:
+    """What msgspec found wrong with the fields of Settings, by the flag."""
+    key = re.search(r"`\$\.(\w+)", str(error))[1]
+    kind = get_type_hints(Settings, include_extras=True)[key]
+    expected = kind.__metadata__[-1]
+    if get_origin(kind.__origin__) is Literal:
+        expected = f"one of {', '.join(map(str, get_args(kind.__origin__)))}"
+    return InputError(flag(key), values[key], f"expected {expected}")
 
 
 def recorded(metadata: dict[str, Any]) -> dict[str, Any]:
     """The settings in an image's metadata, unchecked; the reverse of Pipeline.metadata."""
     given = metadata.get("given")
     files = given if isinstance(given, dict) else {"model": metadata["model"]}
+    dtype = str(metadata.get("dtype", "auto"))
     return {
         **{key: str(value) for key, value in files.items() if key in MODEL_KEYS},
-        "dtype": str(metadata.get("dtype", "auto")).removeprefix("torch."),
+        "dtype": dtype.removeprefix("torch."),
         "attention": metadata.get("attention", "auto"),
         "quantize": "fp8" if metadata.get("fp8") is True else "none",
         "compile": metadata.get("compile") is True,

@@ -1,13 +1,13 @@
-"""Which file feeds which module: components are recognized by file headers and loaded strictly.
+"""Which file feeds which module: components are recognized by their headers and loaded strictly.
 
-In this order: sizes of the networks from the shapes of a component (`Source`); `load`, which fills
-a network; `find`, which collects a model's components (`Checkpoint`).
+First the networks' sizes, then `load`, then `find`, which collects a model's components.
 """
 
 import re
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,19 +29,20 @@ POCKET = Path(__file__).parent / "pocket" / "checkpoint"
 TOKENIZERS = ["tokenizer/*", "tokenizer_2/*"]
 FOLDERS = {part: [f"{name}/*.safetensors", f"{name}/*.json"] for part, name in SUBFOLDER.items()}
 SINGLE_FILES = FOLDERS | {"flux": ["flux1-*.safetensors"], "ae": ["ae.safetensors"]}
-SCHNELL = "black-forest-labs/FLUX.1-schnell"  # Apache-2.0; its tokenizers are all FLUX.1 models'
+SCHNELL = "black-forest-labs/FLUX.1-schnell"  # Apache-2.0, with all models' tokenizers
 
 
 def flux_params(source: Source) -> FluxParams:
-    sizes = stream_sizes(source)
-    return FluxParams(**sizes, out_channels=source.shape("final_layer.linear.weight")[0])
+    out_channels, _ = source.shape("final_layer.linear.weight")
+    return FluxParams(**stream_sizes(source), out_channels=out_channels)
 
 
 def stream_sizes(source: Source) -> dict[str, Any]:
     """The sizes that the transformer and its ControlNets share."""
     tensors = source.tensors
+    block = "double_blocks.0"
     hidden, in_channels = source.shape("img_in.weight")
-    (head_dim,) = source.shape("double_blocks.0.img_attn.norm.query_norm.scale", dims=1)
+    (head_dim,) = source.shape(f"{block}.img_attn.norm.query_norm.scale", dims=1)
     if head_dim == 0 or hidden % head_dim:
         key = source.key_names.rows("img_in.weight", tensors)[0].key
         raise source.misshapen(key, f"a multiple of {head_dim} rows, the size of a head")
@@ -51,7 +52,7 @@ def stream_sizes(source: Source) -> dict[str, Any]:
         vec_in_dim=source.shape("vector_in.in_layer.weight")[1],
         context_in_dim=source.shape("txt_in.weight")[1],
         hidden_size=hidden,
-        mlp_hidden=source.shape("double_blocks.0.img_mlp.0.weight")[0],
+        mlp_hidden=source.shape(f"{block}.img_mlp.0.weight")[0],
         num_heads=hidden // head_dim,
         depth=count(tensors, r"(?:double|transformer)_blocks\.(\d+)\."),
         depth_single_blocks=count(tensors, r"single_(?:transformer_)?blocks\.(\d+)\."),
@@ -61,12 +62,13 @@ def stream_sizes(source: Source) -> dict[str, Any]:
 
 
 def model_defaults(source: Source) -> dict[str, int]:
-    """What a layout leaves to the model: steps, prompt tokens, pixels; and its block counts."""
+    """The fields of regional.layout.Defaults."""
     sizes = flux_params(source)
     steps, length = (24, 512) if sizes.guidance_embed else (4, 256)  # schnell has no guidance
+    length = source.number("the metadata", "max_sequence_length", length)
     return dict(
         steps=steps,
-        max_sequence_length=int(source.number("the metadata", "max_sequence_length", length)),
+        max_sequence_length=int(length),
         size=int(source.number("the metadata", "sample_size", 1024)),
         depth=sizes.depth,
         depth_single_blocks=sizes.depth_single_blocks,
@@ -74,39 +76,46 @@ def model_defaults(source: Source) -> dict[str, int]:
 
 
 def t5_params(source: Source) -> T5Params:
-    attention = "encoder.block.0.layer.0.SelfAttention"
+    layer = "encoder.block.0.layer"
     vocab_size, d_model = source.shape("shared.weight")
-    buckets, heads = source.shape(f"{attention}.relative_attention_bias.weight")
-    d_ff, _ = source.shape("encoder.block.0.layer.1.DenseReluDense.wi_0.weight")
-    width, _ = source.shape(f"{attention}.q.weight")
+    bias = f"{layer}.0.SelfAttention.relative_attention_bias.weight"
+    buckets, heads = source.shape(bias)
+    d_ff, _ = source.shape(f"{layer}.1.DenseReluDense.wi_0.weight")
+    width, _ = source.shape(f"{layer}.0.SelfAttention.q.weight")
+    d_kv = width // max(heads, 1)
     layers = count(source.tensors, r"enc(?:oder\.block|\.blk)\.(\d+)\.")
-    return T5Params(vocab_size, d_model, d_ff, width // max(heads, 1), heads, layers, buckets)
+    return T5Params(vocab_size, d_model, d_ff, d_kv, heads, layers, buckets)
 
 
 def clip_params(source: Source) -> CLIPParams:
     """config.json has the number of heads; without it they have CLIP-L's size, 64."""
-    vocab_size, hidden = source.shape("text_model.embeddings.token_embedding.weight")
-    heads = int(source.number("config.json", "num_attention_heads", max(hidden // 64, 1)))
+    embeddings = "text_model.embeddings"
+    vocab_size, hidden = source.shape(f"{embeddings}.token_embedding.weight")
+    positions, _ = source.shape(f"{embeddings}.position_embedding.weight")
+    heads = max(hidden // 64, 1)
+    heads = int(source.number("config.json", "num_attention_heads", heads))
     if heads == 0 or hidden % heads:
         problem = f"config.json's {heads} heads do not divide the hidden size {hidden}"
         raise wrong(source.path, problem)
     mlp_hidden, _ = source.shape("text_model.encoder.layers.0.mlp.fc1.weight")
-    layers = count(source.tensors, r"(?:encoder\.layers|transformer\.resblocks)\.(\d+)\.")
-    positions, _ = source.shape("text_model.embeddings.position_embedding.weight")
+    blocks = r"(?:encoder\.layers|transformer\.resblocks)\.(\d+)\."
+    layers = count(source.tensors, blocks)
     return CLIPParams(vocab_size, hidden, mlp_hidden, heads, layers, positions)
 
 
 def ae_params(source: Source) -> AutoEncoderParams:
     """What shapes do not tell is in config.json, or else as in FLUX.1."""
     defaults = AutoEncoderParams
+    number = partial(source.number, "config.json")
     levels = count(source.tensors, r"encoder\.down(?:_blocks)?\.(\d+)\.")
     convs = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(levels)]
     channels = [source.shape(conv, dims=4)[0] for conv in convs]
     ch = source.shape("encoder.conv_in.weight", dims=4)[0]
-    groups = int(source.number("config.json", "norm_num_groups", defaults.norm_groups))
-    if not levels or groups == 0 or any(c == 0 or c % ch or c % groups for c in (ch, *channels)):
-        problem = f"channels {ch}, {channels} do not fit {groups} norm groups; {source.rest}"
-        raise wrong(source.path, problem)
+    groups = int(number("norm_num_groups", defaults.norm_groups))
+    sizes = (ch, *channels)
+    if not levels or groups == 0 or any(c == 0 or c % ch or c % groups for c in sizes):
+        problem = f"channels {ch}, {channels} do not fit {groups} norm groups"
+        raise wrong(source.path, f"{problem}; {source.rest}")
     blocks = r"encoder\.down(?:_blocks)?\.0\.(?:block|resnets)\.(\d+)\."
     return AutoEncoderParams(
         ch=ch,
@@ -114,28 +123,25 @@ def ae_params(source: Source) -> AutoEncoderParams:
         num_res_blocks=count(source.tensors, blocks),
         z_channels=source.shape("decoder.conv_in.weight", dims=4)[1],
         norm_groups=groups,
-        scale_factor=source.number("config.json", "scaling_factor", defaults.scale_factor),
-        shift_factor=source.number("config.json", "shift_factor", defaults.shift_factor),
+        scale_factor=number("scaling_factor", defaults.scale_factor),
+        shift_factor=number("shift_factor", defaults.shift_factor),
     )
 
 
-# ---------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------------ loading
 
 Device = torch.device | str
-Merges = Mapping[str, Callable[[Tensor], Tensor]]  # by tensor: adds its LoRAs, in float32 or wider
+Merges = Mapping[str, Callable[[Tensor], Tensor]]  # by tensor: adds LoRAs to its float32
 NOTHING: Merges = {}
 State = dict[str, Tensor]
-Recipe = dict[str, list[Rows]]  # the rows of a file that make up each tensor of a module
-FP8_LAYERS = re.compile(r"blocks\.\d+\.(?!.*mod)")  # all of Flux's block layers but the modulation
-LOADING_THREADS = 4
-MERGING = threading.Lock()  # one merge at a time, because it takes several times its matrix
+Recipe = dict[str, list[Rows]]  # which rows of a file make up each tensor
+FP8_LAYERS = re.compile(r"blocks\.\d+\.(?!.*mod)")  # all of the blocks but the modulation
+MERGING = threading.Lock()  # A merge takes several times its matrix.
 
 
 class Kind(NamedTuple):
-    """A network and the function that reads its sizes from a header."""
-
     module: type[nn.Module]
-    params: Callable[[Source], Any]
+    params: Callable[[Source], Any]  # reads its sizes from a header
 
 
 KINDS = {
@@ -155,34 +161,36 @@ def load(
 
     On the CPU, a tensor stored in the wanted dtype stays a view of its file. `merges` change
     tensors before they are cast. on_host: which stay in host memory. fp8: whether the layers of
-    Flux's blocks become FP8. kind: the network, if it is none of a model's four components.
+    Flux's blocks become FP8. kind: the network, if it is no component of a model.
     """
     module, recipe = check_loads(source, kind)
     loader = Loader(source.tensors, recipe, module.state_dict(), device, dtype, merges)
-    linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-    in_fp8 = {name for name in linear if fp8 and FP8_LAYERS.search(name)}
+    layers = module.named_modules() if fp8 else ()
+    linear = [name for name, layer in layers if isinstance(layer, nn.Linear)]
+    in_fp8 = set(filter(FP8_LAYERS.search, linear))
 
     def load_one(name: str) -> State:
         """The tensor of this name, and its scales where it is a weight in FP8."""
         stays = on_host(name)
         layer = name.removesuffix(".weight")
-        if layer in in_fp8:
-            loaded = loader.fp8(name)  # on the device even if it stays: a GPU converts faster
+        if layer in in_fp8:  # on the device even if it stays: a GPU converts faster
+            weight, scale = loader.fp8(name)
+            loaded = {name: weight, f"{layer}.scale": scale}
         else:
-            loaded = [loader.tensor(name, "cpu" if stays else device)]
-        named = dict(zip((name, f"{layer}.scale"), loaded))
-        return {key: tensor.cpu() for key, tensor in named.items()} if stays else named
+            loaded = {name: loader.tensor(name, "cpu" if stays else device)}
+        return {key: x.cpu() for key, x in loaded.items()} if stays else loaded
 
-    with ThreadPoolExecutor(LOADING_THREADS) as pool:
-        loaded = pool.map(load_one, recipe)
-        state = {key: tensor for named in loaded for key, tensor in named.items()}
+    state = {}
+    with ThreadPoolExecutor(4) as pool:
+        for loaded in pool.map(load_one, recipe):
+            state |= loaded
     fit_layers(module, in_fp8, state, torch.device(device))
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
 
 class Loader(NamedTuple):
-    """Makes a module's tensors from the rows of a file's that `recipe` lists by name."""
+    """Makes a module's tensors from a file's."""
 
     tensors: dict[str, Stored]
     recipe: Recipe
@@ -200,17 +208,18 @@ class Loader(NamedTuple):
             return merge(self.stacked(name, device, precise)).to(self.dtype)
 
     def fp8(self, name: str) -> tuple[Tensor, ...]:
-        """A weight (out, in) in FP8 and its scales (out, 1); numbers stored so are kept."""
+        """A weight (out, in) in FP8 and its scales (out, 1); stored ones are kept."""
         rows = self.recipe[name]
-        is_stored = all(self.tensors[row.key].dtype == "F8_E4M3" for row in rows)
-        if is_stored and name not in self.merges:
-            pieces = [stored_fp8(self.tensors[row.key], row, self.device) for row in rows]
-        else:  # A large matrix would take several times its memory at once.
+        stored = [self.tensors[row.key] for row in rows]
+        if name in self.merges or any(tensor.dtype != "F8_E4M3" for tensor in stored):
+            # At once, a large matrix would take several times its memory.
             pieces = map(to_fp8, self.tensor(name, self.device).split(1024))
+        else:
+            pieces = map(partial(stored_fp8, device=self.device), stored, rows)
         return tuple(torch.cat(parts) for parts in zip(*pieces))
 
     def stacked(self, name: str, device: Device, dtype: torch.dtype) -> Tensor:
-        """The rows of a tensor, one piece below the other, on `device`, in `dtype`."""
+        """A tensor's rows, one piece below the other."""
         rows = self.recipe[name]
         shape = self.module[name].shape
         if len(rows) == 1 and rows[0].stop is None:
@@ -218,7 +227,8 @@ class Loader(NamedTuple):
         out = torch.empty(shape, device=device, dtype=dtype)
         start = 0
         for row in rows:
-            piece = values(self.tensors[row.key], device, dtype)[row.start : row.stop]
+            piece = values(self.tensors[row.key], device, dtype)
+            piece = piece[row.start : row.stop]
             out[start : start + len(piece)] = piece
             start += len(piece)
         return out
@@ -227,8 +237,9 @@ class Loader(NamedTuple):
 def stored_fp8(tensor: Stored, rows: Rows, device: Device) -> tuple[Tensor, Tensor]:
     """Rows of a matrix stored in FP8, and a scale for each, (rows, 1)."""
     scale = torch.ones(()) if tensor.scale is None else read(tensor.scale).float()
-    scales = scale.reshape(-1, 1).expand(tensor.shape[0], 1)
-    return tuple(x[rows.start : rows.stop].to(device) for x in (read(tensor), scales))
+    scale = scale.reshape(-1, 1).expand(tensor.shape[0], 1)
+    own = slice(rows.start, rows.stop)
+    return read(tensor)[own].to(device), scale[own].to(device)
 
 
 def fit_layers(module: nn.Module, fp8: set[str], state: State, device: torch.device) -> None:
@@ -236,8 +247,8 @@ def fit_layers(module: nn.Module, fp8: set[str], state: State, device: torch.dev
     with torch.device("meta"):
         for name in fp8:
             layer = module.get_submodule(name)
-            layer = Fp8Linear(layer.in_features, layer.out_features, can_multiply(device))
-            module.set_submodule(name, layer)
+            sizes = (layer.in_features, layer.out_features)
+            module.set_submodule(name, Fp8Linear(*sizes, can_multiply(device)))
         weight = state.get("img_in.weight")
         if weight is not None and weight.shape != module.img_in.weight.shape:
             module.img_in = nn.Linear(*reversed(weight.shape))
@@ -254,10 +265,11 @@ def check_loads(source: Source, kind: Kind | None = None) -> tuple[nn.Module, Re
     misshapen or surplus key."""
     module = on_meta(source, kind)
     recipe = {}
+    used = set()
     for name, tensor in module.state_dict().items():
         shape = tuple(tensor.shape)
-        rows = source.key_names.rows(name, source.tensors)
-        recipe[name] = rows
+        rows = recipe[name] = source.key_names.rows(name, source.tensors)
+        used |= {row.key for row in rows}
         for row in rows:
             stored = source.present(row.key, f"shape {shape}")
             if not stored.is_float:
@@ -267,23 +279,23 @@ def check_loads(source: Source, kind: Kind | None = None) -> tuple[nn.Module, Re
         ones = (1,) * (len(shape) - len(found))  # 1 x 1 convolutions also come as matrices
         if found + ones != shape:
             raise source.misshapen(rows[-1].key, f"{shape} for {name}")
-    used = {row.key for rows in recipe.values() for row in rows}
     ignored = re.compile(IGNORED.get(source.part, "(?!)"))
     for key, tensor in source.tensors.items():
         if key not in used and not ignored.match(key):
-            is_scale = "scale" in leaf(key)
-            what = "a scale of an unknown kind" if is_scale else "a key that does not belong"
-            problem = f"{tensor.key}, of shape {tensor.shape}, is {what}; {source.rest}"
-            raise wrong(tensor.file, problem)
+            what = "a key that does not belong"
+            if "scale" in leaf(key):
+                what = "a scale of an unknown kind"
+            found = f"{tensor.key}, of shape {tensor.shape}, is {what}"
+            raise wrong(tensor.file, f"{found}; {source.rest}")
     return module, recipe
 
 
-# ---------------------------------------------------------------------------------------- finding
+# ------------------------------------------------------------------------ finding
 
 
 class Checkpoint(NamedTuple):
-    """Where the components of a model are. name: what the user called it. clip_tokenizer: a folder
-    with vocab.json and merges.txt. t5_tokenizer: a tokenizer.json or else a spiece.model."""
+    """Where the components of a model are. name: what the user called it. clip_tokenizer: a
+    folder. t5_tokenizer: a tokenizer.json or else a spiece.model."""
 
     name: str
     flux: Source
@@ -299,8 +311,8 @@ def find(
 ) -> Checkpoint:  # fmt: skip
     """The components of a model, from headers alone. InputError if one is missing.
 
-    `model` is a repository, a folder in either format, an all-in-one file, or "pocket" (the
-    default), the built-in model. The others override single components by a file or a folder.
+    `model` is a repository, a folder in either format, an all-in-one file, or "pocket", the
+    default. The others override components by a file or a folder.
     """
     given = {"flux": flux, "t5": t5, "clip": clip, "ae": ae}
     missing = [part for part in given if not given[part]]
@@ -310,16 +322,16 @@ def find(
         own = locate(path, [], f"--{part} {path}") if path else place
         sources[part] = pick(part, f"--{part}" if path else "--model", own)
     check_widths(**sources)
-    for source in sources.values():  # Now, because T5 may take minutes before the next is loaded.
+    for source in sources.values():  # now, as it may take minutes until the next is loaded
         check_loads(source)
     # The default model's tokenizers are for its own encoders alone.
-    near_clip = place if model or not clip else None
-    near_t5 = place if model or not t5 else None
+    near = place if model or not clip else None
     files = [["vocab.json", "merges.txt"]]
-    clip_folder = tokenizer_folder("tokenizer", files, sources["clip"], near_clip)
+    clip_folder = tokenizer_folder("tokenizer", files, sources["clip"], near)
+    near = place if model or not t5 else None
     files = [["tokenizer.json"], ["spiece.model"]]
-    t5_folder = tokenizer_folder("tokenizer_2", files, sources["t5"], near_t5)
-    t5_file = next(t5_folder / file for (file,) in files if (t5_folder / file).is_file())
+    folder = tokenizer_folder("tokenizer_2", files, sources["t5"], near)
+    t5_file = next(folder / file for (file,) in files if (folder / file).is_file())
     name = str(flux or model or "pocket")
     return Checkpoint(name, *sources.values(), clip_folder, t5_file)
 
@@ -331,29 +343,32 @@ def locate_model(model: str, parts: list[str]) -> Path:
             problem = f"the built-in model is not in {POCKET}; name another with --model"
             raise InputError("--model", "pocket", problem)
         return POCKET
-    formats = (SINGLE_FILES, FOLDERS)
-    choices = [sum((files[part] for part in parts), []) + TOKENIZERS for files in formats]
+    choices = []
+    for files in (SINGLE_FILES, FOLDERS):
+        choices.append(sum((files[part] for part in parts), []) + TOKENIZERS)
     instead = "download it elsewhere and use --model /path"
     return locate(model, choices, f"--model {model}", instead)
 
 
 def pick(part: str, flag: str, place: Path) -> Source:
-    """The one `part` in a file, or in a folder: at its top, else in diffusers' subfolder for it."""
+    """The one `part` in a file, or in a folder: at its top, or in diffusers' subfolder."""
+    what = WHAT[part]
     seen = []
     for spot in [place] if place.is_file() else [place, place / SUBFOLDER[part]]:
         files = checkpoint_files(spot)
         found = [source for file in files if (source := recognize(file, part))]
         if len(found) > 1:
             both = f"{found[0].path.name} and {found[1].path.name}"
-            problem = f"{both} could each be the {WHAT[part]}; choose one with --{part}"
+            problem = f"{both} could each be the {what}; choose one with --{part}"
             raise InputError(flag, place, problem)
         if found:
             return found[0]
         seen += [f"{file.path.name} is {describe(file, part)}" for file in files]
-    others = sorted(path.name for path in place.glob("*") if path.suffix in PICKLES)
-    seen += [f"{name} is not safetensors" for name in others]
+    for path in sorted(place.glob("*")):
+        if path.suffix in PICKLES:
+            seen.append(f"{path.name} is not safetensors")
     found = "; ".join(seen) or "no safetensors or GGUF file"
-    problem = f"no {WHAT[part]} in it: {found}; name one with --{part}"
+    problem = f"no {what} in it: {found}; name one with --{part}"
     raise InputError(flag, place, problem)
 
 
@@ -366,17 +381,22 @@ def check_widths(flux: Source, t5: Source, clip: Source, ae: Source) -> None:
         (clip, clip_params(clip).hidden_size, sizes.vec_in_dim),
     ):
         if width != expected:
-            part = source.part
-            problem = f"this {WHAT[part]} is {width} wide, but {flux.path} expects {expected}"
-            raise wrong(source.path, f"{problem}; name one that fits with --{part}")
+            found = f"this {WHAT[source.part]} is {width} wide"
+            problem = f"{found}, but {flux.path} expects {expected}"
+            advice = f"name one that fits with --{source.part}"
+            raise wrong(source.path, f"{problem}; {advice}")
 
 
 def tokenizer_folder(name: str, choices: Choices, source: Source, place: Path | None) -> Path:
-    """The folder with all files of one choice: near the encoder, in the model's, or the hub's."""
+    """The folder with all files of one choice: near the encoder, the model's, or the hub's."""
     base = source.path.parent
-    for folder in [base / name, base, base.parent / name, *([place / name] if place else [])]:
-        if any(all((folder / file).is_file() for file in files) for files in choices):
-            return folder
+    folders = [base / name, base, base.parent / name]
+    if place:
+        folders.append(place / name)
+    for folder in folders:
+        for files in choices:
+            if all((folder / file).is_file() for file in files):
+                return folder
     files = " and ".join(choices[0])
     purpose = f"{source.path}: no {name}/ with {files} is near, and {SCHNELL}"
     instead = f"copy {name}/ of any FLUX.1 into {base}"

@@ -17,8 +17,7 @@ from regional.attention import MaskedAttention, RegionalAttention, Tokens
 from regional.extension import Branches, Conditioning, Extension, Pass
 from regional.layout import Layout
 from regional.mask import RegionTokens, regional_stages
-from sampler.flow import Velocity, denoise, image_ids, noise, pack, text_ids, unpack
-from sampler.schedule import sigmas
+from sampler.flow import Velocity, denoise, image_ids, noise, pack, sigmas, text_ids, unpack
 
 MakeAttention = Callable[[Tokens], MaskedAttention]
 Modulations = list[dict[float, list[Vectors]]]  # by the prompt's row in y and by t

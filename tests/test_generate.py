@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,21 +31,13 @@ from settings import Settings
 from tools.flags import parse
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 BOAT = {"prompt": "a red boat", "box": [0, 0, 48, 64]}
 TOWER = {"prompt": "a lighthouse", "box": [32, 16, 96, 48]}
 WHOLE = {"prompt": "a red boat", "box": [0, 0, 96, 64]}
 A = {
-    "prompt": "a harbor at dawn",
-    "background_prompt": "the sea",
-    "width": 96,
-    "height": 64,
-    "steps": 3,
-    "seed": 3,
-    "max_sequence_length": 32,
-    "mask_inject_steps": 2,
-    "regions": [BOAT, TOWER],
-}
+    "prompt": "a harbor at dawn", "background_prompt": "the sea", "width": 96, "height": 64, "seed": 3,
+    "steps": 3, "mask_inject_steps": 2, "max_sequence_length": 32, "regions": [BOAT, TOWER],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +46,6 @@ def tiny_pipeline(golden):
 
 
 @pytest.fixture(scope="module")
-def published(tiny_pipeline):
-    """The latents of A as it is."""
-    layout = read_layout(None, A)
-    return tiny_pipeline.denoise(tiny_pipeline.prepare(layout), layout.seed)
-
-
-@pytest.fixture
 def latents(tiny_pipeline):
     """latents(key=value ...) denoises A with these keys changed."""
 
@@ -70,17 +56,20 @@ def latents(tiny_pipeline):
     return latents
 
 
+@pytest.fixture(scope="module")
+def published(latents):
+    return latents()
+
+
 def distance(first: torch.Tensor, second: torch.Tensor) -> float:
     return (first - second).abs().max().item()
-
-
-# -------------------------------------------------------------------------- what is computed
 
 
 def test_no_regions_no_steps_and_beta_one_are_plain_flux_bit_for_bit(latents, published):
     plain = latents(regions=[])
     assert plain.shape == (1, 16, 8, 12) and plain.dtype == torch.float32
-    for changes in {"mask_inject_steps": 0}, {"base_ratio": 1}, {"method": "plain"}:
+    rpg = {"method": "rpg", "base_ratio": 1}
+    for changes in {"mask_inject_steps": 0}, {"base_ratio": 1}, {"method": "plain"}, rpg:
         assert torch.equal(plain, latents(**changes))
     assert not torch.equal(plain, published)
 
@@ -98,24 +87,14 @@ def test_sorting_the_tokens_changes_nothing_but_their_order(latents, published, 
     assert distance(published, latents()) > 1e-2
 
 
-def test_the_order_of_the_regions_has_no_effect(latents, published):
+def test_what_has_no_effect(latents, published):
+    """The regions' order; the background where nothing is uncovered; rpg in place of one image, where its one
+    region is the whole image, at base_ratio 0 and in all steps."""
     assert distance(published, latents(regions=[TOWER, BOAT])) < 1e-5
-
-
-def test_the_background_prompt_does_not_matter_where_nothing_is_uncovered(latents):
     other = latents(regions=[WHOLE], background_prompt="the desert")
     assert torch.equal(latents(regions=[WHOLE]), other)
-
-
-def test_one_region_by_rpg_is_plain_flux_with_its_prompt(latents):
-    """Over the whole image, at base_ratio 0 and in all steps, the composition is one image."""
-    how = {"method": "rpg", "base_ratio": 0, "mask_inject_steps": "100%"}
-    composed = latents(regions=[WHOLE], **how)
+    composed = latents(regions=[WHOLE], method="rpg", base_ratio=0, mask_inject_steps="100%")
     assert distance(composed, latents(prompt="a red boat", regions=[])) < 1e-5
-
-
-def test_rpg_at_base_ratio_one_is_plain_flux(latents):
-    assert torch.equal(latents(method="rpg", base_ratio=1), latents(method="plain"))
 
 
 def test_defaults_written_out_change_nothing(latents, published):
@@ -130,26 +109,20 @@ def test_defaults_written_out_change_nothing(latents, published):
 
 def test_defaults_of_steps_and_prompt_length_come_from_the_model(golden, monkeypatch):
     seen = []
-
-    def sample(flux, layout, *_, **__):
-        seen.append((layout.steps, layout.max_sequence_length))
-        return torch.zeros(1, 16, 8, 12)
-
-    monkeypatch.setattr(pipeline, "sample", sample)
+    monkeypatch.setattr(pipeline, "sample", lambda flux, layout, *rest: seen.append(layout))
     for name in ("dev", "schnell"):
         tiny = pipeline.Pipeline(golden / "models" / f"flux-tiny-{name}", device="cpu")
         tiny.denoise(tiny.prepare(Layout(prompt="a harbor", width=96, height=64)), 1)
-    assert seen == [(24, 512), (4, 256)]
+    assert [(layout.steps, layout.max_sequence_length) for layout in seen] == [(24, 512), (4, 256)]
 
 
 def test_the_encoders_are_gone_before_the_transformer_and_it_before_the_vae(run, monkeypatch):
     alive = {}
     load = pipeline.Parts.load
-    kinds = (T5Encoder, CLIPTextEncoder, Flux)
 
     def models() -> dict[int, str]:
         gc.collect()
-        return {id(x): type(x).__name__ for x in gc.get_objects() if type(x) in kinds}
+        return {id(x): type(x).__name__ for x in gc.get_objects() if type(x) in (T5Encoder, CLIPTextEncoder, Flux)}
 
     before = models().keys()  # other tests' models, kept by fixtures
 
@@ -176,39 +149,31 @@ def test_a_pipeline_takes_settings_or_their_fields(model, tiny_pipeline):
             pipeline.Pipeline(model, **{name: value})
 
 
-# -------------------------------------------------------------------------------- the README
-
-
-def code_in(readme: str, language: str) -> list[str]:
+def code_in(language: str) -> list[str]:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     return [part.split("```")[0] for part in readme.split(f"```{language}\n")[1:]]
 
 
-def test_the_library_example_of_the_readme_runs(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    names = {}
-    exec(code_in(README, "python")[0], names)
-    assert names["image"].size == (256, 256)
-
-
-def test_the_layout_of_the_readme_runs(run):
-    Path("layout.yaml").write_text(code_in(README, "yaml")[0], encoding="utf-8")
+def test_the_readmes_layout_and_library_example_run(run, monkeypatch):
+    Path("layout.yaml").write_text(code_in("yaml")[0], encoding="utf-8")
     assert run("--layout", "layout.yaml", "--check", model=None).code == 0
     ran = run("--layout", "layout.yaml", "--steps", 3, model=None)
     assert ran.code == 0 and Image.open(ran.made[0]).size == (256, 256)
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(code_in("python")[0], names)
+    assert names["image"].size == (256, 256)
 
 
 def test_the_commands_of_the_readme_are_valid(monkeypatch):
     monkeypatch.chdir(ROOT)
-    lines = [line for block in code_in(README, "sh") for line in block.splitlines()]
+    lines = [line for block in code_in("sh") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines]
     ours = [command[2:] for command in commands if command[:2] == ["python", "generate.py"]]
     assert ["--layout", "layout.yaml"] in ours and len(ours) >= 3
     for flags in ours:
         assert all(file.exists() for file in parse(flags).output.layout)
     assert generate.main(["--layout", "layout.yaml", "--check"]) == 0
-
-
-# --------------------------------------------------------------------------- which attention
 
 
 @pytest.fixture
@@ -232,8 +197,7 @@ def test_which_attention_is_chosen(monkeypatch, kernel):
         return choose.choose_attention(name, torch.device(device), torch.bfloat16, False)
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    for name in ("auto", "kernel"):
-        assert chosen(name, "cuda").func is kernel_or_library
+    assert chosen("auto", "cuda").func is chosen("kernel", "cuda").func is kernel_or_library
     for how in ("auto", "mps"), ("auto", "cpu"), ("portable", "cuda"):
         assert chosen(*how) is portable_attention
     assert chosen("dense", "cuda") is dense_attention
@@ -247,23 +211,11 @@ def test_the_librarys_fastest_attention_is_preferred(monkeypatch):
     """On a GPU; here a tensor that claims to be on one. The base branch's shape is timed."""
     asked = []
     fastest = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION]
-
-    def timed(*args):
-        asked.append(args)
-        return fastest
-
-    class OnGPU:
-        device = torch.device("cuda")
-        dtype = torch.bfloat16
-        shape = (1, 32, 8)
-
-    monkeypatch.setattr(choose, "timed_backends", timed)
+    txt = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 32, 8))
+    monkeypatch.setattr(choose, "timed_backends", lambda *args: asked.append(args) or fastest)
     monkeypatch.setattr(choose, "sdpa_kernel", lambda backends, set_priority: backends)
-    with torch.device("meta"):
-        params = FluxParams(hidden_size=64, num_heads=2, depth=1, depth_single_blocks=1)
-        flux = Flux(params)
-    layout = Layout(prompt="", width=96, height=64)
-    chosen = choose.library_attention(flux, layout, OnGPU(), False)
+    flux = SimpleNamespace(params=FluxParams(hidden_size=64, num_heads=2))
+    chosen = choose.library_attention(flux, Layout(prompt="", width=96, height=64), txt, False)
     assert chosen == [*fastest, SDPBackend.MATH]
     assert asked == [((1, 2, 32 + 24, 32), torch.bfloat16, torch.device("cuda"))]
 
@@ -275,30 +227,22 @@ def layout(tmp_path) -> str:
     return "layout.yaml"
 
 
-@pytest.mark.parametrize("dtype, interpreted", [("float32", False), ("bfloat16", True)])
-def test_the_kernel_is_refused_where_it_cannot_run(
-    run, layout, monkeypatch, kernel, dtype, interpreted
-):  # fmt: skip
-    monkeypatch.setattr(kernel, "INTERPRETED", interpreted)
-    ran = run("--layout", layout, "--attention", "kernel", "--dtype", dtype)
-    assert ran.code == 2 and "--attention kernel" in ran.errors[-1]
-    assert not list(Path().glob("*.png"))
+def test_the_kernel_is_refused_where_it_cannot_run(run, layout, monkeypatch, kernel):
+    def refused(words: str, dtype: str = "float32") -> bool:
+        ran = run("--layout", layout, "--attention", "kernel", "--dtype", dtype)
+        return ran.code == 2 and words in ran.errors[-1] and not list(Path().glob("*.png"))
 
-
-def test_the_kernel_without_triton_is_an_error(run, layout, monkeypatch):
+    assert refused("--attention kernel", "bfloat16")
+    monkeypatch.setattr(kernel, "INTERPRETED", False)
+    assert refused("--attention kernel")
     monkeypatch.delattr("regional.kernel", raising=False)
     monkeypatch.setitem(sys.modules, "regional.kernel", None)
-    ran = run("--layout", layout, "--attention", "kernel")
-    assert ran.code == 2 and "Triton is missing" in ran.errors[-1]
-
-
-# ---------------------------------------------------------------------------- attention maps
+    assert refused("Triton is missing")
 
 
 def test_attention_maps_are_fractions_inside_the_regions(run, layout):
     """Observing changes nothing."""
-    flags = ["--layout", layout, "--output", "z.png", "--overwrite"]
-    flags += ["--save-latents", "z.safetensors"]
+    flags = ["--layout", layout, "--output", "z.png", "--overwrite", "--save-latents", "z.safetensors"]
     assert run(*flags, "--verbose").code == 0
     plain = load_file("z.safetensors")["latents"]
     assert run(*flags, "--attention-maps", "maps").code == 0
@@ -306,9 +250,8 @@ def test_attention_maps_are_fractions_inside_the_regions(run, layout):
     maps = load_file("maps/z.safetensors")["maps"]
     assert maps.shape == (1, 5, 3, 24)  # steps; 2 double and 3 single blocks; prompts; tokens
     assert maps.min() >= 0 and maps.sum(2).max() <= 1.001
-    left = torch.zeros(4, 6, dtype=torch.bool)
-    left[:, :3] = True
-    assert (maps[:, :, 0] > 0).eq(left.flatten()).all()  # the first region's prompt, in its box
+    left = torch.arange(24) % 6 < 3
+    assert (maps[:, :, 0] > 0).eq(left).all()  # the first region's prompt, in its box
     assert Image.open("maps/z_step1.png").size[0] == 5 * 96 + 4 * 8
     assert not Path("maps/z_step2.png").exists()
 
@@ -329,9 +272,6 @@ def test_maps_overwrite_nothing_and_report_when_there_are_none(run, layout):
     ran = run(*flags, "--output", "b.png", "--method", "plain")
     assert ran.code == 0 and "no attention maps" in ran.errors[-1]
     assert not Path("maps/b.safetensors").exists()
-
-
-# -------------------------------------------------------------------------- the command line
 
 
 def test_a_flag_overrides_the_layout_and_what_is_automatic_is_reported(run, layout, latents):
@@ -356,8 +296,7 @@ def test_tokenizers_of_another_model_are_refused(run, golden, tmp_path):
     shutil.copytree(golden / "models" / "flux-tiny-dev", model)
     file = model / "tokenizer" / "vocab.json"
     vocab = json.loads(file.read_text())
-    vocab["<|endoftext|>"] += 1000
-    file.write_text(json.dumps(vocab))
+    file.write_text(json.dumps(vocab | {"<|endoftext|>": vocab["<|endoftext|>"] + 1000}))
     ran = run("--prompt", "a fox", "--output", "a.png", model=model)
     assert ran.code == 2 and "tokenizer" in ran.errors[-1] and "don't match" in ran.errors[-1]
 
@@ -386,13 +325,10 @@ MISTAKES = """\
 
 def test_mistakes_end_with_code_two_and_one_sentence(run, layout, model):
     """Each message has the value, up to the first blank, and the words after the colon."""
-    whole = Path(model, "flux1-dev.safetensors").read_bytes()
-    Path("cut.safetensors").write_bytes(whole[:100000])
-    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-    Path("pointer.safetensors").write_text(pointer)
+    Path("cut.safetensors").write_bytes(Path(model, "flux1-dev.safetensors").read_bytes()[:100000])
+    Path("pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     Path("model.ckpt").write_bytes(b"PK\x03\x04")
-    key = "lora_unet_double_blocks_0_img_mod_lin.lora_down.weight"
-    save_file({key: torch.zeros(4, 4)}, "lora.safetensors")
+    save_file({"lora_unet_double_blocks_0_img_mod_lin.lora_down.weight": torch.zeros(4, 4)}, "lora.safetensors")
     Path("empty").mkdir()
     Path("folder.png").mkdir()
     for line in MISTAKES.replace("MODEL", model).replace("LONG", "x" * 252).splitlines():

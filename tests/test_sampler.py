@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sampler.flow import denoise, image_ids, noise, pack, text_ids, unpack
-from sampler.schedule import sigmas
+from sampler.flow import denoise, image_ids, noise, pack, sigmas, text_ids, unpack
 
 SCHEDULES = json.loads((Path(__file__).parent / "fixtures" / "schedules.json").read_text())
 

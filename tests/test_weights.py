@@ -31,6 +31,10 @@ def load(part, path, dtype=F32):
     return weights.load(weights.pick(part, f"--{part}", Path(path)), CPU, dtype)
 
 
+def flux_file(tmp_path, tensors=None, metadata=None, name="flux"):
+    return tiny.save(tmp_path / f"{name}.safetensors", tiny.flux_state() if tensors is None else tensors, metadata)
+
+
 def assert_same(module, expected):
     found = module.state_dict()
     assert found.keys() == expected.keys()
@@ -44,18 +48,11 @@ def refuse(match, call, *args, **kwargs):
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
-def published(name):
-    file = Path(__file__).parent / "fixtures" / "keys" / f"{name}.json.gz"
-    shapes = json.loads(gzip.decompress(file.read_bytes()))
-    return {key: SimpleNamespace(shape=tuple(shape)) for key, shape in shapes.items()}
-
-
-SCHNELL = FluxParams(guidance_embed=False)
 PUBLISHED = {
     "flux_dev_bfl": (key_names.same_name, Flux, FluxParams()),
     "flux_dev_diffusers": (key_names.flux_from_diffusers, Flux, FluxParams()),
-    "flux_schnell_bfl": (key_names.same_name, Flux, SCHNELL),
-    "flux_schnell_diffusers": (key_names.flux_from_diffusers, Flux, SCHNELL),
+    "flux_schnell_bfl": (key_names.same_name, Flux, FluxParams(guidance_embed=False)),
+    "flux_schnell_diffusers": (key_names.flux_from_diffusers, Flux, FluxParams(guidance_embed=False)),
     "autoencoder_bfl": (key_names.same_name, AutoEncoder, AutoEncoderParams()),
     "autoencoder_diffusers": (key_names.ae_from_diffusers, AutoEncoder, AutoEncoderParams()),
     "t5_v1_1_xxl_encoder_hf": (key_names.t5_from_hf, T5Encoder, weights.T5Params()),
@@ -66,7 +63,9 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_names_and_shapes_are_those_of_the_published_checkpoints(name):
     rows_of, kind, params = PUBLISHED[name]
-    file = published(name)
+    file = Path(__file__).parent / "fixtures" / "keys" / f"{name}.json.gz"
+    shapes = json.loads(gzip.decompress(file.read_bytes()))
+    file = {key: SimpleNamespace(shape=tuple(shape)) for key, shape in shapes.items()}
     with torch.device("meta"):
         state = kind(params).state_dict()
     used = set()
@@ -92,25 +91,21 @@ def test_both_formats_of_a_model_give_its_weights_and_sizes(tmp_path, save, name
     assert weights.ae_params(found.ae) == tiny.AE
 
 
-def test_schnell_has_no_guidance_embedder_and_defaults_of_its_own(tmp_path):
-    dev = weights.pick("flux", "--flux", tiny.save(tmp_path / "dev.safetensors", tiny.flux_state()))
-    sizes = {"size": 1024, "depth": 2, "depth_single_blocks": 3}
-    assert weights.model_defaults(dev) == {"steps": 24, "max_sequence_length": 512} | sizes
+def test_schnell_and_metadata_have_defaults_of_their_own(tmp_path):
+    sizes = {"steps": 24, "max_sequence_length": 512, "size": 1024, "depth": 2, "depth_single_blocks": 3}
+    dev = weights.pick("flux", "--flux", flux_file(tmp_path))
+    assert weights.model_defaults(dev) == sizes
     state = {key: t for key, t in tiny.flux_state().items() if not key.startswith("guidance_in.")}
     for name, tensors in {"bfl": state, "diffusers": tiny.flux_to_diffusers(state)}.items():
-        source = weights.pick("flux", "--flux", tiny.save(tmp_path / name / "flux.safetensors", tensors))
-        assert weights.model_defaults(source) == {"steps": 4, "max_sequence_length": 256} | sizes
+        source = weights.pick("flux", "--flux", flux_file(tmp_path, tensors, name=name))
+        assert weights.model_defaults(source) == sizes | {"steps": 4, "max_sequence_length": 256}
         module = weights.load(source, CPU, F32)
         assert not module.params.guidance_embed
         assert_same(module, state)
-
-
-def test_metadata_gives_theta_size_and_prompt_length(tmp_path):
     metadata = {"theta": "500", "sample_size": "256", "max_sequence_length": "64"}
-    source = weights.pick("flux", "--flux", tiny.save(tmp_path / "flux.safetensors", tiny.flux_state(), metadata))
+    source = weights.pick("flux", "--flux", flux_file(tmp_path, None, metadata))
     assert weights.flux_params(source).theta == 500
-    defaults = weights.model_defaults(source)
-    assert (defaults["size"], defaults["max_sequence_length"], defaults["steps"]) == (256, 64, 24)
+    assert weights.model_defaults(source) == sizes | {"size": 256, "max_sequence_length": 64}
 
 
 def test_both_files_of_a_wide_table_or_either_serve_t5(tmp_path):
@@ -149,23 +144,15 @@ def test_the_autoencoder_loads_with_diffusers_old_names(tmp_path):
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "model."])
 def test_a_prefix_is_taken_off(tmp_path, prefix):
     tensors = {prefix + key: t for key, t in tiny.flux_state().items()}
-    assert_same(load("flux", tiny.save(tmp_path / "flux.safetensors", tensors)), tiny.flux_state())
-
-
-def all_in_one():
-    prefixes = {
-        "model.diffusion_model.": tiny.flux_state(),
-        "text_encoders.clip_l.transformer.": tiny.clip_state(),
-        "text_encoders.t5xxl.transformer.": tiny.t5_state(),
-        "vae.": tiny.ae_state(),
-    }
-    tensors = {prefix + key: t for prefix, state in prefixes.items() for key, t in state.items()}
-    return tensors | {"text_encoders.clip_l.logit_scale": torch.zeros(())}
+    assert_same(load("flux", flux_file(tmp_path, tensors)), tiny.flux_state())
 
 
 def test_an_all_in_one_file_serves_all_parts(tmp_path):
-    config = tiny.AE_CONFIG | {"num_attention_heads": 3}
-    path = tiny.save(tmp_path / "all.safetensors", all_in_one(), config=config)
+    clip, t5 = (f"text_encoders.{name}.transformer." for name in ("clip_l", "t5xxl"))
+    tensors = {"text_encoders.clip_l.logit_scale": torch.zeros(())}
+    for part, prefix in {"flux": "model.diffusion_model.", "clip": clip, "t5": t5, "ae": "vae."}.items():
+        tensors |= {prefix + key: t for key, t in STATE[part]().items()}
+    path = tiny.save(tmp_path / "all.safetensors", tensors, config=tiny.AE_CONFIG | {"num_attention_heads": 3})
     for part in STATE:
         assert_same(load(part, path), STATE[part]())
     tiny.save_encoders(tmp_path)
@@ -199,16 +186,14 @@ def quantized(state, scaled=None, shape=()):
 def test_plain_fp8_is_read_as_the_numbers_it_holds(tmp_path):
     for dtype in (FP8, torch.float8_e5m2):
         stored = {key: t.to(dtype) for key, t in tiny.flux_state().items()}
-        path = tiny.save(tmp_path / f"{dtype}.safetensors", stored)
-        assert_same(load("flux", path, BF16), {key: t.bfloat16() for key, t in stored.items()})
+        assert_same(load("flux", flux_file(tmp_path, stored), BF16), {key: t.bfloat16() for key, t in stored.items()})
 
 
-@pytest.mark.parametrize("scaled", ["scale_weight", "weight_scale"])
 @pytest.mark.parametrize("shape", [(), (1,), ("N",), ("N", 1)])
-def test_both_spellings_of_scaled_fp8_are_multiplied_out(tmp_path, scaled, shape):
-    stored, expected = quantized(tiny.flux_state(), scaled, shape)
-    path = tiny.save(tmp_path / "flux.safetensors", stored)
-    assert_same(load("flux", path), expected)
+def test_both_spellings_of_scaled_fp8_are_multiplied_out(tmp_path, shape):
+    for scaled in "scale_weight", "weight_scale":
+        stored, expected = quantized(tiny.flux_state(), scaled, shape)
+        assert_same(load("flux", flux_file(tmp_path, stored)), expected)
 
 
 def note(form):
@@ -252,11 +237,9 @@ def test_what_cannot_be_read_is_named_with_its_key(tmp_path):
         tensors = stored | added
         if "I8" in match:
             del tensors["img_in.weight_scale"]
-        path = tiny.save(tmp_path / "flux.safetensors", tensors)
-        refuse(f"flux.safetensors: {match}", load, "flux", path)
+        refuse(f"flux.safetensors: {match}", load, "flux", flux_file(tmp_path, tensors))
     metadata = {"_quantization_metadata": json.dumps({"layers": {"img_in": {"format": "mxfp8"}}})}
-    path = tiny.save(tmp_path / "b.safetensors", tiny.flux_state(), metadata)
-    refuse("img_in says the format mxfp8; only float8", load, "flux", path)
+    refuse("img_in says the format mxfp8; only float8", load, "flux", flux_file(tmp_path, None, metadata))
 
 
 @pytest.mark.parametrize("names", ["BFL", "diffusers"])
@@ -279,25 +262,28 @@ def test_a_missing_key_of_any_component_is_named(tmp_path, part):
 @pytest.mark.parametrize("shape", [(), (64,), (65, 64), (64, 64, 1), (1, 64, 64)])
 def test_a_misshapen_key_is_named_with_what_was_expected(tmp_path, shape):
     for key in ("img_in.weight", "txt_in.weight", "double_blocks.1.img_attn.proj.weight"):
-        path = tiny.save(tmp_path / "flux.safetensors", tiny.flux_state() | {key: torch.zeros(shape)})
+        path = flux_file(tmp_path, tiny.flux_state() | {key: torch.zeros(shape)})
         refuse(r"flux.safetensors: \w+.* has shape .*, expected", load, "flux", path)
 
 
 def test_all_keys_are_checked_before_a_weight_is_read(tmp_path, monkeypatch):
-    path = tiny.save(tmp_path / "flux.safetensors", tiny.flux_state() | {"surplus": torch.zeros(1)})
+    path = flux_file(tmp_path, tiny.flux_state() | {"surplus": torch.zeros(1)})
     for reading in "read", "view":
         monkeypatch.setattr(files, reading, lambda tensor: pytest.fail("a weight was read"))
     refuse("surplus", load, "flux", path)
 
 
-def test_heads_and_groups_that_do_not_fit_are_named(tmp_path):
+def test_heads_groups_and_channels_that_do_not_fit_are_named(tmp_path):
     path = tiny.save(tmp_path / "clip.safetensors", tiny.clip_state(), config={"num_attention_heads": 5})
     refuse("5 heads do not divide the hidden size 48", load, "clip", path)
     path = tiny.save(tmp_path / "vae" / "ae.safetensors", tiny.ae_state())
     refuse("do not fit 32 norm groups", load, "ae", path)
     tensors = tiny.flux_state() | {"double_blocks.0.img_attn.norm.query_norm.scale": torch.zeros(7)}
-    path = tiny.save(tmp_path / "flux.safetensors", tensors)
+    path = flux_file(tmp_path, tensors)
     refuse(r"img_in.weight has shape \(64, 64\), expected a multiple of 7 rows", load, "flux", path)
+    state = tiny.state(AutoEncoder(AutoEncoderParams(ch=8, ch_mult=(1, 2), z_channels=4, norm_groups=4)))
+    path = tiny.save(tmp_path / "vae.safetensors", state, config=tiny.AE_CONFIG)
+    refuse("an autoencoder of 4 latent channels; FLUX.1's has 16", load, "ae", path)
 
 
 FOREIGN = {
@@ -307,10 +293,7 @@ FOREIGN = {
     "a LoRA;": {"double_blocks.0.processor.qkv_lora1.down.weight": (4, 8)},
     "XLabs IP-Adapter": {"double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight": (8, 8)},
     "a ControlNet": {"double_blocks.0.img_attn.qkv.weight": (24, 8), "controlnet_blocks.0.weight": (8, 8)},
-    "a ControlNet; those": {
-        "transformer_blocks.0.attn.to_q.weight": (8, 8),
-        "controlnet_x_embedder.weight": (8, 64),
-    },
+    "a ControlNet; those": {"transformer_blocks.0.attn.to_q.weight": (8, 8), "controlnet_x_embedder.weight": (8, 64)},
     "Mistoline": {"controlnet_blocks.0.linear.weight": (8, 8)},
     "FLUX.2": {"double_blocks.0.img_attn.qkv.weight": (24, 8), "double_stream_modulation_img.lin.weight": (48, 8)},
     "Chroma": {"double_blocks.0.img_attn.qkv.weight": (24, 8), "distilled_guidance_layer.in_proj.weight": (8, 8)},
@@ -330,52 +313,43 @@ def test_a_file_of_another_kind_is_named(tmp_path, name):
     refuse(f"--flux .*x.safetensors: no FLUX.1 transformer in it: .*{name}", load, "flux", path)
 
 
-def test_another_models_autoencoder_is_named_by_its_channels(tmp_path):
-    state = tiny.state(AutoEncoder(AutoEncoderParams(ch=8, ch_mult=(1, 2), z_channels=4, norm_groups=4)))
-    path = tiny.save(tmp_path / "vae.safetensors", state, config=tiny.AE_CONFIG)
-    refuse("an autoencoder of 4 latent channels; FLUX.1's has 16", load, "ae", path)
+WHOLE = b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'
+TWO_IN_FOUR = WHOLE.replace(b"8", b"4")  # two numbers in four bytes
+NOT_SAFETENSORS = [
+    ("x.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git-lfs pointer"),
+    ("x.gguf", b"GGUF\x03\0\0\0\0\0\0\0", "cut off or damaged, its 12 bytes end inside the header"),
+    ("x.safetensors", b"GGUF\x03\0\0\0\0\0\0\0", "cut off or damaged"),
+    ("x.gguf", b"<!DOCTYPE html><html></html>", "not a safetensors file, nor GGUF"),
+    ("x.ckpt", b"anything", "pickled checkpoints can run code"),
+    ("x.safetensors", b"PK\x03\x04" + bytes(100), "pickled checkpoints can run code"),
+    ("x.safetensors", b"<!DOCTYPE html><html></html>", "not a safetensors file"),
+    ("x.safetensors", b"", "not a safetensors file"),
+    ("x.safetensors", b"\x02\0\0\0\0\0\0\0[]", "not a safetensors file"),
+    ("x.safetensors", b"\x03\0\0\0\0\0\0\0{x}", "damaged"),
+    ("x.safetensors", b'\x09\0\0\0\0\0\0\0{"a": {}}', "header is damaged"),
+    ("x.safetensors", len(TWO_IN_FOUR).to_bytes(8, "little") + TWO_IN_FOUR + bytes(8), "header is damaged"),
+]
 
 
-def test_a_truncated_file_is_named_with_its_size(tmp_path):
-    path = tiny.save(tmp_path / "flux.safetensors", tiny.flux_state())
-    whole = path.read_bytes()
-    for size, match in {
-        len(whole) - 1: f"cut off, only {len(whole) - 1:,} of {len(whole):,} bytes",
-        100: "cut off inside the header, after 100 bytes",
-        8: "cut off inside the header, after 8 bytes",
-    }.items():
-        path.write_bytes(whole[:size])
-        refuse(f"flux.safetensors: {match}", load, "flux", path)
-
-
-HEADER = b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}'
-
-
-@pytest.mark.parametrize(
-    "name, content, match",
-    [
-        ("x.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git-lfs pointer"),
-        ("x.gguf", b"GGUF\x03\0\0\0\0\0\0\0", "cut off or damaged, its 12 bytes end inside the header"),
-        ("x.safetensors", b"GGUF\x03\0\0\0\0\0\0\0", "cut off or damaged"),
-        ("x.gguf", b"<!DOCTYPE html><html></html>", "not a safetensors file, nor GGUF"),
-        ("x.ckpt", b"anything", "pickled checkpoints can run code"),
-        ("x.safetensors", b"PK\x03\x04" + bytes(100), "pickled checkpoints can run code"),
-        ("x.safetensors", b"<!DOCTYPE html><html></html>", "not a safetensors file"),
-        ("x.safetensors", b"", "not a safetensors file"),
-        ("x.safetensors", b"\x02\0\0\0\0\0\0\0[]", "not a safetensors file"),
-        ("x.safetensors", b"\x03\0\0\0\0\0\0\0{x}", "damaged"),
-        ("x.safetensors", b'\x09\0\0\0\0\0\0\0{"a": {}}', "header is damaged"),
-        ("x.safetensors", len(HEADER).to_bytes(8, "little") + HEADER + bytes(8), "header is damaged"),  # 2 numbers
-    ],
-)
+@pytest.mark.parametrize("name, content, match", NOT_SAFETENSORS)
 def test_a_file_that_is_not_safetensors_is_named(tmp_path, name, content, match):
     (tmp_path / name).write_bytes(content)
     refuse(f"{name}: .*{match}", load, "flux", tmp_path / name)
 
 
+def test_a_truncated_file_is_named_with_its_size(tmp_path):
+    path = flux_file(tmp_path)
+    whole = path.read_bytes()
+    size = len(whole)
+    inside = {n: f"cut off inside the header, after {n} bytes" for n in (100, 8)}
+    for kept, match in {size - 1: f"cut off, only {size - 1:,} of {size:,} bytes", **inside}.items():
+        path.write_bytes(whole[:kept])
+        refuse(f"flux.safetensors: {match}", load, "flux", path)
+
+
 def test_single_files_come_before_diffusers_folders(tmp_path):
     tiny.save_diffusers_model(tmp_path)
-    tiny.save(tmp_path / "flux1-dev.safetensors", tiny.flux_state())
+    flux_file(tmp_path, name="flux1-dev")
     tiny.save(tmp_path / "ae.safetensors", tiny.ae_state(), config=tiny.AE_CONFIG)
     found = weights.find(tmp_path)
     assert (found.flux.path.name, found.ae.path.name) == ("flux1-dev.safetensors", "ae.safetensors")
@@ -383,21 +357,18 @@ def test_single_files_come_before_diffusers_folders(tmp_path):
     assert found.flux.key_names.name == found.ae.key_names.name == "diffusers"
 
 
-def test_two_transformers_in_a_folder_have_to_be_told_apart(tmp_path):
-    tiny.save_model(tmp_path)
-    tiny.save(tmp_path / "flux1-schnell.safetensors", tiny.flux_state())
-    refuse("flux1-dev.safetensors and flux1-schnell.safetensors could each be.*--flux", weights.find, tmp_path)
-    found = weights.find(tmp_path, flux=tmp_path / "flux1-schnell.safetensors")
-    assert found.flux.path.name == "flux1-schnell.safetensors"
-
-
-def test_loras_and_controlnets_in_a_folder_are_passed_over(tmp_path):
+def test_of_a_folders_files_the_one_transformer_is_taken(tmp_path):
+    """LoRAs and ControlNets are passed over; two transformers have to be told apart."""
     tiny.save_model(tmp_path)
     for i, name in enumerate(FOREIGN):
         tensors = {key: torch.zeros(shape) for key, shape in FOREIGN[name].items()}
         if name != "is a T5 encoder in":
             tiny.save(tmp_path / f"{i}.safetensors", tensors)
     assert weights.find(tmp_path).flux.path.name == "flux1-dev.safetensors"
+    flux_file(tmp_path, name="flux1-schnell")
+    refuse("flux1-dev.safetensors and flux1-schnell.safetensors could each be.*--flux", weights.find, tmp_path)
+    found = weights.find(tmp_path, flux=tmp_path / "flux1-schnell.safetensors")
+    assert found.flux.path.name == "flux1-schnell.safetensors"
 
 
 def test_file_names_do_not_matter(tmp_path):
@@ -428,41 +399,30 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path, match):
     refuse(match, weights.find, tmp_path)
 
 
-def test_a_path_that_is_not_there_is_named_with_its_flag(tmp_path):
+def test_what_is_not_there_or_does_not_fit_is_named_with_its_flag(tmp_path):
     refuse(f"--model {tmp_path}/no: there is no such", weights.find, f"{tmp_path}/no")
-    tiny.save_model(tmp_path / "model")
-    for part in STATE:
-        refuse(f"--{part} /nowhere: there is no such", weights.find, tmp_path / "model", **{part: "/nowhere"})
-
-
-def test_a_folder_with_nothing_usable_says_what_is_there(tmp_path):
     refuse("no FLUX.1 transformer in it: no safetensors or GGUF file; name one with --flux", weights.find, tmp_path)
     (tmp_path / "flux1-dev.ckpt").write_bytes(b"")
     refuse("flux1-dev.ckpt is not safetensors", weights.find, tmp_path)
     tiny.save(tmp_path / "ae.safetensors", tiny.ae_state(), config=tiny.AE_CONFIG)
     refuse("ae.safetensors is a FLUX.1 autoencoder in BFL names", weights.find, tmp_path)
-
-
-def test_an_encoder_of_another_width_is_named(tmp_path):
-    tiny.save_model(tmp_path)
+    model = tiny.save_model(tmp_path / "model")
+    for part in STATE:
+        refuse(f"--{part} /nowhere: there is no such", weights.find, model, **{part: "/nowhere"})
     wide = tiny.state(T5Encoder(weights.T5Params(96, 40, 80, 8, 3, 1)))
     path = tiny.save(tmp_path / "wide" / "t5.safetensors", wide)
-    refuse("t5.safetensors: this T5 encoder is 40 wide, but .* expects 32.*--t5", weights.find, tmp_path, t5=path)
+    refuse("t5.safetensors: this T5 encoder is 40 wide, but .* expects 32.*--t5", weights.find, model, t5=path)
 
 
-def test_the_pocket_model_is_the_default(tmp_path, monkeypatch):
+def test_the_pocket_model_is_the_default_unless_all_parts_are_given(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "POCKET", tmp_path / "pocket")
     refuse("--model pocket: the built-in model is not in", weights.find)
-    tiny.save_model(tmp_path / "pocket")
-    assert weights.find() == weights.find("pocket")
-    assert weights.find().name == "pocket"
-
-
-def test_four_given_parts_need_no_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "POCKET", tmp_path / "nowhere")
     model = tiny.save_model(tmp_path / "model")
     found = weights.find(None, model, model / "text_encoder_2", model / "text_encoder", model / "ae.safetensors")
     assert found.t5_tokenizer == model / "tokenizer_2" / "tokenizer.json"
+    tiny.save_model(tmp_path / "pocket")
+    assert weights.find() == weights.find("pocket")
+    assert weights.find().name == "pocket"
 
 
 def test_tokenizers_come_from_the_model_folder_or_beside_the_encoder(tmp_path):
@@ -478,46 +438,33 @@ def test_tokenizers_come_from_the_model_folder_or_beside_the_encoder(tmp_path):
 
 
 def test_absent_tokenizers_are_fetched_from_schnell(tmp_path, monkeypatch):
+    """Or else, out of reach, asked for in one sentence."""
     model, hub = tiny.save_model(tmp_path / "model"), tiny.save_model(tmp_path / "hub")
-    calls = []
-
-    def fetch(repo, choices, purpose, instead):
-        calls.append((repo, choices))
-        return hub
-
-    monkeypatch.setattr(hub_files, "fetch", fetch)
     for name in ("vocab.json", "merges.txt"):
         (model / "tokenizer" / name).unlink()
-    assert weights.find(model).clip_tokenizer == hub / "tokenizer"
-    assert calls == [("black-forest-labs/FLUX.1-schnell", [["tokenizer/*", "tokenizer_2/*"]])]
-
-
-def test_absent_tokenizers_that_are_out_of_reach_are_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    model = tiny.save_model(tmp_path / "model")
-    (model / "tokenizer" / "vocab.json").unlink()
     refuse("no tokenizer/ with vocab.json and merges.txt is near.*out of reach.*copy tokenizer/", weights.find, model)
+    calls = []
+    monkeypatch.setattr(hub_files, "fetch", lambda repo, choices, *words: calls.append((repo, choices)) or hub)
+    assert weights.find(model).clip_tokenizer == hub / "tokenizer"
+    assert calls == [("black-forest-labs/FLUX.1-schnell", [["tokenizer/*", "tokenizer_2/*"]])]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_loading_holds_the_weights_in_memory_once(tmp_path):
     """In BFL's names and in diffusers', where joined projections come apart."""
-    hidden = 1024
-    params = FluxParams(
-        hidden_size=hidden, mlp_hidden=4096, num_heads=8, depth=1, depth_single_blocks=4
-    )  # fmt: skip
     with torch.device("meta"):
-        shapes = {key: t.shape for key, t in Flux(params).state_dict().items()}
-    state = {key: torch.zeros(shape, dtype=BF16) for key, shape in shapes.items()}
+        flux = Flux(FluxParams(hidden_size=1024, mlp_hidden=4096, num_heads=8, depth=1, depth_single_blocks=4))
+    state = {key: torch.zeros(t.shape, dtype=BF16) for key, t in flux.state_dict().items()}
     theirs = {}
     for key, tensor in state.items():
         *firsts, last = [row.key for row in key_names.flux_from_diffusers(key, {})]
-        theirs |= {name: tensor[:hidden].clone() for name in firsts}
-        theirs[last] = tensor[hidden * len(firsts) :].clone()
-    small = tiny.save(tmp_path / "small.safetensors", tiny.flux_state())
-    for name, tensors in ("bfl", state), ("diffusers", theirs):
-        path = tiny.save(tmp_path / f"{name}.safetensors", tensors)
+        theirs |= {name: tensor[:1024].clone() for name in firsts}
+        theirs[last] = tensor[1024 * len(firsts) :].clone()
+    small = flux_file(tmp_path, name="small")
+    for tensors in state, theirs:
+        path = flux_file(tmp_path, tensors)
         peak, imported = tiny.peak_memory(small, path)
         assert peak < 1.15 * path.stat().st_size
         assert "gguf" not in imported

@@ -11,7 +11,7 @@ from model.tokenizers import T5Tokenizer
 from model.transformer import FluxParams
 from regional.layout import FLUX_DEV, Defaults, Layout
 from regional.mask import region_tokens
-from settings import MODEL_KEYS, Settings
+from settings import MODEL_KEYS
 from tools.flags import Command, DryRun, Output
 from tools.jobs import layout_files
 from tools.metadata import SUFFIXES, check_writable, write
@@ -21,20 +21,16 @@ from tools.preview import preview, report
 
 def run_dry(command: Command, read: Callable[..., Layout]) -> int:
     """A dry run; returns the exit code. read: gives a layout by its file, overrides and size."""
-    settings, overrides, output, dry_run, _ = command
-    if dry_run.plan is not None:
-        write_planned_layout(dry_run, overrides, output)
-        return 0
-    return check_layouts(layout_files(output), read, settings, dry_run, output.overwrite)
+    if command.dry_run.plan is None:
+        return check_layouts(command, read)
+    write_planned_layout(command.dry_run, command.overrides, command.output)
+    return 0
 
 
-def check_layouts(
-    files: list[Path | None], read: Callable[..., Layout], settings: Settings, dry_run: DryRun,
-    overwrite: bool,
-) -> int:  # fmt: skip
-    """--check and --preview, without reading weights; returns the exit code.
-
-    read: gives a layout by its file, overrides and the default size."""
+def check_layouts(command: Command, read: Callable[..., Layout]) -> int:
+    """--check and --preview, without reading weights."""
+    settings, _, output, dry_run, _ = command
+    files = layout_files(output)
     checkpoint = None  # A repository's headers may not be at hand.
     if not is_repository(settings.model):
         checkpoint = weights.find(*(getattr(settings, key) for key in MODEL_KEYS))
@@ -55,15 +51,15 @@ def check_layouts(
             for warning in warnings:
                 warn(warning)
     for file, layout in layouts if dry_run.preview else ():
-        output = dry_run.preview
+        path = dry_run.preview
         if len(layouts) > 1:
-            output = output.with_stem(f"{output.stem}_{file.stem}")
-        if output.suffix.lower() not in SUFFIXES:
+            path = path.with_stem(f"{path.stem}_{file.stem}")
+        if path.suffix.lower() not in SUFFIXES:
             problem = f"the suffix must be one of {', '.join(SUFFIXES)}"
-            raise InputError("--preview", output, problem)
-        check_writable(output, overwrite)
-        write(output, preview(layout).save)
-        print(output)
+            raise InputError("--preview", path, problem)
+        check_writable(path, output.overwrite)
+        write(path, preview(layout).save)
+        print(path)
     return 0 if len(layouts) == len(files) else 2
 
 

@@ -1,21 +1,21 @@
-"""What a layout costs: FLOPs of the transformer's matrix products, two for each multiplication."""
+"""What a layout costs: FLOPs of the transformer's matrix products, two a multiplication."""
 
 from model.transformer import FluxParams
 from regional.attention import allowed
-from regional.layout import FLUX_DEV, Defaults, Layout
+from regional.layout import FLUX_DEV, Layout
 from regional.mask import RegionTokens, regional_stages
 
 Stage = tuple[int, int, str]  # its last step, the FLOPs of each of its steps, its name
 
 
 def resolved(layout: Layout, params: FluxParams) -> Layout:
-    """A layout for a transformer of these sizes, with the other defaults of FLUX.1-dev."""
-    blocks = params.depth, params.depth_single_blocks
-    return layout.resolved(Defaults(*FLUX_DEV[:3], *blocks))
+    """For a transformer of these sizes, with the other defaults of FLUX.1-dev."""
+    blocks = {key: getattr(params, key) for key in ("depth", "depth_single_blocks")}
+    return layout.resolved(FLUX_DEV._replace(**blocks))
 
 
 def cost(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[str]:
-    """The work of the transformer for a resolved layout, compared with plain FLUX.1."""
+    """A line for each stage of a resolved layout, compared with plain FLUX.1."""
     found = stages(layout, params, tokens)
     plain = found[-1][1]
     lines = []
@@ -27,60 +27,78 @@ def cost(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[str]:
         total += (end - start) * flops
         start = end
     times = f"{total / (start * plain):.2f} times plain FLUX.1"
+    lines.append(f"altogether: {amount(total)}, {times}")
     if layout.controlnets or any(region.loras for region in layout.regions):
-        times += "; ControlNets and regions' LoRAs come on top"
-    return [*lines, f"altogether: {amount(total)}, {times}"]
+        lines[-1] += "; ControlNets and regions' LoRAs come on top"
+    return lines
 
 
 def amount(flops: int) -> str:
-    return f"{flops / 1e12:,.1f} TFLOP" if flops >= 1e12 else f"{flops / 1e9:,.1f} GFLOP"
+    if flops >= 1e12:
+        return f"{flops / 1e12:,.1f} TFLOP"
+    return f"{flops / 1e9:,.1f} GFLOP"
 
 
 def stages(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[Stage]:
     """The stages of equal steps; the plain one comes last."""
-    name = "composed of the regions' images" if layout.method == "rpg" else "regional"
+    name = "regional"
+    if layout.method == "rpg":
+        name = "composed of the regions' images"
     found = []
     for end, ratio in regional_stages(layout, tokens) if layout.regions else ():
         base = bool(ratio.any())
         what = name if base else f"{name}, no base branch"
-        found.append((end, regional_flops(layout, params, tokens, base), what))
-    plain = plain_flops(params, layout.max_sequence_length, tokens.cover.shape[1])
+        flops = regional_flops(layout, params, tokens, base)
+        found.append((end, flops, what))
+    image = tokens.cover.shape[1]
+    plain = plain_flops(params, layout.max_sequence_length, image)
     return [*found, (layout.steps, plain, "plain")]
 
 
-def regional_flops(layout: Layout, params: FluxParams, tokens: RegionTokens, base: bool) -> int:
+def regional_flops(
+    layout: Layout, params: FluxParams, tokens: RegionTokens, base: bool
+) -> int:  # fmt: skip
     """FLOPs of a regional step, if attention costs exactly what the mask allows."""
     text = layout.max_sequence_length
     own = layout.region_max_sequence_length
     image = tokens.cover.shape[1]
     regions = len(tokens.prompts)
     if layout.method == "rpg":
-        return regions * plain_flops(params, own, image) + base * plain_flops(params, text, image)
+        composed = regions * plain_flops(params, own, image)
+        return composed + base * plain_flops(params, text, image)
     bits, count = tokens.bits(own).unique(return_counts=True)
-    masked = int((allowed(bits[:, None], bits) * count * count[:, None]).sum())
+    both = count * count[:, None]
+    allowed_pairs = int((allowed(bits[:, None], bits) * both).sum())
     blocks = params.depth + params.depth_single_blocks
-    masked_blocks = len(layout.double_blocks) + len(layout.single_blocks)
-    pairs = masked_blocks * masked + (blocks - masked_blocks) * (regions * own + image) ** 2
+    masked = len(layout.double_blocks) + len(layout.single_blocks)
+    pairs = masked * allowed_pairs
+    pairs += (blocks - masked) * (regions * own + image) ** 2
     pairs += base * blocks * (text + image) ** 2
     streams = 1 + (base and layout.base_stream == "separate")
     return forward_flops(params, regions * own + base * text, image, pairs, streams)
 
 
 def plain_flops(params: FluxParams, text: int, image: int) -> int:
-    pairs = (params.depth + params.depth_single_blocks) * (text + image) ** 2
+    blocks = params.depth + params.depth_single_blocks
+    pairs = blocks * (text + image) ** 2
     return forward_flops(params, text, image, pairs)
 
 
-def forward_flops(params: FluxParams, text: int, image: int, pairs: int, streams: int = 1) -> int:
+def forward_flops(
+    params: FluxParams, text: int, image: int, pairs: int, streams: int = 1
+) -> int:  # fmt: skip
     """FLOPs of a pass. pairs: (query, key), of all blocks; streams: of the image, when single."""
     d = params.hidden_size
     mlp = 2 * d * params.mlp_hidden
+    double = params.depth
     single = params.depth_single_blocks
-    rows = params.depth * (text + image) + single * (text + streams * image)
+    rows = double * (text + image) + single * (text + streams * image)
     blocks = rows * (4 * d * d + mlp) + 2 * d * pairs
     if single:  # the last block computes the rows of one image stream only
         blocks -= (text + (streams - 1) * image) * (d * d + mlp)
-    ends = text * params.context_in_dim * d + image * (params.in_channels + params.out_channels) * d
-    modulation = (12 * params.depth + 3 * single + 2) * d * d
-    embedders = (1 + params.guidance_embed) * (256 + d) * d + (params.vec_in_dim + d) * d
+    channels = params.in_channels + params.out_channels
+    ends = text * params.context_in_dim * d + image * channels * d
+    modulation = (12 * double + 3 * single + 2) * d * d
+    embedders = (1 + params.guidance_embed) * (256 + d) * d
+    embedders += (params.vec_in_dim + d) * d
     return 2 * (blocks + ends + modulation + embedders)

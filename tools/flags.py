@@ -1,4 +1,4 @@
-"""The command line: its flags are the fields of Output, DryRun, Settings, Layout and Control."""
+"""The command line: flags are the fields of Output, DryRun, Settings, Layout and Control."""
 
 import argparse
 import re
@@ -10,9 +10,9 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 import msgspec
 from msgspec import Struct, inspect
 
-from errors import MISSING, InputError
+from errors import MISSING, InputError, flag
 from regional.layout import Control, Layout
-from settings import MODEL_KEYS, Name, Settings, flag, recorded
+from settings import MODEL_KEYS, Name, Settings, invalid, recorded
 from tools.metadata import read_metadata
 
 ABOUT = """Layouts in, images out.
@@ -24,8 +24,12 @@ NO_FLAGS = ("seed", "map", "loras", "controlnets", "regions")  # keys of Layout
 LAYOUT_FLAGS = {key: key for key in Layout.__struct_fields__ if key not in NO_FLAGS}
 CONTROL_FLAGS = {key: f"control_{key}" for key in ("image", "mode", "scale", "start", "end")}
 CONTROL_FLAGS = {"model": "controlnet", **CONTROL_FLAGS, "preprocess": "preprocess"}
-TYPES = {inspect.IntType: int, inspect.FloatType: float, inspect.StrType: str}
-TYPES |= {inspect.CustomType: Path}
+TYPES = {
+    inspect.IntType: int,
+    inspect.FloatType: float,
+    inspect.StrType: str,
+    inspect.CustomType: Path,
+}
 FIELDS = "{name}, {seed} and {sweep}"
 File = Path | None
 Files = tuple[Path, ...]
@@ -58,7 +62,7 @@ class DryRun(Struct, frozen=True, kw_only=True):
 
 
 class Command(NamedTuple):
-    """A parsed command line. overrides: keys of layouts. recorded: those of an image to repeat."""
+    """overrides: keys of layouts. recorded: those of an image to repeat."""
 
     settings: Settings
     overrides: dict[str, Any]
@@ -69,18 +73,20 @@ class Command(NamedTuple):
 
 @contextmanager
 def naming(file: Path | None, overrides: dict[str, Any]) -> Iterator[None]:
-    """Within it, an InputError about a layout's key gets the layout's file, or the key's flag."""
+    """Within it, an InputError about a layout's key gets its file, or the key's flag."""
+    here = "the command line"
     try:
         yield
     except InputError as error:
         for mistake in getattr(error, "errors", [error]):
             parts = re.match(r"(?s)(\w*)(\[\d+\])?\.?(\w*)(.*)", str(mistake.key))
             key, entry, field, rest = parts.groups()
-            flags = {"loras": "lora", "controlnets": CONTROL_FLAGS.get(field, "controlnet")}
+            control = CONTROL_FLAGS.get(field, "controlnet")
+            flags = {"loras": "lora", "controlnets": control}
             if key in overrides and (key in flags or not entry):
                 mistake.key = flag(flags.get(key, key)) + rest
-                mistake.source = "the command line"
-            mistake.within(file or "the command line")
+                mistake.source = here
+            mistake.within(file or here)
         raise
 
 
@@ -99,32 +105,34 @@ def parse(argv: list[str] | None = None) -> Command:
     control = {key: given[name] for key, name in CONTROL_FLAGS.items() if name in given}
     if control:
         overrides["controlnets"] = [control]
-    if control and not {"model", "image"} <= control.keys():
-        parser.error("a ControlNet needs both --controlnet and --control-image")
+        if not {"model", "image"} <= control.keys():
+            parser.error("a ControlNet needs both --controlnet and --control-image")
     if "parallel" in given and (output.shard or output.attention_maps):
         parser.error("--parallel goes with neither --shard nor --attention-maps")
-    if output.layout and output.config_from_metadata:
+    file = output.config_from_metadata
+    if output.layout and file:
         parser.error("give a --layout or --config-from-metadata, not both")
-    if not (output.layout or output.config_from_metadata or dry_run.plan or "prompt" in overrides):
+    if not (output.layout or file or dry_run.plan or "prompt" in overrides):
         parser.error("give a --layout, or at least a --prompt")
     settings = of(Settings)
-    if file := output.config_from_metadata:
+    keys = None
+    if file:
         metadata = read_metadata(file)
         settings = repeated(metadata, settings, file)
-        keys = {key: value for key, value in metadata.items() if key in Layout.__struct_fields__}
-    return Command(Settings(**settings), overrides, output, dry_run, keys if file else None)
+        keys = {key: metadata[key] for key in Layout.__struct_fields__ if key in metadata}
+    return Command(Settings(**settings), overrides, output, dry_run, keys)
 
 
 def repeated(metadata: dict[str, Any], given: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The settings of the run that an image records, but for those that are given. InputError
-    names the image's file."""
+    """The settings that an image records, but for those that are given."""
     settings = recorded(metadata)
     try:
-        Settings(**settings).checked()
-    except InputError as error:
-        raise InputError(file, MISSING, f"in its metadata, {error}") from None
-    if given.keys() & set(MODEL_KEYS):  # Files of one model are not mixed with another's.
-        settings = {key: value for key, value in settings.items() if key not in MODEL_KEYS}
+        msgspec.convert(settings, Settings)
+    except msgspec.ValidationError as error:
+        problem = f"in its metadata, {invalid(settings, error)}"
+        raise InputError(file, MISSING, problem) from None
+    for key in MODEL_KEYS if given.keys() & set(MODEL_KEYS) else ():
+        settings.pop(key, None)  # Files of one model are not mixed with another's.
     return settings | given
 
 
@@ -147,13 +155,15 @@ def add_flags(group: Any, struct: type[Struct], names: dict[str, str] | None = N
     """Flags for a struct's keys, all or those in `names`, by their types and descriptions."""
     hints = get_type_hints(struct, include_extras=True)
     fields = {field.name: field.type for field in inspect.type_info(struct).fields}
-    for key, name in (names or {key: key for key in fields}).items():
+    for key, name in (names or dict(zip(fields, fields))).items():
         kind = fields[key]
         kinds = getattr(kind, "types", (kind,))
         text = hints[key].__metadata__[-1].replace("%", "%%")
         how: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
         if isinstance(kind, inspect.BoolType):
-            how["action"] = argparse.BooleanOptionalAction if key == "compile" else "store_true"
+            how["action"] = "store_true"
+            if key == "compile":
+                how["action"] = argparse.BooleanOptionalAction
         elif isinstance(kind, inspect.VarTupleType):
             how |= {"action": "extend", "nargs": "+"}
             kinds = (kind.item_type,)

@@ -10,9 +10,7 @@ from tools.metadata import save_tensor, write
 from tools.sheets import contact_sheet
 
 
-def map_sheets(
-    maps: Any, image: Image.Image, prompts: list[str]
-) -> list[Image.Image]:  # fmt: skip
+def map_sheets(maps: Any, image: Image.Image, prompts: list[str]) -> list[Image.Image]:
     """A contact sheet for each regional step: a row for each prompt, a column for each group of
     blocks; white is the largest fraction of all steps."""
     grid = (image.height // 16, image.width // 16)
@@ -34,11 +32,8 @@ def overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
     return Image.composite(Image.new("RGB", image.size, "white"), dark, light)
 
 
-def save_maps(
-    maps: Any, path: Path, image: Image.Image, prompts: list[str], metadata: dict
-) -> None:  # fmt: skip
+def save_maps(maps: Any, path: Path, image: Image.Image, prompts: list[str], metadata: dict):
     """Write the sheets, path_step1.png ..., and their numbers, path.safetensors."""
     for i, sheet in enumerate(map_sheets(maps, image, prompts), 1):
         write(path.with_name(f"{path.name}_step{i}.png"), sheet.save)
-    file = path.with_name(f"{path.name}.safetensors")
-    save_tensor("maps", maps.maps, metadata, file)
+    save_tensor("maps", maps.maps, metadata, path.with_name(f"{path.name}.safetensors"))

@@ -1,4 +1,4 @@
-"""What a run writes: images that embed their metadata, and every file whole or not at all."""
+"""What a run writes: images with their metadata, and every file whole or not at all."""
 
 import glob
 import hashlib
@@ -23,7 +23,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 EXIF_DESCRIPTION = 0x010E
 EXIF_SOFTWARE = 0x0131
 MAX_JPEG_EXIF = 65_000  # bytes: the segments of a JPEG file have 16-bit lengths
-UNREADABLE = (OSError, ValueError, SyntaxError, SafetensorError, Image.DecompressionBombError)
+UNREADABLE = (OSError, ValueError, SyntaxError, SafetensorError)
+UNREADABLE += (Image.DecompressionBombError,)
 
 Metadata = dict[str, Any]
 
@@ -41,7 +42,8 @@ def write(path: Path, save: Callable[[Path], None]) -> None:
 def remove_unfinished(path: Path) -> None:
     """Remove the temporary files that killed runs left of this file."""
     for file in path.parent.glob(f".{glob.escape(path.stem)}.*{path.suffix}"):
-        if file.stem.removeprefix(f".{path.stem}.").isdecimal():  # and not .x.1.77.png for x.png
+        number = file.stem.removeprefix(f".{path.stem}.")
+        if number.isdecimal():  # and not .x.1.77.png for x.png
             file.unlink(missing_ok=True)
 
 
@@ -50,7 +52,8 @@ def check_writable(path: Path, overwrite: bool) -> None:
     folder = path.absolute().parent
     if not folder.is_dir():
         raise InputError(path, MISSING, f"there is no folder {path.parent} to write it to")
-    if len(os.fsencode(path.name)) > 200 or path.is_dir() or not os.access(folder, os.W_OK):
+    name = os.fsencode(path.name)
+    if len(name) > 200 or path.is_dir() or not os.access(folder, os.W_OK):
         raise InputError(path, MISSING, "no file of this name can be written there")
     if path.exists() and not overwrite:
         raise InputError(path, MISSING, "exists already; --overwrite replaces it")
@@ -68,7 +71,7 @@ def image_metadata(layout: Layout, seed: int, run: Metadata) -> Metadata:
 
 
 def save_image(image: Image.Image, metadata: Metadata | None, path: Path) -> None:
-    """Write PNG, JPEG or WebP with its metadata: a line that other tools read, and all as JSON."""
+    """Write PNG, JPEG or WebP with metadata: a line that other tools read, and all as JSON."""
     how = {} if metadata is None else embedded(metadata, path.suffix.lower())
     write(path, partial(image.save, quality=95, **how))
 
@@ -106,7 +109,7 @@ def save_tensor(name: str, tensor: Tensor, metadata: Metadata, path: Path) -> No
 
 
 def read_metadata(path: Path) -> Metadata:
-    """The metadata of an image, of latents, or of a .json next to an image. InputError if none."""
+    """The metadata of an image, of latents, or of a .json. InputError if there are none."""
     try:
         metadata = json.loads(metadata_text(path) or "null")
     except FileNotFoundError:

@@ -15,12 +15,15 @@ POSITION = {"anyOf": [NUMBER, {"type": "string", "pattern": f"^{PERCENT}$"}]}
 POINT = {"type": "array", "prefixItems": [POSITION] * 2, "minItems": 2, "items": False}
 POINTS = {"type": "array", "minItems": 3, "items": POINT}
 
+SIDE = {"integer": {"multipleOf": 16}}
+SOME_BLOCKS = {"string": {"pattern": BLOCKS}}
+
 # What the reader checks beyond types, by key and JSON type.
 LIMITS = {
-    "width": {"integer": {"multipleOf": 16}},
-    "height": {"integer": {"multipleOf": 16}},
-    "double_blocks": {"string": {"pattern": BLOCKS}},
-    "single_blocks": {"string": {"pattern": BLOCKS}},
+    "width": SIDE,
+    "height": SIDE,
+    "double_blocks": SOME_BLOCKS,
+    "single_blocks": SOME_BLOCKS,
     "color": {"string": {"pattern": HEX}},
     "map": {"string": {"minLength": 1}},
     "box": {"array": {"prefixItems": [POSITION] * 4}},
@@ -30,25 +33,30 @@ LIMITS = {
 
 
 def json_schema() -> dict[str, Any]:
-    """The structs with their descriptions, LIMITS, and which keys need each other. Sizes that
-    depend on each other and files that a layout names are left to the reader."""
-    _, parts = msgspec.json.schema_components([Layout], ref_template="#/$defs/{name}")
+    """The structs with their descriptions, LIMITS, and which keys need each other. Files, and
+    sizes that depend on each other, are left to the reader."""
+    where = "#/$defs/{name}"
+    _, parts = msgspec.json.schema_components([Layout], ref_template=where)
     for name, part in parts.items():
         hints = get_type_hints(getattr(layout, name), include_extras=True)
         for key, schema in part["properties"].items():
             schema["description"] = hints[key].__metadata__[-1]
+            limits = LIMITS.get(key, {})
             for option in schema.get("anyOf", [schema]):
-                option |= LIMITS.get(key, {}).get(option.get("type"), {})
+                option |= limits.get(option.get("type"), {})
 
-    def has(key: str) -> dict[str, Any]:
-        return {"required": [key], "properties": {key: {"not": {"type": "null"}}}}
+    def needs(key: str, schema: dict[str, Any]) -> dict[str, Any]:
+        return {"required": [key], "properties": {key: schema}}
 
-    parts["Region"]["oneOf"] = [has(key) for key in SHAPES]
-    colored = {"required": ["regions"], "properties": {"regions": {"contains": has("color")}}}
+    there = {"not": {"type": "null"}}
+    parts["Region"]["oneOf"] = [needs(key, there) for key in SHAPES]
     whole = parts.pop("Layout") | {"title": "Regional FLUX layout"}
-    whole |= {"if": colored, "then": has("map")}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole, "$defs": parts}
+    whole["if"] = needs("regions", {"contains": needs("color", there)})
+    whole["then"] = needs("map", there)
+    draft = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": draft, **whole, "$defs": parts}
 
 
 if __name__ == "__main__":
-    print(msgspec.json.format(msgspec.json.encode(json_schema()), indent=2).decode())
+    text = msgspec.json.encode(json_schema())
+    print(msgspec.json.format(text, indent=2).decode())

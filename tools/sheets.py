@@ -6,9 +6,7 @@ GAP = 8  # pixels between images
 LINE = 18  # the height of a line of text
 
 
-def contact_sheet(
-    rows: dict[str, list[Image.Image]], columns: list[str] = ()
-) -> Image.Image:  # fmt: skip
+def contact_sheet(rows: dict[str, list[Image.Image]], columns: list[str] = ()) -> Image.Image:
     """Each row under its label, the columns' labels above; an empty label takes no room."""
     width, height = next(iter(rows.values()))[0].size
     header = LINE if any(columns) else 0
