@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from errors import InputError
+from formats.fp8 import Fp8Linear, can_multiply, stored_fp8, to_fp8
 from formats.hub import Choices, Name, locate
 from formats.key_names import IGNORED, Rows, count
 from formats.recognize import SUBFOLDER, WHAT, Source, describe, leaf, recognize, stacked_shape
-from formats.safetensors import PICKLES, Stored, checkpoint_files, read, values, whole, wrong
+from formats.safetensors import PICKLES, Stored, checkpoint_files, values, whole, wrong
 from model.autoencoder import AutoEncoder, AutoEncoderParams
 from model.clip import CLIPParams, CLIPTextEncoder
-from model.fp8 import Fp8Linear, can_multiply, to_fp8
 from model.t5 import T5Encoder, T5Params
 from model.transformer import Flux, FluxParams
 
@@ -232,14 +232,6 @@ class Loader(NamedTuple):
             out[start : start + len(piece)] = piece
             start += len(piece)
         return out
-
-
-def stored_fp8(tensor: Stored, rows: Rows, device: Device) -> tuple[Tensor, Tensor]:
-    """Rows of a matrix stored in FP8, and a scale for each, (rows, 1)."""
-    scale = torch.ones(()) if tensor.scale is None else read(tensor.scale).float()
-    scale = scale.reshape(-1, 1).expand(tensor.shape[0], 1)
-    own = slice(rows.start, rows.stop)
-    return read(tensor)[own].to(device), scale[own].to(device)
 
 
 def fit_layers(module: nn.Module, fp8: set[str], state: State, device: torch.device) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.intervals import Mean, mean_of  # noqa: E402
-from model.fp8 import Fp8Linear  # noqa: E402
+from formats.fp8 import Fp8Linear  # noqa: E402
 from pipeline import Pipeline  # noqa: E402
 from pocket.judge import judge, random_case  # noqa: E402
 from regional.reader import read_layout  # noqa: E402

@@ -49,8 +49,8 @@ from benchmarks import naive  # noqa: E402
 from benchmarks.failures import Failures  # noqa: E402
 from formats import key_names as namings  # noqa: E402
 from formats import recognize  # noqa: E402
+from formats.fp8 import Fp8Linear, can_multiply, to_fp8  # noqa: E402
 from model.attention import Attention, plain_attention
-from model.fp8 import Fp8Linear, can_multiply, to_fp8  # noqa: E402
 from model.transformer import Flux, FluxParams  # noqa: E402
 from pipeline import Pipeline, Prepared
 from regional.attention import RegionalAttention, allowed  # noqa: E402

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.fp8 import Fp8Linear
+from formats.fp8 import Fp8Linear
 
 # Layers whose input is one vector for all tokens.
 MODULATION = re.compile(r"mod(ulation)?\.(lin|1)$")

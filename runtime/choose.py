@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 
 from errors import MISSING, InputError, info, warn
+from formats.fp8 import why_not
 from formats.recognize import Source
-from model.fp8 import why_not
 from model.transformer import Flux
 from regional.attention import MaskedAttention, Tokens, dense_attention, portable_attention
 from regional.layout import Layout

@@ -95,7 +95,7 @@ MISTAKES = [
     Mistake("ControlNet spread", "extensions/controlnet.py",
             "math.ceil(depth / len(own))", "depth // len(own)",
             ("test_controlnet.py", "spread_in_groups")),
-    Mistake("FP8 scales", "model/fp8.py",
+    Mistake("FP8 scales", "formats/fp8.py",
             "x.abs().amax(dim=-1, keepdim=True)", "x.abs().amax()[None, None]",
             ("test_fp8.py", "whole_range or near_the_layer")),
     Mistake("GGUF shapes", "formats/gguf.py",

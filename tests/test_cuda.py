@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import weights
+from formats.fp8 import Fp8Linear, can_multiply, to_fp8
 from model.attention import Block
-from model.fp8 import Fp8Linear, can_multiply, to_fp8
 from pipeline import Pipeline
 from regional.attention import RegionalAttention, portable_attention
 from regional.layout import Control, Layout, Lora, Region, RegionLora

@@ -14,7 +14,7 @@ import weights
 from errors import InputError
 from extensions.lora import Change, LowRank, added, hooks_for, merge
 from formats import recognize
-from model.fp8 import Fp8Linear, can_multiply, scaled_product, to_fp8, why_not
+from formats.fp8 import Fp8Linear, can_multiply, scaled_product, to_fp8, why_not
 from runtime import choose
 from runtime.choose import choose_fp8
 from sampler.flow import image_ids, text_ids
