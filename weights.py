@@ -14,22 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from errors import InputError
-from formats.fp8 import Fp8Linear, can_multiply, stored_fp8, to_fp8
-from formats.hub import Choices, Name, locate
+from formats.fp8 import Fp8Linear, can_multiply, to_fp8
+from formats.hub import Name, locate
 from formats.key_names import IGNORED, Rows, count
-from formats.recognize import SUBFOLDER, WHAT, Source, describe, leaf, recognize, stacked_shape
-from formats.safetensors import PICKLES, Stored, checkpoint_files, values, whole, wrong
+from formats.recognize import WHAT, Source, leaf, locate_model, pick, stacked_shape, tokenizer_folder
+from formats.safetensors import Stored, stored_fp8, values, whole, wrong
 from model.autoencoder import AutoEncoder, AutoEncoderParams
 from model.clip import CLIPParams, CLIPTextEncoder
 from model.t5 import T5Encoder, T5Params
 from model.transformer import Flux, FluxParams
-
-POCKET = Path(__file__).parent / "pocket" / "checkpoint"
-TOKENIZERS = ["tokenizer/*", "tokenizer_2/*"]
-FOLDERS = {part: [f"{name}/*.safetensors", f"{name}/*.json"] for part, name in SUBFOLDER.items()}
-SINGLE_FILES = FOLDERS | {"flux": ["flux1-*.safetensors"], "ae": ["ae.safetensors"]}
-SCHNELL = "black-forest-labs/FLUX.1-schnell"  # Apache-2.0, with all models' tokenizers
 
 
 def flux_params(source: Source) -> FluxParams:
@@ -215,7 +208,8 @@ class Loader(NamedTuple):
             # At once, a large matrix would take several times its memory.
             pieces = map(to_fp8, self.tensor(name, self.device).split(1024))
         else:
-            pieces = map(partial(stored_fp8, device=self.device), stored, rows)
+            parts = [slice(row.start, row.stop) for row in rows]
+            pieces = map(partial(stored_fp8, device=self.device), stored, parts)
         return tuple(torch.cat(parts) for parts in zip(*pieces))
 
     def stacked(self, name: str, device: Device, dtype: torch.dtype) -> Tensor:
@@ -328,42 +322,6 @@ def find(
     return Checkpoint(name, *sources.values(), clip_folder, t5_file)
 
 
-def locate_model(model: str, parts: list[str]) -> Path:
-    """The folder or file that --model names; of a repository, `parts` are downloaded."""
-    if model == "pocket":
-        if not POCKET.is_dir():
-            problem = f"the built-in model is not in {POCKET}; name another with --model"
-            raise InputError("--model", "pocket", problem)
-        return POCKET
-    choices = []
-    for files in (SINGLE_FILES, FOLDERS):
-        choices.append(sum((files[part] for part in parts), []) + TOKENIZERS)
-    instead = "download it elsewhere and use --model /path"
-    return locate(model, choices, f"--model {model}", instead)
-
-
-def pick(part: str, flag: str, place: Path) -> Source:
-    """The one `part` in a file, or in a folder: at its top, or in diffusers' subfolder."""
-    what = WHAT[part]
-    seen = []
-    for spot in [place] if place.is_file() else [place, place / SUBFOLDER[part]]:
-        files = checkpoint_files(spot)
-        found = [source for file in files if (source := recognize(file, part))]
-        if len(found) > 1:
-            both = f"{found[0].path.name} and {found[1].path.name}"
-            problem = f"{both} could each be the {what}; choose one with --{part}"
-            raise InputError(flag, place, problem)
-        if found:
-            return found[0]
-        seen += [f"{file.path.name} is {describe(file, part)}" for file in files]
-    for path in sorted(place.glob("*")):
-        if path.suffix in PICKLES:
-            seen.append(f"{path.name} is not safetensors")
-    found = "; ".join(seen) or "no safetensors or GGUF file"
-    problem = f"no {what} in it: {found}; name one with --{part}"
-    raise InputError(flag, place, problem)
-
-
 def check_widths(flux: Source, t5: Source, clip: Source, ae: Source) -> None:
     """InputError when the transformer was trained with text encoders of another width."""
     sizes = flux_params(flux)
@@ -377,19 +335,3 @@ def check_widths(flux: Source, t5: Source, clip: Source, ae: Source) -> None:
             problem = f"{found}, but {flux.path} expects {expected}"
             advice = f"name one that fits with --{source.part}"
             raise wrong(source.path, f"{problem}; {advice}")
-
-
-def tokenizer_folder(name: str, choices: Choices, source: Source, place: Path | None) -> Path:
-    """The folder with all files of one choice: near the encoder, the model's, or the hub's."""
-    base = source.path.parent
-    folders = [base / name, base, base.parent / name]
-    if place:
-        folders.append(place / name)
-    for folder in folders:
-        for files in choices:
-            if all((folder / file).is_file() for file in files):
-                return folder
-    files = " and ".join(choices[0])
-    purpose = f"{source.path}: no {name}/ with {files} is near, and {SCHNELL}"
-    instead = f"copy {name}/ of any FLUX.1 into {base}"
-    return locate(SCHNELL, [TOKENIZERS], purpose, instead) / name

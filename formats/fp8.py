@@ -10,9 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import ScalingType
 
-from formats.key_names import Rows
-from formats.safetensors import Stored, read
-
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
 
@@ -21,14 +18,6 @@ def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (L, D) -> numbers (L, D), each row's largest 448, and scales (L, 1) in float32."""
     scale = (x.abs().amax(dim=-1, keepdim=True).float() / LARGEST).clamp(min=1e-12)
     return (x / scale).to(FP8), scale
-
-
-def stored_fp8(tensor: Stored, rows: Rows, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Rows of a matrix stored in FP8, and a scale for each, (rows, 1)."""
-    scale = torch.ones(()) if tensor.scale is None else read(tensor.scale).float()
-    scale = scale.reshape(-1, 1).expand(tensor.shape[0], 1)
-    own = slice(rows.start, rows.stop)
-    return read(tensor)[own].to(device), scale[own].to(device)
 
 
 @cache

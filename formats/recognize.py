@@ -1,4 +1,5 @@
-"""What a checkpoint file is, by the names and shapes of its tensors; file names never decide it."""
+"""What a checkpoint file is, by the names and shapes of its tensors, never by its own name; and where
+the components of a model are: in a file, a folder or a repository."""
 
 import re
 from contextlib import suppress
@@ -6,8 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from errors import InputError
+from formats.hub import Choices, locate
 from formats.key_names import KEY_NAMES, KeyNames, Rows
-from formats.safetensors import FLOATS, FP8, CheckpointFile, Stored, Tensors, parse, read_raw, wrong
+from formats.safetensors import (
+    FLOATS,
+    FP8,
+    PICKLES,
+    CheckpointFile,
+    Stored,
+    Tensors,
+    checkpoint_files,
+    parse,
+    read_raw,
+    wrong,
+)  # fmt: skip
 
 COMPONENTS = {  # what each is, and its subfolder in diffusers' format
     "flux": ("FLUX.1 transformer", "transformer"),
@@ -19,6 +32,11 @@ COMPONENTS = {  # what each is, and its subfolder in diffusers' format
 WHAT = {part: what for part, (what, _) in COMPONENTS.items()}
 CONTROLNET_FILES = [["*.safetensors", "config.json"]]  # of a repository
 SUBFOLDER = {part: folder for part, (_, folder) in COMPONENTS.items()}
+POCKET = Path(__file__).parents[1] / "pocket" / "checkpoint"
+TOKENIZERS = ["tokenizer/*", "tokenizer_2/*"]
+FOLDERS = {part: [f"{name}/*.safetensors", f"{name}/*.json"] for part, name in SUBFOLDER.items()}
+SINGLE_FILES = FOLDERS | {"flux": ["flux1-*.safetensors"], "ae": ["ae.safetensors"]}
+SCHNELL = "black-forest-labs/FLUX.1-schnell"  # Apache-2.0, with all models' tokenizers
 
 
 @dataclass(frozen=True)
@@ -183,3 +201,55 @@ def check_scale(scale: Stored, weight: Stored) -> Stored:
     found = f"{scale.key} is {scale.dtype} of shape {scale.shape}"
     expected = f"one float, or one for each row of {weight.shape}"
     raise wrong(scale.file, f"{found}, expected {expected}")
+
+
+def locate_model(model: str, parts: list[str]) -> Path:
+    """The folder or file that --model names; of a repository, `parts` are downloaded."""
+    if model == "pocket":
+        if not POCKET.is_dir():
+            problem = f"the built-in model is not in {POCKET}; name another with --model"
+            raise InputError("--model", "pocket", problem)
+        return POCKET
+    choices = []
+    for files in (SINGLE_FILES, FOLDERS):
+        choices.append(sum((files[part] for part in parts), []) + TOKENIZERS)
+    instead = "download it elsewhere and use --model /path"
+    return locate(model, choices, f"--model {model}", instead)
+
+
+def pick(part: str, flag: str, place: Path) -> Source:
+    """The one `part` in a file, or in a folder: at its top, or in diffusers' subfolder."""
+    what = WHAT[part]
+    seen = []
+    for spot in [place] if place.is_file() else [place, place / SUBFOLDER[part]]:
+        files = checkpoint_files(spot)
+        found = [source for file in files if (source := recognize(file, part))]
+        if len(found) > 1:
+            both = f"{found[0].path.name} and {found[1].path.name}"
+            problem = f"{both} could each be the {what}; choose one with --{part}"
+            raise InputError(flag, place, problem)
+        if found:
+            return found[0]
+        seen += [f"{file.path.name} is {describe(file, part)}" for file in files]
+    for path in sorted(place.glob("*")):
+        if path.suffix in PICKLES:
+            seen.append(f"{path.name} is not safetensors")
+    found = "; ".join(seen) or "no safetensors or GGUF file"
+    problem = f"no {what} in it: {found}; name one with --{part}"
+    raise InputError(flag, place, problem)
+
+
+def tokenizer_folder(name: str, choices: Choices, source: Source, place: Path | None) -> Path:
+    """The folder with all files of one choice: near the encoder, the model's, or the hub's."""
+    base = source.path.parent
+    folders = [base / name, base, base.parent / name]
+    if place:
+        folders.append(place / name)
+    for folder in folders:
+        for files in choices:
+            if all((folder / file).is_file() for file in files):
+                return folder
+    files = " and ".join(choices[0])
+    purpose = f"{source.path}: no {name}/ with {files} is near, and {SCHNELL}"
+    instead = f"copy {name}/ of any FLUX.1 into {base}"
+    return locate(SCHNELL, [TOKENIZERS], purpose, instead) / name

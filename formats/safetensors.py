@@ -213,3 +213,10 @@ def whole(tensor: Stored, device: torch.device | str, dtype: torch.dtype) -> Ten
     if is_ready and torch.device(device).type == "cpu":
         return view(tensor)
     return values(tensor, device, dtype)
+
+
+def stored_fp8(tensor: Stored, rows: slice, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Rows of a matrix stored in FP8, and a scale for each, (rows, 1)."""
+    scale = torch.ones(()) if tensor.scale is None else read(tensor.scale).float()
+    scale = scale.reshape(-1, 1).expand(tensor.shape[0], 1)
+    return read(tensor)[rows].to(device), scale[rows].to(device)

@@ -24,12 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
 import weights
+from formats.recognize import POCKET
 from pipeline import Pipeline
 from regional.layout import Control, Layout, Lora, Region, RegionLora
 from regional.mask import region_tokens
 from regional.sampling import composed
 
-ADAPTERS = weights.POCKET.parent / "adapters"
+ADAPTERS = POCKET.parent / "adapters"
 BARRED = str(ADAPTERS / "barred.safetensors")
 SIDE, BORDER = 128, 8  # pixels; the latent column where LEFT ends and RIGHT begins
 LIMIT, EFFECT = 0.1, 0.3

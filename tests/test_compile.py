@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 import generate
 import pipeline
-import weights
+from formats.recognize import POCKET
 from model.transformer import Flux
 from regional.attention import RegionalAttention, portable_attention
 from regional.layout import Layout, Region, RegionLora
@@ -132,7 +132,7 @@ def replay(folder, *flags):
 
 def test_regions_with_loras_run_uncompiled(without_inductor, capsys):
     """Their hooks would be compiled anew for every block; it is said."""
-    lora = {"file": str(weights.POCKET.parent / "adapters" / "barred.safetensors")}
+    lora = {"file": str(POCKET.parent / "adapters" / "barred.safetensors")}
     own = RegionLora(**lora)
     regions = (Region(prompt="a red circle", box=(0, 0, 64, 128), loras=(own,)),)
     layout = Layout(prompt="a red circle", width=128, height=128, steps=2, mask_inject_steps=1, regions=regions)

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import weights
 from formats.fp8 import Fp8Linear, can_multiply, to_fp8
+from formats.recognize import POCKET
 from model.attention import Block
 from pipeline import Pipeline
 from regional.attention import RegionalAttention, portable_attention
@@ -158,7 +159,7 @@ def test_fp8_products_are_those_of_the_rounded_numbers(rows):
 
 # ---------------------------------------------------------------- images of the pocket model
 
-ADAPTERS = weights.POCKET.parent / "adapters"
+ADAPTERS = POCKET.parent / "adapters"
 SIDE, BORDER = 256, 16  # pixels; the latent column between the two regions of ISOLATED
 LEFT = Region(prompt="a red circle on a white background", box=(0, 0, 128, 256))
 RIGHT = Region(prompt="a blue square on a white background", box=(128, 0, 256, 256))

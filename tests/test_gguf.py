@@ -245,7 +245,10 @@ BAD = {
     "a key twice": (header([], [info("a", (4,)), info("a", (4,))]), "'a' is twice in the header"),
     "no tensors": (header([], []), "no FLUX.1 transformer in it: x.gguf is unknown"),
     "an LLM": (header([], [info("blk.0.attn_q.weight", (4,))]), "x.gguf is a language model in llama.cpp's names"),
-    "many blocks": (header([], [info("double_blocks.999999999.img_attn.a", (4,))]), "img_in.weight is missing"),
+    "many blocks": (
+        header([], [info("double_blocks.999999999.img_attn.a", (4,))]),
+        "final_layer.linear.weight is missing",
+    ),
 }
 
 

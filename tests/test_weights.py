@@ -48,6 +48,13 @@ def refuse(match, call, *args, **kwargs):
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
+def published(name):
+    """The names and shapes of a published checkpoint, as a file's tensors."""
+    file = Path(__file__).parent / "fixtures" / "keys" / f"{name}.json.gz"
+    shapes = json.loads(gzip.decompress(file.read_bytes()))
+    return {key: SimpleNamespace(shape=tuple(shape)) for key, shape in shapes.items()}
+
+
 PUBLISHED = {
     "flux_dev_bfl": (key_names.same_name, Flux, FluxParams()),
     "flux_dev_diffusers": (key_names.flux_from_diffusers, Flux, FluxParams()),
@@ -63,9 +70,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_names_and_shapes_are_those_of_the_published_checkpoints(name):
     rows_of, kind, params = PUBLISHED[name]
-    file = Path(__file__).parent / "fixtures" / "keys" / f"{name}.json.gz"
-    shapes = json.loads(gzip.decompress(file.read_bytes()))
-    file = {key: SimpleNamespace(shape=tuple(shape)) for key, shape in shapes.items()}
+    file = published(name)
     with torch.device("meta"):
         state = kind(params).state_dict()
     used = set()
@@ -415,7 +420,7 @@ def test_what_is_not_there_or_does_not_fit_is_named_with_its_flag(tmp_path):
 
 
 def test_the_pocket_model_is_the_default_unless_all_parts_are_given(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "POCKET", tmp_path / "pocket")
+    monkeypatch.setattr(recognize, "POCKET", tmp_path / "pocket")
     refuse("--model pocket: the built-in model is not in", weights.find)
     model = tiny.save_model(tmp_path / "model")
     found = weights.find(None, model, model / "text_encoder_2", model / "text_encoder", model / "ae.safetensors")
