@@ -188,7 +188,9 @@ def prepare(group: list[Job], pipeline: Pipeline, output: Output) -> list[Ready]
             print(job.files["image"])
         else:
             missing.append((job, metadata))
-    prepared = pipeline.prepare(group[0].layout) if missing else None
+    if not missing:
+        return []
+    prepared = pipeline.prepare(group[0].layout)
     return [(job, prepared, metadata) for job, metadata in missing]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from formats.fp8 import Fp8Linear, can_multiply, to_fp8
 from formats.hub import Name, locate
 from formats.key_names import IGNORED, Rows, count
-from formats.recognize import WHAT, Source, leaf, locate_model, pick, stacked_shape, tokenizer_folder
+from formats.recognize import WHAT, Source, find_model, leaf, pick, stacked_shape, tokenizer_folder
 from formats.safetensors import Stored, stored_fp8, values, whole, wrong
 from model.autoencoder import AutoEncoder, AutoEncoderParams
 from model.clip import CLIPParams, CLIPTextEncoder
@@ -302,7 +302,7 @@ def find(
     """
     given = {"flux": flux, "t5": t5, "clip": clip, "ae": ae}
     missing = [part for part in given if not given[part]]
-    place = locate_model(str(model or "pocket"), missing) if model or missing else None
+    place = find_model(str(model or "pocket"), missing) if model or missing else None
     sources = {}
     for part, path in given.items():
         own = locate(path, [], f"--{part} {path}") if path else place

@@ -170,6 +170,7 @@ def measure(job: Job) -> tuple[str, dict[str, float]]:
 def run(jobs: list[Job], workers: int, keep: Path | None) -> dict[str, dict[str, float]]:
     """The measures of each job, by its key. What `keep` holds is not done again; what is done is added to it."""
     results = dict(map(json.loads, keep.read_text().splitlines())) if keep and keep.exists() else {}
+    results = {key: found for key, found in results.items() if found.keys() >= set(MEASURES)}  # not an older judge's
     missing = [job for job in dict.fromkeys(jobs) if job.key not in results]
     (RUN / "masks").mkdir(parents=True, exist_ok=True)
     if not missing:

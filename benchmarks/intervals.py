@@ -24,7 +24,8 @@ class Mean(NamedTuple):
 
 def mean_of(values: list[float] | np.ndarray, is_fraction: bool = True) -> Mean:
     """The mean over layouts, and a percentile bootstrap over them. Where a fraction is 0 or 1 in every layout, a
-    bootstrap has no width: Wilson's interval with n = layouts. NaN values are layouts with nothing to measure."""
+    bootstrap has no width: Wilson's interval with n = layouts. NaN values are layouts with nothing to measure; no ends
+    are known from one value."""
     values = np.asarray(values, dtype=float)
     values = values[~np.isnan(values)]
     if not len(values):
@@ -32,6 +33,8 @@ def mean_of(values: list[float] | np.ndarray, is_fraction: bool = True) -> Mean:
     mean = values.mean()
     if is_fraction and mean in (0, 1):
         return wilson(mean, len(values))
+    if len(values) == 1:
+        return Mean(float(mean), np.nan, np.nan)
     rng = np.random.default_rng(0)
     means = rng.choice(values, (RESAMPLES, len(values))).mean(1)
     low, high = np.percentile(means, (2.5, 97.5))

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import weights  # noqa: E402
 from benchmarks.intervals import mean_of  # noqa: E402
 from model.autoencoder import to_uint8  # noqa: E402
-from pocket.detect import CLEAN, see, shape_fits  # noqa: E402
+from pocket.detect import LEAST_FIT, see, shape_fits  # noqa: E402
 from pocket.judge import drawn, judge, random_case  # noqa: E402
 from pocket.scenes import FINE, SHAPES  # noqa: E402
 
@@ -48,7 +48,7 @@ def measured(change) -> tuple[list[str], Counter]:
             measures.append(judge(picture, case))
             for area, wanted in zip(case.areas, case.wanted):
                 seen = see(picture, area)
-                shape = "nothing" if seen is None else seen.looks.shape if seen.fit >= CLEAN else "deformed"
+                shape = "nothing" if seen is None else seen.looks.shape if seen.fit >= LEAST_FIT else "deformed"
                 read[wanted.shape, shape] += 1
         cells = [str(mean_of([each[name] for each in measures])) for name in MEASURES]
         lines.append(f"| {regions} | {' | '.join(cells)} |")
@@ -137,7 +137,7 @@ def passing(radius: int, tries: int = 30) -> list[str]:
         cells = []
         for name in NAMES:
             fits = [shape_fits(make(rng, name, radius)) for _ in range(tries)]
-            clean = [max(fit, key=fit.get) == name and fit[name] >= CLEAN for fit in fits]
+            clean = [max(fit, key=fit.get) == name and fit[name] >= LEAST_FIT for fit in fits]
             cells.append(f"{np.mean(clean):.2f}")
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     return lines
@@ -150,7 +150,7 @@ def main() -> None:
         "# What the judge reads of drawn truth", "",
         f"`python benchmarks/judge.py`: {len(SEEDS)} layouts of boxes a row, drawn as asked for; means over",
         "layouts with 95 % intervals. strict: the shape is right and the object fits it (`shape_fits` in",
-        f"pocket/detect.py, at least {CLEAN}); else it is deformed.",
+        f"pocket/detect.py, at least {LEAST_FIT}); else it is deformed.",
     ]  # fmt: skip
     changes = {"as drawn": lambda picture: picture, "after the autoencoder": lambda picture: decoded(picture, model)}
     for title, change in changes.items():

@@ -22,7 +22,9 @@ Hooks = dict[str, Callable[..., Tensor]]  # by layer
 Addition = tuple["Change", float, Tensor]  # its scale; which tokens get it, (L,) bool
 
 
-class LowRank(NamedTuple):  # scale * up @ down
+class LowRank(NamedTuple):
+    """scale * up @ down."""
+
     up: Tensor  # (out, rank)
     down: Tensor  # (rank, in)
     scale: float
@@ -34,7 +36,9 @@ class LowRank(NamedTuple):  # scale * up @ down
         return self.scale * F.linear(F.linear(x, self.down), self.up[rows])
 
 
-class Kronecker(NamedTuple):  # scale * kron(left, right), (a c, b d)
+class Kronecker(NamedTuple):
+    """scale * kron(left, right), (a c, b d)."""
+
     left: Tensor  # (a, b)
     right: Tensor  # (c, d)
     scale: float
@@ -49,6 +53,8 @@ class Kronecker(NamedTuple):  # scale * kron(left, right), (a c, b d)
 
 
 class Full(NamedTuple):
+    """All numbers of a change."""
+
     matrix: Tensor  # (out, in), or for a bias or a norm (out,)
 
     def delta(self) -> Tensor:
@@ -68,6 +74,8 @@ def converted(term: Term, device: torch.device | str, dtype: torch.dtype) -> Ter
 
 
 class Change(NamedTuple):
+    """What a file does to some rows of one tensor."""
+
     name: str  # of a tensor, whose rows [start, stop) change
     start: int
     stop: int
@@ -89,6 +97,8 @@ class Change(NamedTuple):
 
 
 class Lora(NamedTuple):
+    """A file, read."""
+
     path: Path
     changes: dict[str, list[Change]]  # of flux, t5 and clip
     unknown: list[str]  # keys

@@ -65,8 +65,9 @@ def prompt_loras(
     device: torch.device, dtype: torch.dtype,
 ) -> AbstractContextManager:  # fmt: skip
     """While it lasts, T5 or CLIP (`name`) encodes a prompt with its region's LoRAs."""
-    all_of = torch.ones(length, dtype=torch.bool)
-    found = [(x, lora.scale, all_of) for lora in own for x in loras[lora.file].changes[name]]
+    everywhere = torch.ones(length, dtype=torch.bool)
+    changes = [(change, x.scale) for x in own for change in loras[x.file].changes[name]]
+    found = [(change, scale, everywhere) for change, scale in changes]
     return added(encoder, hooks_for(encoder, found, device, dtype))
 
 

@@ -1,5 +1,7 @@
-"""What a checkpoint file is, by the names and shapes of its tensors, never by its own name; and where
-the components of a model are: in a file, a folder or a repository."""
+"""What a checkpoint file is, by the names and shapes of its tensors, never by its own name.
+
+And where the components of a model are: in a file, a folder or a repository.
+"""
 
 import re
 from contextlib import suppress
@@ -20,7 +22,7 @@ from formats.safetensors import (
     parse,
     read_raw,
     wrong,
-)  # fmt: skip
+)
 
 COMPONENTS = {  # what each is, and its subfolder in diffusers' format
     "flux": ("FLUX.1 transformer", "transformer"),
@@ -203,7 +205,10 @@ def check_scale(scale: Stored, weight: Stored) -> Stored:
     raise wrong(scale.file, f"{found}, expected {expected}")
 
 
-def locate_model(model: str, parts: list[str]) -> Path:
+# ------------------------------------------------------------------------ finding
+
+
+def find_model(model: str, parts: list[str]) -> Path:
     """The folder or file that --model names; of a repository, `parts` are downloaded."""
     if model == "pocket":
         if not POCKET.is_dir():

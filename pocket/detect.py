@@ -3,7 +3,7 @@
 It compares pixels with the palette and areas with drawn templates. It knows nothing of how the picture was made.
 """
 
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,8 +11,9 @@ from PIL import Image, ImageFilter
 
 from pocket.scenes import BACKGROUNDS, COLORS, DARK, LOOKS, PATTERNS, PERIOD, SHAPES, outline_mask
 
-CLEAN = 0.94  # the least fit of an object that is not deformed
+LEAST_FIT = 0.94  # of an object that is not deformed
 TIPS = (0, 1, 2)  # pixels by which an object's thin tips may have faded on every side
+ROOM = 3  # pixels around a body for its template, more than its tips
 LEAST = 0.06  # share of an area that an object must take to be seen
 GAP = 5  # pixels that close the gaps of a look
 MARGIN = 8  # pixels around an area, more than `clean` reaches
@@ -25,7 +26,7 @@ class Looks(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What an object looks like, and how well it fits its shape, 1 at best; below CLEAN it is deformed."""
+    """What an object looks like, and how well it fits its shape, 1 at best; below LEAST_FIT it is deformed."""
 
     looks: Looks
     fit: float
@@ -153,7 +154,7 @@ def shape_fits(body: np.ndarray) -> dict[str, float]:
     3 % of the box on both sides and a pixel at least, does not count: small objects are drawn with few pixels.
     """
     rows, columns = body.any(1).nonzero()[0], body.any(0).nonzero()[0]
-    cut = np.pad(body[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], 3)
+    cut = np.pad(body[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], ROOM)
     fits = {}
     for name in SHAPES:
         errors = []
@@ -164,14 +165,14 @@ def shape_fits(body: np.ndarray) -> dict[str, float]:
     return fits
 
 
-@cache
+@lru_cache(maxsize=512)
 def shape_template(name: str, shape: tuple[int, int], tip: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """A shape that fills an array but for a margin of 3 - tip pixels: its pixels, and masks grown and shrunk by the
+    """A shape that fills an array but for a margin of ROOM - tip pixels: its pixels, and masks grown and shrunk by the
     band along its border."""
     height, width = shape
-    radius = (width / 2 - 3 + tip, height / 2 - 3 + tip)
+    radius = (width / 2 - ROOM + tip, height / 2 - ROOM + tip)
     filled = outline_mask(name, (width / 2, height / 2), radius, (width, height)) > 0.5
-    band = max(1, round(0.03 * (min(shape) - 6)))
+    band = max(1, round(0.03 * (min(shape) - 2 * ROOM)))
     return int(filled.sum()), grown(filled, band), ~grown(~filled, band)
 
 

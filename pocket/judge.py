@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from pocket.detect import CLEAN, Looks, Seen, nearest_of, nearest_tones, see
+from pocket.detect import LEAST_FIT, Looks, Seen, nearest_of, nearest_tones, see
 from pocket.scenes import BACKGROUNDS, COLORS, Scene, draw, place, random_looks, split
 from regional.layout import Layout, Region
 
@@ -135,7 +135,7 @@ def judge(picture: np.ndarray, case: Case) -> dict[str, float]:
     found = [see(picture, area) or Seen(Looks("", "", ""), 0) for area in alone]
     seen = [each.looks for each in found]
     right = np.array([[a == b for a, b in zip(s, w)] for s, w in zip(seen, case.wanted)])
-    is_clean = np.array([each.fit >= CLEAN for each in found])
+    is_clean = np.array([each.fit >= LEAST_FIT for each in found])
     names = list(COLORS)
     leaks = []
     for i, area in enumerate(alone):

@@ -1,6 +1,7 @@
 """The pocket checkpoint and its detector: what is measured with them must mean something."""
 
 import itertools
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,10 @@ from safetensors import safe_open
 
 import generate
 import weights
+from benchmarks.judge import decoded
 from extensions import loading
 from extensions.lora_files import read_lora
 from extensions.region_lora import can_be_regional
-from model.autoencoder import to_uint8
 from pocket.adapters import draw_edges, draw_looks
 from pocket.detect import borders_agree, detect, look_of
 from pocket.judge import KINDS, drawn, judge, random_case
@@ -56,13 +57,7 @@ def unchanged(picture: np.ndarray) -> np.ndarray:
 def through_the_autoencoder():
     """A picture as it is after encoding and decoding."""
     model = weights.load(weights.find("pocket").ae, "cpu", torch.float32)
-
-    @torch.inference_mode()
-    def there_and_back(picture: np.ndarray) -> np.ndarray:
-        x = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
-        return to_uint8(model.decode(model.encode(x)))[0].numpy()
-
-    return there_and_back
+    return partial(decoded, model=model)
 
 
 def test_the_detector_reads_what_was_drawn_and_the_autoencoder_keeps_it(through_the_autoencoder):

@@ -22,7 +22,7 @@ Reader = Callable[[Path | None, dict[str, Any]], Layout]
 
 
 class Job(NamedTuple):
-    """One image. source: its layout. files: those to write, by content; all embed the metadata.
+    """One image. source: its layout. files: those to write, by content; all hold the metadata.
     sheet: the contact sheet of its sweep."""
 
     source: Path | None
@@ -96,8 +96,8 @@ def device_of(name: str) -> str:
 def plan_jobs(
     files: list[Path | None], output: Output, read: Reader, worker: Worker, failures: Failures
 ) -> list[Job]:  # fmt: skip
-    """This worker's images. read: a file's layout with some keys overridden. InputError for
-    what could not be written."""
+    """This worker's images. read: a file's layout with some keys overridden. InputError,
+    before a model is loaded, for what could not be written."""
     jobs = []
     for file in files:
         with failures.caught():

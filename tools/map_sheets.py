@@ -32,7 +32,9 @@ def overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
     return Image.composite(Image.new("RGB", image.size, "white"), dark, light)
 
 
-def save_maps(maps: Any, path: Path, image: Image.Image, prompts: list[str], metadata: dict):
+def save_maps(
+    maps: Any, path: Path, image: Image.Image, prompts: list[str], metadata: dict
+) -> None:  # fmt: skip
     """Write the sheets, path_step1.png ..., and their numbers, path.safetensors."""
     for i, sheet in enumerate(map_sheets(maps, image, prompts), 1):
         write(path.with_name(f"{path.name}_step{i}.png"), sheet.save)

@@ -23,8 +23,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 EXIF_DESCRIPTION = 0x010E
 EXIF_SOFTWARE = 0x0131
 MAX_JPEG_EXIF = 65_000  # bytes: the segments of a JPEG file have 16-bit lengths
-UNREADABLE = (OSError, ValueError, SyntaxError, SafetensorError)
-UNREADABLE += (Image.DecompressionBombError,)
+UNREADABLE = (OSError, ValueError, SyntaxError, SafetensorError, Image.DecompressionBombError)
 
 Metadata = dict[str, Any]
 
