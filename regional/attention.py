@@ -1,19 +1,19 @@
-"""Regional attention: what Flux.forward gets in place of plain attention, and the mask rule.
+"""Regional attention, which Flux.forward gets in place of plain attention, and its mask rule.
 
-Two branches ("Training-free Regional Prompting for Diffusion Transformers", arXiv 2411.02395):
+The two branches of arXiv 2411.02395:
 
     base branch       [txt, img]            the base prompt and the whole image, no mask
     regional branch   [txt_1 .. txt_R, img] every region's prompt, masked by region bits
 
-and the image rows become (1 - base_ratio) * regional + base_ratio * base. The image stream, one in
-the double blocks, is duplicated where they end: from there on the base branch is plain FLUX and
+The image rows become (1 - base_ratio) * regional + base_ratio * base. The image stream is
+duplicated where the double blocks end: from there on the base branch is plain FLUX and
 only lends its attention to the blend. Both branches lie in one sequence:
 
     double blocks     [txt_1 .. txt_R, txt, img]
     single blocks     [txt_1 .. txt_R, txt, base img, img]
 
-Tokens of the base branch alone have no bits: the regional branch does not see them. A cheaper
-method, `base_stream: shared`, has the first form throughout.
+Tokens of the base branch alone have no bits: the regional branch does not see them. With
+`base_stream: shared`, which is cheaper, the sequence has the first form throughout.
 """
 
 from collections.abc import Callable
@@ -29,9 +29,11 @@ OPEN_BIT = 62  # of all image tokens, where they all see each other; regions hav
 
 
 def allowed(bits_q: Tensor, bits_k: Tensor) -> Tensor:
-    """Whether queries with these region bits see keys with those: int64 in, bool out. This is the
-    whole mask; to try another, change it here and in kernel.py. Whatever the rule, a token without
-    bits must see nothing and be seen by nobody."""
+    """Whether queries with these region bits (int64) see keys with those: the whole mask.
+
+    To try another rule, change it here and in kernel.py. Whatever the rule, a token
+    without bits must see nothing and be seen by nobody.
+    """
     return (bits_q & bits_k) != 0
 
 
@@ -41,10 +43,13 @@ class Tokens(NamedTuple):
     bits: (L,) int64, the regions of each; 0 for the tokens of the base branch alone.
     base_row: (L,) int64, its row in the base branch's output, where it has one.
     base_weight: (L,) float32 or float64, the base branch's fraction of its result.
-    log_weight: (L, 1 + 2 R) float32, how image tokens weigh each region's prompt (1 .. R), and its
-    image tokens (R + 1 .. 2 R); column 0 is zero. as_key, as_query: (L,) int64, a token's column as
-    a key, and as a query: log_weight[q, as_key[k]] + log_weight[k, as_query[q]] is added to a
-    score. All None in the published method.
+
+    With strength or feather, log_weight[q, as_key[k]] + log_weight[k, as_query[q]] is
+    added to a score; else these are None:
+
+    log_weight: (L, 1 + 2 R) float32, how image tokens weigh each region's prompt
+        (columns 1 .. R) and its image tokens (R + 1 .. 2 R); column 0 is zero.
+    as_key, as_query: (L,) int64, a token's column as a key and as a query.
     """
 
     bits: Tensor
@@ -55,7 +60,7 @@ class Tokens(NamedTuple):
     as_query: Tensor | None = None
 
     def blend(self, regional: Tensor, base: Tensor | None) -> Tensor:
-        """(1 - base_weight) * regional + base_weight * base; `regional` without a base branch."""
+        """(1 - base_weight) * regional + base_weight * base."""
         if base is None:
             return regional
         precise = torch.promote_types(base.dtype, torch.float32)
@@ -64,7 +69,7 @@ class Tokens(NamedTuple):
         return torch.lerp(regional.to(precise), base, weight).type_as(regional)
 
 
-# (q, k, v, base) -> out, all (B, heads, L, head_dim); base is the base branch's output, or None.
+# (q, k, v, base) -> out, all (B, heads, L, head_dim). base: the base branch's output.
 MaskedAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -86,8 +91,8 @@ def dense_attention(tokens: Tokens) -> MaskedAttention:
 
 
 def portable_attention(tokens: Tokens) -> MaskedAttention:
-    """The same on any device without an L x L tensor: for each value of the bits an unmasked
-    attention over the keys that it may see."""
+    """The same on any device without an L x L tensor: for each value of the bits an
+    unmasked attention over the keys that it may see."""
     groups = []
     kinds = tokens.bits
     if tokens.log_weight is not None:  # rows that weigh their keys are apart
@@ -101,8 +106,9 @@ def portable_attention(tokens: Tokens) -> MaskedAttention:
     def masked(q: Tensor, k: Tensor, v: Tensor, base: Tensor | None = None) -> Tensor:
         out = torch.zeros_like(q)
         for rows, keys, added in groups:
-            added = added if added is None else added.to(q.dtype).expand(len(rows), -1)
-            given = q[:, :, rows], k[:, :, keys], v[:, :, keys]
+            if added is not None:
+                added = added.to(q.dtype).expand(len(rows), -1)
+            given = (q[:, :, rows], k[:, :, keys], v[:, :, keys])
             out[:, :, rows] = F.scaled_dot_product_attention(*given, added)
         return tokens.blend(out, base)
 
@@ -110,8 +116,8 @@ def portable_attention(tokens: Tokens) -> MaskedAttention:
 
 
 def added_scores(tokens: Tokens, rows: Tensor, keys: Tensor) -> Tensor | None:
-    """The log-weights of these rows and keys, (rows, keys), or (1, keys) where all rows have the
-    same, as they have but for those on soft edges; None where all are 0."""
+    """The log-weights of these rows and keys, (rows, keys); (1, keys) where all rows have
+    the same, as away from soft edges they do; None where all are 0."""
     if tokens.log_weight is None:
         return None
     own = tokens.log_weight[rows]
@@ -127,42 +133,46 @@ def in_one_sequence(
     bits: Tensor, base_only: int, text_length: int, base_ratio: Tensor,
     log_weights: Tensor | None = None,
 ) -> Tokens:  # fmt: skip
-    """The tokens of [txt_1 .. txt_R, the first `base_only` tokens of the base branch, img]. bits:
-    those of [txt_1 .. txt_R, img]; base_ratio: (L_img,); log_weights: (L_img, 2 R)."""
+    """The tokens of [txt_1 .. txt_R, base_only tokens of the base branch alone, img].
+
+    bits: those of [txt_1 .. txt_R, img]. base_ratio: (L_img,). log_weights: (L_img, 2 R).
+    """
     image_length = len(base_ratio)
     texts, image = bits.split([len(bits) - image_length, image_length])
-    base_row = torch.arange(text_length + image_length, device=bits.device)
+    nothing = bits.new_zeros(base_only)
+    row = torch.arange(text_length + image_length, device=bits.device)
+    only = base_ratio.new_ones(base_only)
     tokens = Tokens(
-        torch.cat([texts, bits.new_zeros(base_only), image]),
-        torch.cat([torch.zeros_like(texts), base_row[:base_only], base_row[text_length:]]),
-        torch.cat([base_ratio.new_zeros(len(texts)), base_ratio.new_ones(base_only), base_ratio]),
+        bits=torch.cat([texts, nothing, image]),
+        base_row=torch.cat([texts * 0, row[:base_only], row[text_length:]]),
+        base_weight=torch.cat([base_ratio.new_zeros(len(texts)), only, base_ratio]),
     )
     if log_weights is None:
         return tokens
     regions = log_weights.shape[1] // 2
-    length = len(texts) // regions
     columns = torch.arange(1, regions + 1, device=bits.device)
-    own = columns.repeat_interleave(length)
-    nothing = bits.new_zeros(base_only)
-    alone = (image & ~(1 << OPEN_BIT))[:, None] == texts[::length]  # (L_img, R): in one region
-    alone = (alone * (regions + columns)).sum(dim=1)
+    of_text = columns.repeat_interleave(len(texts) // regions)
+    # An image token that is in one region alone has that region's column.
+    is_alone = (image & ~(1 << OPEN_BIT))[:, None] == texts[:: len(texts) // regions]
+    of_image = (is_alone * (regions + columns)).sum(dim=1)
     return tokens._replace(
         log_weight=F.pad(log_weights, (1, 0, len(tokens.bits) - image_length, 0)),
-        as_key=torch.cat([own, nothing, alone]),
-        as_query=torch.cat([regions + own, nothing, alone]),
+        as_key=torch.cat([of_text, nothing, of_image]),
+        as_query=torch.cat([regions + of_text, nothing, of_image]),
     )
 
 
 class RegionalAttention:
     """The attention function and the `join` hook of a regional step.
 
-    make: what makes the masked attention of given tokens, when a block first asks for it.
+    make: makes the masked attention of given tokens, when a block first asks for it.
     bits: (L,) int64, those of [txt_1 .. txt_R, img].
     text_length, image_length: how many tokens the base prompt and the image have.
-    base_ratio: the base branch's weight in the image tokens, or in each of them, (L_img,). Where
-    it is 0 everywhere, there is no base branch: Flux's txt is then [txt_1 .. txt_R] alone.
-    is_masked: in which blocks the regional branch is masked; else all regions see each other.
-    log_weights: (L_img, 2 R) float32, those of RegionTokens, added to the scores in masked blocks.
+    base_ratio: the base branch's weight, one or (L_img,). Where it is 0 everywhere, there
+        is no base branch: Flux's txt is then [txt_1 .. txt_R] alone.
+    is_masked: the blocks whose regional branch is masked; in others all regions see each
+        other.
+    log_weights: (L_img, 2 R) float32, RegionTokens', added to scores in masked blocks.
     shared: one image stream throughout.
     """
 
@@ -173,7 +183,7 @@ class RegionalAttention:
         log_weights: Tensor | None = None, shared: bool = False,
     ):  # fmt: skip
         device = bits.device
-        precise = torch.float32 if device.type == "mps" else torch.float64  # Apple's lack float64
+        precise = torch.float32 if device.type == "mps" else torch.float64  # Apple lacks it
         ratio = torch.as_tensor(base_ratio, dtype=precise, device=device)
         self.base_ratio = ratio.expand(image_length)
         self.log_weights = None if log_weights is None else log_weights.to(device)
@@ -182,18 +192,19 @@ class RegionalAttention:
         self.bits = bits
         self.text_length = text_length
         start = len(bits) - image_length
-        self.base = slice(start, start + text_length + image_length)  # its rows in the sequence
+        self.base = slice(start, start + text_length + image_length)  # in the sequence
         self.is_masked = is_masked
-        self.streams = 1 + (self.has_base and not shared)  # image streams in the single blocks
+        self.streams = 1 + (self.has_base and not shared)  # in the single blocks
         self.made: dict[tuple[str, bool], MaskedAttention] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
         """q, k, v and the result: (B, heads, L, head_dim), L as at the top of this file."""
-        key = block.kind, self.is_masked(block)
+        key = (block.kind, self.is_masked(block))
         if key not in self.made:
             self.made[key] = self.make(self.tokens(*key))
-        own = (x[:, :, self.base] for x in (q, k, v))
-        base = plain_attention(*own, block) if self.has_base else None
+        base = None
+        if self.has_base:
+            base = plain_attention(*(x[:, :, self.base] for x in (q, k, v)), block)
         return self.made[key](q, k, v, base)
 
     def tokens(self, kind: str, is_masked: bool) -> Tokens:
@@ -202,8 +213,8 @@ class RegionalAttention:
         if kind == "single" and self.streams == 2:
             base_only += len(self.base_ratio)
         bits = self.bits if is_masked else (self.bits != 0).long()
-        log_weights = self.log_weights if is_masked else None
-        return in_one_sequence(bits, base_only, self.text_length, self.base_ratio, log_weights)
+        weights = self.log_weights if is_masked else None
+        return in_one_sequence(bits, base_only, self.text_length, self.base_ratio, weights)
 
     def join(self, txt: Tensor, img: Tensor) -> Tensor:
         """The sequence of the single blocks; the image stream is duplicated here."""

@@ -1,14 +1,14 @@
 """Regional attention as one Triton kernel: the mask is one integer per token, tested in-line.
 
-It is FlashAttention's online softmax (arXiv 2205.14135, 2307.08691) over lists of tiles. Which
-tiles of keys a tile of queries may see in full, in part or not at all depends on the layout alone:
-`tile_lists` finds it once for all heads, blocks and steps. The kernel goes through a query tile's
-full tiles without any mask code, then through its partial ones testing `bits_allowed`, and blends
-with the base branch as it writes. Pairs of tiles with weights (strength, feather) are partial too.
+It is FlashAttention's online softmax (arXiv 2205.14135, 2307.08691) over lists of tiles.
+Which tiles of keys a tile of queries sees in full, in part or not at all depends on the
+layout alone: `tile_lists` finds it once for all heads, blocks and steps. The kernel goes
+through a query tile's full tiles without any mask code, then through its partial ones,
+testing `bits_allowed`, and blends with the base branch as it writes. Pairs of tiles with
+weights (strength, feather) count as partial.
 
-On Hopper and newer, tiles come through TMA descriptors; elsewhere, and in Triton's interpreter
-(TRITON_INTERPRET=1: the CPU, no bfloat16), through pointers. q, k and v may have any strides with
-the head dimension contiguous.
+On Hopper and newer, tiles come through TMA descriptors; elsewhere through pointers, also
+in Triton's interpreter (TRITON_INTERPRET=1: the CPU, no bfloat16).
 """
 
 import math
@@ -38,23 +38,28 @@ def bits_allowed(bits_q, bits_k):
 @triton.jit
 def load_tile(x, strides, head, start, L, ROWS: tl.constexpr, D: tl.constexpr,
               TMA: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
-    """Load rows start .. start + ROWS of a head (b, h); those from L on, which pointers expect only
-    if RAGGED, are zeros."""
+    """Load rows start .. start + ROWS of a head (b, h). Those from L on are zeros; pointers
+    expect any only if RAGGED."""
     b, h = head
-    stride_b, stride_h, stride_l = strides
     if TMA:
         tile = x.load([b, h, start, 0]).reshape(ROWS, D)
     else:
+        stride_b, stride_h, stride_l = strides
+        x += b.to(tl.int64) * stride_b
+        x += h.to(tl.int64) * stride_h
+        x += start.to(tl.int64) * stride_l
         row = tl.arange(0, ROWS)[:, None]
-        x += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + start.to(tl.int64) * stride_l
         pointers = x + row * stride_l + tl.arange(0, D)[None]
-        tile = tl.load(pointers, mask=start + row < L, other=0.0) if RAGGED else tl.load(pointers)
+        if RAGGED:
+            tile = tl.load(pointers, mask=start + row < L, other=0.0)
+        else:
+            tile = tl.load(pointers)
     return tile
 
 
 @triton.jit
 def online_softmax(qk, v_tile, m_i, l_i, acc, scale):
-    """Add a tile of scores and values to the running maximum (of scaled scores), sum and output."""
+    """Add a tile of scores and values to the running maximum, sum and output."""
     m_ij = tl.maximum(m_i, tl.max(qk, 1) * scale)
     p = tl.exp2(qk * scale - m_ij[:, None])
     alpha = tl.exp2(m_i - m_ij)
@@ -76,11 +81,14 @@ def added_scores(log_weight, as_key, as_query, rows, rows_n, L, COLUMNS):
 
 @triton.jit
 def store_blended(acc, o, base, blend, strides, head, rows, end, BASE: tl.constexpr):
-    """Blend acc (len(rows), D) with the base branch's rows and write the rows before `end`. blend:
-    base_row and base_weight; strides: those of o and of base; head: its b and h."""
+    """Blend acc (len(rows), D) with the base branch's rows and write the rows before `end`.
+
+    blend: base_row and base_weight. strides: those of o and of base. head: its b and h.
+    """
     base_row, base_weight = blend
     (o_b, o_h, o_l), (base_b, base_h, base_l) = strides
-    b, h = head[0].to(tl.int64), head[1].to(tl.int64)
+    b = head[0].to(tl.int64)
+    h = head[1].to(tl.int64)
     inside = rows < end
     d = tl.arange(0, acc.shape[1])[None]
     if BASE:
@@ -102,14 +110,16 @@ def regional_kernel(
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BASE: tl.constexpr,
     TMA: tl.constexpr, WEIGHTED: tl.constexpr, HEADS: tl.constexpr, MIXED_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program computes one tile of queries of one head. The grid is (tiles * HEADS,
-    heads / HEADS, images): HEADS heads are side by side, so that the longest tiles of all start
-    first. The second line of arguments is `Plan`; scale is log2(e) / sqrt(D), as the hardware's
-    exponential is of base 2; strides are named tensor_axis."""
+    """One program computes one tile of queries of one head.
+
+    The grid is (tiles * HEADS, heads / HEADS, images): HEADS heads are side by side, so that
+    the longest tiles start first. The second line of arguments is `Plan`; scale is
+    log2(e) / sqrt(D), as the hardware's exponential is of base 2; strides are tensor_axis.
+    """
     tile = tl.program_id(0) // HEADS
-    head = tl.program_id(2), tl.program_id(1) * HEADS + tl.program_id(0) % HEADS
-    blend = base_row, base_weight
-    out_strides = (o_b, o_h, o_l), (base_b, base_h, base_l)
+    head = (tl.program_id(2), tl.program_id(1) * HEADS + tl.program_id(0) % HEADS)
+    blend = (base_row, base_weight)
+    out_strides = ((o_b, o_h, o_l), (base_b, base_h, base_l))
     entry = queries + 5 * tile
     start = tl.load(entry)
     end = tl.load(entry + 1)
@@ -118,13 +128,13 @@ def regional_kernel(
     keys_end = tl.load(entry + 4)
     rows = start + tl.arange(0, BLOCK_M)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
-    if full_begin == keys_end:  # tokens of the base branch alone: there is nothing to load q for
+    if full_begin == keys_end:  # tokens of the base branch alone
         store_blended(acc, o, base, blend, out_strides, head, rows, end, BASE)
         return
-    # The next tile's row is always loaded one iteration ahead, so that no load of K waits for it
+    # The next tile's row is loaded one iteration ahead, so that no load of K waits for it.
     start_n = tl.load(keys + 2 * full_begin)
     q_tile = load_tile(q, (q_b, q_h, q_l), head, start, L, BLOCK_M, D, TMA, RAGGED=True)
-    # Not -inf: a row that has had no allowed key yet keeps this maximum, and exp2(-inf - m_i) is 0
+    # Not -inf: a row without an allowed key so far keeps it, and exp2(-inf - m_i) is 0.
     m_i = tl.full([BLOCK_M], -1e38, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
 
@@ -142,7 +152,7 @@ def regional_kernel(
         next_n = tl.load(keys + 2 * (i + 1))
         k_tile = load_tile(k, (k_b, k_h, k_l), head, start_n, L, BLOCK_N, D, TMA, RAGGED=True)
         qk = tl.dot(q_tile, k_tile.T, input_precision="ieee")
-        # The bits are loaded after the product, when its operands no longer need registers
+        # The bits come after the product, when its operands no longer need registers.
         key_tile = tl.load(keys + 2 * i + 1)
         bits_k = tl.load(key_bits + key_tile * BLOCK_N + columns)
         if WEIGHTED:
@@ -153,18 +163,21 @@ def regional_kernel(
         m_i, l_i, acc = online_softmax(qk, v_tile, m_i, l_i, acc, scale)
         start_n = next_n
 
-    acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]  # a row with nothing allowed gives zeros
+    # A row with nothing allowed gives zeros.
+    acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
     store_blended(acc, o, base, blend, out_strides, head, rows, end, BASE)
 
 
 class Plan(NamedTuple):
     """What the kernel is told of a sequence's tokens, in the order of its arguments.
 
-    queries (n, 5) int32: a tile's first row, the row after its last, and where in `keys` its full
-    tiles begin, its partial tiles begin, and its tiles end; the longest lists first, so that the
-    last programs are short. query_bits (n, block_m) int64: those rows' bits, then zeros.
-    keys (m + 1, 2) int32: a tile's first row and its row in key_bits (tiles, block_n) int64; the
-    last one is no tile. The rest are of `Tokens`, in 32 bits; weights are empty without any.
+    queries: (n, 5) int32, a tile's first row, the row after its last, and where in `keys`
+        its full tiles begin, its partial tiles begin, and its tiles end; the longest lists
+        come first, so that the last programs are short.
+    query_bits: (n, block_m) int64, those rows' bits, then zeros.
+    keys: (m + 1, 2) int32, a tile's first row and its row in key_bits; the last is no tile.
+    key_bits: (tiles, block_n) int64.
+    The rest are of `Tokens`, in 32 bits; weights are empty without any.
     """
 
     base_row: Tensor
@@ -179,9 +192,12 @@ class Plan(NamedTuple):
 
 
 def cut(bits: Tensor, block: int) -> list[slice]:
-    """Cut the sequence into tiles of at most `block` tokens. They end where a run of equal bits
-    does, if that or the next is as long as 1.5 tiles: across the border of a large region a tile is
-    mixed with everything. Short runs share tiles, as half-empty ones cost more."""
+    """Cut the sequence into tiles of at most `block` tokens.
+
+    A tile ends where a run of equal bits does if that or the next run has 1.5 tiles: across
+    a large region's border it would be partial with everything. Short runs share tiles, as
+    half-empty ones cost more.
+    """
     runs = bits.unique_consecutive(return_counts=True)[1].tolist()
     tiles = []
     start = end = 0
@@ -197,8 +213,8 @@ def cut(bits: Tensor, block: int) -> list[slice]:
 
 
 def tile_lists(tokens: Tokens, block_m: int, block_n: int) -> tuple[Plan, int]:
-    """The plan, on the CPU, and how many (query, key) are allowed; bits are best sorted. It is
-    exact: made from the rule itself, for each pair of distinct bits."""
+    """The plan, on the CPU, and how many (query, key) are allowed. It is made from the rule
+    itself, for each pair of distinct bits; sorted bits give the shortest lists."""
     tokens = Tokens(*(x if x is None else x.cpu() for x in tokens))
     bits = tokens.bits
     query_tiles = cut(bits, block_m)
@@ -209,9 +225,12 @@ def tile_lists(tokens: Tokens, block_m: int, block_n: int) -> tuple[Plan, int]:
     rows = torch.tensor([tile.stop - tile.start for tile in query_tiles])
     pairs = per_tile(kinds, query_tiles) @ rule @ per_tile(kinds, key_tiles).T
     full = pairs == rows[:, None] * block_n
+    weighing = (torch.empty(0, 0),) * 3
     if tokens.log_weight is not None:
+        weighing = tokens[3:]
         weighs = tokens.log_weight != 0
-        as_key, as_query = (F.one_hot(x, weighs.shape[1]) for x in (tokens.as_key, tokens.as_query))
+        as_key = F.one_hot(tokens.as_key, weighs.shape[1])
+        as_query = F.one_hot(tokens.as_query, weighs.shape[1])
         full &= per_tile(weighs, query_tiles) @ per_tile(as_key, key_tiles).T == 0
         full &= per_tile(as_query, query_tiles) @ per_tile(weighs, key_tiles).T == 0
     mixed = (pairs > 0) & ~full
@@ -222,18 +241,24 @@ def tile_lists(tokens: Tokens, block_m: int, block_n: int) -> tuple[Plan, int]:
     keys = []
     for i in order:
         begins = []
-        for kind_of_tile in full, mixed:
+        for seen in full, mixed:
             begins.append(len(keys))
-            keys += [(key_tiles[j].start, j) for j in kind_of_tile[i].nonzero().flatten().tolist()]
+            keys += [(key_tiles[j].start, j) for j in seen[i].nonzero().flatten().tolist()]
         queries.append((query_tiles[i].start, query_tiles[i].stop, *begins, len(keys)))
     keys.append((0, 0))  # the kernel loads the row after the last tile's
-    given = tokens[1:] if tokens.log_weight is not None else tokens[1:3] + 3 * (torch.empty(0, 0),)
-    base_row, base_weight, log_weight, as_key, as_query = given
-    query_bits = padded(bits, [query_tiles[i] for i in order], block_m)
-    lists = torch.tensor(queries).int(), query_bits, torch.tensor(keys).int()
-    weights = as_key.int(), as_query.int(), log_weight
-    blend_and_lists = base_row.int(), base_weight.float(), *lists, padded(bits, key_tiles, block_n)
-    return Plan(*blend_and_lists, *weights), int(pairs.sum(dtype=torch.float64))
+    log_weight, as_key, as_query = weighing
+    plan = Plan(
+        base_row=tokens.base_row.int(),
+        base_weight=tokens.base_weight.float(),
+        queries=torch.tensor(queries).int(),
+        query_bits=padded(bits, [query_tiles[i] for i in order], block_m),
+        keys=torch.tensor(keys).int(),
+        key_bits=padded(bits, key_tiles, block_n),
+        as_key=as_key.int(),
+        as_query=as_query.int(),
+        log_weight=log_weight,
+    )
+    return plan, int(pairs.sum(dtype=torch.float64))
 
 
 def per_tile(counts: Tensor, tiles: list[slice]) -> Tensor:
@@ -258,8 +283,8 @@ class Launch(NamedTuple):
 
 
 def launch_for(dtype: torch.dtype, capability: tuple[int, int], weighted: bool = False) -> Launch:
-    """Weights are read by the partial tiles' loop alone. Loaded stages ahead as K and V are, they
-    would not fit into shared memory; the full tiles' loop stays pipelined."""
+    """Weights are read by the partial tiles' loop alone, which is then not pipelined: loaded
+    stages ahead as K and V are, they would not fit into shared memory."""
     if dtype == torch.float32:  # IEEE products, which the tensor cores do not have
         return Launch(32, 32, num_warps=8, num_stages=1, tma=False)
     mixed = 1 if weighted else 3
@@ -272,42 +297,43 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, base: Tensor | None, plan: list[Tensor], pairs: int,
     launch: list[int],
 ) -> Tensor:  # fmt: skip
-    """Launch the kernel with the fields of a Plan and a Launch: q, k, v (B, H, L, D) and base
-    (B, H, L_base, D) -> (B, H, L, D), laid out as (B, L, H, D)."""
+    """Launch the kernel with the fields of a Plan and a Launch.
+
+    q, k, v (B, H, L, D) and base (B, H, L_base, D) -> (B, H, L, D), laid out as (B, L, H, D).
+    """
     plan = Plan(*plan)
     launch = Launch(*launch)
     batch, heads, length, head_dim = q.shape
     out = empty_output(q, length)
     has_base = base is not None
     base = base if has_base else out  # the launcher wants a pointer; it is not read
-    dtypes = torch.float16, torch.bfloat16, torch.float32
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
     if head_dim not in (32, 64, 128) or q.dtype not in dtypes:
         raise ValueError(f"the kernel is not made for heads of {head_dim} in {q.dtype}")
     if any(x.stride(-1) != 1 for x in (q, k, v, base)):
-        raise ValueError("the kernel needs q, k, v and base with a contiguous head dimension")
+        raise ValueError("the kernel needs a contiguous head dimension")
     if INTERPRETED and q.dtype == torch.bfloat16:
-        wrong = "Triton's interpreter multiplies bfloat16 wrongly"
-        raise ValueError(f"{wrong}; use float32 or float16 there")
-    tensors = q, k, v
+        raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; use float32")
+    tensors = (q, k, v)
     if launch.tma:
-        rows = launch.block_m, launch.block_n, launch.block_n
+        rows = (launch.block_m, launch.block_n, launch.block_n)
         boxes = [[1, 1, n, head_dim] for n in rows]
         tensors = map(TensorDescriptor.from_tensor, tensors, boxes)
+    strides = [stride for x in (q, k, v, out, base) for stride in x.stride()[:3]]
     together = math.gcd(heads, HEADS_TOGETHER)
     regional_kernel[len(plan.queries) * together, heads // together, batch](
-        *tensors, out, base, *plan,
-        *(stride for x in (q, k, v, out, base) for stride in x.stride()[:3]),
+        *tensors, out, base, *plan, *strides,
         length, plan.log_weight.shape[-1], math.log2(math.e) / head_dim**0.5,
         D=head_dim, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BASE=has_base,
         TMA=bool(launch.tma), WEIGHTED=plan.log_weight.numel() > 0, HEADS=together,
-        MIXED_STAGES=launch.mixed_stages, num_warps=launch.num_warps, num_stages=launch.num_stages,
-        enable_fp_fusion=True,
+        MIXED_STAGES=launch.mixed_stages, num_warps=launch.num_warps,
+        num_stages=launch.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
 
 def empty_output(q: Tensor, length: int) -> Tensor:
-    """(B, H, length, D) in memory as (B, length, H, D), so that joining heads copies nothing."""
+    """(B, H, length, D), laid out so that joining heads copies nothing."""
     batch, heads, _, head_dim = q.shape
     return q.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 

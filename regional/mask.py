@@ -17,12 +17,10 @@ HIDES = {"last": "later", "first": "earlier", "smallest": "smaller"}  # which re
 
 
 class RegionTokens(NamedTuple):
-    """The regions on the token grid.
+    """The regions on the token grid, P with the background, which is last if there is one.
 
-    prompts, prompt_bits: those of P regions, the background last if there is one.
     image_bits: (h w,) int64, the bits of the image tokens, row by row.
-    cover: (P, h w) float32, how far each region covers each image token; 0 or 1 without feathers.
-    strength: for each region, the weight of its prompt for its image tokens.
+    cover: (P, h w) float32, how far each region covers each image token.
     open_images: all image tokens see each other.
     """
 
@@ -35,28 +33,30 @@ class RegionTokens(NamedTuple):
     warnings: list[str]
 
     def bits(self, text_length: int) -> Tensor:
-        """Bits of [txt_1 .. txt_R, img] with prompts of `text_length` tokens each, (L,) int64."""
-        text = torch.tensor([1 << bit for bit in self.prompt_bits]).repeat_interleave(text_length)
-        return torch.cat([text, self.image_bits | (self.open_images << OPEN_BIT)])
+        """Bits of [txt_1 .. txt_R, img], prompts of `text_length` tokens each: (L,) int64."""
+        text = torch.tensor([1 << bit for bit in self.prompt_bits])
+        image = self.image_bits | (self.open_images << OPEN_BIT)
+        return torch.cat([text.repeat_interleave(text_length), image])
 
     def log_weights(self) -> Tensor | None:
-        """How each image token weighs each prompt, then the tokens of each region alone: logarithms
-        of its cover, for prompts times strength, (h w, 2 P) float32; None if all are 0."""
+        """How each image token weighs each region's prompt, then its image tokens: logarithms
+        of its cover, for prompts times strength, (h w, 2 P) float32. None if all are 0."""
         prompts = self.cover * torch.tensor(self.strength)[:, None]
-        weights = torch.cat([x.where(self.cover > 0, 1).log() for x in (prompts, self.cover)])
-        return weights.T.contiguous() if weights.any() else None
+        both = [x.where(self.cover > 0, 1).log() for x in (prompts, self.cover)]
+        weights = torch.cat(both).T.contiguous()
+        return weights if weights.any() else None
 
     def mean(self, values: list[float]) -> Tensor:
-        """For each image token the mean of its regions' values, by cover, (h w,) float64."""
+        """For each image token the mean of its regions' values, by cover: (h w,) float64."""
         values = torch.tensor(values, dtype=torch.float64)
-        if (values == values[0]).all():  # exactly that value, also after a division
+        if (values == values[0]).all():  # A division could change its last bits.
             return values[0].expand(self.cover.shape[1])
         cover = self.cover.double()
         return values @ cover / cover.sum(0)
 
     def sorted(self) -> tuple["RegionTokens", Tensor]:
-        """The same with image tokens of equal bits side by side, and their old positions, (h w,).
-        Tiles of equal bits need no mask; in the Gray code's order neighbors differ in little."""
+        """The same with image tokens of equal bits side by side, and their old positions.
+        Tiles of equal bits need no mask; in the Gray code's order neighbors differ little."""
         rank = self.image_bits
         for shift in (1, 2, 4, 8, 16, 32):
             rank = rank ^ (rank >> shift)
@@ -74,33 +74,46 @@ def region_tokens(layout: Layout) -> RegionTokens:
             tokens = most_covered(region, layout)
             problem = "covers no token's centre; it gets the one token it covers most."
             warnings.append(f"regions[{i}] {problem}")
-        soft = region.feather > 16
-        inside.append(feathered(tokens, region.feather) if soft else tokens.astype(np.float32))
+        inside.append(feathered(tokens, region.feather))
     cover = np.stack(inside)
     if layout.overlap != "share":
-        order = stacking(cover, layout.overlap)
-        for place, i in enumerate(order):  # The topmost is first: what it leaves is for the others.
-            cover[i] = np.minimum(cover[i], 1 - cover[order[:place]].sum(axis=0).clip(max=1))
+        order = list(range(len(cover)))
+        if layout.overlap == "last":
+            order.reverse()
+        elif layout.overlap == "smallest":
+            order.sort(key=lambda i: cover[i].sum())
+        for place, i in enumerate(order):  # The topmost comes first.
+            above = cover[order[:place]].sum(axis=0).clip(max=1)
+            cover[i] = np.minimum(cover[i], 1 - above)
             cover[i][cover[i] < 1e-6] = 0
             if not cover[i].any():
-                above = f"{HIDES[layout.overlap]} regions"
-                warnings.append(f"regions[{i}] lies wholly under {above} and will not show.")
-    regions = [(r.prompt, i, r.strength) for i, r in enumerate(layout.regions)]
+                hiding = f"{HIDES[layout.overlap]} regions"
+                warnings.append(f"regions[{i}] lies wholly under {hiding} and will not show.")
+    prompts = [region.prompt for region in layout.regions]
+    strength = [region.strength for region in layout.regions]
+    bits = list(range(len(prompts)))
     rest = 1 - cover.sum(axis=0)
     if (rest > 1e-6).any():
-        regions.append((layout.background_prompt, BACKGROUND_BIT, 1.0))
+        prompts.append(layout.background_prompt)
+        strength.append(1.0)
+        bits.append(BACKGROUND_BIT)
         cover = np.concatenate([cover, np.where(rest > 1e-6, rest, 0)[None]])
-    prompts, bits, strength = map(list, zip(*regions))
     image_bits = sum((c > 0).astype(np.int64) << bit for c, bit in zip(cover, bits))
-    open_images = layout.image_attention == "open"
-    flat = torch.from_numpy(image_bits.flatten()), torch.from_numpy(cover.reshape(len(cover), -1))
-    return RegionTokens(prompts, bits, *flat, strength, open_images, warnings)
+    return RegionTokens(
+        prompts=prompts,
+        prompt_bits=bits,
+        image_bits=torch.from_numpy(image_bits.flatten()),
+        cover=torch.from_numpy(cover.reshape(len(cover), -1)),
+        strength=strength,
+        open_images=layout.image_attention == "open",
+        warnings=warnings,
+    )
 
 
 def regional_stages(layout: Layout, tokens: RegionTokens) -> list[tuple[int, Tensor]]:
-    """The regional steps of a resolved layout in stages of equal settings: where each ends, and the
-    base branch's weight for each image token, (h w,) float64: 1 where a region's steps are over."""
-    parts = (*layout.regions, layout)[: len(tokens.prompts)]  # the layout's are the background's
+    """The regional steps of a resolved layout in stages of equal settings: where each ends,
+    and the base branch's weight for each image token, 1 where a region's steps are over."""
+    parts = (*layout.regions, layout)[: len(tokens.prompts)]  # the layout is the background
     stages = []
     start = 0
     for end in sorted({part.mask_inject_steps for part in parts} - {0}):
@@ -110,21 +123,14 @@ def regional_stages(layout: Layout, tokens: RegionTokens) -> list[tuple[int, Ten
     return stages
 
 
-def stacking(cover: np.ndarray, overlap: str) -> list[int]:
-    """The regions' indices, the topmost first."""
-    indices = range(len(cover))
-    if overlap == "smallest":
-        return sorted(indices, key=lambda i: cover[i].sum())
-    return list(reversed(indices) if overlap == "last" else indices)
-
-
 def feathered(tokens: np.ndarray, feather: float) -> np.ndarray:
-    """The fraction of each token's surroundings, `feather` pixels wide and high, that is in the
-    region: float32 in [0, 1]. Beyond the image it goes on as at its edge."""
+    """The fraction of each token's surroundings, `feather` pixels wide and high, that is in
+    the region, float32. Beyond the image it goes on as at its edge."""
     cover = tokens.astype(np.float32)
-    width = feather / 16
+    width = max(feather / 16, 1)
     reach = math.ceil(width / 2 - 0.5)
-    window = np.clip(width / 2 + 0.5 - np.abs(np.arange(-reach, reach + 1)), 0, 1) / width
+    distance = np.abs(np.arange(-reach, reach + 1))
+    window = np.clip(width / 2 + 0.5 - distance, 0, 1) / width
     for axis in (0, 1):
         size = cover.shape[axis]
         around = [(reach, reach) if i == axis else (0, 0) for i in (0, 1)]
@@ -156,8 +162,8 @@ def region_mask(region: Region, layout: Layout) -> np.ndarray:
 
 
 def in_polygons(polygons: tuple, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Even-odd, (len(y), len(x)) bool: rays from inside to the left cross an odd number of edges.
-    As boxes are half-open, an edge holds its upper end alone; a point on it lies to the right."""
+    """Even-odd, (len(y), len(x)) bool: rays from inside to the left cross an odd number of
+    edges. An edge holds its upper end alone, as boxes do; a point on it lies to the right."""
     flips = np.zeros((len(y), len(x) + 1), dtype=bool)  # where a row goes in or out
     for points in polygons:
         for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1]):
@@ -177,7 +183,7 @@ def most_covered(region: Region, layout: Layout) -> np.ndarray:
     elif region.polygon:
         fine = in_polygons(region.polygon, 4 * np.arange(4 * w) + 2, 4 * np.arange(4 * h) + 2)
         area = fine.reshape(h, 4, w, 4).sum(axis=(1, 3))
-        if not area.any():  # It is smaller than that: the token of its first point counts.
+        if not area.any():  # It is smaller still: the token of its first point counts.
             x, y = region.polygon[0][0]
             area[min(int(y) // 16, h - 1), min(int(x) // 16, w - 1)] = 1
     else:
