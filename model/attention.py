@@ -1,6 +1,4 @@
-"""The seam of the model: attention is a function `(q, k, v, block) -> out`, and this is the plain
-one; regional/attention.py has others for Flux.forward. Also RoPE.
-"""
+"""The seam of the model: attention is a function (q, k, v, block) -> out. Also RoPE."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,23 +9,23 @@ from torch import Tensor
 
 
 class Block(NamedTuple):
-    """Which block asks for attention: kind, "double" or "single", and its index within the kind."""
+    """Which block asks for attention: "double" or "single", and its index among these."""
 
     kind: str
     index: int
 
 
-# q, k, v: (B, heads, L, head_dim), already normalized and rotated -> (B, heads, L, head_dim)
+# q, k, v (normalized and rotated) and the result: (B, heads, L, head_dim)
 Attention = Callable[[Tensor, Tensor, Tensor, Block], Tensor]
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
-    """Every token sees every token. q, k, v and the result: (B, heads, L, head_dim)."""
+    """Every token sees every token."""
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def text_then_image(txt: Tensor, *img: Tensor) -> Tensor:
-    """The sequence of the single blocks, (B, L_txt + L_img, ...), plain with one image stream."""
+    """The sequence of the single blocks, of one image stream or more, joined by tokens."""
     return torch.cat([txt, *img], dim=1)
 
 
@@ -42,8 +40,7 @@ def rope(
 ) -> Tensor:  # fmt: skip
     """ids (B, L, len(axes)) -> (B, L, head_dim / 2, 2), the cosine and sine of every angle.
 
-    Angles are computed in float64 on the CPU, where the result stays, so that it is the same for
-    every device; it is stored in `dtype`, float32 or float64.
+    It is computed in float64 on the CPU, where it stays: all devices get the same.
     """
     angles = []
     for axis, dim in enumerate(axes):
@@ -54,14 +51,15 @@ def rope(
 
 
 def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
-    """Rotate each pair (x[2i], x[2i+1]) by its angle: x (B, heads, L, head_dim), pe as from `rope`.
+    """Rotate each pair (x[2i], x[2i+1]) by its angle: x (B, heads, L, head_dim), pe of `rope`.
 
-    The result lies in memory as (B, L, heads, head_dim): attention then writes its output so too,
-    and the projection that follows copies nothing. The halves are rounded to x's dtype before they
-    are interleaved: rounding afterwards gives the same bits, but torch.compile then stores the
-    result in float32 and converts it in another kernel.
+    The result lies in memory as (B, L, heads, head_dim): attention then writes its output
+    so too, and the projection that follows copies nothing.
     """
-    even, odd = x.transpose(1, 2).to(pe.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = x.transpose(1, 2).to(pe.dtype).unflatten(-1, (-1, 2))
+    even, odd = pairs.unbind(-1)
     cos, sin = pe.unsqueeze(2).unbind(-1)
-    rotated = (even * cos - odd * sin).type_as(x), (even * sin + odd * cos).type_as(x)
-    return torch.stack(rotated, dim=-1).flatten(-2).transpose(1, 2)
+    # Rounded after stacking, torch.compile would store float32 and convert it in a kernel more.
+    first = (even * cos - odd * sin).type_as(x)
+    second = (even * sin + odd * cos).type_as(x)
+    return torch.stack([first, second], dim=-1).flatten(-2).transpose(1, 2)

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from model.attention import Attention, Block, apply_rope
 
-# What modulates a block's tokens: the concatenated shifts, scales and gates, (B, 1, n D), or
-# (B, L, n D) where tokens differ. A double block has two of them, the image's and the text's.
+# What modulates a block's tokens: shifts, scales and gates, concatenated, (B, 1, n D), or
+# (B, L, n D) where tokens differ. A double block has two, the image's and the text's.
 Vectors = Tensor | tuple[Tensor, Tensor]
 
 
 def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """Sinusoids of 1000 t, cosine first: t (B,) in [0, 1] -> (B, dim). They are computed in float32
-    or float64: bfloat16 would round a guidance of 3500 to 3504."""
+    """Sinusoids of 1000 t, cosine first: t (B,) in [0, 1] -> (B, dim)."""
+    # bfloat16 would round a guidance of 3500 to 3504.
     precise = torch.promote_types(dtype, torch.float32)
     steps = torch.arange(dim // 2, dtype=precise, device=t.device)
     freqs = torch.exp(-math.log(10000) * steps / (dim // 2))
@@ -31,7 +31,8 @@ def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 def embedding(count: int, width: int) -> nn.Embedding:
     """torch's, but not initialized on the meta device, where that takes a second."""
     weight = torch.empty(count, width)
-    weight = weight if weight.is_meta else nn.init.normal_(weight)
+    if not weight.is_meta:
+        nn.init.normal_(weight)
     return nn.Embedding(count, width, _weight=weight)
 
 
@@ -41,7 +42,7 @@ def mlp_embedder(in_dim: int, hidden: int) -> nn.Sequential:
 
 
 def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
-    """Root-mean-square norm over the last dimension, computed in float32 or more."""
+    """Root-mean-square norm over the last dimension."""
     precise = x.to(torch.promote_types(x.dtype, torch.float32))
     rrms = torch.rsqrt(precise.square().mean(dim=-1, keepdim=True) + 1e-6)
     return (precise * rrms).type_as(x) * scale
@@ -63,13 +64,13 @@ class QKNorm(nn.Module):
         self.key_norm = RMSNorm(head_dim)
 
     def forward(self, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Split the fused projection (B, L, 3 D) into q, k, v (B, H, L, d); normalize q and k."""
+        """Split the projection (B, L, 3 D) into q, k, v (B, H, L, d); normalize q and k."""
         q, k, v = rearrange(qkv, "B L (three H d) -> three B H L d", three=3, H=heads)
         return self.query_norm(q), self.key_norm(k), v
 
 
 class SelfAttention(nn.Module):
-    """The projections of one stream; the attention itself runs over both, in DoubleStreamBlock."""
+    """The projections of one stream; attention runs over both, in DoubleStreamBlock."""
 
     def __init__(self, hidden: int, heads: int):
         super().__init__()
@@ -96,7 +97,7 @@ class Modulation(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without weights, then scale and shift: x (B, L, D), shift and scale (B, 1, D)."""
+    """LayerNorm without weights, then scale and shift: x (B, L, D), the others (B, 1, D)."""
     return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
 
 
@@ -106,7 +107,7 @@ def mlp(hidden: int, mlp_hidden: int) -> nn.Sequential:
 
 
 class FusedLinear(nn.Linear):
-    """Several layers that read the same input; `rows` gives the outputs of some of them alone."""
+    """Several layers that read the same input; `rows` selects some of their outputs."""
 
     def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         return F.linear(x, self.weight[rows], self.bias[rows])
@@ -125,8 +126,8 @@ class DoubleStreamBlock(nn.Module):
         self.txt_mlp = mlp(hidden, mlp_hidden)
 
     def vectors(self, vecs: list[Tensor]) -> list[Vectors]:
-        """For each vec (B, D) the vectors that `forward` takes, 6 for the image and 6 for the text.
-        One layer handles them all before the other: its weights may have to be fetched."""
+        """For each vec (B, D) the 6 vectors of the image and of the text."""
+        # One layer after the other, as their weights may have to be fetched.
         img = [self.img_mod(vec) for vec in vecs]
         txt = [self.txt_mod(vec) for vec in vecs]
         return list(zip(img, txt))
@@ -135,12 +136,12 @@ class DoubleStreamBlock(nn.Module):
         self, img: Tensor, txt: Tensor, vectors: Vectors, pe: Tensor, attention: Attention,
         block: Block,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """img (B, L_img, D), txt (B, L_txt, D), pe (B, L_txt + L_img, d / 2, 2) -> new img, txt."""
+        """img (B, L_img, D), txt (B, L_txt, D), pe (B, L, d / 2, 2) -> new img, txt."""
         attn = attention(*self.project(img, txt, vectors, pe), block)
         return self.finish(img, txt, vectors, attn)
 
-    def project(self, img: Tensor, txt: Tensor, vectors: Vectors, pe: Tensor) -> tuple[Tensor, ...]:
-        """What attention is given: q, k, v (B, H, L_txt + L_img, d), normalized and rotated."""
+    def project(self, img: Tensor, txt: Tensor, vectors: Vectors, pe: Tensor) -> tuple:
+        """What attention is given: q, k, v (B, H, L, d), L = L_txt + L_img."""
         img_q, img_k, img_v = self.img_attn(img, vectors[0])
         txt_q, txt_k, txt_v = self.txt_attn(txt, vectors[1])
         q = apply_rope(torch.cat([txt_q, img_q], dim=2), pe)
@@ -148,7 +149,7 @@ class DoubleStreamBlock(nn.Module):
         return q, k, torch.cat([txt_v, img_v], dim=2)
 
     def finish(self, img: Tensor, txt: Tensor, vectors: Vectors, attn: Tensor) -> tuple:
-        """All that follows attention, whose output `attn` is (B, H, L_txt + L_img, d)."""
+        """All that follows attention, whose output `attn` is (B, H, L, d)."""
         attn = rearrange(attn, "B H L d -> B L (H d)")
         txt_attn, img_attn = attn.split([txt.shape[1], img.shape[1]], dim=1)
         img = self.finish_stream(img, vectors[0], self.img_attn.proj(img_attn), self.img_mlp)
@@ -173,23 +174,25 @@ class SingleStreamBlock(nn.Module):
         self.modulation = Modulation(hidden, 3)
 
     def vectors(self, vecs: list[Tensor]) -> list[Vectors]:
-        """For each vec (B, D) the 3 vectors that `forward` takes, concatenated."""
+        """For each vec (B, D) the 3 vectors."""
         return [self.modulation(vec) for vec in vecs]
 
     def forward(
         self, x: Tensor, vectors: Vectors, pe: Tensor, attention: Attention, block: Block,
         last: int | None = None,
     ) -> Tensor:  # fmt: skip
-        """x (B, L, D), pe (B, L, d / 2, 2) -> new x; with `last` only its last so many rows."""
+        """x (B, L, D), pe (B, L, d / 2, 2) -> new x; `last`: only so many of its last rows."""
         *qkv, h = self.project(x, vectors, pe)
         attn = attention(*qkv, block)
         del qkv  # what follows needs the most memory
         if last is not None:
             first = x.shape[1] - last
-            x, h, attn = x[:, first:], h[:, first:], attn[:, :, first:]
+            x = x[:, first:]
+            h = h[:, first:]
+            attn = attn[:, :, first:]
         return self.finish(x, h, vectors, attn)
 
-    def project(self, x: Tensor, vectors: Vectors, pe: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor, vectors: Vectors, pe: Tensor) -> tuple:
         """What attention is given, q, k, v (B, H, L, d), and h (B, L, D), the MLP's input."""
         shift, scale, _ = vectors.chunk(3, dim=-1)
         h = modulate(x, shift, scale)
@@ -197,7 +200,6 @@ class SingleStreamBlock(nn.Module):
         return apply_rope(q, pe), apply_rope(k, pe), v, h
 
     def finish(self, x: Tensor, h: Tensor, vectors: Vectors, attn: Tensor) -> Tensor:
-        """All that follows attention, whose output `attn` is (B, H, L, d)."""
         gate = vectors.chunk(3, dim=-1)[2]
         # Where tokens have vectors of their own, x may be the last of them alone.
         gate = gate[:, max(0, gate.shape[1] - x.shape[1]) :]
@@ -213,7 +215,7 @@ class LastLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
 
     def vectors(self, vecs: list[Tensor]) -> list[Vectors]:
-        """For each vec (B, D) the 2 vectors that `forward` takes, concatenated."""
+        """For each vec (B, D) the 2 vectors."""
         return [self.adaLN_modulation(vec[:, None, :]) for vec in vecs]
 
     def forward(self, x: Tensor, vectors: Vectors) -> Tensor:

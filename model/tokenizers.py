@@ -24,16 +24,16 @@ Encoded = tuple[list[int], Callable[[int], str]]
 class CLIPTokenizer:
     """Byte-level BPE of lower-cased text: START, the prompt, then END up to the length.
 
-    The folder holds CLIP's own vocab.json and merges.txt; the rules around them are written here.
-    Text is not repaired with ftfy; transformers doesn't do that any more either.
+    The folder holds CLIP's own vocab.json and merges.txt. Text is not repaired with ftfy, as
+    in today's transformers.
     """
 
     def __init__(self, folder: Path):
-        file = Path(folder) / "vocab.json"
+        file = folder / "vocab.json"
         vocab = _parse(file, json.loads)
         if not isinstance(vocab, dict) or START not in vocab or END not in vocab:
             raise InputError(file, MISSING, f"not CLIP's vocabulary, it lacks {START} or {END}")
-        tokenizer = Tokenizer(_parse(Path(folder) / "merges.txt", lambda data: _bpe(vocab, data)))
+        tokenizer = Tokenizer(_parse(folder / "merges.txt", partial(_bpe, vocab)))
         one_blank = normalizers.Replace(Regex(r"\s+"), " ")
         lower = normalizers.Lowercase()
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), one_blank, lower])
@@ -48,20 +48,20 @@ class CLIPTokenizer:
         self.encode = partial(_by_offsets, tokenizer)
 
     def __call__(self, prompts: list[str], length: int = 77) -> tuple[Tensor, list[str]]:
-        """Ids (N, length), and for each prompt the end of it that did not fit, "" where all did."""
+        """Ids (N, length), and for each prompt its end that did not fit, or ""."""
         return _rows(prompts, length, self.encode, [self.start], self.end, pad=self.end)
 
 
 class T5Tokenizer:
     """SentencePiece's unigrams: the prompt, `</s>`, then `<pad>` up to the length.
 
-    It reads tokenizer.json, or spiece.model as Google published it. Their ids differ for a few
-    stray control and combining characters, and for `</s>`, `<pad>` and `<extra_id_0>` written out
-    in a prompt, which tokenizer.json takes for the special tokens and spiece.model for text.
+    It reads tokenizer.json, or Google's spiece.model. Their ids differ for a few control and
+    combining characters, and for `</s>`, `<pad>` and `<extra_id_0>` in a prompt, which
+    tokenizer.json takes for special tokens and spiece.model for text.
     """
 
     def __init__(self, path: Path):
-        if Path(path).suffix == ".json":
+        if path.suffix == ".json":
             tokenizer = _parse(path, Tokenizer.from_buffer)
             tokenizer.no_truncation()
             tokenizer.no_padding()
@@ -76,24 +76,21 @@ class T5Tokenizer:
         self.end, self.pad = ids
 
     def __call__(self, prompts: list[str], length: int) -> tuple[Tensor, list[str]]:
-        """Ids (N, length), and for each prompt the end of it that did not fit, "" where all did."""
+        """As CLIPTokenizer's."""
         return _rows(prompts, length, self.encode, [], self.end, self.pad)
 
 
 def _parse(path: Path, parse: Callable[[bytes], Any]) -> Any:
-    """`parse` of the file, which is at fault for all errors: tokenizers raises bare Exceptions."""
+    """`parse` of the file, which is at fault for all errors: tokenizers raises Exceptions."""
     try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        problem = f"this tokenizer file can't be read ({error.strerror})"
-        raise InputError(path, MISSING, problem) from error
-    if not data.strip():
-        raise InputError(path, MISSING, "this tokenizer file is empty")
-    try:
+        data = path.read_bytes()
+        if not data.strip():
+            raise ValueError("it is empty")
         return parse(data)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
-        raise InputError(path, MISSING, f"this tokenizer file is damaged: {reason}") from error
+        problem = f"not a tokenizer file that can be read ({reason})"
+        raise InputError(path, MISSING, problem) from error
 
 
 def _bpe(vocab: dict[str, int], merges: bytes) -> models.BPE:

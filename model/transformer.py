@@ -1,7 +1,6 @@
 """FLUX.1's transformer: text and image tokens in, the velocity of the image tokens out.
 
-It knows nothing of regions. Three functions passed to `forward` change what it computes:
-`attention`, `join`, which joins the streams where the double blocks end, and `after_block`.
+It knows nothing of regions; the functions that `forward` is given change what it computes.
 """
 
 from collections.abc import Callable
@@ -22,7 +21,7 @@ AfterBlock = Callable[[Tensor, Block], Tensor]
 
 @dataclass(frozen=True)
 class FluxParams:
-    """Sizes of a transformer, read from its checkpoint; the defaults are FLUX.1-dev's."""
+    """Sizes of a transformer; the defaults are FLUX.1-dev's."""
 
     in_channels: int = 64
     out_channels: int = 64
@@ -42,8 +41,8 @@ def as_it_is(x: Tensor, block: Block) -> Tensor:
 
 
 class Hidden(NamedTuple):
-    """The tokens between two blocks: img (B, L_img, D), txt (B, L_txt, D), their rotary embeddings
-    pe (B, L_txt + L_img, d / 2, 2), and L_img. After the double blocks, img is what `join` made."""
+    """The tokens between two blocks: img (B, L_img, D), txt (B, L_txt, D), their rotary
+    embeddings pe (B, L, d / 2, 2), and L_img. After the double blocks, img is joined."""
 
     img: Tensor
     txt: Tensor | None
@@ -70,7 +69,7 @@ class Streams(nn.Module):
         super().__init__()
         self.params = params
         hidden = params.hidden_size
-        sizes = hidden, params.num_heads, params.mlp_hidden
+        sizes = (hidden, params.num_heads, params.mlp_hidden)
         self.img_in = nn.Linear(params.in_channels, hidden)
         self.time_in = layers.mlp_embedder(256, hidden)
         self.vector_in = layers.mlp_embedder(params.vec_in_dim, hidden)
@@ -89,28 +88,30 @@ class Streams(nn.Module):
 
     def conditioning(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
         """The vector that modulates every block, (B, D)."""
-        vec = self.time_in(layers.timestep_embedding(timesteps, 256, y.dtype)) + self.vector_in(y)
+        time = layers.timestep_embedding(timesteps, 256, y.dtype)
+        vec = self.time_in(time) + self.vector_in(y)
         if self.params.guidance_embed:
-            vec = vec + self.guidance_in(layers.timestep_embedding(guidance, 256, y.dtype))
+            scale = layers.timestep_embedding(guidance, 256, y.dtype)
+            vec = vec + self.guidance_in(scale)
         return vec
 
     def modulation(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> list[Vectors]:
-        """That of each of the modules in `modulated`. timesteps: (B,) in [0, 1]; y: (B, vec), the
-        pooled CLIP embedding; guidance: (B,), None for checkpoints without a guidance embedder."""
+        """The vectors of each module in `modulated`. timesteps: (B,) in [0, 1]; y: (B, vec),
+        the pooled CLIP embedding; guidance: (B,), or None without an embedder for it."""
         vec = self.conditioning(timesteps, y, guidance)
         return [module.vectors([vec])[0] for module in self.modulated]
 
     def modulations(self, times: list[float], y: Tensor, guidance: Tensor | None) -> list[list]:
-        """`modulation` at all these times, layer by layer: each is fetched to the device once."""
+        """`modulation` at all these times, layer by layer: each is fetched only once."""
         batches = [torch.full((len(y),), t, device=y.device) for t in times]
         vecs = [self.conditioning(t, y, guidance) for t in batches]
         return [list(x) for x in zip(*(module.vectors(vecs) for module in self.modulated))]
 
     def positions(self, ids: Tensor, x: Tensor) -> Tensor:
-        """Rotary embeddings of ids (B, L, 3), (B, L, d / 2, 2) in float32 or more, where x is."""
+        """Rotary embeddings of ids (B, L, 3), (B, L, d / 2, 2), where x is."""
         precise = torch.promote_types(x.dtype, torch.float32)
-        key = ids.cpu().numpy().tobytes(), ids.shape, ids.dtype, self.params
-        return known_rope(*key, precise, x.device)
+        key = (ids.cpu().numpy().tobytes(), ids.shape, ids.dtype)
+        return known_rope(*key, self.params, precise, x.device)
 
     def embed(self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor) -> Hidden:
         """What the first block takes, of the arguments of Flux.forward."""
@@ -124,8 +125,8 @@ class Streams(nn.Module):
         join: Join = text_then_image, after_block: AfterBlock = as_it_is,
         first: int = 0, last: int | None = None,
     ) -> Hidden:  # fmt: skip
-        """The blocks from `first` up to `last`, the double blocks counted first; all by default.
-        The very last one computes only L_img rows: nothing reads the others."""
+        """The blocks from `first` up to `last`, the double blocks counted first. The very last
+        one computes only L_img rows: nothing reads the others."""
         img, txt, pe, length = hidden
         del hidden  # its tensors must not stay in memory while the blocks run
         depth = len(self.double_blocks)
@@ -162,22 +163,24 @@ class Flux(Streams):
     ) -> Tensor:  # fmt: skip
         """The velocity, (B, L_img, out_channels).
 
-        img: (B, L_img, in_channels), packed latents; txt: (B, L_txt, context), T5's output;
-        img_ids, txt_ids: (B, L, 3), positions. `join(txt, img)` makes the sequence of the single
-        blocks, which must end with the image tokens to decode; it is also called with the rotary
-        embeddings, so it may only repeat, drop and reorder rows (dimension 1). `after_block(x,
-        block)` replaces a block's output x: img in double blocks, else the sequence.
+        img: (B, L_img, in_channels), packed latents.
+        txt: (B, L_txt, context), T5's output.
+        img_ids, txt_ids: (B, L, 3), positions.
+        join: (txt, img) -> the sequence of the single blocks, which ends with the image
+            tokens to decode. It is also called with the rotary embeddings, so it may only
+            repeat, drop and reorder rows (dimension 1).
+        after_block: (x, block) -> what replaces a block's output x: img in double blocks,
+            else the sequence.
         """
         hidden = self.embed(img, img_ids, txt, txt_ids)
         hidden = self.blocks(hidden, modulation, attention, join, after_block)
         return self.decode(hidden, modulation)
 
     def decode(self, hidden: Hidden, modulation: list[Vectors]) -> Tensor:
-        """The velocity, (B, L_img, out_channels)."""
         return self.final_layer(hidden.img[:, -hidden.length :], modulation[-1])
 
     def compile_blocks(self) -> None:
-        """Compile the blocks' halves, before and after attention, once for all blocks of a kind."""
+        """Compile what comes before and after attention, once for all blocks of a kind."""
         for block in *self.double_blocks, *self.single_blocks:
             block.project = torch.compile(block.project, dynamic=True)
             block.finish = torch.compile(block.finish, dynamic=True)

@@ -20,8 +20,8 @@ class Conditioning(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """A forward pass, of which an extension may replace anything: the eight arguments of
-    Flux.forward, then what the modulation was computed from, (1,), (1, vec) and (1,)."""
+    """A forward pass, of which an extension may replace anything: the arguments of
+    Flux.forward, then what the modulation was computed from."""
 
     img: Tensor
     img_ids: Tensor
@@ -37,12 +37,14 @@ class Pass(NamedTuple):
 
 
 class Branches(NamedTuple):
-    """What passes of one kind have in common: plain, regional, or one region's by the method rpg.
+    """What passes of one kind have in common: plain, regional, or by rpg one region's.
 
-    region_bits: (L,) int64, of [txt_1 .. txt_R, img], or in passes of one prompt of img alone.
-    order: (L_img,), the image tokens' places in the image. text_length: the base prompt's tokens,
-    or the region's; prompt: its row in y. has_base: these tokens are there, after the regions'.
-    streams: image streams in the single blocks. The rest: RegionalAttention's, else None.
+    region_bits: (L,) int64, of [txt_1 .. txt_R, img], in passes of one prompt of img alone.
+    order: (L_img,), the image tokens' places in the image.
+    text_length: the base prompt's tokens, or the region's. prompt: its row in y.
+    has_base: these tokens are there, after the regions'.
+    streams: image streams in the single blocks.
+    The rest are RegionalAttention's.
     """
 
     region_bits: Tensor

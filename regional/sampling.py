@@ -1,4 +1,5 @@
-"""The denoising of one image: noise in, latents out; first the regional steps, then plain FLUX.
+"""The denoising of one image: first the regional steps, then those of plain FLUX.
+
 What an image can do without is an extension, a function that wraps the forward pass: see
 docs/extensions.md.
 """
@@ -24,7 +25,8 @@ Modulations = list[dict[float, list[Vectors]]]  # by the prompt's row in y and b
 
 
 def noise_levels(layout: Layout, params: FluxParams) -> list[float]:
-    return sigmas(layout.steps, layout.width * layout.height // 256, shift=params.guidance_embed)
+    image_tokens = layout.width * layout.height // 256
+    return sigmas(layout.steps, image_tokens, shift=params.guidance_embed)
 
 
 def guidance_of(layout: Layout, device: torch.device) -> Tensor:
@@ -33,12 +35,12 @@ def guidance_of(layout: Layout, device: torch.device) -> Tensor:
 
 def modulations(flux: Flux, layout: Layout, y: Tensor) -> Modulations:
     """The modulation of all of the layout's steps; y: Conditioning's."""
-    levels = noise_levels(layout, flux.params)[:-1]
+    levels = noise_levels(layout, flux.params)
     guidance = guidance_of(layout, y.device)
-    found = [dict(zip(levels, flux.modulations(levels, y[:1], guidance)))]
-    if layout.method == "rpg":
-        levels = levels[: layout.regional_steps()]
-        found += [dict(zip(levels, flux.modulations(levels, x[None], guidance))) for x in y[1:]]
+    found = []
+    for i in range(len(y)):  # by the method rpg also the regions' prompts
+        times = levels[: layout.regional_steps()] if i else levels[:-1]
+        found.append(dict(zip(times, flux.modulations(times, y[i : i + 1], guidance))))
     return found
 
 
@@ -53,16 +55,18 @@ def sample(
     on_step: Callable[[], None] = lambda: None,
     modulation: Modulations | None = None,
 ) -> Tensor:
-    """Latents (1, 16, height / 8, width / 8), float32. extensions: the first is the innermost.
-    on_step: called after every step. modulation: `modulations`, if known; more may be added."""
+    """Latents (1, 16, height / 8, width / 8), float32. extensions: the first is the
+    innermost. modulation: `modulations`, if known; what it lacks is added to it."""
     txt = conditioning.txt
     steps = layout.steps
     levels = noise_levels(layout, flux.params)
-    img = pack(noise(layout.width, layout.height, seed)).to(txt.device, txt.dtype).float()
+    img = pack(noise(layout.width, layout.height, seed))
+    img = img.to(txt.device, txt.dtype).float()
     order = torch.arange(img.shape[1])
-    stages = regional_stages(layout, tokens) if layout.regional_steps() else []
-    if stages:  # tokens of the same regions side by side
-        tokens, order = tokens.sorted()
+    stages = []
+    if layout.regional_steps():
+        stages = regional_stages(layout, tokens)
+        tokens, order = tokens.sorted()  # tokens of the same regions side by side
     modulation = modulation or modulations(flux, layout, conditioning.y)
     run = Run(flux, layout, tokens, conditioning, order, modulation, extensions)
     bits = tokens.image_bits if tokens else torch.zeros_like(order)
@@ -88,7 +92,7 @@ def sample(
 
 @dataclass(frozen=True)
 class Run:
-    """What all passes of one image share; the tokens are in this order."""
+    """What all passes of one image share; the image tokens are in this order."""
 
     flux: Flux
     layout: Layout
@@ -102,7 +106,7 @@ class Run:
         self, txt: Tensor, branches: Branches, attention: Attention = plain_attention,
         join: Join = text_then_image,
     ) -> Velocity:  # fmt: skip
-        """The velocity by the text tokens txt (1, L_txt, context), through all extensions."""
+        """The velocity by txt (1, L_txt, context), through all extensions."""
         img_ids = image_ids(self.layout.width, self.layout.height)[:, self.order]
         txt_ids = text_ids(txt.shape[1])
         y = self.conditioning.y[branches.prompt, None]
@@ -119,9 +123,9 @@ class Run:
             timesteps = torch.full((1,), t, dtype=torch.float32, device=txt.device)
             if t not in known:
                 known[t] = self.flux.modulation(timesteps, y, guidance)
-            inputs = img.to(txt.dtype), img_ids, txt, txt_ids, known[t]
-            given = Pass(*inputs, attention, join, as_it_is, timesteps, y, guidance)
-            return forward(given, step)
+            inputs = (img.to(txt.dtype), img_ids, txt, txt_ids, known[t])
+            hooks = (attention, join, as_it_is)
+            return forward(Pass(*inputs, *hooks, timesteps, y, guidance), step)
 
         return velocity
 
@@ -129,23 +133,29 @@ class Run:
 def regional(run: Run, base_ratio: Tensor, masked_attention: MakeAttention) -> Velocity:
     """Every region's prompt in its region, blended with the base prompt: base_ratio (L_img,)."""
     txt, regions, _ = run.conditioning
+    layout = run.layout
     length = txt.shape[1]
     bits = run.tokens.bits(regions.shape[1]).to(txt.device)
-    how = base_ratio, run.layout.is_masked, run.tokens.log_weights()
-    shared = run.layout.base_stream == "shared"
-    attention = RegionalAttention(masked_attention, bits, length, len(run.order), *how, shared)
-    texts = [regions.flatten(0, 1)[None]] + [txt] * attention.has_base
-    branches = Branches(bits, run.order, length, 0, attention.has_base, attention.streams, *how)
+    how = (base_ratio, layout.is_masked, run.tokens.log_weights())
+    is_shared = layout.base_stream == "shared"
+    lengths = (length, len(run.order))
+    attention = RegionalAttention(masked_attention, bits, *lengths, *how, is_shared)
+    texts = [regions.flatten(0, 1)[None]]
+    if attention.has_base:
+        texts.append(txt)
+    streams = (attention.has_base, attention.streams)
+    branches = Branches(bits, run.order, length, 0, *streams, *how)
     return run.velocity(torch.cat(texts, dim=1), branches, attention, attention.join)
 
 
 def composed(run: Run, base_ratio: Tensor, plain: Velocity) -> Velocity:
-    """The method rpg: each region's prompt over the whole image, their velocities put together and
-    blended with the base prompt's. Where regions overlap, their mean counts, by cover."""
+    """The method rpg: the velocities of each region's prompt over the whole image, put
+    together, where regions overlap by cover, and blended with the base prompt's."""
     regions = []
     for i, txt in enumerate(run.conditioning.regions):
         bits = torch.full_like(run.order, 1 << run.tokens.prompt_bits[i]).to(txt.device)
-        regions.append(run.velocity(txt[None], Branches(bits, run.order, len(txt), prompt=1 + i)))
+        branches = Branches(bits, run.order, len(txt), prompt=1 + i)
+        regions.append(run.velocity(txt[None], branches))
     cover = run.tokens.cover.to(base_ratio.device)
     fractions = (cover / cover.sum(0))[:, :, None]
     ratio = base_ratio[:, None].float()
@@ -154,6 +164,8 @@ def composed(run: Run, base_ratio: Tensor, plain: Velocity) -> Velocity:
     def velocity(img: Tensor, t: float, step: int) -> Tensor:
         # The sum is float32, as img is, whatever the dtype of the velocities.
         mean = sum(f.to(img) * region(img, t, step) for f, region in zip(fractions, regions))
-        return torch.lerp(mean, plain(img, t, step).to(mean), ratio.to(mean)) if has_base else mean
+        if not has_base:
+            return mean
+        return torch.lerp(mean, plain(img, t, step).to(mean), ratio.to(mean))
 
     return velocity

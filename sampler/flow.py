@@ -7,22 +7,24 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-# (img (B, L_img, 64), t, step) -> (B, L_img, 64). t, in [0, 1], is where the velocity is asked for;
-# the step's index only selects what is scheduled, so a sampler may ask for several t in one step.
+# (img (B, L_img, 64), t, step) -> (B, L_img, 64). t, in [0, 1], is where the velocity is
+# asked for; the step's index only selects what is scheduled.
 Velocity = Callable[[Tensor, float, int], Tensor]
 
 
 def noise(width: int, height: int, seed: int) -> Tensor:
-    """The noise of a seed: (1, 16, height / 8, width / 8) float32, the same on every device."""
+    """The noise of a seed: (1, 16, height / 8, width / 8), the same on every device."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn((1, 16, height // 8, width // 8), generator=generator, dtype=torch.float32)
+    shape = (1, 16, height // 8, width // 8)
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
 def sigmas(steps: int, image_tokens: int, shift: bool) -> list[float]:
     """`steps + 1` noise levels from 1 to 0.
 
-    With `shift` (FLUX.1-dev; not schnell) large images spend more steps at high noise: t becomes
-    e^mu / (e^mu + 1 / t - 1), mu linear in the image tokens, through (256, 0.5) and (4096, 1.15).
+    With `shift` (FLUX.1-dev, not schnell) large images spend more steps at high noise: t
+    becomes e^mu / (e^mu + 1 / t - 1), mu linear in the image tokens, through (256, 0.5)
+    and (4096, 1.15).
     """
     linear = [1 - i / steps for i in range(steps + 1)]
     if not shift:
@@ -44,8 +46,9 @@ def unpack(tokens: Tensor, width: int, height: int) -> Tensor:
 
 def image_ids(width: int, height: int) -> Tensor:
     """Positions (0, row, column) of the image tokens: (1, h w, 3)."""
-    axes = torch.arange(height // 16), torch.arange(width // 16)
-    row, column = torch.meshgrid(*axes, indexing="ij")
+    rows = torch.arange(height // 16)
+    columns = torch.arange(width // 16)
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
     ids = torch.stack([torch.zeros_like(row), row, column], dim=-1)
     return repeat(ids, "h w axes -> 1 (h w) axes")
 
@@ -62,8 +65,8 @@ def denoise(
     steps: range,
     callback: Callable[[Tensor], None] = lambda img: None,
 ) -> Tensor:
-    """Euler's method; step i leads from sigmas[i] to sigmas[i + 1]. img: (B, L, 64) float32.
-    `callback(img)` is called after every step. Euler has no memory: two calls may split steps."""
+    """Euler's method: step i leads img (B, L, 64), float32, from sigmas[i] to sigmas[i + 1].
+    It has no memory: two calls may split the steps. callback: called after each."""
     for step in steps:
         t = sigmas[step]
         img = img + (sigmas[step + 1] - t) * velocity(img, t, step).float()
