@@ -21,7 +21,28 @@ PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N
 Encoded = tuple[list[int], Callable[[int], str]]
 
 
-class CLIPTokenizer:
+class PromptTokenizer:
+    """`before`, the prompt, `end`, then `pad` up to the length."""
+
+    encode: Callable[[str], Encoded]
+    before: list[int] = []
+    end: int
+    pad: int
+
+    def __call__(self, prompts: list[str], length: int = 77) -> tuple[Tensor, list[str]]:
+        """Ids (N, length), and for each prompt its end that did not fit, or ""."""
+        room = length - len(self.before) - 1
+        rows = []
+        cut = []
+        for prompt in prompts:
+            ids, text_from = self.encode(prompt)
+            row = self.before + ids[:room] + [self.end]
+            rows.append(row + [self.pad] * (length - len(row)))
+            cut.append(text_from(room).strip() if len(ids) > room else "")
+        return torch.tensor(rows), cut
+
+
+class CLIPTokenizer(PromptTokenizer):
     """Byte-level BPE of lower-cased text: START, the prompt, then END up to the length.
 
     The folder holds CLIP's own vocab.json and merges.txt. Text is not repaired with ftfy, as
@@ -30,10 +51,10 @@ class CLIPTokenizer:
 
     def __init__(self, folder: Path):
         file = folder / "vocab.json"
-        vocab = _parse(file, json.loads)
+        vocab = parsed(file, json.loads)
         if not isinstance(vocab, dict) or START not in vocab or END not in vocab:
             raise InputError(file, MISSING, f"not CLIP's vocabulary, it lacks {START} or {END}")
-        tokenizer = Tokenizer(_parse(folder / "merges.txt", partial(_bpe, vocab)))
+        tokenizer = Tokenizer(parsed(folder / "merges.txt", partial(bpe, vocab)))
         one_blank = normalizers.Replace(Regex(r"\s+"), " ")
         lower = normalizers.Lowercase()
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), one_blank, lower])
@@ -43,16 +64,12 @@ class CLIPTokenizer:
         for name in START, END:
             token = AddedToken(name, normalized=False, special=True)
             tokenizer.add_special_tokens([token])
-        self.start = vocab[START]
-        self.end = vocab[END]
-        self.encode = partial(_by_offsets, tokenizer)
-
-    def __call__(self, prompts: list[str], length: int = 77) -> tuple[Tensor, list[str]]:
-        """Ids (N, length), and for each prompt its end that did not fit, or ""."""
-        return _rows(prompts, length, self.encode, [self.start], self.end, pad=self.end)
+        self.encode = partial(by_offsets, tokenizer)
+        self.before = [vocab[START]]
+        self.end = self.pad = vocab[END]
 
 
-class T5Tokenizer:
+class T5Tokenizer(PromptTokenizer):
     """SentencePiece's unigrams: the prompt, `</s>`, then `<pad>` up to the length.
 
     It reads tokenizer.json, or Google's spiece.model. Their ids differ for a few control and
@@ -62,63 +79,43 @@ class T5Tokenizer:
 
     def __init__(self, path: Path):
         if path.suffix == ".json":
-            tokenizer = _parse(path, Tokenizer.from_buffer)
+            tokenizer = parsed(path, Tokenizer.from_buffer)
             tokenizer.no_truncation()
             tokenizer.no_padding()
-            self.encode = partial(_by_offsets, tokenizer)
+            self.encode = partial(by_offsets, tokenizer)
             ids = [tokenizer.token_to_id(name) for name in ("</s>", "<pad>")]
         else:
-            pieces = _parse(path, lambda data: SentencePieceProcessor(model_proto=data))
-            self.encode = partial(_by_decoding, pieces)
+            pieces = parsed(path, lambda data: SentencePieceProcessor(model_proto=data))
+            self.encode = partial(by_decoding, pieces)
             ids = [pieces.eos_id(), pieces.pad_id()]
         if None in ids or -1 in ids:
             raise InputError(path, MISSING, "not T5's vocabulary, it lacks </s> or <pad>")
         self.end, self.pad = ids
 
-    def __call__(self, prompts: list[str], length: int) -> tuple[Tensor, list[str]]:
-        """As CLIPTokenizer's."""
-        return _rows(prompts, length, self.encode, [], self.end, self.pad)
 
-
-def _parse(path: Path, parse: Callable[[bytes], Any]) -> Any:
-    """`parse` of the file, which is at fault for all errors: tokenizers raises Exceptions."""
+def parsed(path: Path, parse: Callable[[bytes], Any]) -> Any:
     try:
         data = path.read_bytes()
         if not data.strip():
             raise ValueError("it is empty")
         return parse(data)
-    except Exception as error:
+    except Exception as error:  # tokenizers raises these
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
         problem = f"not a tokenizer file that can be read ({reason})"
         raise InputError(path, MISSING, problem) from error
 
 
-def _bpe(vocab: dict[str, int], merges: bytes) -> models.BPE:
+def bpe(vocab: dict[str, int], merges: bytes) -> models.BPE:
     lines = [line for line in merges.decode().split("\n") if not line.startswith("#version")]
     pairs = [tuple(line.split()) for line in lines if line.strip()]
     return models.BPE(vocab, pairs, end_of_word_suffix="</w>", unk_token=END)
 
 
-def _by_offsets(tokenizer: Tokenizer, prompt: str) -> Encoded:
+def by_offsets(tokenizer: Tokenizer, prompt: str) -> Encoded:
     encoding = tokenizer.encode(prompt, add_special_tokens=False)
     return encoding.ids, lambda n: prompt[encoding.offsets[n][0] :]
 
 
-def _by_decoding(pieces: SentencePieceProcessor, prompt: str) -> Encoded:
+def by_decoding(pieces: SentencePieceProcessor, prompt: str) -> Encoded:
     ids = pieces.encode(prompt)
     return ids, lambda n: pieces.decode(ids[n:])
-
-
-def _rows(
-    prompts: list[str], length: int, encode: Callable[[str], Encoded], before: list[int], end: int,
-    pad: int,
-) -> tuple[Tensor, list[str]]:  # fmt: skip
-    room = length - len(before) - 1
-    rows = []
-    cut = []
-    for prompt in prompts:
-        ids, text_from = encode(prompt)
-        row = before + ids[:room] + [end]
-        rows.append(row + [pad] * (length - len(row)))
-        cut.append(text_from(room).strip() if len(ids) > room else "")
-    return torch.tensor(rows), cut

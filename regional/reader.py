@@ -25,10 +25,9 @@ REPOSITORY = r"\w[\w.-]*/\w[\w.-]*(:.+)?"  # org/name, or one of its files
 
 
 def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024) -> Layout:
-    """Read a layout. Paths in it come out absolute or relative to the working directory.
+    """A layout, with paths from the working directory. size: width and height by default.
 
-    overrides: keys that take precedence. size: width and height where neither gives them.
-    Raises InputError, or InputErrors with up to ten mistakes; each names the file and the key.
+    Raises InputError, or InputErrors with up to ten mistakes, each with its key.
     """
     data = read_yaml(file) if file else {}
     if isinstance(data, dict):
@@ -50,8 +49,9 @@ def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024) 
 
 
 TAG = "tag:yaml.org,2002:"
-TYPES = [TAG + name for name in ("str", "merge", "int", "float", "bool", "null")]
-TEXT, MERGE, *_ = TYPES
+TEXT = TAG + "str"
+MERGE = TAG + "merge"
+TYPES = [TEXT, MERGE, *(TAG + name for name in ("int", "float", "bool", "null"))]
 
 
 class Loader(yaml.SafeLoader):
@@ -88,8 +88,8 @@ def check_node(node: yaml.Node) -> None:
         for key, _ in node.value:
             is_word = key.tag == TEXT and re.fullmatch(r"[\w .-]{1,60}", key.value)
             if not is_word and key.tag != MERGE:
-                is_text = isinstance(key, yaml.ScalarNode)
-                refuse(key, f"invalid key {describe(key.value) if is_text else 'that is a list'}")
+                name = describe(key.value) if isinstance(key.value, str) else "that is a list"
+                refuse(key, f"invalid key {name}")
             if key.value in seen:  # YAML would take the last
                 refuse(key, f"the key {key.value} is written twice")
             seen.add(key.value)
@@ -113,16 +113,12 @@ def read_yaml(file: Path) -> Any:
         return yaml.load(file.read_text(encoding="utf-8"), Loader)
     except FileNotFoundError:
         problem = "there is no such layout file"
-    except (OSError, UnicodeDecodeError) as error:
-        problem = f"cannot be read as a text file ({error})"
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or str(error)
-        if "'\\t'" in problem:
-            problem = "a tab is used for indentation, YAML wants spaces"
         if mark := getattr(error, "problem_mark", None):
             problem = f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
-    except (LookupError, ValueError, RecursionError) as error:  # such as 0x_ or [[[[...
-        problem = f"a value that YAML can't read ({error})"
+    except (OSError, LookupError, ValueError, RecursionError) as error:  # 0x_ or [[[[...
+        problem = f"cannot be read as YAML ({error})"
     raise InputError(file, MISSING, problem)
 
 
@@ -174,7 +170,7 @@ def check_type(value: Any, struct: type[Struct], key: str, path: str) -> type[St
         value = value_at(value, inner)
         meaning = kind.__metadata__[-1]
         if "regex" in problem or problem.startswith("Invalid enum"):
-            options = [option for option in get_args(get_args(kind)[0]) if isinstance(option, str)]
+            options = [x for x in get_args(get_args(kind)[0]) if isinstance(x, str)]
             problem = f"expected {', '.join(options) or meaning}"
         else:
             problem = f"{problem[0].lower()}{problem[1:]} ({meaning})"
@@ -228,8 +224,8 @@ def checked_part(part: Struct, layout: Layout, folder: Path, path: str) -> Struc
     if isinstance(part, Region):
         return checked_region(part, layout, folder, path)
     if isinstance(part, Control):
-        problem = f"not before its end, {part.end:g}"
-        require(part.start < part.end, f"{path}.start", part.start, problem)
+        end = part.end
+        require(part.start < end, f"{path}.start", part.start, f"not before its end, {end:g}")
         count = len(layout.regions)
         is_there = part.region is None or part.region < count
         problem = f"the layout has {count} regions, counted from 0"
@@ -247,10 +243,11 @@ def located(folder: Path, name: str) -> str:
     path = folder / name
     if os.path.exists(path):  # False also for names that no file can have
         require(path.is_file() or path.is_dir(), path, MISSING, "neither a file nor a folder")
-        return str(path)
-    if re.fullmatch(REPOSITORY, name):
+    elif re.fullmatch(REPOSITORY, name):
         return name
-    return f"./{path}" if re.fullmatch(REPOSITORY, str(path)) else str(path)  # no repository
+    elif re.fullmatch(REPOSITORY, str(path)):
+        return f"./{path}"
+    return str(path)
 
 
 def checked_region(region: Region, layout: Layout, folder: Path, path: str) -> Region:

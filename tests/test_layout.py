@@ -163,13 +163,13 @@ MISTAKES = [  # YAML, and what its sentence has behind the file's name; {at} is 
     ("prompt: x\noverlap: topmost", "overlap = 'topmost': expected share, last, first, smallest."),
     ("prompt: x\nseed: -1", "seed = -1: expected int >= 0 ("),
     ("prompt: x\nregions: [a]", "regions[0] = 'a': expected a mapping of keys to values."),
-    ("prompt: x\nregions:\n\t- prompt: y", "line 3, column 1: a tab is used for indentation, YAML wants spaces."),
+    ("prompt: x\nregions:\n\t- prompt: y", "line 3, column 1: found character '\\t' that cannot start any token."),
     ("prompt: x\nwidth: 64\nwidth: 128", "line 3, column 1: the key width is written twice."),
     ("prompt: x\nfoo.bar: 1", "foo.bar = 1: no such key"),
     ("prompt: x\n3: y", "line 2, column 1: invalid key '3'."),
     ("prompt: x\n? [a, b]\n: y", "line 2, column 3: invalid key that is a list."),
     ("prompt: 2024-01-31", "line 1, column 9: 'timestamp' is not a type of a layout's values; write text in quotes."),
-    ("prompt: " + "[" * 3000, "a value that YAML can't read (maximum recursion depth exceeded"),
+    ("prompt: " + "[" * 3000, "cannot be read as YAML (maximum recursion depth exceeded"),
     ("prompt: a\x00b", "unacceptable character #x0000: special characters are not allowed"),
     ("prompt: !!python/object/apply:os.system [ls]", "line 1, column 9: 'tag:yaml.org,2002:python/object/apply:os."),
     ("- a\n- b", "the layout = ['a', 'b']: expected a mapping of keys to values."),
@@ -204,7 +204,7 @@ def test_files_that_are_no_layouts_are_named(tmp_path):
     with pytest.raises(InputError, match="gone.yaml: there is no such layout file.$"):
         read_layout(tmp_path / "gone.yaml", {})
     Image.new("L", (9, 9)).save(tmp_path / "a.png")
-    with pytest.raises(InputError, match="a.png: cannot be read as a text file"):
+    with pytest.raises(InputError, match="a.png: cannot be read as YAML"):
         read_layout(tmp_path / "a.png", {})
 
 
