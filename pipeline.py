@@ -3,9 +3,9 @@
     pipeline = Pipeline("black-forest-labs/FLUX.1-dev")
     image = pipeline(Layout(prompt="a harbor"), seed=1)
 
-A call is `prepare` (prompts and control images are encoded), `denoise` and `decode`. Components
-are loaded when they are needed and stay until `drop`. What not every image needs is imported where
-it is used. A pipeline is not thread-safe.
+A call is `prepare` (prompts and control images are encoded), `denoise` and `decode`.
+Components are loaded when they are needed and stay until `drop`. What not every image needs
+is imported where it is used. A pipeline is not thread-safe.
 """
 
 import gc
@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import weights
-from errors import info, warn
+from errors import MISSING, InputError, info, warn
 from formats.recognize import Source
 from model.autoencoder import to_uint8
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
@@ -31,7 +31,7 @@ from regional.attention import portable_attention
 from regional.extension import Conditioning, Extension
 from regional.layout import Defaults, Layout
 from regional.mask import RegionTokens, region_tokens
-from regional.prompts import check_vocabulary, encode_prompts
+from regional.prompts import encode_prompts
 from regional.sampling import MakeAttention, Modulations, modulations, sample
 from runtime.choose import choose_attention, choose_device, choose_fp8, library_attention
 from sampler.flow import pack
@@ -44,8 +44,8 @@ NO_LORAS: Loras = {}
 class Prepared(NamedTuple):
     """A resolved layout, and all that is encoded and read for it, once for all seeds.
 
-    controls: each ControlNet's file and its control image or packed latents. control_latents:
-    those of a control LoRA's image, (1, L_img, 64).
+    controls: each ControlNet's file and its control image or packed latents.
+    control_latents: a control LoRA's, (1, L_img, 64).
     """
 
     layout: Layout
@@ -57,8 +57,8 @@ class Prepared(NamedTuple):
 
 
 class Pipeline:
-    """A model and how it runs: Pipeline(settings), or Pipeline(model, ...) with the fields of
-    Settings by name. InputError for what this machine or the model's files do not allow."""
+    """A model and how it runs: Pipeline(settings), or Pipeline(model, ...) with the fields
+    of Settings. InputError for what this machine or the model's files do not allow."""
 
     def __init__(self, model: Settings | str | Path | None = None, **settings: Any):
         given = model if isinstance(model, Settings) else Settings(model=model, **settings)
@@ -160,13 +160,14 @@ class Pipeline:
         return choose_attention(self.settings.attention, self.device, self.dtype, verbose)
 
     def embedding(self, layout: Layout, name: str, ids: Tensor, own: Sequence[Any]) -> Tensor:
-        """What an encoder, t5 or clip, makes of a prompt's ids (1, L) with the layout's LoRAs
-        and with `own`, its region's; on the CPU, and cached."""
+        """What t5 or clip makes of a prompt's ids (1, L) with the layout's LoRAs and with
+        `own`, its region's; on the CPU, and cached."""
         read = self.loras
         source = getattr(self.checkpoint, name)
-        tokenizer = getattr(self.checkpoint, f"{name}_tokenizer")
         size = weights.KINDS[name].params(source).vocab_size
-        check_vocabulary(ids, size, tokenizer, source.path)
+        if ids.max() >= size:
+            problem = f"its ids don't match the {size} tokens of {source.path}"
+            raise InputError(getattr(self.checkpoint, f"{name}_tokenizer"), MISSING, problem)
         own = changing(name, own, read)
         loras = changing(name, layout.loras, read) + own
         used = [(read[lora.file].path, lora.scale) for lora in loras]
@@ -201,12 +202,12 @@ class Pipeline:
         on_step: Callable[[], None] = lambda: None,
     ) -> Tensor:  # fmt: skip
         """Latents (1, 16, height / 8, width / 8), float32. extensions: further ones than the
-        layout's; on_step: called after every step. `prepared` may be of another dtype."""
+        layout's. on_step: called after every step."""
         layout = prepared.layout
         verbose = self.settings.verbose
         flux = self.parts.get("flux", layout, prepared.loras)
         where = (self.device, self.dtype)
-        encoded = [x if x is None else x.to(*where) for x in prepared.conditioning]
+        encoded = (x if x is None else x.to(*where) for x in prepared.conditioning)
         conditioning = Conditioning(*encoded)
         extensions = self.extensions(flux, prepared, conditioning, extensions)
         modulation = self.parts.modulation(flux, prepared, conditioning.y)
@@ -225,11 +226,8 @@ class Pipeline:
     def extensions(
         self, flux: Flux, prepared: Prepared, conditioning: Conditioning, own: Sequence[Extension]
     ) -> list[Extension]:
-        """The layout's extensions and a call's own, the innermost first.
-
-        LoRAs of regions see a process's part of the tokens, all others see all. ControlNets are
-        outermost, because they read the image without a control LoRA's.
-        """
+        """The layout's extensions and a call's own, the innermost first. Those before
+        `parallel` see a process's part of the tokens, the others see all."""
         layout = prepared.layout
         where = (self.device, self.dtype)
         part = self.parallel.part if self.parallel else lambda x, dim=1: x
@@ -244,7 +242,7 @@ class Pipeline:
         if prepared.control_latents is not None:
             found.append(control.control_lora(prepared.control_latents.to(*where)))
         found += own
-        if prepared.controls:
+        if prepared.controls:  # outermost: they read the image without a control LoRA's
             nets = self.parts.controlnets
             controls = loading.load_controls(layout, prepared.controls, *where, nets)
             more = (flux.params, layout.steps, conditioning, part)
@@ -269,8 +267,8 @@ def changing(part: str, entries: Sequence[Any], loras: Loras) -> list[Any]:
 
 
 class Part(NamedTuple):
-    """A loaded component. loras: files and scales merged into it. streamed: what of it is on
-    the GPU only in turn. room: bytes that were reserved for working with it."""
+    """A loaded component. streamed: what of it is on the GPU only in turn. loras: files and
+    scales merged into it. room: bytes that were left free for working with it."""
 
     module: nn.Module
     streamed: list[Any]
@@ -292,14 +290,11 @@ class Parts:
         self.modulated = (None, [])  # one layout's
 
     def get(self, name: str, layout: Layout | None = None, loras: Loras = NO_LORAS) -> nn.Module:
-        """t5, clip, flux or ae with the layout's LoRAs merged; it is loaded again for others, and
-        the transformer also for an image that needs more memory than it left free."""
+        """t5, clip, flux or ae with the layout's LoRAs merged; it is loaded again for others,
+        and the transformer also for an image that needs more memory than it left free."""
         used = changing(name, layout.loras, loras) if layout else []
         key = [(lora.file, lora.scale) for lora in used]
-        room = 0
-        is_cuda = self.device.type == "cuda"
-        if name == "flux" and is_cuda and self.settings.offload != "blocks":
-            room = self.room_for(layout)
+        room = self.room_for(layout) if name == "flux" else 0
         part = self.loaded.get(name)
         if part is None or part.loras != key or part.room < room:
             room = max(room, part.room if part else 0)
@@ -313,7 +308,10 @@ class Parts:
         return part.module
 
     def room_for(self, layout: Layout) -> int:
-        """About how many bytes the transformer and the layout's ControlNets work with."""
+        """About how many bytes of the GPU the transformer and the layout's ControlNets work
+        with; 0 where that is not asked."""
+        if self.device.type != "cuda" or self.settings.offload == "blocks":
+            return 0
         from extensions.loading import find_controlnet
         from runtime.memory import working_bytes
 
@@ -335,8 +333,7 @@ class Parts:
         if is_placed and name in ("flux", "t5"):
             from runtime.memory import load_placed
 
-            how = (offload, fp8, room)
-            module, streamed = load_placed(source, *where, merges, *how)
+            module, streamed = load_placed(source, *where, merges, offload, fp8, room)
         else:
             module = weights.load(source, *where, merges)
         if name == "t5" and "flux" not in self.loaded and self.checkpoint.name != "pocket":

@@ -1,7 +1,5 @@
-"""Which file feeds which module: components are recognized by their headers and loaded strictly.
-
-First the networks' sizes, then `load`, then `find`, which collects a model's components.
-"""
+"""Which file feeds which module: the networks' sizes, then `load`, which is strict, then
+`find`, which collects a model's components."""
 
 import re
 import threading
@@ -152,9 +150,9 @@ def load(
 ) -> nn.Module:  # fmt: skip
     """The network of a source with its weights, frozen, in eval mode.
 
-    On the CPU, a tensor stored in the wanted dtype stays a view of its file. `merges` change
-    tensors before they are cast. on_host: which stay in host memory. fp8: whether the layers of
-    Flux's blocks become FP8. kind: the network, if it is no component of a model.
+    On the CPU, a tensor stored in the wanted dtype stays a view of its file.
+    on_host: which tensors stay in host memory. fp8: the layers of Flux's blocks become FP8.
+    kind: the network, if it is no component of a model.
     """
     module, recipe = check_loads(source, kind)
     loader = Loader(source.tensors, recipe, module.state_dict(), device, dtype, merges)
@@ -166,11 +164,10 @@ def load(
         """The tensor of this name, and its scales where it is a weight in FP8."""
         stays = on_host(name)
         layer = name.removesuffix(".weight")
-        if layer in in_fp8:  # on the device even if it stays: a GPU converts faster
-            weight, scale = loader.fp8(name)
-            loaded = {name: weight, f"{layer}.scale": scale}
-        else:
-            loaded = {name: loader.tensor(name, "cpu" if stays else device)}
+        if layer not in in_fp8:
+            return {name: loader.tensor(name, "cpu" if stays else device)}
+        weight, scale = loader.fp8(name)  # even if it stays: a GPU converts faster
+        loaded = {name: weight, f"{layer}.scale": scale}
         return {key: x.cpu() for key, x in loaded.items()} if stays else loaded
 
     state = {}
@@ -280,8 +277,8 @@ def check_loads(source: Source, kind: Kind | None = None) -> tuple[nn.Module, Re
 
 
 class Checkpoint(NamedTuple):
-    """Where the components of a model are. name: what the user called it. clip_tokenizer: a
-    folder. t5_tokenizer: a tokenizer.json or else a spiece.model."""
+    """Where the components of a model are. name: what the user called it. clip_tokenizer:
+    a folder. t5_tokenizer: a tokenizer.json or a spiece.model."""
 
     name: str
     flux: Source
@@ -295,9 +292,9 @@ class Checkpoint(NamedTuple):
 def find(
     model: Name = None, flux: Name = None, t5: Name = None, clip: Name = None, ae: Name = None,
 ) -> Checkpoint:  # fmt: skip
-    """The components of a model, from headers alone. InputError if one is missing.
+    """The components of a model, from headers alone.
 
-    `model` is a repository, a folder in either format, an all-in-one file, or "pocket", the
+    model: a repository, a folder in either format, an all-in-one file, or "pocket", the
     default. The others override components by a file or a folder.
     """
     given = {"flux": flux, "t5": t5, "clip": clip, "ae": ae}
@@ -323,7 +320,7 @@ def find(
 
 
 def check_widths(flux: Source, t5: Source, clip: Source, ae: Source) -> None:
-    """InputError when the transformer was trained with text encoders of another width."""
+    """InputError if the transformer was trained with text encoders of another width."""
     sizes = flux_params(flux)
     ae_params(ae)
     for source, width, expected in (

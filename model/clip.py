@@ -22,16 +22,6 @@ class CLIPParams:
     max_positions: int = 77
 
 
-class Embeddings(nn.Module):
-    def __init__(self, p: CLIPParams):
-        super().__init__()
-        self.token_embedding = embedding(p.vocab_size, p.hidden_size)
-        self.position_embedding = embedding(p.max_positions, p.hidden_size)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
-
-
 class SelfAttention(nn.Module):
     def __init__(self, p: CLIPParams):
         super().__init__()
@@ -76,13 +66,18 @@ class CLIPTextEncoder(nn.Module):
         self.params = params
         layers = nn.ModuleList(Layer(params) for _ in range(params.num_layers))
         self.text_model = nn.Module()
-        self.text_model.embeddings = Embeddings(params)
+        tokens = embedding(params.vocab_size, params.hidden_size)
+        positions = embedding(params.max_positions, params.hidden_size)
+        embeddings = {"token_embedding": tokens, "position_embedding": positions}
+        self.text_model.embeddings = nn.ModuleDict(embeddings)
         self.text_model.encoder = nn.ModuleDict({"layers": layers})
         self.text_model.final_layer_norm = nn.LayerNorm(params.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, L) -> (B, hidden_size): the state at the first end token, the largest id."""
-        x = self.text_model.embeddings(ids)
+        embeddings = self.text_model.embeddings
+        x = embeddings.token_embedding(ids)
+        x = x + embeddings.position_embedding.weight[: ids.shape[1]]
         for layer in self.text_model.encoder["layers"]:
             x = layer(x)
         x = self.text_model.final_layer_norm(x)

@@ -81,29 +81,19 @@ class GatedMLP(nn.Module):
         return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
 
 
-class Residual(nn.Module):
-    """x + the module of the normed x; it carries the module's Hugging Face name."""
-
-    def __init__(self, name: str, module: nn.Module, dim: int):
-        super().__init__()
-        self.name = name
-        self.add_module(name, module)
-        self.layer_norm = T5LayerNorm(dim)
-
-    def forward(self, x: Tensor, *bias: Tensor) -> Tensor:
-        return x + self.get_submodule(self.name)(self.layer_norm(x), *bias)
-
-
 class T5Block(nn.Module):
     def __init__(self, p: T5Params, has_bias: bool):
         super().__init__()
-        attention = Residual("SelfAttention", SelfAttention(p, has_bias), p.d_model)
-        mlp = Residual("DenseReluDense", GatedMLP(p), p.d_model)
-        self.layer = nn.ModuleList([attention, mlp])
+        layers = {"SelfAttention": SelfAttention(p, has_bias), "DenseReluDense": GatedMLP(p)}
+        self.layer = nn.ModuleList()
+        for name, layer in layers.items():
+            norm = T5LayerNorm(p.d_model)
+            self.layer.append(nn.ModuleDict({name: layer, "layer_norm": norm}))
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         attention, mlp = self.layer
-        return mlp(attention(x, bias))
+        x = x + attention["SelfAttention"](attention["layer_norm"](x), bias)
+        return x + mlp["DenseReluDense"](mlp["layer_norm"](x))
 
 
 class T5Encoder(nn.Module):

@@ -1,12 +1,11 @@
 """Prompts to embeddings: T5's for every prompt, and CLIP's pooled one for the base prompt."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from errors import MISSING, InputError, warn
+from errors import warn
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
 from regional.extension import Conditioning
 from regional.layout import Layout, RegionLora
@@ -20,10 +19,7 @@ def encode_prompts(
     layout: Layout, tokens: RegionTokens | None, t5: T5Tokenizer, clip: CLIPTokenizer,
     encode: Encode,
 ) -> Conditioning:  # fmt: skip
-    """Encode a filled layout's prompts; with CLIP the base prompt alone, or for method rpg all.
-
-    Each prompt is encoded by itself: in a batch, rounding would depend on the others.
-    """
+    """Encode a filled layout's prompts; with CLIP the base prompt alone, by rpg all."""
     prompts = tokens.prompts if tokens else []
     base = tokenize(t5, [layout.prompt], layout.max_sequence_length)
     txt = encode("t5", base, ())
@@ -31,6 +27,7 @@ def encode_prompts(
     if prompts:
         loras = [region.loras for region in layout.regions] + [()]  # The background has none.
         ids = tokenize(t5, prompts, layout.region_max_sequence_length)
+        # Each is encoded by itself: in a batch, rounding would depend on the others.
         states = [encode("t5", row[None], own) for row, own in zip(ids, loras)]
     ids, cut = clip([layout.prompt] + prompts * (layout.method == "rpg"))
     if cut[0]:
@@ -46,10 +43,3 @@ def tokenize(tokenizer: T5Tokenizer, prompts: list[str], length: int) -> Tensor:
         if rest:
             warn(f"{prompt[:40]!r}... has more than {length} tokens; cut off: {rest!r}")
     return ids
-
-
-def check_vocabulary(ids: Tensor, size: int, tokenizer: Path, encoder: Path) -> None:
-    """InputError if a tokenizer gives ids that its encoder does not have."""
-    if ids.max() >= size:
-        problem = f"its ids exceed the {size} tokens of {encoder}; they don't match"
-        raise InputError(tokenizer, MISSING, problem)
