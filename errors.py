@@ -13,8 +13,11 @@ MOST = 10  # mistakes that are reported at once
 
 
 class InputError(Exception):
-    """Bad input; generate.py prints it and exits with 2. key: regions[1].box, --flag or a Path.
-    value: what was given; file names as Paths. problem: one clause. source: the key's file."""
+    """Bad input; generate.py prints it and exits with 2.
+
+    key: regions[1].box, --flag or a Path. value: what was given; file names as Paths.
+    problem: one clause. source: the key's file.
+    """
 
     def __init__(self, key: str | Path, value: Any, problem: str, source: Any = None):
         self.key = key

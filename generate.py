@@ -3,7 +3,7 @@
     python generate.py --layout layout.yaml
 
 With many layouts all prompts are encoded first, and each image is written as soon as it is
-finished; the same command resumes a run that was stopped.
+finished; the same command resumes a run.
 """
 
 import contextlib
@@ -57,15 +57,10 @@ class Stop:
         self.is_asked = True
         info("generate.py: stopping after this step")
 
-    def check(self, is_any: Callable[[bool], bool] = bool) -> None:
-        """KeyboardInterrupt if a stop was asked for; is_any: asks all processes of a run."""
-        if is_any(self.is_asked):
-            raise KeyboardInterrupt
-
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program. Returns the exit code: 0; 2 for bad input; 1 if the machine refuses or some
-    of many layouts failed; 130 for Ctrl-C and SIGTERM."""
+    """Returns the exit code: 0; 2 for bad input; 1 if the machine refuses or some of many
+    layouts failed; 130 for Ctrl-C and SIGTERM."""
     start = time.perf_counter()
     settings = Settings()
     stop = Stop()
@@ -90,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def is_first(settings: Settings) -> bool:
-    """Does this process print and write for the run? Of a parallel run, one does."""
+    """Does this process print and write? Of a parallel run, one does."""
     return not settings.parallel or os.environ.get("RANK", "0") == "0"
 
 
@@ -145,9 +140,8 @@ def generate_all(
     pipeline: Pipeline, jobs: list[Job], command: Command, failures: Failures, stop: Stop,
     start: float,
 ) -> None:  # fmt: skip
-    """Prepare the layouts of up to CHUNK at a time, then denoise, decode and write their images.
-    start: of the program, by time.perf_counter()."""
-    check = partial(stop.check, pipeline.parallel.is_any) if pipeline.parallel else stop.check
+    """Prepare up to CHUNK layouts at a time, then generate and write their images."""
+    is_any = pipeline.parallel.is_any if pipeline.parallel else bool
 
     @cache  # It runs once.
     def report_first_step() -> None:
@@ -155,6 +149,10 @@ def generate_all(
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         info(f"the first step ended {seconds:.1f} s after the start")
+
+    def check() -> None:
+        if is_any(stop.is_asked):
+            raise KeyboardInterrupt
 
     def on_step() -> None:
         report_first_step()

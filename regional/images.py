@@ -19,12 +19,12 @@ quiet = partial(warnings.catch_warnings, action="ignore")  # those that matter a
 
 
 def readable(read: Callable[[str], Any], file: str, key: str) -> Any:
-    """What `read` makes of an image file; InputError if it can't. key: the one that names it."""
+    """What `read` makes of an image file, or an InputError about the key that names it."""
     try:
         return read(file)
     except FileNotFoundError:
         raise InputError(key, Path(file), "there is no such file") from None
-    except Exception as error:  # broken files make Pillow raise almost any: TypeError, struct.error
+    except Exception as error:  # Broken files make Pillow raise almost any.
         raise InputError(key, Path(file), f"not an image that can be read ({error})") from None
 
 
@@ -52,7 +52,7 @@ def read_mask(file: str) -> np.ndarray:
 def read_color(file: str, color: Any) -> np.ndarray:
     """Which pixels of a map have this color, (rows, columns) bool.
 
-    An index is a palette's or a gray value; in a map of colors it is R + 256 G + 65536 B, as in
+    An index is a palette's or a gray value; in a map of colors R + 256 G + 65536 B, as in
     COCO's panoptic images.
     """
     with quiet(), opened(file) as image:

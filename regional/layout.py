@@ -1,4 +1,4 @@
-"""What a layout is: frozen structs. `regional.reader` checks them, `resolved` parses what is text;
+"""What a layout is: frozen structs. The reader checks them, `resolved` parses what is text;
 below that nobody checks or parses again."""
 
 import re
@@ -61,8 +61,7 @@ METHOD = "rpg: blend whole images, the paper's baseline; plain: unmodified FLUX"
 
 
 class Defaults(NamedTuple):
-    """What a model decides where a layout does not: its steps, text tokens, width and height, and
-    its numbers of double and single blocks."""
+    """What a model decides where a layout does not; size: width and height."""
 
     steps: int
     max_sequence_length: int
@@ -171,18 +170,15 @@ class Layout(Part):
         return replace(self, steps=self.steps or defaults.steps, **lengths)
 
     def resolved(self, defaults: Defaults) -> "Layout":
-        """The filled layout with nothing left to parse: counts are ints, and each region has its
-        own; double_blocks and single_blocks are frozensets of the masked blocks' indices.
-
-        No step is regional at base_ratio 1 or by the plain method: both are plain FLUX.
-        """
+        """The filled layout with nothing left to parse: counts are ints, each region has its
+        own, and double_blocks and single_blocks are sets of the masked blocks' indices."""
         layout = self.filled(defaults)
 
         def own(part: Any) -> Any:
             ratio = self.base_ratio if part.base_ratio is None else part.base_ratio
             steps = part.mask_inject_steps
             steps = count_of(self.mask_inject_steps if steps is None else steps, layout.steps)
-            if ratio == 1 or self.method == "plain":
+            if ratio == 1 or self.method == "plain":  # Both are plain FLUX.
                 steps = 0
             return replace(part, mask_inject_steps=steps, base_ratio=float(ratio))
 
@@ -192,22 +188,23 @@ class Layout(Part):
             blocks = range(0, depth, every) if blocks is None else blocks
             return frozenset(i for i in range(depth) if blocks_of(blocks, i))
 
+        controls = (replace(x, mode=MODES.get(x.mode, x.mode)) for x in self.controlnets)
         return replace(
             own(layout),
             regions=tuple(map(own, self.regions)),
             double_blocks=masked("double", defaults.depth),
             single_blocks=masked("single", defaults.depth_single_blocks),
-            controlnets=tuple(replace(c, mode=MODES.get(c.mode, c.mode)) for c in self.controlnets),
+            controlnets=tuple(controls),
         )
 
     def regional_steps(self) -> int:
-        """How many steps of a resolved layout may be regional; without regions none."""
+        """How many steps of a resolved layout may be regional."""
         counts = [part.mask_inject_steps for part in (self, *self.regions)]
         return max(counts) if self.regions else 0
 
     def is_masked(self, block: Block) -> bool:
-        """Whether the attention of this block is masked in a resolved layout's regional steps."""
-        return block.index in (self.double_blocks if block.kind == "double" else self.single_blocks)
+        """Is this block's attention masked in a resolved layout's regional steps?"""
+        return block.index in getattr(self, f"{block.kind}_blocks")
 
 
 def count_of(count: int | str, whole: int) -> int:
@@ -227,8 +224,7 @@ def blocks_of(blocks: Collection[int] | str, index: int) -> bool:
     return any(int(low) <= index <= int(high or low) for low, high in ranges)
 
 
-# The preset `control` held best as regions grow (measured in docs/control): less of the base
-# prompt, more regional steps for many regions, and a quarter of the base prompt's text tokens.
+# The preset `control` held best as regions grow, measured in docs/control.
 PRESETS = {
     "published": lambda regions: {},
     "control": lambda regions: {

@@ -38,7 +38,7 @@ def modulations(flux: Flux, layout: Layout, y: Tensor) -> Modulations:
     levels = noise_levels(layout, flux.params)
     guidance = guidance_of(layout, y.device)
     found = []
-    for i in range(len(y)):  # by the method rpg also the regions' prompts
+    for i in range(len(y) if layout.method == "rpg" else 1):
         times = levels[: layout.regional_steps()] if i else levels[:-1]
         found.append(dict(zip(times, flux.modulations(times, y[i : i + 1], guidance))))
     return found
