@@ -110,7 +110,7 @@ class Pipeline:
         return self.decode(self.denoise(prepared, seed))
 
     def drop(self, *names: str) -> None:
-        """Free components: t5, clip, flux, ae; with t5 the prompt embeddings in memory."""
+        """Free components: t5, clip, flux, ae; with t5 the prompt embeddings."""
         self.parts.drop(*names)
         if "t5" in names:
             self.embeddings.clear()
@@ -123,7 +123,7 @@ class Pipeline:
 
     @torch.inference_mode()
     def prepare(self, layout: Layout) -> Prepared:
-        """Read and encode what a layout names; most errors come before anything is loaded."""
+        """Read and encode what a layout names; most errors come before any loading."""
         layout = layout.resolved(self.defaults)
         own = [lora for region in layout.regions for lora in region.loras]
         controls = []
@@ -154,7 +154,6 @@ class Pipeline:
         return Prepared(layout, tokens, conditioning, loras, controls, control_image)
 
     def masked_attention(self, layout: Layout, verbose: bool = False) -> MakeAttention:
-        """What makes the attention of a layout's regional steps."""
         if layout.method != "regional" or not layout.regional_steps():
             return portable_attention
         return choose_attention(self.settings.attention, self.device, self.dtype, verbose)
@@ -256,19 +255,19 @@ class Pipeline:
         return Image.fromarray(to_uint8(pixels)[0].cpu().numpy())
 
     def latents_of(self, image: Tensor) -> Tensor:
-        """The packed latents of a control image (1, 3, height, width), (1, L_img, 64)."""
+        """The packed latents of a control image, (1, L_img, 64)."""
         vae = self.parts.get("ae")
         return pack(vae.encode(image.to(self.device, self.dtype))).cpu()
 
 
 def changing(part: str, entries: Sequence[Any], loras: Loras) -> list[Any]:
-    """Those of a layout's LoRAs that change this component."""
+    """The LoRAs that change this component."""
     return [entry for entry in entries if loras[entry.file].changes.get(part)]
 
 
 class Part(NamedTuple):
-    """A loaded component. streamed: what of it is on the GPU only in turn. loras: files and
-    scales merged into it. room: bytes that were left free for working with it."""
+    """A loaded component. streamed: what is on the GPU only in turn. loras: files and scales
+    merged into it. room: bytes that were left free for working with it."""
 
     module: nn.Module
     streamed: list[Any]
@@ -308,8 +307,7 @@ class Parts:
         return part.module
 
     def room_for(self, layout: Layout) -> int:
-        """About how many bytes of the GPU the transformer and the layout's ControlNets work
-        with; 0 where that is not asked."""
+        """About how many bytes the transformer and the ControlNets work with on a GPU."""
         if self.device.type != "cuda" or self.settings.offload == "blocks":
             return 0
         from extensions.loading import find_controlnet
@@ -323,7 +321,7 @@ class Parts:
         return activations + numbers * self.dtype.itemsize
 
     def load(self, name: str, merges: weights.Merges, room: int) -> tuple[nn.Module, list[Any]]:
-        """A Part's module and streamed. room: bytes of the GPU to leave free, if known."""
+        """A Part's module and streamed. room: bytes of the GPU to leave free."""
         source = getattr(self.checkpoint, name)
         offload = self.settings.offload
         where = (self.device, self.dtype)

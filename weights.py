@@ -95,7 +95,7 @@ def clip_params(source: Source) -> CLIPParams:
 
 
 def ae_params(source: Source) -> AutoEncoderParams:
-    """What shapes do not tell is in config.json, or else as in FLUX.1."""
+    """What shapes do not tell is in config.json, or as in FLUX.1."""
     defaults = AutoEncoderParams
     number = partial(source.number, "config.json")
     levels = count(source.tensors, r"encoder\.down(?:_blocks)?\.(\d+)\.")
@@ -226,7 +226,7 @@ class Loader(NamedTuple):
 
 
 def fit_layers(module: nn.Module, fp8: set[str], state: State, device: torch.device) -> None:
-    """Replace the layers that become FP8, and an img_in that a control LoRA made wider."""
+    """Replace layers that become FP8, and an img_in that a control LoRA made wider."""
     with torch.device("meta"):
         for name in fp8:
             layer = module.get_submodule(name)

@@ -30,7 +30,7 @@ def text_then_image(txt: Tensor, *img: Tensor) -> Tensor:
 
 
 def rope_axes(head_dim: int) -> tuple[int, int, int]:
-    """How many of a head's dimensions turn with text, row and column: (16, 56, 56) of 128."""
+    """A head's dimensions that turn with text, row and column: (16, 56, 56) of 128."""
     side = 7 * head_dim // 16
     return head_dim // 8, side, side
 
@@ -59,7 +59,7 @@ def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
     pairs = x.transpose(1, 2).to(pe.dtype).unflatten(-1, (-1, 2))
     even, odd = pairs.unbind(-1)
     cos, sin = pe.unsqueeze(2).unbind(-1)
-    # Rounded after stacking, torch.compile would store float32 and convert it in a kernel more.
+    # Rounded after stacking, torch.compile would store float32 and convert it later.
     first = (even * cos - odd * sin).type_as(x)
     second = (even * sin + odd * cos).type_as(x)
     return torch.stack([first, second], dim=-1).flatten(-2).transpose(1, 2)

@@ -1,7 +1,4 @@
-"""FLUX.1's autoencoder: images to latents (8 times smaller, 16 channels) and back.
-
-Modules carry the names of the official checkpoint.
-"""
+"""FLUX.1's autoencoder: images to latents and back. Named as in the official checkpoint."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -64,8 +61,9 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        qkv = [rearrange(layer(h), "B C h w -> B 1 (h w) C") for layer in (self.q, self.k, self.v)]
-        h = F.scaled_dot_product_attention(*(y.contiguous() for y in qkv))
+        layers = (self.q, self.k, self.v)
+        qkv = (rearrange(y(h), "B C h w -> B 1 (h w) C").contiguous() for y in layers)
+        h = F.scaled_dot_product_attention(*qkv)
         return x + self.proj_out(rearrange(h, "B 1 (h w) C -> B C h w", h=x.shape[2]))
 
 
@@ -102,7 +100,7 @@ def decoder(p: AutoEncoderParams) -> nn.Sequential:
     channels = p.ch * p.ch_mult[-1]
     start = conv(p.z_channels, channels)
     mid = middle(channels, p.norm_groups)
-    up = nn.Sequential()  # from the smallest resolution on; the checkpoint numbers them backwards
+    up = nn.Sequential()  # The checkpoint numbers the resolutions from the largest.
     for i, mult in reversed(list(enumerate(p.ch_mult))):
         up.add_module(str(i), level(p.num_res_blocks + 1, channels, p.ch * mult, p.norm_groups))
         channels = p.ch * mult
@@ -123,7 +121,7 @@ class AutoEncoder(nn.Module):
         self.decoder = decoder(params)
 
     def encode(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> latents (B, 16, H / 8, W / 8), the posterior's mean scaled."""
+        """(B, 3, H, W) in [-1, 1] -> latents (B, 16, H / 8, W / 8), the posterior's mean."""
         mean, _ = self.encoder(image).chunk(2, dim=1)
         return self.params.scale_factor * (mean - self.params.shift_factor)
 

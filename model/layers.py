@@ -1,4 +1,4 @@
-"""The building blocks of FLUX.1's transformer. Modules carry the official checkpoint's names.
+"""The building blocks of FLUX.1's transformer, named as in the official checkpoint.
 
 B images, L tokens, D hidden size, H heads, d = D / H.
 """
@@ -97,7 +97,7 @@ class Modulation(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without weights, then scale and shift: x (B, L, D), the others (B, 1, D)."""
+    """LayerNorm without weights, then scale and shift."""
     return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
 
 
@@ -114,7 +114,7 @@ class FusedLinear(nn.Linear):
 
 
 class DoubleStreamBlock(nn.Module):
-    """Text and image keep weights of their own and meet in one attention over [txt, img]."""
+    """Text and image have weights of their own and meet in one attention."""
 
     def __init__(self, hidden: int, heads: int, mlp_hidden: int):
         super().__init__()
@@ -181,7 +181,7 @@ class SingleStreamBlock(nn.Module):
         self, x: Tensor, vectors: Vectors, pe: Tensor, attention: Attention, block: Block,
         last: int | None = None,
     ) -> Tensor:  # fmt: skip
-        """x (B, L, D), pe (B, L, d / 2, 2) -> new x; `last`: only so many of its last rows."""
+        """x (B, L, D), pe (B, L, d / 2, 2) -> new x, or only its `last` rows."""
         *qkv, h = self.project(x, vectors, pe)
         attn = attention(*qkv, block)
         del qkv  # what follows needs the most memory
@@ -193,7 +193,7 @@ class SingleStreamBlock(nn.Module):
         return self.finish(x, h, vectors, attn)
 
     def project(self, x: Tensor, vectors: Vectors, pe: Tensor) -> tuple:
-        """What attention is given, q, k, v (B, H, L, d), and h (B, L, D), the MLP's input."""
+        """What attention is given, and h (B, L, D), the MLP's input."""
         shift, scale, _ = vectors.chunk(3, dim=-1)
         h = modulate(x, shift, scale)
         q, k, v = self.norm(self.linear1(h, rows=slice(0, 3 * x.shape[-1])), self.heads)
@@ -203,7 +203,8 @@ class SingleStreamBlock(nn.Module):
         gate = vectors.chunk(3, dim=-1)[2]
         # Where tokens have vectors of their own, x may be the last of them alone.
         gate = gate[:, max(0, gate.shape[1] - x.shape[1]) :]
-        mlp = F.gelu(self.linear1(h, rows=slice(3 * x.shape[-1], None)), approximate="tanh")
+        h = self.linear1(h, rows=slice(3 * x.shape[-1], None))
+        mlp = F.gelu(h, approximate="tanh")
         attn = rearrange(attn, "B H L d -> B L (H d)")
         return x + gate * self.linear2(torch.cat([attn, mlp], dim=-1))
 

@@ -1,6 +1,6 @@
 """FLUX.1's transformer: text and image tokens in, the velocity of the image tokens out.
 
-It knows nothing of regions; the functions that `forward` is given change what it computes.
+It knows nothing of regions; functions given to `forward` change what it computes.
 """
 
 from collections.abc import Callable
@@ -97,12 +97,12 @@ class Streams(nn.Module):
 
     def modulation(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> list[Vectors]:
         """The vectors of each module in `modulated`. timesteps: (B,) in [0, 1]; y: (B, vec),
-        the pooled CLIP embedding; guidance: (B,), or None without an embedder for it."""
+        the pooled CLIP embedding; guidance: (B,)."""
         vec = self.conditioning(timesteps, y, guidance)
         return [module.vectors([vec])[0] for module in self.modulated]
 
     def modulations(self, times: list[float], y: Tensor, guidance: Tensor | None) -> list[list]:
-        """`modulation` at all these times, layer by layer: each is fetched only once."""
+        """`modulation` at all these times: each layer is fetched only once."""
         batches = [torch.full((len(y),), t, device=y.device) for t in times]
         vecs = [self.conditioning(t, y, guidance) for t in batches]
         return [list(x) for x in zip(*(module.vectors(vecs) for module in self.modulated))]
@@ -180,7 +180,7 @@ class Flux(Streams):
         return self.final_layer(hidden.img[:, -hidden.length :], modulation[-1])
 
     def compile_blocks(self) -> None:
-        """Compile what comes before and after attention, once for all blocks of a kind."""
+        """Compile what comes before and after attention."""
         for block in *self.double_blocks, *self.single_blocks:
             block.project = torch.compile(block.project, dynamic=True)
             block.finish = torch.compile(block.finish, dynamic=True)

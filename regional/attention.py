@@ -5,15 +5,15 @@ The two branches of arXiv 2411.02395:
     base branch       [txt, img]            the base prompt and the whole image, no mask
     regional branch   [txt_1 .. txt_R, img] every region's prompt, masked by region bits
 
-The image rows become (1 - base_ratio) * regional + base_ratio * base. The image stream is
-duplicated where the double blocks end: from there on the base branch is plain FLUX and
-only lends its attention to the blend. Both branches lie in one sequence:
+The image rows become (1 - base_ratio) * regional + base_ratio * base. The image stream
+is duplicated after the double blocks: there the base branch is plain FLUX and only lends
+its attention to the blend. Both branches lie in one sequence:
 
     double blocks     [txt_1 .. txt_R, txt, img]
     single blocks     [txt_1 .. txt_R, txt, base img, img]
 
-Tokens of the base branch alone have no bits: the regional branch does not see them. With
-`base_stream: shared`, which is cheaper, the sequence has the first form throughout.
+Tokens of the base branch alone have no bits, so the regional branch does not see them.
+With `base_stream: shared` the sequence has the first form throughout.
 """
 
 from collections.abc import Callable
@@ -29,10 +29,10 @@ OPEN_BIT = 62  # of all image tokens, where they all see each other; regions hav
 
 
 def allowed(bits_q: Tensor, bits_k: Tensor) -> Tensor:
-    """Whether queries with these region bits (int64) see keys with those: the whole mask.
+    """Whether queries with these region bits see keys with those: the whole mask.
 
-    To try another rule, change it here and in kernel.py. Whatever the rule, a token
-    without bits must see nothing and be seen by nobody.
+    To try another rule, change it here and in kernel.py. A token without bits must see
+    nothing and be seen by nobody.
     """
     return (bits_q & bits_k) != 0
 
@@ -40,12 +40,12 @@ def allowed(bits_q: Tensor, bits_k: Tensor) -> Tensor:
 class Tokens(NamedTuple):
     """What masked attention knows of a sequence's L tokens.
 
-    bits: (L,) int64, the regions of each; 0 for the tokens of the base branch alone.
+    bits: (L,) int64, the regions of each.
     base_row: (L,) int64, its row in the base branch's output, where it has one.
     base_weight: (L,) float32 or float64, the base branch's fraction of its result.
 
-    With strength or feather, log_weight[q, as_key[k]] + log_weight[k, as_query[q]] is
-    added to a score; else these are None:
+    Strength and feather add log_weight[q, as_key[k]] + log_weight[k, as_query[q]] to a
+    score:
 
     log_weight: (L, 1 + 2 R) float32, how image tokens weigh each region's prompt
         (columns 1 .. R) and its image tokens (R + 1 .. 2 R); column 0 is zero.
@@ -91,8 +91,8 @@ def dense_attention(tokens: Tokens) -> MaskedAttention:
 
 
 def portable_attention(tokens: Tokens) -> MaskedAttention:
-    """The same on any device without an L x L tensor: for each value of the bits an
-    unmasked attention over the keys that it may see."""
+    """The same without an L x L tensor: for each value of the bits an unmasked attention
+    over the keys that it may see."""
     groups = []
     kinds = tokens.bits
     if tokens.log_weight is not None:  # rows that weigh their keys are apart
@@ -116,8 +116,8 @@ def portable_attention(tokens: Tokens) -> MaskedAttention:
 
 
 def added_scores(tokens: Tokens, rows: Tensor, keys: Tensor) -> Tensor | None:
-    """The log-weights of these rows and keys, (rows, keys); (1, keys) where all rows have
-    the same, as away from soft edges they do; None where all are 0."""
+    """The log-weights of these rows and keys, (rows, keys), or (1, keys) where the rows
+    do not differ. None where all are 0."""
     if tokens.log_weight is None:
         return None
     own = tokens.log_weight[rows]
@@ -168,11 +168,10 @@ class RegionalAttention:
     make: makes the masked attention of given tokens, when a block first asks for it.
     bits: (L,) int64, those of [txt_1 .. txt_R, img].
     text_length, image_length: how many tokens the base prompt and the image have.
-    base_ratio: the base branch's weight, one or (L_img,). Where it is 0 everywhere, there
-        is no base branch: Flux's txt is then [txt_1 .. txt_R] alone.
-    is_masked: the blocks whose regional branch is masked; in others all regions see each
-        other.
-    log_weights: (L_img, 2 R) float32, RegionTokens', added to scores in masked blocks.
+    base_ratio: the base branch's weight, one or (L_img,). If it is 0 everywhere, there is
+        no base branch: Flux's txt is then [txt_1 .. txt_R] alone.
+    is_masked: in which blocks; in others all regions see each other.
+    log_weights: (L_img, 2 R), those of RegionTokens.
     shared: one image stream throughout.
     """
 
@@ -198,7 +197,6 @@ class RegionalAttention:
         self.made: dict[tuple[str, bool], MaskedAttention] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
-        """q, k, v and the result: (B, heads, L, head_dim), L as at the top of this file."""
         key = (block.kind, self.is_masked(block))
         if key not in self.made:
             self.made[key] = self.make(self.tokens(*key))
@@ -208,7 +206,6 @@ class RegionalAttention:
         return self.made[key](q, k, v, base)
 
     def tokens(self, kind: str, is_masked: bool) -> Tokens:
-        """The sequence of blocks of this kind."""
         base_only = self.text_length if self.has_base else 0
         if kind == "single" and self.streams == 2:
             base_only += len(self.base_ratio)
@@ -217,5 +214,5 @@ class RegionalAttention:
         return in_one_sequence(bits, base_only, self.text_length, self.base_ratio, weights)
 
     def join(self, txt: Tensor, img: Tensor) -> Tensor:
-        """The sequence of the single blocks; the image stream is duplicated here."""
+        """The sequence of the single blocks."""
         return text_then_image(txt, *[img] * self.streams)

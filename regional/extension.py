@@ -1,4 +1,4 @@
-"""The types between sampling and its extensions; docs/extensions.md shows how to write one."""
+"""The types between sampling and its extensions; see docs/extensions.md."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -58,5 +58,5 @@ class Branches(NamedTuple):
     log_weights: Tensor | None = None
 
 
-Forward = Callable[[Pass, int], Tensor]  # a pass and the step's index -> velocity (1, L_img, 64)
+Forward = Callable[[Pass, int], Tensor]  # a pass and the step's index -> the velocity
 Extension = Callable[[Forward, Branches], Forward]

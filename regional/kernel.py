@@ -1,14 +1,13 @@
 """Regional attention as one Triton kernel: the mask is one integer per token, tested in-line.
 
-It is FlashAttention's online softmax (arXiv 2205.14135, 2307.08691) over lists of tiles.
-Which tiles of keys a tile of queries sees in full, in part or not at all depends on the
-layout alone: `tile_lists` finds it once for all heads, blocks and steps. The kernel goes
-through a query tile's full tiles without any mask code, then through its partial ones,
-testing `bits_allowed`, and blends with the base branch as it writes. Pairs of tiles with
-weights (strength, feather) count as partial.
+It is FlashAttention's online softmax (arXiv 2205.14135, 2307.08691) over lists of tiles:
+which tiles of keys a tile of queries sees in full, in part or not at all, which
+`tile_lists` finds once for all heads, blocks and steps. The kernel goes through the full
+tiles without any mask code, then through the partial ones, testing `bits_allowed`, and
+blends with the base branch as it writes. Tiles with weights count as partial.
 
-On Hopper and newer, tiles come through TMA descriptors; elsewhere through pointers, also
-in Triton's interpreter (TRITON_INTERPRET=1: the CPU, no bfloat16).
+On Hopper and newer, tiles come through TMA descriptors, elsewhere through pointers; so
+also in Triton's interpreter (TRITON_INTERPRET=1: the CPU, no bfloat16).
 """
 
 import math
@@ -25,8 +24,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from regional.attention import MaskedAttention, Tokens, allowed
 
 INTERPRETED = triton.knobs.runtime.interpret
-MIXED_COST = 1.9  # a partial tile's instructions over a full one's on sm_90 (1.4 by Triton 3.9)
-HEADS_TOGETHER = 8  # heads side by side in the grid; K and V of more would not fit into the L2
+MIXED_COST = 1.9  # a partial tile's instructions over a full one's on sm_90
+HEADS_TOGETHER = 8  # in the grid; K and V of more would not fit into the L2
 
 
 @triton.jit
@@ -38,8 +37,7 @@ def bits_allowed(bits_q, bits_k):
 @triton.jit
 def load_tile(x, strides, head, start, L, ROWS: tl.constexpr, D: tl.constexpr,
               TMA: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
-    """Load rows start .. start + ROWS of a head (b, h). Those from L on are zeros; pointers
-    expect any only if RAGGED."""
+    """Rows start .. start + ROWS of a head (b, h); zeros from L on, where RAGGED allows it."""
     b, h = head
     if TMA:
         tile = x.load([b, h, start, 0]).reshape(ROWS, D)
@@ -70,7 +68,7 @@ def online_softmax(qk, v_tile, m_i, l_i, acc, scale):
 
 @triton.jit
 def added_scores(log_weight, as_key, as_query, rows, rows_n, L, COLUMNS):
-    """The log-weights of pairs of rows, (BLOCK_M, BLOCK_N); see `Tokens`."""
+    """The log-weights of pairs of rows, as in `Tokens`."""
     column = tl.load(as_key + rows_n, mask=rows_n < L, other=0)
     weights = log_weight + (rows * COLUMNS)[:, None] + column[None, :]
     added = tl.load(weights, mask=rows[:, None] < L, other=0.0)
@@ -81,10 +79,8 @@ def added_scores(log_weight, as_key, as_query, rows, rows_n, L, COLUMNS):
 
 @triton.jit
 def store_blended(acc, o, base, blend, strides, head, rows, end, BASE: tl.constexpr):
-    """Blend acc (len(rows), D) with the base branch's rows and write the rows before `end`.
-
-    blend: base_row and base_weight. strides: those of o and of base. head: its b and h.
-    """
+    """Blend acc with the base branch's rows and write the rows before `end`. blend: base_row
+    and base_weight; strides: those of o and of base."""
     base_row, base_weight = blend
     (o_b, o_h, o_l), (base_b, base_h, base_l) = strides
     b = head[0].to(tl.int64)
@@ -112,9 +108,9 @@ def regional_kernel(
 ):  # fmt: skip
     """One program computes one tile of queries of one head.
 
-    The grid is (tiles * HEADS, heads / HEADS, images): HEADS heads are side by side, so that
-    the longest tiles start first. The second line of arguments is `Plan`; scale is
-    log2(e) / sqrt(D), as the hardware's exponential is of base 2; strides are tensor_axis.
+    The grid is (tiles * HEADS, heads / HEADS, images): of HEADS heads side by side the
+    longest tiles start first. The second line of arguments is `Plan`; scale is
+    log2(e) / sqrt(D), as the hardware's exponential is of base 2.
     """
     tile = tl.program_id(0) // HEADS
     head = (tl.program_id(2), tl.program_id(1) * HEADS + tl.program_id(0) % HEADS)
@@ -173,9 +169,9 @@ class Plan(NamedTuple):
 
     queries: (n, 5) int32, a tile's first row, the row after its last, and where in `keys`
         its full tiles begin, its partial tiles begin, and its tiles end; the longest lists
-        come first, so that the last programs are short.
+        come first.
     query_bits: (n, block_m) int64, those rows' bits, then zeros.
-    keys: (m + 1, 2) int32, a tile's first row and its row in key_bits; the last is no tile.
+    keys: (m + 1, 2) int32, a tile's first row, and its row in key_bits.
     key_bits: (tiles, block_n) int64.
     The rest are of `Tokens`, in 32 bits; weights are empty without any.
     """
@@ -192,12 +188,9 @@ class Plan(NamedTuple):
 
 
 def cut(bits: Tensor, block: int) -> list[slice]:
-    """Cut the sequence into tiles of at most `block` tokens.
-
-    A tile ends where a run of equal bits does if that or the next run has 1.5 tiles: across
-    a large region's border it would be partial with everything. Short runs share tiles, as
-    half-empty ones cost more.
-    """
+    """Cut the sequence into tiles of at most `block` tokens. They end where a long run of
+    equal bits does: across its border a tile would be partial with everything. Short runs
+    share tiles, as half-empty ones cost more."""
     runs = bits.unique_consecutive(return_counts=True)[1].tolist()
     tiles = []
     start = end = 0
@@ -213,8 +206,8 @@ def cut(bits: Tensor, block: int) -> list[slice]:
 
 
 def tile_lists(tokens: Tokens, block_m: int, block_n: int) -> tuple[Plan, int]:
-    """The plan, on the CPU, and how many (query, key) are allowed. It is made from the rule
-    itself, for each pair of distinct bits; sorted bits give the shortest lists."""
+    """The plan, on the CPU, and how many (query, key) are allowed: from the rule itself,
+    for each pair of distinct bits."""
     tokens = Tokens(*(x if x is None else x.cpu() for x in tokens))
     bits = tokens.bits
     query_tiles = cut(bits, block_m)
@@ -262,17 +255,17 @@ def tile_lists(tokens: Tokens, block_m: int, block_n: int) -> tuple[Plan, int]:
 
 
 def per_tile(counts: Tensor, tiles: list[slice]) -> Tensor:
-    """The sum of each tile's rows of counts (L, n), (len(tiles), n) float32."""
+    """The sum of each tile's rows of counts, (len(tiles), n) float32."""
     return torch.stack([counts[tile].sum(0) for tile in tiles]).float()
 
 
 def padded(values: Tensor, tiles: list[slice], block: int) -> Tensor:
-    """The values of each tile's tokens, (len(tiles), block); zeros after a tile's end."""
+    """The values of each tile's tokens, then zeros, (len(tiles), block)."""
     return torch.stack([F.pad(values[t], (0, block - (t.stop - t.start))) for t in tiles])
 
 
 class Launch(NamedTuple):
-    """Tile sizes, how the kernel is compiled and how it loads; see tests/cross_compile.py."""
+    """Tile sizes, how the kernel is compiled, and how it loads."""
 
     block_m: int
     block_n: int
@@ -283,12 +276,10 @@ class Launch(NamedTuple):
 
 
 def launch_for(dtype: torch.dtype, capability: tuple[int, int], weighted: bool = False) -> Launch:
-    """Weights are read by the partial tiles' loop alone, which is then not pipelined: loaded
-    stages ahead as K and V are, they would not fit into shared memory."""
     if dtype == torch.float32:  # IEEE products, which the tensor cores do not have
         return Launch(32, 32, num_warps=8, num_stages=1, tma=False)
-    mixed = 1 if weighted else 3
-    if (9, 0) <= capability < (12, 0):  # data center GPUs from Hopper on: 227 KB of shared memory
+    mixed = 1 if weighted else 3  # Weights loaded stages ahead would not fit.
+    if (9, 0) <= capability < (12, 0):  # Hopper and newer, with 227 KB of shared memory
         return Launch(128, 128, num_warps=8, num_stages=3, tma=True, mixed_stages=mixed)
     return Launch(128, 64, num_warps=8, num_stages=3, tma=False, mixed_stages=mixed)
 
@@ -297,10 +288,8 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, base: Tensor | None, plan: list[Tensor], pairs: int,
     launch: list[int],
 ) -> Tensor:  # fmt: skip
-    """Launch the kernel with the fields of a Plan and a Launch.
-
-    q, k, v (B, H, L, D) and base (B, H, L_base, D) -> (B, H, L, D), laid out as (B, L, H, D).
-    """
+    """Launch the kernel with the fields of a Plan and a Launch: q, k, v (B, H, L, D), base
+    (B, H, L_base, D) -> (B, H, L, D)."""
     plan = Plan(*plan)
     launch = Launch(*launch)
     batch, heads, length, head_dim = q.shape
@@ -338,20 +327,19 @@ def empty_output(q: Tensor, length: int) -> Tensor:
     return q.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 
 
-# An operator of torch: torch.compile, the meta device and FlopCounterMode know what it does.
+# torch.compile, the meta device and FlopCounterMode know what an operator does.
 attend_op = torch.library.custom_op("regional::attend", attend, mutates_args=())
 attend_op.register_fake(lambda q, *rest: empty_output(q, q.shape[2]))
 
 
 @register_flop_formula(torch.ops.regional.attend)
 def flops(q_shape, k_shape, v_shape, base_shape, plan, pairs, launch, **kwargs) -> int:
-    """An allowed pair of tokens costs two products of 2 D operations in each head."""
+    """An allowed pair of tokens costs two products of 2 D operations."""
     batch, heads, _, head_dim = q_shape
     return 4 * batch * heads * head_dim * pairs
 
 
 def kernel_attention(tokens: Tokens, dtype: torch.dtype, device: torch.device) -> MaskedAttention:
-    """The kernel for these tokens and q, k, v of this dtype on this device."""
     on_gpu = device.type == "cuda"
     capability = torch.cuda.get_device_capability(device) if on_gpu else (0, 0)
     launch = launch_for(dtype, capability, tokens.log_weight is not None)
@@ -365,7 +353,7 @@ def kernel_attention(tokens: Tokens, dtype: torch.dtype, device: torch.device) -
 
 
 def runs_on(device: torch.device) -> bool:
-    """True for NVIDIA's GPUs from Ampere on; others lack bfloat16 and the shared memory."""
+    """True for NVIDIA's GPUs from Ampere on; others lack bfloat16 or shared memory."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,4 +1,4 @@
-"""Regions as one integer per token: bit i of a token is set where region i covers it."""
+"""Regions as one integer per token: bit i is set where region i covers it."""
 
 import math
 from typing import NamedTuple
@@ -13,11 +13,11 @@ from regional.images import read_color, read_mask
 from regional.layout import Layout, Region
 
 BACKGROUND_BIT = 61  # the written regions have bits 0-60
-HIDES = {"last": "later", "first": "earlier", "smallest": "smaller"}  # which regions lie above
+ABOVE = {"last": "later", "first": "earlier", "smallest": "smaller"}
 
 
 class RegionTokens(NamedTuple):
-    """The regions on the token grid, P with the background, which is last if there is one.
+    """The regions on the token grid, P with the background, which is the last.
 
     image_bits: (h w,) int64, the bits of the image tokens, row by row.
     cover: (P, h w) float32, how far each region covers each image token.
@@ -33,21 +33,21 @@ class RegionTokens(NamedTuple):
     warnings: list[str]
 
     def bits(self, text_length: int) -> Tensor:
-        """Bits of [txt_1 .. txt_R, img], prompts of `text_length` tokens each: (L,) int64."""
+        """Bits of [txt_1 .. txt_R, img], text_length tokens a prompt: (L,) int64."""
         text = torch.tensor([1 << bit for bit in self.prompt_bits])
         image = self.image_bits | (self.open_images << OPEN_BIT)
         return torch.cat([text.repeat_interleave(text_length), image])
 
     def log_weights(self) -> Tensor | None:
-        """How each image token weighs each region's prompt, then its image tokens: logarithms
-        of its cover, for prompts times strength, (h w, 2 P) float32. None if all are 0."""
+        """How image tokens weigh each region's prompt, then its image tokens: logarithms of
+        cover, for prompts times strength, (h w, 2 P) float32. None if all are 0."""
         prompts = self.cover * torch.tensor(self.strength)[:, None]
         both = [x.where(self.cover > 0, 1).log() for x in (prompts, self.cover)]
         weights = torch.cat(both).T.contiguous()
         return weights if weights.any() else None
 
     def mean(self, values: list[float]) -> Tensor:
-        """For each image token the mean of its regions' values, by cover: (h w,) float64."""
+        """The mean of each image token's regions' values, by cover: (h w,) float64."""
         values = torch.tensor(values, dtype=torch.float64)
         if (values == values[0]).all():  # A division could change its last bits.
             return values[0].expand(self.cover.shape[1])
@@ -55,8 +55,8 @@ class RegionTokens(NamedTuple):
         return values @ cover / cover.sum(0)
 
     def sorted(self) -> tuple["RegionTokens", Tensor]:
-        """The same with image tokens of equal bits side by side, and their old positions.
-        Tiles of equal bits need no mask; in the Gray code's order neighbors differ little."""
+        """The same with image tokens of equal bits side by side, in the Gray code's order,
+        where neighbors differ little; and their old positions."""
         rank = self.image_bits
         for shift in (1, 2, 4, 8, 16, 32):
             rank = rank ^ (rank >> shift)
@@ -65,7 +65,7 @@ class RegionTokens(NamedTuple):
 
 
 def region_tokens(layout: Layout) -> RegionTokens:
-    """Rasterize a layout's regions to its grid of (height / 16) x (width / 16) tokens."""
+    """Rasterize regions to the grid of (height / 16) x (width / 16) tokens."""
     inside = []
     warnings = []
     for i, region in enumerate(layout.regions):
@@ -87,8 +87,8 @@ def region_tokens(layout: Layout) -> RegionTokens:
             cover[i] = np.minimum(cover[i], 1 - above)
             cover[i][cover[i] < 1e-6] = 0
             if not cover[i].any():
-                hiding = f"{HIDES[layout.overlap]} regions"
-                warnings.append(f"regions[{i}] lies wholly under {hiding} and will not show.")
+                hiding = f"{ABOVE[layout.overlap]} regions"
+                warnings.append(f"regions[{i}] lies under {hiding} and will not show.")
     prompts = [region.prompt for region in layout.regions]
     strength = [region.strength for region in layout.regions]
     bits = list(range(len(prompts)))
@@ -111,8 +111,8 @@ def region_tokens(layout: Layout) -> RegionTokens:
 
 
 def regional_stages(layout: Layout, tokens: RegionTokens) -> list[tuple[int, Tensor]]:
-    """The regional steps of a resolved layout in stages of equal settings: where each ends,
-    and the base branch's weight for each image token, 1 where a region's steps are over."""
+    """The regional steps in stages of equal settings: where each ends, and the base branch's
+    weight for each image token, 1 where a region's steps are over."""
     parts = (*layout.regions, layout)[: len(tokens.prompts)]  # the layout is the background
     stages = []
     start = 0
@@ -125,7 +125,7 @@ def regional_stages(layout: Layout, tokens: RegionTokens) -> list[tuple[int, Ten
 
 def feathered(tokens: np.ndarray, feather: float) -> np.ndarray:
     """The fraction of each token's surroundings, `feather` pixels wide and high, that is in
-    the region, float32. Beyond the image it goes on as at its edge."""
+    the region. Beyond the image it goes on as at its edge."""
     cover = tokens.astype(np.float32)
     width = max(feather / 16, 1)
     reach = math.ceil(width / 2 - 0.5)
@@ -140,7 +140,7 @@ def feathered(tokens: np.ndarray, feather: float) -> np.ndarray:
 
 
 def token_grid(region: Region, layout: Layout) -> np.ndarray:
-    """Which tokens' center pixels, (16 j + 8, 16 i + 8), lie in the region, (h, w) bool."""
+    """Which tokens' center pixels lie in the region, (h, w) bool."""
     h = layout.height // 16
     w = layout.width // 16
     x = 16 * np.arange(w) + 8
@@ -157,13 +157,12 @@ def token_grid(region: Region, layout: Layout) -> np.ndarray:
 
 
 def region_mask(region: Region, layout: Layout) -> np.ndarray:
-    """The region's mask, or its color in the map: (rows, columns) bool."""
     return read_mask(region.mask) if region.mask else read_color(layout.map, region.color)
 
 
 def in_polygons(polygons: tuple, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Even-odd, (len(y), len(x)) bool: rays from inside to the left cross an odd number of
-    edges. An edge holds its upper end alone, as boxes do; a point on it lies to the right."""
+    edges. As in boxes, an edge holds its upper end, and a point on it lies to the right."""
     flips = np.zeros((len(y), len(x) + 1), dtype=bool)  # where a row goes in or out
     for points in polygons:
         for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1]):

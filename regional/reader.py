@@ -239,7 +239,7 @@ def checked_part(part: Struct, layout: Layout, folder: Path, path: str) -> Struc
 
 
 def located(folder: Path, name: str) -> str:
-    """A file or folder by its path from the layout's folder; a repository of the hub as it is."""
+    """A file or folder by its path; a repository of the hub as it is."""
     path = folder / name
     if os.path.exists(path):  # False also for names that no file can have
         require(path.is_file() or path.is_dir(), path, MISSING, "neither a file nor a folder")
