@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from formats.fp8 import Fp8Linear, can_multiply, to_fp8
 from formats.hub import Name, locate
 from formats.key_names import IGNORED, Rows, count
-from formats.recognize import WHAT, Source, find_model, leaf, pick, stacked_shape, tokenizer_folder
+from formats.recognize import WHAT, Source, find_model, pick, stacked_shape, tokenizer_folder
 from formats.safetensors import Stored, stored_fp8, values, whole, wrong
 from model.autoencoder import AutoEncoder, AutoEncoderParams
 from model.clip import CLIPParams, CLIPTextEncoder
@@ -265,10 +265,7 @@ def check_loads(source: Source, kind: Kind | None = None) -> tuple[nn.Module, Re
     ignored = re.compile(IGNORED.get(source.part, "(?!)"))
     for key, tensor in source.tensors.items():
         if key not in used and not ignored.match(key):
-            what = "a key that does not belong"
-            if "scale" in leaf(key):
-                what = "a scale of an unknown kind"
-            found = f"{tensor.key}, of shape {tensor.shape}, is {what}"
+            found = f"{tensor.key}, of shape {tensor.shape}, is a key that does not belong"
             raise wrong(tensor.file, f"{found}; {source.rest}")
     return module, recipe
 

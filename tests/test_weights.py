@@ -225,10 +225,10 @@ def test_projections_with_different_scales_are_joined_by_their_values(tmp_path):
 
 # what is added to a transformer in scaled FP8 -> the message
 UNREADABLE = {
-    "img_in.weight_scale_2.*scale of an unknown kind": {"img_in.weight_scale_2": torch.ones(())},
-    "img_in.pre_quant_scale.*scale of an unknown kind": {"img_in.pre_quant_scale": torch.ones(())},
-    "img_in.scale.*scale of an unknown kind": {"img_in.scale": torch.ones(())},
-    "img_in.weight_scale.*scale of an unknown kind": {"img_in.weight": torch.ones(64, 64)},  # for no FP8 weight
+    "img_in.weight_scale_2.*does not belong": {"img_in.weight_scale_2": torch.ones(())},
+    "img_in.pre_quant_scale.*does not belong": {"img_in.pre_quant_scale": torch.ones(())},
+    "img_in.scale.*does not belong": {"img_in.scale": torch.ones(())},
+    "img_in.weight_scale.*does not belong": {"img_in.weight": torch.ones(64, 64)},  # for no FP8 weight
     r"img_in.weight_scale is F32 of shape \(2, 2\), expected one float": {"img_in.weight_scale": torch.ones(2, 2)},
     "img_in.comfy_quant says the format nvfp4; only float8": {"img_in.comfy_quant": note("nvfp4")},
     "img_in.weight is stored as I8": {"img_in.weight": torch.zeros(64, 64, dtype=torch.int8)},
