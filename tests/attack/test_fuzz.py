@@ -1,6 +1,9 @@
 """Whatever a layout file holds, it becomes a Layout whose regions can be rasterized, or gets one
-sentence for each mistake, in bounded time and memory. The random layouts are the same in each run;
-FUZZ=5 in the environment makes five times as many."""
+sentence for each mistake, in bounded time and memory.
+
+By default a few hundred random layouts are tried, the same in each run. `pytest -m attack` tries
+others for FUZZ_SECONDS, 25 by default, in each of two tests.
+"""
 
 import json
 import os
@@ -12,6 +15,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import warnings
 import zlib
 from collections import Counter
@@ -30,9 +34,10 @@ from regional.layout import FLUX_DEV, Control, Layout, Lora, Region, RegionLora
 from regional.mask import region_tokens
 from regional.reader import MAX_BYTES, read_layout
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LAYOUTS = [ROOT / "layout.yaml", *sorted((ROOT / "examples").glob("*.yaml"))]
-CASES = 2000 * int(os.environ.get("FUZZ", 1))  # near validity, and with changed bytes
+CASES = 300  # near validity, and with changed bytes
+BOX = float(os.environ.get("FUZZ_SECONDS", 25))
 MEMORY = 1000  # MB
 SECONDS = 60  # for one layout on a slow machine
 
@@ -158,33 +163,53 @@ def nasty(rng: random.Random) -> Any:
     return rng.choice((*[rng.choice(NASTY)] * 6, number, rng.randrange(-300, 300), text))
 
 
-def test_layouts_near_validity_are_layouts_or_get_one_sentence(folder):
-    rng = random.Random(0)
+def near_validity(rng: random.Random) -> tuple[dict[str, Any], int]:
+    """A layout, and in how many ways it may be invalid."""
     keys = sorted({*GOOD, *GOOD_REGION, "prompt", "box", "polygon", "mask", "color", "image", "map"})
     keys += ["height", "promt", "weight", "0", "a.b", "\xfc", "\ud800"]
-    outcomes = Counter()
-    kinds = set()
-    file = folder / "near.yaml"
-    for _ in range(CASES):
-        layout = {"prompt": rng.choice(WORDS), "map": "halves.png", "width": 64}
-        layout |= some_of(GOOD, rng)
-        layout["height"] = layout["width"]
-        layout["regions"] = [
-            {"prompt": rng.choice(WORDS)} | rng.choice(SHAPES) | some_of(GOOD_REGION, rng)
-            for _ in range(rng.randrange(4))
-        ]
-        spoils = rng.randrange(3)
-        for _ in range(spoils):
-            place = rng.choice([layout, *layout["regions"]])
-            another = some_of(GOOD | GOOD_REGION, rng)
-            place |= another if rng.random() < 0.4 else {rng.choice(keys): nasty(rng)}
-        file.write_text(to_yaml(layout), encoding="utf-8")
-        sentence = read(file)
-        outcomes[sentence is None] += 1
-        kinds.add(re.sub(r"'.*?'|\".*?\"|[\d.]+|= .*: ", "", (sentence or "").replace(str(file), "")))
-        assert spoils or sentence is None, (layout, sentence)
-        assert sentence or not unknown_keys(layout)
-    assert min(outcomes.values()) > CASES / 4 and len(kinds) > 50
+    layout = {"prompt": rng.choice(WORDS), "map": "halves.png", "width": 64}
+    layout |= some_of(GOOD, rng)
+    layout["height"] = layout["width"]
+    layout["regions"] = [
+        {"prompt": rng.choice(WORDS)} | rng.choice(SHAPES) | some_of(GOOD_REGION, rng) for _ in range(rng.randrange(4))
+    ]
+    spoils = rng.randrange(3)
+    for _ in range(spoils):
+        place = rng.choice([layout, *layout["regions"]])
+        another = some_of(GOOD | GOOD_REGION, rng)
+        place |= another if rng.random() < 0.4 else {rng.choice(keys): nasty(rng)}
+    return layout, spoils
+
+
+def try_near_validity(file: Path, rng: random.Random) -> str:
+    layout, spoils = near_validity(rng)
+    file.write_text(to_yaml(layout), encoding="utf-8")
+    sentence = read(file)
+    assert spoils or sentence is None, (layout, sentence)
+    assert sentence or not unknown_keys(layout)
+    return re.sub(r"'.*?'|\".*?\"|[\d.]+|= .*: ", "", (sentence or "").replace(str(file), ""))
+
+
+def test_layouts_near_validity_are_layouts_or_get_one_sentence(folder):
+    rng = random.Random(0)
+    kinds = Counter(try_near_validity(folder / "near.yaml", rng) for _ in range(CASES))
+    assert CASES / 4 < kinds[""] < 3 * CASES / 4 and len(kinds) > 50
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("attempt", ["near validity", "changed bytes"])
+def test_random_files_until_the_time_is_over(folder, attempt):
+    try_one = {"near validity": try_near_validity, "changed bytes": try_changed_bytes}[attempt]
+    end = time.monotonic() + BOX
+    seed = random.randrange(10**9)
+    file = folder / f"{attempt}.yaml"
+    while time.monotonic() < end:
+        seed += 1
+        try:
+            try_one(file, random.Random(seed))
+        except BaseException as error:
+            error.add_note(f"seed {seed}: {file.read_bytes()!r}")
+            raise
 
 
 # ------------------------------------------------------------------------------ changed bytes
@@ -212,17 +237,22 @@ def mutated(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
     return data
 
 
+SHORT = re.compile(rb"#.*| on a \w+ background")  # without which it is faster
+WRITTEN = [SHORT.sub(b"", file.read_bytes()) for file in LAYOUTS]
+
+
+def try_changed_bytes(file: Path, rng: random.Random) -> bool:
+    """Is it still a layout?"""
+    file.write_bytes(mutated(rng.choice(WRITTEN), WRITTEN, rng))
+    if read(file) is not None:
+        return False
+    assert not unknown_keys(yaml.safe_load(file.read_text(encoding="utf-8")))
+    return True
+
+
 def test_files_with_changed_bytes_are_layouts_or_get_one_sentence(folder):
     rng = random.Random(0)
-    accepted = 0
-    short = re.compile(rb"#.*| on a \w+ background")  # which makes it faster
-    texts = [short.sub(b"", file.read_bytes()) for file in LAYOUTS]
-    file = folder / "changed.yaml"
-    for _ in range(CASES):
-        file.write_bytes(mutated(rng.choice(texts), texts, rng))
-        if read(file) is None:
-            accepted += 1
-            assert not unknown_keys(yaml.safe_load(file.read_text(encoding="utf-8")))
+    accepted = sum(try_changed_bytes(folder / "changed.yaml", rng) for _ in range(CASES))
     assert CASES / 5 < accepted < 4 * CASES / 5
 
 
@@ -382,7 +412,7 @@ def judge(files: list[str]) -> None:
 @pytest.fixture(scope="module")
 def judged(harm) -> dict[str, tuple[str | None, float]]:
     """What another process reports of each file that does harm."""
-    code = "import sys; from tests.test_fuzz import judge; judge(sys.argv[1:])"
+    code = "import sys; from tests.attack.test_fuzz import judge; judge(sys.argv[1:])"
     command = [sys.executable, "-c", code, *(str(file) for file, _ in harm.values())]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     outcomes = [json.loads(line) for line in found.stdout.splitlines()]
