@@ -9,10 +9,9 @@ finished; the same command resumes a run.
 import contextlib
 import itertools
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -30,32 +29,11 @@ from tools import metadata as written
 from tools.flags import Command, Output, naming, parse
 from tools.jobs import Failures, Job, device_of, is_finished, layout_files, plan_jobs, worker_of
 from tools.metadata import Metadata
+from tools.stop import Stop
 
 CHUNK = 100  # layouts whose prompts are encoded together: some 2 GB of memory at full size
 Ready = tuple[Job, Prepared, Metadata]
 POCKET = "this is the built-in pocket model; FLUX.1-dev: --model black-forest-labs/FLUX.1-dev"
-
-
-class Stop:
-    """Ctrl-C and SIGTERM: the first lets the running step finish, the second ends at once."""
-
-    is_asked = False
-
-    @contextlib.contextmanager
-    def handled(self) -> Iterator[None]:
-        kinds = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(kind, self.ask) for kind in kinds]
-        try:
-            yield
-        finally:
-            for kind, handler in zip(kinds, before):
-                signal.signal(kind, handler)
-
-    def ask(self, *signal_and_frame: object) -> None:
-        if self.is_asked:
-            raise KeyboardInterrupt
-        self.is_asked = True
-        info("generate.py: stopping after this step")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -180,7 +158,7 @@ def prepare(group: list[Job], pipeline: Pipeline, output: Output) -> list[Ready]
     layout = group[0].layout.filled(pipeline.defaults)
     missing = []
     for job in group:
-        metadata = written.image_metadata(layout, job.seed, pipeline.metadata)
+        metadata = written.image_metadata(layout, job.seed, written.run_metadata(pipeline))
         if is_finished(job, output, metadata):
             info(f"{job.files['image']}: exists already, made by the same settings; it is kept")
             print(job.files["image"])

@@ -85,25 +85,6 @@ class Pipeline:
         self.embeddings: dict[str, Tensor] = {}
         self.loras: Loras = {}  # all that were read
 
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """What images record of how they were made; settings.recorded is the reverse."""
-        settings = self.settings
-        checkpoint = self.checkpoint
-        given = {key: getattr(settings, key) for key in MODEL_KEYS}
-        found = {
-            "model": checkpoint.name,
-            "files": {part: str(getattr(checkpoint, part).path) for part in MODEL_KEYS[1:]},
-            "dtype": str(self.dtype),
-            "torch": torch.__version__,
-            "fp8": self.fp8,
-            "compile": settings.compile,
-            "processes": self.parallel and self.parallel.size,
-            "attention": settings.attention.replace("auto", ""),
-        }
-        found = {key: value for key, value in found.items() if value}
-        return found | {"given": {key: value for key, value in given.items() if value}}
-
     def __call__(self, layout: Layout, seed: int) -> Image.Image:
         prepared = self.prepare(layout)
         self.embeddings.clear()  # Ever new prompts must not fill the memory.
@@ -208,7 +189,10 @@ class Pipeline:
         where = (self.device, self.dtype)
         encoded = (x if x is None else x.to(*where) for x in prepared.conditioning)
         conditioning = Conditioning(*encoded)
-        extensions = self.extensions(flux, prepared, conditioning, extensions)
+        if prepared.loras or prepared.controls or self.parallel:
+            from extensions.loading import extensions_of
+
+            extensions = extensions_of(self, flux, prepared, conditioning, extensions)
         modulation = self.parts.modulation(flux, prepared, conditioning.y)
         masked = self.masked_attention(layout, verbose)
         unmasked = library_attention(flux, layout, conditioning.txt, verbose)
@@ -221,32 +205,6 @@ class Pipeline:
             latents = sample(flux, layout, prepared.tokens, *known)
         self.parts.release()  # room for the VAE
         return latents
-
-    def extensions(
-        self, flux: Flux, prepared: Prepared, conditioning: Conditioning, own: Sequence[Extension]
-    ) -> list[Extension]:
-        """The layout's extensions and a call's own, the innermost first. Those before
-        `parallel` see a process's part of the tokens, the others see all."""
-        layout = prepared.layout
-        where = (self.device, self.dtype)
-        part = self.parallel.part if self.parallel else lambda x, dim=1: x
-        found = []
-        if prepared.loras or prepared.controls:
-            from extensions import control, loading, region_lora
-        if any(region.loras for region in layout.regions):
-            loras = (prepared.loras, *where, partial(part, dim=0))
-            found.append(region_lora.region_loras(flux, layout, *loras))
-        if self.parallel:
-            found.append(self.parallel.extend)
-        if prepared.control_latents is not None:
-            found.append(control.control_lora(prepared.control_latents.to(*where)))
-        found += own
-        if prepared.controls:  # outermost: they read the image without a control LoRA's
-            nets = self.parts.controlnets
-            controls = loading.load_controls(layout, prepared.controls, *where, nets)
-            more = (flux.params, layout.steps, conditioning, part)
-            found.append(control.controlnets(controls, *more))
-        return found
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Image.Image:

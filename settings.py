@@ -45,17 +45,3 @@ def invalid(values: dict[str, Any], error: msgspec.ValidationError) -> InputErro
     if get_origin(kind.__origin__) is Literal:
         expected = f"one of {', '.join(map(str, get_args(kind.__origin__)))}"
     return InputError(flag(key), values[key], f"expected {expected}")
-
-
-def recorded(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The settings in an image's metadata, unchecked; the reverse of Pipeline.metadata."""
-    given = metadata.get("given")
-    files = given if isinstance(given, dict) else {"model": metadata["model"]}
-    dtype = str(metadata.get("dtype", "auto"))
-    return {
-        **{key: str(value) for key, value in files.items() if key in MODEL_KEYS},
-        "dtype": dtype.removeprefix("torch."),
-        "attention": metadata.get("attention", "auto"),
-        "quantize": "fp8" if metadata.get("fp8") is True else "none",
-        "compile": metadata.get("compile") is True,
-    }

@@ -1,7 +1,9 @@
 """The LoRAs and ControlNets that a layout names: found, read and checked."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,12 +12,16 @@ from torch import Tensor
 
 import weights
 from errors import MISSING, InputError, warn
+from extensions.control import control_lora, controlnets
 from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl
 from extensions.lora import Loras, can_be_regional, merge
 from extensions.lora_files import lora_file, read_lora
+from extensions.region_lora import region_loras
 from formats.hub import locate
 from formats.recognize import CONTROLNET_FILES, Source
 from formats.safetensors import wrong
+from model.transformer import Flux
+from regional.extension import Conditioning, Extension
 from regional.images import read_image
 from regional.layout import Control, Layout
 from regional.mask import region_tokens
@@ -140,6 +146,30 @@ def controlnet_params(source: Source) -> ControlNetParams:
 
 
 CONTROLNET = weights.Kind(ControlNet, controlnet_params)
+
+
+def extensions_of(
+    pipeline: Any, flux: Flux, prepared: Any, conditioning: Conditioning,
+    own: Sequence[Extension],
+) -> list[Extension]:  # fmt: skip
+    """A layout's extensions and a call's own, the innermost first. Those before `parallel`
+    see a process's part of the tokens, the others see all. prepared: pipeline.Prepared."""
+    layout = prepared.layout
+    where = (pipeline.device, pipeline.dtype)
+    parallel = pipeline.parallel
+    part = parallel.part if parallel else lambda x, dim=1: x
+    found = []
+    if any(region.loras for region in layout.regions):
+        found.append(region_loras(flux, layout, prepared.loras, *where, partial(part, dim=0)))
+    if parallel:
+        found.append(parallel.extend)
+    if prepared.control_latents is not None:
+        found.append(control_lora(prepared.control_latents.to(*where)))
+    found += own
+    if prepared.controls:  # outermost: they read the image without a control LoRA's
+        controls = load_controls(layout, prepared.controls, *where, pipeline.parts.controlnets)
+        found.append(controlnets(controls, flux.params, layout.steps, conditioning, part))
+    return found
 
 
 def scale_of(control: Control, layout: Layout) -> Tensor:

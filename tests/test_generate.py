@@ -29,6 +29,7 @@ from runtime import choose
 from runtime.unmasked import kernel_or_library
 from settings import Settings
 from tools.flags import parse
+from tools.metadata import run_metadata
 
 ROOT = Path(__file__).parent.parent
 BOAT = {"prompt": "a red boat", "box": [0, 0, 48, 64]}
@@ -140,7 +141,7 @@ def test_a_pipeline_takes_settings_or_their_fields(model, tiny_pipeline):
     settings = Settings(model=model, device="cpu")
     assert tiny_pipeline.settings == settings
     assert generate.Pipeline is pipeline.Pipeline
-    assert pipeline.Pipeline(settings).metadata == tiny_pipeline.metadata
+    assert run_metadata(pipeline.Pipeline(settings)) == run_metadata(tiny_pipeline)
     with pytest.raises(TypeError, match="dtipe"):
         pipeline.Pipeline(model, dtipe="float32")
     wrong = {"dtype": "float16", "attention": "x", "quantize": "fp9", "offload": "block"}

@@ -12,8 +12,8 @@ from msgspec import Struct, inspect
 
 from errors import MISSING, InputError, flag
 from regional.layout import Control, Layout
-from settings import MODEL_KEYS, Name, Settings, invalid, recorded
-from tools.metadata import read_metadata
+from settings import MODEL_KEYS, Name, Settings, invalid
+from tools.metadata import read_metadata, recorded
 
 ABOUT = """Layouts in, images out.
 

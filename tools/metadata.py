@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from errors import MISSING, InputError, warn
 from regional.layout import Layout
+from settings import MODEL_KEYS
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 EXIF_DESCRIPTION = 0x010E
@@ -58,8 +60,41 @@ def check_writable(path: Path, overwrite: bool) -> None:
         raise InputError(path, MISSING, "exists already; --overwrite replaces it")
 
 
+def run_metadata(pipeline: Any) -> Metadata:
+    """What images record of how a pipeline makes them; `recorded` is the reverse."""
+    settings = pipeline.settings
+    checkpoint = pipeline.checkpoint
+    given = {key: getattr(settings, key) for key in MODEL_KEYS}
+    found = {
+        "model": checkpoint.name,
+        "files": {part: str(getattr(checkpoint, part).path) for part in MODEL_KEYS[1:]},
+        "dtype": str(pipeline.dtype),
+        "torch": torch.__version__,
+        "fp8": pipeline.fp8,
+        "compile": settings.compile,
+        "processes": pipeline.parallel and pipeline.parallel.size,
+        "attention": settings.attention.replace("auto", ""),
+    }
+    found = {key: value for key, value in found.items() if value}
+    return found | {"given": {key: value for key, value in given.items() if value}}
+
+
+def recorded(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The settings in an image's metadata, unchecked; the reverse of `run_metadata`."""
+    given = metadata.get("given")
+    files = given if isinstance(given, dict) else {"model": metadata["model"]}
+    dtype = str(metadata.get("dtype", "auto"))
+    return {
+        **{key: str(value) for key, value in files.items() if key in MODEL_KEYS},
+        "dtype": dtype.removeprefix("torch."),
+        "attention": metadata.get("attention", "auto"),
+        "quantize": "fp8" if metadata.get("fp8") is True else "none",
+        "compile": metadata.get("compile") is True,
+    }
+
+
 def image_metadata(layout: Layout, seed: int, run: Metadata) -> Metadata:
-    """All that determines an image, as JSON; layout: filled in; run: Pipeline.metadata."""
+    """All that determines an image, as JSON; layout: filled in; run: `run_metadata`."""
     files = [layout.map, *(region.mask for region in layout.regions)]
     files += [entry.image for entry in (*layout.loras, *layout.controlnets)]
     hashes = {}
