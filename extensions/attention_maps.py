@@ -17,7 +17,7 @@ class AttentionMaps:
         self.group_of = {}
         self.groups = []
         for kind, count in ("double", depth), ("single", depth_single_blocks):
-            for blocks in np.array_split(range(count), min(3, count)):
+            for blocks in filter(len, np.array_split(range(count), 3)):
                 group = len(self.groups), len(blocks)
                 self.group_of |= {Block(kind, int(i)): group for i in blocks}
                 last = f"-{blocks[-1]}" if len(blocks) > 1 else ""
