@@ -14,15 +14,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TRAINING_AND_TESTS = ("pocket", "tests")  # which are not for GPU machines
-FILES = sorted(
-    file for file in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")] if file.parent.name not in TRAINING_AND_TESTS
-)
+FILES = [file for file in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")] if file.parent.name not in TRAINING_AND_TESTS]
 FIXTURE = Path(__file__).parent / "fixtures" / "torch_2.11_names.txt"
-Names = dict[str, set[str]]  # by module
 
 
-def read_names() -> Names:
-    names: Names = {}
+def read_names() -> dict[str, set[str]]:
+    """The names of each module."""
+    names = {}
     for line in FIXTURE.read_text().splitlines():
         if line.startswith("["):
             module = names.setdefault(line.strip("[]"), set())
@@ -58,45 +56,32 @@ def path_of(node: ast.AST, aliases: dict[str, str]) -> str | None:
     return ".".join([aliases[node.id], *reversed(parts)])
 
 
-def asked_for(node: ast.AST, aliases: dict[str, str]) -> str | None:
-    """The path whose presence an `if hasattr(torch.x, "y")` makes sure of."""
-    match node:
-        case ast.If(test=ast.Call(func=ast.Name("hasattr"), args=[owner, ast.Constant(str(name))])):
-            path = path_of(owner, aliases)
-            return path and f"{path}.{name}"
-    return None
-
-
 def chains(tree: ast.Module) -> Iterator[str]:
     """The dotted path of each name of torch or Triton that the code uses; not of those that it asks
-    for first."""
+    for by `if hasattr(torch.x, "y")`."""
     aliases = dict(imported(tree))
     yield from (path for _, path in imported(tree))
-    known_there = {
-        child: asked
-        for node in ast.walk(tree)
-        if (asked := asked_for(node, aliases))
-        for statement in node.body
-        for child in ast.walk(statement)
-    }
+    asked_for = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Name("hasattr"), args=[owner, ast.Constant(str(name))]):
+                asked_for.add(f"{path_of(owner, aliases)}.{name}")
     for node in ast.walk(tree):
         path = path_of(node, aliases) if isinstance(node, ast.Attribute) else None
-        if path and path != known_there.get(node):
+        if path and path not in asked_for:
             yield path
 
 
-def missing(source: str, names: Names = NAMES) -> list[str]:
+def missing(source: str) -> list[str]:
     """The paths in Python code that torch 2.11 and Triton 3.6 don't have."""
     found = set()
     for path in chains(ast.parse(source)):
         module, *rest = path.split(".")
-        if module not in names:
-            continue
-        for name in rest:
-            if f"{module}.{name}" in names:
+        for name in rest if module in NAMES else ():
+            if f"{module}.{name}" in NAMES:
                 module = f"{module}.{name}"
                 continue
-            if name not in names[module] and not name.startswith("__"):
+            if name not in NAMES[module] and not name.startswith("__"):
                 found.add(f"{module}.{name}")
             break  # of a class, or of a module that isn't listed
     return sorted(found)
@@ -120,7 +105,7 @@ EXAMPLES = {  # code -> what the oldest version lacks of it
     "import torch.accelerator.graphs": "torch.accelerator.graphs",
     "import torch\nx = torch.cuda.Event(enable_timing=True).elapsed\ntorch.__version__": "",
     f"{ASKED}graphs()": "",
-    f"{ASKED}Graph()\ntorch.accelerator.graphs": "torch.accelerator.Graph torch.accelerator.graphs",
+    f"{ASKED}Graph()": "torch.accelerator.Graph",
     f"{DISTRIBUTED}other.accelerator.empty_host_cache": "",
 }
 
