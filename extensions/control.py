@@ -35,11 +35,13 @@ def controlnets(
             def after_block(x: Tensor, block: Block) -> Tensor:
                 x = given.after_block(x, block)
                 for control, residuals in zip(acting, found):
-                    if own := residuals[block.kind]:
-                        in_turn = control.net.params.hint_width > 0
-                        residual = residual_after(block, own, depths[block.kind], in_turn)
-                        alone = control.setting.residuals == "published"
-                        add(x, residual, 1 if alone else branches.streams)
+                    own = residuals[block.kind]
+                    if not own:
+                        continue
+                    in_turn = control.net.params.hint_width > 0
+                    residual = residual_after(block, own, depths[block.kind], in_turn)
+                    alone = control.setting.residuals == "published"
+                    add(x, residual, 1 if alone else branches.streams)
                 return x
 
             return forward(given._replace(after_block=after_block), step)
@@ -50,8 +52,8 @@ def controlnets(
 
 
 def add(x: Tensor, residual: Tensor, streams: int) -> None:
-    """Add (B, L_img, D) to the last image streams of x (B, L, D), in place: x is the block's
-    own. Single blocks beside a base branch have [..., base img, img], others one."""
+    """Add (B, L_img, D) to the last image streams of x (B, L, D), which is the block's own, in
+    place. Single blocks beside a base branch have two, others one."""
     length = residual.shape[1]
     streams = min(streams, x.shape[1] // length)
     x[:, -streams * length :].unflatten(1, (streams, length)).add_(residual[:, None])

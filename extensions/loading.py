@@ -77,12 +77,10 @@ def plan_controls(layout: Layout, flux: Source) -> list[tuple[Source, Tensor]]:
         source = find_controlnet(control.model, f"{key}.model")
         check_base(source, flux)
         modes = controlnet_params(source).modes
-        if control.mode is None and modes:
-            needs = f"{source.path} is a union of {modes} modes and needs one of them"
-            raise InputError(f"{key}.mode", MISSING, f"missing, {needs}")
-        if control.mode is not None and control.mode >= modes:
-            has = f"{modes} modes, counted from 0" if modes else "no modes"
-            raise InputError(f"{key}.mode", control.mode, f"{source.path} has {has}")
+        if control.mode not in (range(modes) if modes else [None]):
+            value = MISSING if control.mode is None else control.mode
+            expected = f"one of its modes, 0 to {modes - 1}" if modes else "no mode"
+            raise InputError(f"{key}.mode", value, f"{source.path} expects {expected}")
         found.append((source, control_image(control.image, control.preprocess, layout)))
         if not any(control.acts(step, steps) for step in range(steps)):
             warn(f"{control.model}: none of the {steps} steps lies between start and end")

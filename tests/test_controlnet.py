@@ -383,9 +383,9 @@ MISTAKES = {
     r"preprocess = 'blur'": {"preprocess": "blur"},
     r"mode = 'edges': expected .*a number": {"mode": "edges"},
     r"mode = -1: expected": {"mode": -1},
-    r"mode: missing, .*safetensors is a union of 10 modes": {"mode": None},
-    r"mode = 10: .*safetensors has 10 modes, counted from 0": {"mode": 10},
-    r"mode = 0: .*safetensors has no modes": {"model": "../models/controlnet", "mode": "canny"},
+    r"mode: .*safetensors expects one of its modes, 0 to 9": {"mode": None},
+    r"mode = 10: .*safetensors expects one of its modes, 0 to 9": {"mode": 10},
+    r"mode = 0: .*safetensors expects no mode": {"model": "../models/controlnet", "mode": "canny"},
 }
 
 
