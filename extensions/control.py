@@ -13,9 +13,12 @@ from sampler.flow import text_ids
 
 
 def controlnets(
-    controls: Sequence[LoadedControl], params: FluxParams, steps: int,
-    conditioning: Conditioning, part: Callable[[Tensor], Tensor] = lambda x: x,
-) -> Extension:  # fmt: skip
+    controls: Sequence[LoadedControl],
+    params: FluxParams,
+    steps: int,
+    conditioning: Conditioning,
+    part: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Extension:
     """params: the transformer's; part: a process's part of the tokens, dimension 1."""
     depths = {"double": params.depth, "single": params.depth_single_blocks}
     txt, _, y = conditioning
@@ -25,7 +28,9 @@ def controlnets(
         modulation = net.modulation(given.timesteps, y[:1], given.guidance)
         inputs = (given.img, given.img_ids, txt, text_ids(txt.shape[1]))
         found = net(*inputs, modulation, tokens[:, order], setting.mode)
-        return {kind: [part(x * scale[order]) for x in own] for kind, own in found.items()}
+        for kind, own in found.items():
+            found[kind] = [part(x * scale[order]) for x in own]
+        return found
 
     def extend(forward: Forward, branches: Branches) -> Forward:
         def with_residuals(given: Pass, step: int) -> Tensor:

@@ -32,9 +32,10 @@ class ControlNet(Streams):
         hidden = params.hidden_size
         width = params.hint_width
         self.controlnet_x_embedder = nn.Linear(params.in_channels, hidden)
-        counts = (params.depth, params.depth_single_blocks)
-        heads = ([nn.Linear(hidden, hidden) for _ in range(count)] for count in counts)
-        self.controlnet_blocks, self.controlnet_single_blocks = map(nn.ModuleList, heads)
+        double = [nn.Linear(hidden, hidden) for _ in range(params.depth)]
+        single = [nn.Linear(hidden, hidden) for _ in range(params.depth_single_blocks)]
+        self.controlnet_blocks = nn.ModuleList(double)
+        self.controlnet_single_blocks = nn.ModuleList(single)
         if params.modes:
             self.controlnet_mode_embedder = embedding(params.modes, hidden)
         if width:
@@ -53,18 +54,18 @@ class ControlNet(Streams):
         self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor,
         modulation: list[Vectors], control: Tensor, mode: int | None = None,
     ) -> Residuals:  # fmt: skip
-        """control: the image's packed latents (B, L_img, in_channels), or `read`. mode: of a
-        union, one more token before the prompt. The rest: Flux.forward's."""
+        """control: the image's packed latents (B, L_img, in_channels), or `read`; mode: of a
+        union; the rest: Flux.forward's."""
         length = img.shape[1]
         hidden = self.embed(img, img_ids, txt, txt_ids)
         hidden = hidden._replace(img=hidden.img + self.controlnet_x_embedder(control))
-        if self.params.modes:
+        if self.params.modes:  # The mode is a token before the prompt.
             token = self.controlnet_mode_embedder.weight[mode].expand(len(txt), 1, -1)
             txt = torch.cat([token, hidden.txt], dim=1)
             pe = torch.cat([hidden.pe[:, :1], hidden.pe], dim=1)
             hidden = hidden._replace(txt=txt, pe=pe)
-        residuals = {"double": [], "single": []}
         heads = {"double": self.controlnet_blocks, "single": self.controlnet_single_blocks}
+        residuals = {kind: [] for kind in heads}
 
         def collect(x: Tensor, block: Block) -> Tensor:
             head = heads[block.kind][block.index]

@@ -80,8 +80,7 @@ def lora_file(name: str, where: str) -> Path:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
-        problem = f"expected one safetensors file there, found {names}; name one of them"
-        raise InputError(where, MISSING, problem)
+        raise InputError(where, MISSING, f"name one of the safetensors files there: {names}")
     return files[0]
 
 

@@ -46,6 +46,11 @@ def remove_unfinished(path: Path) -> None:
             file.unlink(missing_ok=True)
 
 
+def check_suffix(flag: str, name: str | Path, suffixes: tuple[str, ...] = SUFFIXES) -> None:
+    if not str(name).lower().endswith(suffixes):
+        raise InputError(flag, name, f"the suffix must be {' or '.join(suffixes)}")
+
+
 def check_writable(path: Path, overwrite: bool) -> None:
     """InputError if the file can't be written, or exists and is not to be overwritten."""
     folder = path.absolute().parent
