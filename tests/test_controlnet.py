@@ -21,8 +21,7 @@ from test_parity import largest_difference, random, randomized
 import weights
 from errors import InputError
 from extensions import loading
-from extensions.control import controlnets
-from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl, residual_after
+from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl, controlnets, residual_after
 from extensions.loading import CONTROLNET, control_image, find_controlnet, scale_of
 from model.attention import Block, plain_attention
 from model.transformer import Flux, FluxParams, as_it_is, text_then_image

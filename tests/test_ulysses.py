@@ -18,8 +18,7 @@ from torch import Tensor
 
 import generate
 from errors import InputError
-from extensions.control import controlnets
-from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl
+from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl, controlnets
 from extensions.loading import scale_of
 from extensions.lora import Change, Lora, LowRank
 from extensions.region_lora import region_loras
