@@ -292,11 +292,7 @@ MISTAKES = """\
 --output LONG.png: no file of this name
 --save-latents z.png: --save-latents
 --seed -4: --seed
---width 1000: width
---height 8: height
---steps 0: steps
---base-ratio 1.5: base-ratio
---mask-inject-steps many: mask-inject-steps"""
+--width 1000: width"""
 
 
 def test_mistakes_end_with_code_two_and_one_sentence(run, layout, model):

@@ -116,8 +116,6 @@ def read_metadata(path: Path) -> Metadata:
     """The metadata of an image, of latents, or of a .json. InputError if there are none."""
     try:
         metadata = json.loads(metadata_text(path) or "null")
-    except FileNotFoundError:
-        raise InputError(path, MISSING, "there is no such file") from None
     except UNREADABLE as error:
         raise InputError(path, MISSING, f"its metadata can't be read ({error})") from None
     if not isinstance(metadata, dict) or not {"prompt", "seed", "model"} <= metadata.keys():
