@@ -192,7 +192,7 @@ def make(
         written.save_json(metadata, job.files["metadata"])
     print(file, flush=True)
     if maps and maps.steps:
-        from tools.map_sheets import save_maps
+        from tools.sheets import save_maps
 
         save_maps(maps, job.files["maps"].with_suffix(""), image, prepared.tokens.prompts, metadata)
     elif maps:

@@ -17,7 +17,7 @@ class AttentionMaps:
         self.group_of = {}
         self.groups = []
         for kind, count in ("double", depth), ("single", depth_single_blocks):
-            for blocks in np.array_split(range(count), min(3, count)):
+            for blocks in filter(len, np.array_split(range(count), 3)):
                 group = len(self.groups), len(blocks)
                 self.group_of |= {Block(kind, int(i)): group for i in blocks}
                 last = f"-{blocks[-1]}" if len(blocks) > 1 else ""
@@ -27,17 +27,15 @@ class AttentionMaps:
     def extend(self, forward: Forward, branches: Branches) -> Forward:
         if branches.base_ratio is None:
             return forward
-        bits = branches.region_bits
+        bits = branches.region_bits.cpu()
         order = branches.order
         length = len(order)
         start = len(bits) - length
         prompts = len(bits[:start].unique())
         words = start // prompts
-        every = torch.arange(len(bits), device=bits.device)
-        no_base = torch.zeros(length, device=bits.device)
-        weights = branches.log_weights
-        weights = weights if weights is None else weights.to(bits.device)
-        weighed = in_one_sequence(bits, 0, words, no_base, weights)
+        no_base = torch.zeros(length)
+        tokens = in_one_sequence(bits, 0, words, no_base, branches.log_weights)
+        every = torch.arange(len(bits))
 
         def watched(given: Pass, step: int) -> Tensor:
             maps = torch.zeros(len(self.groups), prompts, length)
@@ -51,12 +49,13 @@ class AttentionMaps:
                     rows = (bits[start:] == value).nonzero().flatten()
                     scores = q_img[:, :, rows] @ seen.mT / q.shape[-1] ** 0.5
                     if branches.is_masked(block):
-                        more = added_scores(weighed, start + rows, every)
-                        scores = scores if more is None else scores + more.to(scores)
-                        scores = scores.masked_fill(~allowed(bits, value), -torch.inf)
+                        added = added_scores(tokens, start + rows, every)
+                        scores += 0 if added is None else added.to(scores)
+                        hidden = ~allowed(bits, value)
+                        scores = scores.masked_fill(hidden.to(q.device), -torch.inf)
                     found = scores.float().softmax(-1)[..., :start]
                     found = found.unflatten(-1, (-1, words)).sum(-1).mean((0, 1))
-                    maps[group][:, order[rows.cpu()]] += found.T.cpu() / blocks
+                    maps[group][:, order[rows]] += found.T.cpu() / blocks
                 return given.attention(q, k, v, block)
 
             return forward(given._replace(attention=attention), step)

@@ -12,8 +12,13 @@ from torch import Tensor
 
 import weights
 from errors import MISSING, InputError, warn
-from extensions.control import control_lora, controlnets
-from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl
+from extensions.controlnet import (
+    ControlNet,
+    ControlNetParams,
+    LoadedControl,
+    control_lora,
+    controlnets,
+)
 from extensions.lora import Loras, can_be_regional, merge
 from extensions.lora_files import lora_file, read_lora
 from extensions.region_lora import region_loras
@@ -31,7 +36,8 @@ def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras) -> 
     """LoRAs by their names in the layout; those in `known` are not read again."""
     named = {f"loras[{i}].file": lora for i, lora in enumerate(layout.loras)}
     for i, region in enumerate(layout.regions):
-        named |= {f"regions[{i}].loras[{j}].file": own for j, own in enumerate(region.loras)}
+        for j, lora in enumerate(region.loras):
+            named[f"regions[{i}].loras[{j}].file"] = lora
     if not named:
         return {}
     modules = {x: weights.on_meta(getattr(checkpoint, x)) for x in ("flux", "t5", "clip")}
@@ -46,8 +52,9 @@ def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras) -> 
                 warn(f"{lora.path}: {keys} are skipped, such as {lora.unknown[0]}")
         loras[entry.file] = lora
         if lora.is_control != bool(getattr(entry, "image", None)):
-            needs = "is a control LoRA, for the whole image, and needs an image"
-            problem = f"this LoRA {needs if lora.is_control else 'takes no image'}"
+            problem = "this LoRA takes no image"
+            if lora.is_control:
+                problem = "this LoRA is a control LoRA, for the whole image, and needs an image"
             raise InputError(key, Path(entry.file), problem)
         skipped = {x.name for x in lora.changes["flux"] if not can_be_regional(x)}
         skipped |= {x.name for x in lora.changes["clip"]}
@@ -83,12 +90,10 @@ def plan_controls(layout: Layout, flux: Source) -> list[tuple[Source, Tensor]]:
         source = find_controlnet(control.model, f"{key}.model")
         check_base(source, flux)
         modes = controlnet_params(source).modes
-        if control.mode is None and modes:
-            needs = f"{source.path} is a union of {modes} modes and needs one of them"
-            raise InputError(f"{key}.mode", MISSING, f"missing, {needs}")
-        if control.mode is not None and control.mode >= modes:
-            has = f"{modes} modes, counted from 0" if modes else "no modes"
-            raise InputError(f"{key}.mode", control.mode, f"{source.path} has {has}")
+        if control.mode not in (range(modes) if modes else [None]):
+            value = MISSING if control.mode is None else control.mode
+            expected = f"one of its modes, 0 to {modes - 1}" if modes else "no mode"
+            raise InputError(f"{key}.mode", value, f"{source.path} expects {expected}")
         found.append((source, control_image(control.image, control.preprocess, layout)))
         if not any(control.acts(step, steps) for step in range(steps)):
             warn(f"{control.model}: none of the {steps} steps lies between start and end")
@@ -106,16 +111,20 @@ def check_base(controlnet: Source, flux: Source) -> None:
     own = controlnet_params(controlnet)
     base = weights.flux_params(flux)
     for key in ("hidden_size", "in_channels", "context_in_dim", "vec_in_dim"):
-        found, expected = (getattr(sizes, key) for sizes in (own, base))
+        found = getattr(own, key)
+        expected = getattr(base, key)
         if found != expected:
-            sizes = f"its {key} is {found}, that of {flux.path} is {expected}"
-            raise wrong(controlnet.path, f"this ControlNet is of the wrong base size: {sizes}")
+            problem = f"its {key} is {found}, that of {flux.path} is {expected}"
+            raise wrong(controlnet.path, f"this ControlNet is of the wrong base size: {problem}")
 
 
 def load_controls(
-    layout: Layout, found: list[tuple[Source, Tensor]], device: torch.device, dtype: torch.dtype,
+    layout: Layout,
+    found: list[tuple[Source, Tensor]],
+    device: torch.device,
+    dtype: torch.dtype,
     nets: dict[Path, ControlNet],
-) -> list[LoadedControl]:  # fmt: skip
+) -> list[LoadedControl]:
     """found: by `plan_controls`, with packed latents (1, L_img, 64) unless the net reads pixels.
     nets: those that are loaded; new ones are added."""
     controls = []
@@ -125,7 +134,8 @@ def load_controls(
         net = nets[source.path]
         image = image.to(device, dtype)
         tokens = net.read(image) if net.params.hint_width else image
-        controls.append(LoadedControl(net, tokens, scale_of(setting, layout).to(image), setting))
+        scale = scale_of(setting, layout).to(image)
+        controls.append(LoadedControl(net, tokens, scale, setting))
     return controls
 
 
@@ -134,10 +144,11 @@ def controlnet_params(source: Source) -> ControlNetParams:
     sizes = weights.stream_sizes(source)
     x_embedder = "controlnet_x_embedder.weight"
     modes = "controlnet_mode_embedder.weight"
-    if source.shape(x_embedder)[1] != sizes["in_channels"]:
+    channels = sizes["in_channels"]
+    if source.shape(x_embedder)[1] != channels:
         key = source.key_names.rows(x_embedder, source.tensors)[0].key
-        expected = f"{sizes['in_channels']} columns"
-        raise source.misshapen(key, f"{expected}; inpainting ControlNets are not supported")
+        problem = f"{channels} columns; inpainting ControlNets are not supported"
+        raise source.misshapen(key, problem)
     if modes in source.tensors:
         sizes["modes"] = source.shape(modes)[0]
     if any(key.startswith("input_hint_block.") for key in source.tensors):
@@ -185,8 +196,8 @@ def control_image(file: str, preprocess: str | None, layout: Layout) -> Tensor:
     image = read_image(file)
     size = layout.width, layout.height
     if abs(image.width * size[1] - image.height * size[0]) > max(size):
-        sizes = "{} x {} pixels are stretched to {} x {}".format(*image.size, *size)
-        warn(f"{file}: its {sizes}, another aspect ratio")
+        given = f"{image.width} x {image.height} pixels"
+        warn(f"{file}: its {given} are stretched to {size[0]} x {size[1]}")
     pixels = np.array(image.resize(size, Image.Resampling.LANCZOS))
     if preprocess == "canny":
         try:

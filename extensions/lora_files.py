@@ -80,8 +80,7 @@ def lora_file(name: str, where: str) -> Path:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
-        problem = f"expected one safetensors file there, found {names}; name one of them"
-        raise InputError(where, MISSING, problem)
+        raise InputError(where, MISSING, f"name one of the safetensors files there: {names}")
     return files[0]
 
 
@@ -141,18 +140,22 @@ def changes_of(target: Target, layer: nn.Module, kinds: Kinds, scale: Scale) -> 
     shape = (stop - start, *tensor.shape[1:])
     found = []
     if term := weight_term(kinds, shape, scale, widens=name == "img_in"):
-        magnitude = None
-        if "magnitude" in kinds:
-            magnitude = read(kinds["magnitude"]).float()
-            magnitude = magnitude.reshape(len(magnitude), -1)  # peft's is flat
+        magnitude = lengths(kinds["magnitude"], *shape) if "magnitude" in kinds else None
         found.append(Change(f"{name}.{weight}", start, stop, term, magnitude))
     for kind in ("diff", "set", "bias"):
         if kind in kinds:
             key = "bias" if kind == "bias" else weight
             size = shape[:1] if kind == "bias" else shape
-            term = Full(read(check(kinds[kind], size)))
+            term = Full(read_as(kinds[kind], size))
             found.append(Change(f"{name}.{key}", start, stop, term, replaces=kind == "set"))
     return found
+
+
+def lengths(tensor: Stored, rows: int, columns: int) -> Tensor:
+    """DoRA's, of new rows (out, 1), which peft stores flat, or columns (1, in)."""
+    if tensor.shape not in ((rows,), (rows, 1), (1, columns)):
+        raise misfit(tensor, f"({rows}, 1) or (1, {columns})")
+    return read(tensor).float().reshape(tensor.shape[0], -1)
 
 
 def swap_halves(change: Change) -> Change:
@@ -177,7 +180,7 @@ def weight_term(kinds: Kinds, shape: Shape, scale: Scale, widens: bool) -> Term 
     first = next(iter(own))
     if len(shape) == 1:
         raise misfit(own[first], "no matrix for a norm")
-    alpha = float(read(check(kinds["alpha"], ()))) if "alpha" in kinds else 0.0
+    alpha = float(read_as(kinds["alpha"], ())) if "alpha" in kinds else 0.0
     if alpha:
         scale = partial(truediv, alpha)
     if first.startswith("lokr"):
@@ -231,14 +234,14 @@ def matrix(tensor: Stored, rows: int = 0, columns: int = 0) -> Tensor:
     if len(tensor.shape) < 2 or 0 in tensor.shape:
         raise misfit(tensor, "a matrix")
     shape = (rows or tensor.shape[0], columns or tensor.shape[1])
-    return read(check(tensor, shape)).reshape(shape).clone()  # a view keeps its file open
+    return read_as(tensor, shape).clone()  # a view keeps its file open
 
 
-def check(tensor: Stored, shape: Shape) -> Stored:
-    """InputError unless a tensor has this shape, or with ones behind it."""
+def read_as(tensor: Stored, shape: Shape) -> Tensor:
+    """A stored tensor of this shape, or with ones behind it, else InputError."""
     if tensor.shape != shape + (1,) * (len(tensor.shape) - len(shape)):
         raise misfit(tensor, f"{shape}")
-    return tensor
+    return read(tensor).reshape(shape)
 
 
 def misfit(tensor: Stored, expected: str) -> InputError:

@@ -29,9 +29,13 @@ class OwnModulation:
 
 
 def region_loras(
-    flux: Flux, layout: Layout, loras: Loras, device: torch.device, dtype: torch.dtype,
+    flux: Flux,
+    layout: Layout,
+    loras: Loras,
+    device: torch.device,
+    dtype: torch.dtype,
     part: Callable[[Tensor], Tensor] = lambda x: x,
-) -> Extension:  # fmt: skip
+) -> Extension:
     """device, dtype: of the layers' inputs; part: of the tokens (L,), a process's."""
 
     def extend(forward: Forward, branches: Branches) -> Forward:
@@ -61,13 +65,20 @@ def region_loras(
 
 
 def prompt_loras(
-    encoder: nn.Module, name: str, own: Sequence[RegionLora], loras: Loras, length: int,
-    device: torch.device, dtype: torch.dtype,
-) -> AbstractContextManager:  # fmt: skip
+    encoder: nn.Module,
+    name: str,
+    own: Sequence[RegionLora],
+    loras: Loras,
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> AbstractContextManager:
     """While it lasts, T5 or CLIP (`name`) encodes a prompt with its region's LoRAs."""
     everywhere = torch.ones(length, dtype=torch.bool)
-    changes = [(change, x.scale) for x in own for change in loras[x.file].changes[name]]
-    found = [(change, scale, everywhere) for change, scale in changes]
+    found = []
+    for entry in own:
+        for change in loras[entry.file].changes[name]:
+            found.append((change, entry.scale, everywhere))
     return added(encoder, hooks_for(encoder, found, device, dtype))
 
 

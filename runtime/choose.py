@@ -69,9 +69,9 @@ def choose_attention(
     name: str, device: torch.device, dtype: torch.dtype, verbose: bool = False
 ) -> Callable[[Tokens], MaskedAttention]:
     """What makes the masked attention of the regional steps."""
-    on_gpu = device.type == "cuda"
-    advice = "try --attention portable"
     refusal = partial(InputError, "--attention", name)
+    advice = "try --attention portable"
+    on_gpu = device.type == "cuda"
     name = "portable" if name == "auto" and not on_gpu else name
     if name in ("auto", "kernel"):
         try:
@@ -85,14 +85,12 @@ def choose_attention(
         info(f"masked attention: {name}")
     if name != "kernel":
         return {"portable": portable_attention, "dense": dense_attention}[name]
+    problem = lacks_for_triton() if on_gpu else ""
     can_interpret = device.type == "cpu" and dtype == torch.float32
     if not runs and not (can_interpret and kernel.INTERPRETED):
-        problem = "the kernel needs an NVIDIA GPU from Ampere on"
-        how = "or, slowly, the CPU in float32 with TRITON_INTERPRET=1"
-        raise refusal(f"{problem}, {how}; {advice}")
-    if on_gpu and (lacking := lacks_for_triton()):
-        problem = f"Triton needs {lacking} for its launcher, which is missing here"
-        raise refusal(f"{problem}; install it, or {advice}")
+        problem = "an NVIDIA GPU from Ampere on, or TRITON_INTERPRET=1 and float32 on the CPU"
+    if problem:
+        raise refusal(f"the kernel needs {problem}; {advice}")
     return partial(kernel_or_library, dtype=dtype, device=device)
 
 

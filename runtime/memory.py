@@ -25,9 +25,8 @@ GB = 1e9
 def place(
     source: Source, offload: str, device: torch.device, dtype: torch.dtype, fp8: bool, room: int
 ) -> list[str]:  # fmt: skip
-    """What of flux or t5 stays in host memory, as `group_of` says: no blocks, all, or, if auto, as
-    few as free memory allows; on CUDA modulation layers, too, unless they fit besides all else.
-    room: `working_bytes`."""
+    """The groups of flux or t5 that stay in host memory: no blocks, all, or, if auto, as few as
+    free memory allows; on CUDA modulation layers, too, unless they fit besides all else."""
     sizes = group_bytes(source, dtype, fp8)
     blocks = {key: sizes[key] for key in sizes if key not in (None, MODULATION)}
     on_gpu = device.type == "cuda"
@@ -49,7 +48,7 @@ def place(
 
 def fewest_blocks(blocks: dict[str, int], excess: int) -> list[str]:
     """The fewest blocks, spread evenly, that save `excess` bytes if streamed, or all. They take
-    two buffers, as large as the largest. blocks: their sizes."""
+    two buffers, as large as the largest."""
     names = list(blocks)
     for count in range(len(names)):
         chosen = [names[i * len(names) // count] for i in range(count)]

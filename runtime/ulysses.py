@@ -1,9 +1,8 @@
 """One image on several GPUs: each process has some of the tokens, in attention of the heads.
 
 DeepSpeed-Ulysses (arXiv 2309.14509) as an extension of sampling: before attention the processes
-exchange their tokens' q, k and v for all tokens of their heads, in the usual order, and after it
-back. The result is that of one process. Extensions before it in the list see a process's `part`
-of the tokens, those after it all.
+exchange q, k and v, so that each has all tokens of its heads, and after it back. Extensions before
+it in the list see a process's `part` of the tokens, those after it all.
 """
 
 import math
@@ -40,11 +39,11 @@ class Ulysses:
         """Each process computes its part of the tokens, and gets the whole velocity."""
 
         def split(given: Pass, step: int) -> Tensor:
-            lengths = given.txt.shape[1], given.img.shape[1], branches.streams
             tokens = given.img, given.img_ids, given.txt, given.txt_ids
+            lengths = given.txt.shape[1], given.img.shape[1], branches.streams
+            attention = self.attention(given.attention, *lengths)
             local = Pass(*map(self.part, tokens), *given[4:])
-            local = local._replace(attention=self.attention(given.attention, *lengths))
-            own = forward(local, step)  # (B, l, channels)
+            own = forward(local._replace(attention=attention), step)  # (B, l, channels)
             whole = own.new_zeros(own.shape[0], given.img.shape[1], own.shape[2])
             self.part(whole).copy_(own)
             dist.all_reduce(whole)
@@ -73,9 +72,10 @@ class Ulysses:
             counts = list(zip(*segments))  # each process's tokens of each segment
             x = torch.stack([q, k, v]).unflatten(2, (self.size, -1)).movedim(2, 0)
             shapes = [(*x.shape[1:-2], sum(own), x.shape[-1]) for own in counts]
-            pieces = self.exchange(list(x), shapes)
-            pieces = [x.split(own, dim=-2) for x, own in zip(pieces, counts)]
-            out = inner(*torch.cat(sum(zip(*pieces), ()), dim=-2), block)
+            received = self.exchange(list(x), shapes)
+            pieces = [x.split(own, dim=-2) for x, own in zip(received, counts)]
+            in_order = [piece for segment in zip(*pieces) for piece in segment]
+            out = inner(*torch.cat(in_order, dim=-2), block)
             pieces = out.split(sum(segments, []), dim=-2)
             parts = [torch.cat(pieces[rank :: self.size], dim=-2) for rank in range(self.size)]
             shapes = [parts[self.rank].shape] * self.size

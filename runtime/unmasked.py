@@ -58,7 +58,8 @@ def blend_kernel(
 ):  # fmt: skip
     """One program writes ROWS tokens of one head; the grid is (tiles, heads, images).
     Token i is row row[i] of `regional`, or zeros where that is -1, blended with base."""
-    h, b = tl.program_id(1), tl.program_id(2)
+    h = tl.program_id(1)
+    b = tl.program_id(2)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     source = tl.load(row + rows, mask=rows < L, other=-1)[:, None]
     pointers = regional + b.to(tl.int64) * regional_b + h.to(tl.int64) * regional_h
@@ -73,8 +74,8 @@ def blend_kernel(
 def blend_op(
     regional: Tensor, row: Tensor, base: Tensor | None, base_row: Tensor, base_weight: Tensor
 ) -> Tensor:  # fmt: skip
-    """regional (B, H, n, D), of tokens with bits, base (B, H, L_base, D), row, base_row (L,) int32
-    and base_weight (L,) float32 -> (B, H, L, D), laid out as (B, L, H, D)."""
+    """regional (B, H, n, D), base (B, H, L_base, D), row, base_row (L,) int32, base_weight (L,)
+    float32 -> (B, H, L, D), laid out as (B, L, H, D)."""
     batch, heads, _, head_dim = regional.shape
     rows = 64
     out = empty_output(regional, len(row))

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from test_parity import random, randomized
 from torch import Tensor
 
-from extensions.control import control_lora
+from extensions.controlnet import control_lora
 from model.attention import plain_attention
 from model.transformer import Flux, text_then_image
 from pipeline import Pipeline
@@ -34,8 +34,6 @@ PLAIN = Layout(prompt="p", width=64, height=64).resolved(DEFAULTS)
 LAYOUT = Layout(prompt="p", width=64, height=64, mask_inject_steps=2, regions=REGIONS).resolved(DEFAULTS)
 GUIDANCE = torch.tensor([3.5])
 IDS = image_ids(64, 64)
-
-
 TOKENS = region_tokens(LAYOUT)
 CONDITIONING = Conditioning(random(1, TEXT, 32), random(3, TEXT, 32, seed=2), random(1, 48, seed=3))
 
@@ -120,8 +118,7 @@ def test_heun_takes_the_modulation_by_its_timestep(flux, ratio):
 
     img = pack(noise(64, 64, 1))[:, order]
     assert torch.equal(heun(velocity, img, levels), heun(fresh, img, levels))
-    assert asked == [step for step in range(STEPS) for _ in range(2)]
-    assert list(known[0]) == levels
+    assert asked == [step for step in range(STEPS) for _ in range(2)] and list(known[0]) == levels
 
 
 def true_cfg(flux: Flux, txt: Tensor, y: Tensor, scale: float):
@@ -153,37 +150,22 @@ def test_two_velocities_can_be_mixed(flux):
     assert difference(latents(flux, cfg), latents(flux)) > 1e-2
 
 
-def first_block_cache(flux: Flux, threshold: float, reused: list[int]):
-    """As FBCache: where the first block changes the image as it did before, so do the others."""
-
+def in_two_parts(flux: Flux, after: int):
     def extend(forward, branches):
-        last = {}
-
-        def cached(given, step):
+        def parts(given, step):
             seam = given.modulation, given.attention, given.join, given.after_block
-            start = flux.embed(*given[:4])
-            first = flux.blocks(start, *seam, last=1)
-            change = first.img - start.img
-            if last and (change - last["change"]).norm() < threshold * change.norm():
-                reused.append(step)
-            else:
-                end = flux.blocks(first, *seam, first=1)
-                rest = end.img[:, -end.length :] - first.img
-                last.update(change=change, rest=rest)
-            return flux.decode(first._replace(img=first.img + last["rest"]), given.modulation)
+            first = flux.blocks(flux.embed(*given[:4]), *seam, last=after)
+            return flux.decode(flux.blocks(first, *seam, first=after), given.modulation)
 
-        return cached
+        return parts
 
     return extend
 
 
-def test_a_cache_may_skip_blocks(flux):
-    reused = []
-    never = latents(flux, first_block_cache(flux, 0.0, reused))
-    assert difference(never, latents(flux)) < 1e-6 and reused == []
-    always = latents(flux, first_block_cache(flux, torch.inf, reused))
-    assert reused == [1, 3]  # each kind of pass, regional and plain, has a cache of its own
-    assert difference(always, never) > 1e-3
+@pytest.mark.parametrize("after", [0, 1, 2, 3, 5])
+def test_a_cache_may_skip_blocks(flux, after):
+    """It can run them in part; the first block is enough for most caches."""
+    assert torch.equal(latents(flux, in_two_parts(flux, after)), latents(flux))
 
 
 def references(tokens: Tensor, ids: Tensor):
@@ -226,15 +208,12 @@ def test_latents_can_be_joined_by_channel():
     """As FLUX.1-Fill and -Canny; in a regional run the further latents follow the order of the tokens."""
     wide = randomized(Flux(dataclasses.replace(tiny.FLUX, in_channels=128)))
     image = random(1, 16, 8, 8, seed=8)
-
-    def velocity(img: Tensor, t: Tensor) -> Tensor:
-        return plain_velocity(wide, torch.cat([img, pack(image)], dim=-1), t)
-
     joined = control_lora(pack(image))
-    assert torch.equal(latents(wide, joined, layout=PLAIN), euler(wide, velocity))
+    expected = euler(wide, lambda img, t: plain_velocity(wide, torch.cat([img, pack(image)], dim=-1), t))
+    assert torch.equal(latents(wide, joined, layout=PLAIN), expected)
     only_base = {"base_ratio": 1.0, "mask_inject_steps": STEPS}
     everywhere = replace(LAYOUT, regions=tuple(replace(x, **only_base) for x in LAYOUT.regions), **only_base)
-    assert difference(latents(wide, joined, layout=everywhere), euler(wide, velocity)) < 1e-5
+    assert difference(latents(wide, joined, layout=everywhere), expected) < 1e-5
 
 
 def test_the_pages_example_logs_every_blocks_entropy():

@@ -20,24 +20,19 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 open(sys.argv[1], "w").write(f"{os.getpid()} {child.pid}")
 time.sleep(60)
 """
-
-
 WRITES = "import sys, tempfile; open(sys.argv[1], 'w').write(tempfile.mkstemp()[1]); raise SystemExit(3)"
 
 
-def script(text: str, *args: object) -> list[str]:
-    return [sys.executable, "-u", "-c", text, *map(str, args)]
-
-
 def part(text: str, *args: object, limit: int = 30) -> Part:
-    return Part("a part", limit, script(text, *args), script(text, *args))
+    script = [sys.executable, "-u", "-c", text, *map(str, args)]
+    return Part("a part", limit, script, script)
 
 
 def results(out: Path) -> dict[str, dict]:
     return {file.stem: json.loads(file.read_text()) for file in out.glob("*.json")}
 
 
-def is_running(pid: int) -> bool:
+def is_running(pid: str) -> bool:
     """Is this process there, and not only its exit code?"""
     status = Path(f"/proc/{pid}/stat")
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
@@ -48,7 +43,7 @@ def test_a_part_that_fails_does_not_stop_the_rest(tmp_path, capsys):
     parts = {
         "bad": part(WRITES, tmp_path / "name"),
         "good": part("import os; print('| a | 1 |'); print(os.environ['REGIONAL_TEST_DEVICE'])"),
-        "gpu": Part("a part", 30, script("")),
+        "gpu": part("")._replace(on_cpu=None),
     }
     assert first_gpu.run_parts(parts, tmp_path, 10, "cpu", False) == []
     found = results(tmp_path)
@@ -71,17 +66,16 @@ def test_a_part_that_hangs_is_killed_with_all_that_it_started(tmp_path):
     assert (tmp_path / "hangs.log").read_text() == "begun\n"  # what it printed until then is kept
     assert found["next"]["status"] == "ok"
     deadline = time.monotonic() + 10
-    while (running := any(map(is_running, map(int, pids.read_text().split())))) and time.monotonic() < deadline:
+    while any(map(is_running, pids.read_text().split())):
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert not running
 
 
 def test_a_part_that_is_done_is_not_run_again_unless_asked(tmp_path):
-    count = tmp_path / "count"
-    parts = {"once": part("import sys; open(sys.argv[1], 'a').write('x')", count)}
+    parts = {"once": part("import sys; open(sys.argv[1], 'a').write('x')", tmp_path / "count")}
     for again, expected in (False, "x"), (False, "x"), (True, "xx"):
         first_gpu.run_parts(parts, tmp_path, 10, "cuda", again)
-        assert count.read_text() == expected
+        assert (tmp_path / "count").read_text() == expected
 
 
 def test_parts_that_might_not_end_in_time_are_left_for_the_next_call(tmp_path):
@@ -126,20 +120,11 @@ TESTS = """....F                         [100%]
 FAILED tests/test_cuda.py::test_x[a b] - AssertionError: 0.3
 1 failed, 90 passed, 3 skipped in 100.0s
 """
+LOGS = {"kernel": KERNEL, "steps": STEPS, "memory": MEMORY, "compile": TESTS}
 
 
 def test_the_numbers_of_a_log_are_read():
-    rates = first_gpu.read_rates(KERNEL)
-    assert rates["rates"]["1024 x 1024, four quadrants, kernel (ours)"] == 409.5
-    assert len(rates["rates"]) == 2 and len(rates["failed"]) == 1 and "SDPA, dense mask" in rates["failed"][0]
-    steps = first_gpu.read_steps(STEPS)
-    assert steps["steps"]["1024 x 1024, regional, 4, compiled"] == {"ms": 250.0, "extra MiB": 800.0}
-    assert steps["weights"] == {"compiled": 17.35} and len(steps["failed"]) == 1
-    late = "G9: compiled, late step / plain step"
-    assert steps["goals"] == {"G6: compiled / own plain, R = 4": 1.38, late: 1.03}
-    assert steps["missed"] == [late]
-    tests = first_gpu.read_tests(TESTS)
-    assert tests["tests"] == {"failed": 1, "passed": 90, "skipped": 3} and "test_x[a b]" in tests["failed"][0]
+    assert [len(first_gpu.read(name, log)["failed"]) for name, log in LOGS.items()] == [1, 1, 0, 1]
     assert first_gpu.read_environment('GPU: H100\n{"GPU": "H100"}\n') == {"GPU": "H100"}
     for reader in first_gpu.READERS.values():  # the log of a part that was killed at once
         assert not any(reader("").values())
@@ -155,7 +140,7 @@ def results_file(tmp_path, monkeypatch) -> Path:
 
 def test_the_tables_say_what_was_predicted_and_measured(tmp_path, results_file):
     found = {"status": "ok", "exit_code": 0, "seconds": 1.0, "command": ["-u", "x.py"], "device": "cuda"}
-    for name, log in {"kernel": KERNEL, "steps": STEPS, "memory": MEMORY, "compile": TESTS}.items():
+    for name, log in LOGS.items():
         found |= {"part": name, "commit": "0123456789abcdef", "results": first_gpu.read(name, log)}
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
     before = results_file.read_text()
@@ -185,11 +170,8 @@ def test_every_prediction_can_be_measured():
     kinds = "plain", "late", "regional, 1", "regional, 4", "regional, 16"
     rows = [f"| 1024 x 1024 | {kind} | compiled | 100.0 | 800 |  |" for kind in kinds]
     caps = [f"| M3: {cap.what} under {cap.gigabytes} GB, of {cap.rival}'s time without" for cap in speed.CAPS]
-    logs = {
-        "kernel": KERNEL,
-        "steps": "\n".join(["compiled: 17.35 GB of weights", *rows]),
-        "memory": "\n".join(f"{cap} | 1.1 | it runs | <= 1 | met |" for cap in caps),
-    }
+    logs = LOGS | {"steps": "\n".join(["compiled: 17.35 GB of weights", *rows])}
+    logs["memory"] = "\n".join(f"{cap} | 1.1 | it runs | <= 1 | met |" for cap in caps)
     found = first_gpu.measured({name: first_gpu.read(name, log) for name, log in logs.items()})
     assert found.keys() == first_gpu.PREDICTED.keys()
     assert (first_gpu.REGIONAL, first_gpu.STEPS_OF_A_RUN) == (speed.REGIONAL, speed.REGIONAL + speed.LATE)

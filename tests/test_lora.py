@@ -5,12 +5,10 @@ import dataclasses
 import json
 import zlib
 from functools import partial
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -98,9 +96,7 @@ def test_kohya(part, number, tmp_path):
     assert not lora.unknown and not any(lora.changes[p] for p in MODULES if p != part)
 
 
-@pytest.mark.parametrize(
-    "prefix", ["transformer.", "base_model.model.", "base_model.model.transformer.", "", "diffusion_model."]
-)
+@pytest.mark.parametrize("prefix", ["", "transformer.", "base_model.model.transformer.", "diffusion_model."])
 def test_diffusers_and_peft(prefix, tmp_path):
     """Fused layers come in parts: each has its rows, parts may be missing, ranks may differ; the
     last modulation's halves are swapped."""
@@ -126,7 +122,6 @@ NAMES = [  # a file's name of a layer, the layer, and its rows
     (XLABS, "diffusion_model.double_blocks.1.processor.proj_lora2", "double_blocks.1.txt_attn.proj", 0, H),
     (XLABS, "single_blocks.2.processor.qkv_lora", "single_blocks.2.linear1", 0, 3 * H),
     (XLABS, "single_blocks.2.processor.proj_lora", "single_blocks.2.linear2", 0, H),
-    (XLABS, "diffusion_model.single_blocks.1.processor.proj_lora", "single_blocks.1.linear2", 0, H),
     # OneTrainer's: flat names of diffusers, and the newer form, BFL's layers in numbered parts
     (KOHYA, "lora_transformer_transformer_blocks_0_attn_to_v", "double_blocks.0.img_attn.qkv", 2 * H, 3 * H),
     (KOHYA, "lora_transformer_single_transformer_blocks_1_proj_mlp", "single_blocks.1.linear1", 3 * H, 3 * H + MLP),
@@ -154,11 +149,12 @@ def test_each_familys_names_are_known(tmp_path):
 
 
 def test_differences_and_replacements(tmp_path):
+    """A convolution's trailing dimensions of 1 mean nothing."""
     tensors, product = low_rank("diffusion_model.double_blocks.0.txt_attn.qkv", 3 * H, H, PEFT)
     tensors |= {
         "diffusion_model.double_blocks.0.txt_attn.qkv.diff_b": rand(3 * H),
         "diffusion_model.double_blocks.0.img_attn.norm.query_norm.w_norm": rand(32),
-        "diffusion_model.img_in.diff": rand(H, 64),
+        "diffusion_model.img_in.diff": rand(H, 64)[..., None, None],
         "diffusion_model.txt_in.set_weight": rand(H, 32),
     }
     expected = {
@@ -218,16 +214,17 @@ def test_a_control_lora_widens_the_input_and_replaces_norms(tmp_path):
     assert lora.is_control
 
 
-@pytest.mark.parametrize("dim", [0, 1])
-def test_dora(dim, tmp_path):
+@pytest.mark.parametrize("shape", [(3 * H, 1), (3 * H,), (1, H)], ids=str)
+def test_dora(shape, tmp_path):
     """Each row, or each column, of the changed weight gets the length that is stored; a scale goes
     part of the way."""
     tensors, product = low_rank(QKV, 3 * H, H)
-    magnitude = rand(3 * H, 1).abs() if dim == 1 else rand(1, H).abs()
+    magnitude = rand(*shape).abs()
     lora = read_file(tmp_path, tensors | {f"{QKV}.dora_scale": magnitude})
     weight = BASE["double_blocks.0.img_attn.qkv.weight"]
     changed = weight + product
-    expected = changed / changed.norm(dim=dim, keepdim=True) * magnitude.double() - weight
+    lengths = changed.norm(dim=0 if shape[0] == 1 else 1, keepdim=True)
+    expected = changed / lengths * magnitude.double().reshape(lengths.shape) - weight
     for scale in (1.0, 0.5):
         (found,) = deltas(lora, base=BASE, scale=scale).values()
         assert_close(found, scale * expected)
@@ -286,13 +283,15 @@ def ours(theirs: dict[str, torch.Tensor], name: str) -> torch.Tensor:
 
 
 UP, DOWN = (f"{QKV}{name}" for name in KOHYA)
+FITS = {UP: (192, 4), DOWN: (4, H)}
 WRONG = [
     ({"unet.down.0.weight": (192, 4)}, ["none of its keys is known", "unet.down.0.weight"]),
     ({UP: (192, 4)}, [UP, "no counterpart"]),
-    ({UP: (192, 4), DOWN: (5, H)}, ["lora_up", "(192, 4)", "(192, 5)"]),
-    ({UP: (192, 4), DOWN: (4, 3072)}, ["lora_down", "(4, 3072)", "(4, 64)"]),
-    ({UP: (9216, 4), DOWN: (4, H)}, ["(9216, 4)", "another model"]),
-    ({UP: (192, 4), DOWN: ()}, ["lora_down", "()", "a matrix"]),
+    (FITS | {DOWN: (5, H)}, ["lora_up", "(192, 4)", "(192, 5)"]),
+    (FITS | {DOWN: (4, 3072)}, ["lora_down", "(4, 3072)", "(4, 64)"]),
+    (FITS | {UP: (9216, 4)}, ["(9216, 4)", "another model"]),
+    (FITS | {DOWN: ()}, ["lora_down", "()", "a matrix"]),
+    (FITS | {f"{QKV}.dora_scale": (64,)}, ["lora.safetensors", "dora_scale", "(64,)", "(192, 1) or (1, 64)"]),
     ({f"{QKV}.lokr_w1": (4, 4), f"{QKV}.lokr_w2": (4, 4)}, ["(192, 64)", "(16, 16)"]),
     ({f"{QKV}.lokr_w1": (4,), f"{QKV}.lokr_w2": (4, 4)}, ["lokr_w1", "(4,)", "a matrix"]),
 ]
@@ -361,15 +360,15 @@ def test_streams_of_all_of_flux():
     assert not can_be_regional(Change("double_blocks.0.img_attn.norm.key_norm.scale", 0, 32, Full(rand(32))))
 
 
-@pytest.mark.parametrize(
-    "mine, more, txt, streams",
-    [  # two prompts of two tokens, three image tokens; behind the prompts the base prompt's tokens
-        ("1100100", {"streams": 2}, "110000", 2),
-        ("1100100", {"has_base": False}, "1100", 1),
-        ("1100111", {"streams": 2}, "110011", 2),  # everywhere: the base prompt's tokens too
-        ("100", {}, "00", 1),
-    ],
-)
+TOKENS = [  # two prompts of two tokens, three image tokens; behind the prompts the base prompt's tokens
+    ("1100100", {"streams": 2}, "110000", 2),
+    ("1100100", {"has_base": False}, "1100", 1),
+    ("1100111", {"streams": 2}, "110011", 2),  # everywhere: the base prompt's tokens too
+    ("100", {}, "00", 1),
+]
+
+
+@pytest.mark.parametrize("mine, more, txt, streams", TOKENS)
 def test_tokens_of_a_region(mine, more, txt, streams):
     mine, txt = (torch.tensor([bit == "1" for bit in bits]) for bits in (mine, txt))
     found = tokens_of(mine, Branches(torch.zeros(7, dtype=torch.long), torch.arange(3), 2, **more), lambda x: x)
@@ -394,8 +393,7 @@ def latents(pipeline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def latents(regions, **keys):
-        Path("layout.yaml").write_text(yaml.safe_dump(LAYOUT | keys | {"regions": regions}))
-        return pipeline.denoise(pipeline.prepare(read_layout(Path("layout.yaml"), {})), 3)
+        return pipeline.denoise(pipeline.prepare(read_layout(None, LAYOUT | keys | {"regions": regions})), 3)
 
     return latents
 
@@ -446,34 +444,23 @@ def test_outside_its_region_nothing_changes_to_the_bit(latents, lora):
     assert mean(both[..., 6:], without[..., 6:]) > 0.01
 
 
-@pytest.mark.parametrize(
-    "keys", [{}, {"base_ratio": 0.3}, {"base_ratio": 0.3, "mask_inject_steps": 1}, {"mask_inject_steps": 0}]
-)
+OVER_ALL = [{}, {"base_ratio": 0.3}, {"base_ratio": 0.3, "mask_inject_steps": 1}, {"mask_inject_steps": 0}]
+
+
+@pytest.mark.parametrize("keys", OVER_ALL)
 def test_over_the_whole_image_it_is_the_merged_one(latents, lora, keys):
     merged = latents([whole()], loras=[{"file": lora, "scale": 1.5}], **keys)
     assert mean(merged, latents([whole()], **keys)) > 0.01
     assert (merged - latents([whole((lora, 1.5, True))], **keys)).abs().max() < 1e-4
 
 
-def test_in_the_plain_steps_it_acts_if_asked_to(latents, lora):
+def test_it_acts_in_plain_steps_if_asked_to_and_in_compositions(latents, lora):
     keys = {"mask_inject_steps": 1, "base_ratio": 0.3}
     asked, not_asked = (latents([left((lora, 1.5, plain)), right()], **keys) for plain in (True, False))
     assert mean(asked, not_asked) > 0.003
-    found, without = (latents([left(*own), right()], mask_inject_steps=0) for own in ([(lora, 1.5)], []))
-    assert torch.equal(found, without)
-
-
-def test_overlaps_add(latents, lora):
-    """Two regions over the same pixels with half of a LoRA each have all of it, but for their
-    prompts' tokens, which have half of it each."""
-    halves = latents([left((lora, 0.5)), left((lora, 0.5), prompt="a boat"), right()])
-    whole = latents([left((lora, 1.0)), left(prompt="a boat"), right()])
-    assert torch.equal(halves[..., 6:], whole[..., 6:])
-    assert mean(halves[..., :6], whole[..., :6]) > 1e-4
-
-
-def test_by_composition_each_region_is_generated_with_its_own(latents, lora):
-    found, without = (latents([left(*own), right()], method="rpg") for own in ([(lora, 1.5)], []))
+    two = [left((lora, 1.5)), right()], [left(), right()]
+    assert torch.equal(*(latents(each, mask_inject_steps=0) for each in two))
+    found, without = (latents(each, method="rpg") for each in two)
     assert mean(found[..., :6], without[..., :6]) > 0.01
 
 
@@ -522,14 +509,14 @@ def test_a_t5_part_changes_its_regions_prompt_alone(latents):
     assert_close(found[..., 6:], without[..., 6:], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "entry, message",
-    [
-        ({"file": "none.safetensors"}, r"loras\[0\].file = none.safetensors.*no such file"),
-        ({"file": "x.safetensors", "scale": float("nan")}, r"loras\[0\].scale = nan"),
-        ({"file": "x.safetensors", "skale": 1}, r"loras\[0\].skale = 1: .*did you mean scale"),
-    ],
-)
+WRONG_ENTRIES = [
+    ({"file": "none.safetensors"}, r"loras\[0\].file = none.safetensors.*no such file"),
+    ({"file": "x.safetensors", "scale": float("nan")}, r"loras\[0\].scale = nan"),
+    ({"file": "x.safetensors", "skale": 1}, r"loras\[0\].skale = 1: .*did you mean scale"),
+]
+
+
+@pytest.mark.parametrize("entry, message", WRONG_ENTRIES)
 def test_mistakes_get_one_sentence(entry, message, latents):
     with pytest.raises(InputError, match=message) as error:
         latents([], loras=[entry])

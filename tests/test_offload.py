@@ -99,8 +99,7 @@ def away(stream: Streamed) -> set[int]:
     found = set()
     for i, (owners, host) in enumerate(zip(stream.owners, stream.weights)):
         places = [getattr(owner, key).data_ptr() for owner, key in owners]
-        if places != [weight.data_ptr() for weight in host]:
-            found.add(i)
+        found |= {i} if places != [weight.data_ptr() for weight in host] else set()
     return found
 
 
@@ -120,9 +119,12 @@ def test_names_on_the_host_are_those_that_are_streamed():
     """What loading leaves in host memory is what Streamed takes care of, of FLUX.1 and of T5."""
     flux = random_flux()
     t5 = tiny.T5Encoder(tiny.T5)
-    groups = {f"double_blocks.{i}": [block] for i, block in enumerate(flux.double_blocks)}
-    groups |= {f"single_blocks.{i}": [block] for i, block in enumerate(flux.single_blocks)}
-    groups |= {f"encoder.block.{i}": [block] for i, block in enumerate(t5.encoder.block)}
+    kinds = {
+        "double_blocks": flux.double_blocks,
+        "single_blocks": flux.single_blocks,
+        "encoder.block": t5.encoder.block,
+    }
+    groups = {f"{kind}.{i}": [block] for kind, blocks in kinds.items() for i, block in enumerate(blocks)}
     for group, modules in {**groups, MODULATION: modulation_of(flux)}.items():
         owners = sum(Streamed(modules, CPU).owners, [])
         own = {id(getattr(owner, key)) for owner, key in owners}
@@ -136,37 +138,27 @@ REGION = Region(prompt="a red circle", box=(0, 0, 32, 64))
 LAYOUT = Layout(prompt="a red circle", width=64, height=64, steps=2, regions=(REGION,))
 
 
-def latents_of(**settings) -> torch.Tensor:
-    made = Pipeline("pocket", device="cpu", **settings)
+def latents_of(made: Pipeline) -> torch.Tensor:
     return made.denoise(made.prepare(LAYOUT), 1)
 
 
-@pytest.fixture(scope="module")
-def expected():
-    return latents_of()
+def test_a_run_with_streamed_blocks_is_bit_equal(monkeypatch):
+    """All of them, or some, as where some fit: what has to be streamed of both is, and nothing else."""
+    expected = latents_of(Pipeline("pocket", device="cpu"))
+    assert torch.equal(latents_of(Pipeline("pocket", device="cpu", offload="blocks")), expected)
+    in_fp8 = [latents_of(Pipeline("pocket", device="cpu", quantize="fp8", offload=x)) for x in ("none", "blocks")]
+    assert torch.equal(*in_fp8) and not torch.equal(in_fp8[0], expected)
+    for excess, count, modulation in (1, 4, []), (4 * 10**6, 6, [MODULATION]):
 
+        def some_blocks(source, *_, excess=excess, count=count, modulation=modulation):
+            names = memory.fewest_blocks(blocks_in(memory.group_bytes(source, torch.float32)), excess)
+            assert len(names) == (count if source.part == "flux" else 2)
+            return names + (modulation if source.part == "flux" else [])
 
-def test_a_run_with_streamed_blocks_is_bit_equal(expected):
-    assert torch.equal(latents_of(offload="blocks"), expected)
-    in_fp8 = latents_of(quantize="fp8")
-    assert torch.equal(latents_of(quantize="fp8", offload="blocks"), in_fp8)
-    assert not torch.equal(in_fp8, expected)
-
-
-@pytest.mark.parametrize("excess, count, modulation", [(1, 4, []), (4 * 10**6, 6, [MODULATION])])
-def test_a_run_with_some_blocks_streamed_is_bit_equal(monkeypatch, expected, excess, count, modulation):
-    """As where some of the blocks fit: what has to be streamed of both is, and nothing else."""
-
-    def some_blocks(source, *_):
-        names = memory.fewest_blocks(blocks_in(memory.group_bytes(source, torch.float32)), excess)
-        assert len(names) == (count if source.part == "flux" else 2)
-        return names + (modulation if source.part == "flux" else [])
-
-    monkeypatch.setattr(memory, "place", some_blocks)
-    made = Pipeline("pocket", device="cpu", offload="blocks")
-    assert torch.equal(made.denoise(made.prepare(LAYOUT), 1), expected)
-    loaded = made.parts.loaded
-    assert [len(loaded[part].streamed) for part in ("t5", "flux")] == [1, 1 + len(modulation)]
+        monkeypatch.setattr(memory, "place", some_blocks)
+        made = Pipeline("pocket", device="cpu", offload="blocks")
+        assert torch.equal(latents_of(made), expected)
+        assert [len(made.parts.loaded[part].streamed) for part in ("t5", "flux")] == [1, 1 + len(modulation)]
 
 
 def blocks_in(sizes: dict[str | None, int]) -> dict[str, int]:
@@ -194,14 +186,13 @@ def test_modulation_is_made_once_for_all_seeds_of_a_layout(spy):
     made = spy(Flux, "modulations")
     pipeline = Pipeline("pocket", device="cpu")
     prepared = pipeline.prepare(LAYOUT)
-    first, _ = (pipeline.denoise(prepared, seed) for seed in (1, 2))
-    assert len(made) == 1
     stronger = prepared._replace(layout=replace(prepared.layout, guidance=30.0))
-    assert not torch.equal(pipeline.denoise(stronger, 1), first) and len(made) == 2
-    pipeline.denoise(prepared, 1)
-    assert len(made) == 3
-    pipeline.denoise(pipeline.prepare(replace(LAYOUT, prompt="a blue square")), 1)
-    assert len(made) == 4
+    other = pipeline.prepare(replace(LAYOUT, prompt="a blue square"))
+    found = []
+    for each, seed, count in (prepared, 1, 1), (prepared, 2, 1), (stronger, 1, 2), (prepared, 1, 3), (other, 1, 4):
+        found.append(pipeline.denoise(each, seed))
+        assert len(made) == count
+    assert torch.equal(found[0], found[3]) and not torch.equal(found[0], found[2])
 
 
 @pytest.fixture(scope="module")
@@ -212,10 +203,8 @@ def full_size():
     found = {}
     for part, module in modules.items():
         names = next(names for names in key_names.KEY_NAMES if names.part == part)
-        tensors = {
-            name: files.Stored(Path("x"), name, "BF16", tuple(t.shape), 0, 2 * t.numel())
-            for name, t in module.state_dict().items()
-        }
+        shapes = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+        tensors = {name: files.Stored(Path("x"), name, "BF16", shape, 0, 0) for name, shape in shapes.items()}
         found[part] = recognize.Source(part, Path(part), "", names, tensors, {}, {})
     return found
 
@@ -248,9 +237,10 @@ def test_the_room_that_is_counted_on_is_what_a_step_takes(monkeypatch, regions, 
     monkeypatch.setattr(sdpa, lambda q, k, v: torch.empty_like(q))
     rope = lambda ids, shape, *_: on_meta(1, shape[1], 64, 2).float()  # noqa: E731
     monkeypatch.setattr("model.transformer.known_rope", rope)
-    edges = [1024 * i // regions for i in range(regions + 1)] if regions else []
-    columns = tuple(Region(prompt="r", box=(x0, 0, x1, 1024)) for x0, x1 in zip(edges, edges[1:]))
-    layout = replace(DEV, regions=columns)
+    columns = (
+        Region(prompt="r", box=(1024 * i // regions, 0, 1024 * (i + 1) // regions, 1024)) for i in range(regions)
+    )
+    layout = replace(DEV, regions=tuple(columns))
     with torch.device("meta"):
         flux = Flux(FluxParams()).bfloat16().requires_grad_(False)
     hooks, text = {}, 512

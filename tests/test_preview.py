@@ -1,6 +1,5 @@
 """What a layout looks like and costs before anything is generated, and the schema of its file."""
 
-import copy
 import dataclasses
 import json
 import re
@@ -33,6 +32,7 @@ EXAMPLES = [ROOT / "layout.yaml", *sorted((ROOT / "examples").glob("*.yaml"))]
 COLOR = [tuple(color) for color in COLORS.tolist()]
 GRAY = COLOR[61]
 TOP = 2 * LINE + 2 * GAP
+HALF = {"box": [0, 0, 128, 256]}
 
 
 def layout(*regions: dict, **keys) -> Layout:
@@ -41,18 +41,12 @@ def layout(*regions: dict, **keys) -> Layout:
     return read_layout(None, {"prompt": "a scene", "regions": written, **keys}, 256)
 
 
-@cache
-def sheet_of(of: Layout) -> np.ndarray:
-    return np.asarray(preview(of))
-
-
 def canvas(of: Layout) -> np.ndarray:
     """The tokens without heading and legend: (tokens down, tokens across, cell, cell, 3)."""
-    h = of.height // 16
-    w = of.width // 16
+    h, w = of.height // 16, of.width // 16
     cell = round(1024 / max(h, w))
-    cells = sheet_of(of)[TOP : TOP + h * cell, GAP : GAP + w * cell].reshape(h, cell, w, cell, 3)
-    return cells.swapaxes(1, 2)
+    drawn = np.asarray(preview(of))[TOP : TOP + h * cell, GAP : GAP + w * cell]
+    return drawn.reshape(h, cell, w, cell, 3).swapaxes(1, 2)
 
 
 def most(cell: np.ndarray) -> tuple[int, ...]:
@@ -77,9 +71,9 @@ def test_each_token_has_the_color_of_its_region_and_the_rest_is_gray():
     # A token whose center, here x = 24, lies outside stays gray, and the shape is drawn over it.
     drawn = canvas(layout({"box": [0, 0, 23, 256]}))
     assert most(drawn[5, 0]) == COLOR[0] and most(drawn[5, 1]) == GRAY
-    dark = tuple(int(0.45 * value) for value in COLOR[0])
-    at = {int(x) for x in np.flatnonzero((drawn[5, 1, 20] == dark).all(axis=1))}
-    assert at == {26, 27}  # 23 / 16 tokens of 64 pixels: the edge ends after pixel 92 = 64 + 28
+    dark = [int(0.45 * value) for value in COLOR[0]]
+    edge = np.flatnonzero((drawn[5, 1, 20] == dark).all(axis=1))
+    assert edge.tolist() == [26, 27]  # 23 / 16 tokens of 64 pixels: the edge ends after pixel 92 = 64 + 28
 
 
 def test_overlaps_are_striped_in_the_colors_of_all_their_regions_unless_the_last_one_hides_the_others():
@@ -103,13 +97,12 @@ def test_a_soft_edge_is_graded():
 
 RING = [[[16, 16], [240, 16], [240, 240], [16, 240]], [[64, 64], [192, 64], [192, 192], [64, 192]]]
 CORNER = [[0, 0], [256, 0], [256, 48], [48, 48], [48, 256], [0, 256]]
-EIGHT = [{"box": [160 * i, 0, 160 * i + 160, "50%"]} for i in range(8)]
 PARTS = {
     "inside another": layout({"box": [0, 0, 256, 256]}, {"box": [32, 32, 224, 224]}, overlap="last"),
     "ring": layout({"polygon": RING}),
     "corner": layout({"polygon": CORNER}),
     "overlap": layout({"box": [0, 0, 160, 256], "feather": 64}, {"box": [96, 0, 256, 256]}),
-    "eight": layout(*EIGHT, width=1280, height=768),
+    "eight": layout(*({"box": [160 * i, 0, 160 * i + 160, "50%"]} for i in range(8)), width=1280, height=768),
 }
 
 
@@ -125,17 +118,13 @@ def test_each_regions_name_lies_in_its_own_part(of):
 
 def test_a_name_is_no_larger_than_its_region_and_two_of_one_place_both_have_one():
     names = white(canvas(layout({"box": [320, 320, 352, 352]}, width=1280, height=768)))
-    assert names[20:22, 20:22].sum() > 50
-    assert names[18:24, 18:24].sum() == names[20:22, 20:22].sum()
+    assert names[18:24, 18:24].sum() == names[20:22, 20:22].sum() > 50
     box = {"box": [0, 0, 128, 128]}
     one, two = (white(canvas(layout(*[box] * n)))[:8, :8].sum() for n in (1, 2))
     assert two > 1.8 * one
-
-
-def test_the_innermost_point_of_a_ring_is_not_its_middle():
     inside = np.ones((9, 9), dtype=bool)
     inside[3:, 3:6] = False
-    y, x, depth = innermost(inside)
+    y, x, depth = innermost(inside)  # not the middle
     assert (y, depth) == (1.5, 1.5) and inside[int(y), int(x)]
 
 
@@ -144,10 +133,9 @@ SIZES = [(1280, 768, (1040, 624)), (32, 32, (1024, 1024)), (8192, 16, (1024, 2))
 
 @pytest.mark.parametrize("width, height, size", SIZES)
 def test_images_of_all_aspect_ratios_have_a_legend_that_covers_no_token(width, height, size):
-    sheet = sheet_of(layout({"box": [0, 0, 16, 16]}, width=width, height=height))
+    sheet = np.asarray(preview(layout({"box": [0, 0, 16, 16]}, width=width, height=height)))
     assert max(sheet.shape) < 1500 and sheet.shape[1] >= size[0] + 2 * GAP
-    bottom = TOP + size[1]  # of the last token
-    right = GAP + size[0]
+    right, bottom = GAP + size[0], TOP + size[1]  # of the last token
     assert (sheet[bottom - 1, right - 1] != 255).any()
     assert (sheet[bottom, GAP:right] == 255).all() and (sheet[TOP:bottom, right] == 255).all()
     swatches = (sheet == COLOR[0]).all(axis=-1)
@@ -155,17 +143,14 @@ def test_images_of_all_aspect_ratios_have_a_legend_that_covers_no_token(width, h
     assert (rows >= bottom) == (width > height) and (columns >= right) == (width <= height)
 
 
-def test_61_regions_have_61_colors_and_all_are_in_the_legend():
+def test_a_legend_has_61_colors_and_the_settings_that_are_not_the_defaults():
     boxes = [[128 * (i % 8), 128 * (i // 8), 128 * (i % 8) + 128, 128 * (i // 8) + 128] for i in range(61)]
     of = layout(*({"box": box} for box in boxes), width=1024, height=1024)
     legend = np.asarray(preview(of))[:, 1024 + 2 * GAP :]
     shown = {tuple(value) for value in np.unique(legend.reshape(-1, 3), axis=0).tolist()}
     assert {*COLOR} <= shown and len({*COLOR}) == 62 and GRAY == (228, 228, 228)
-
-
-def test_a_legend_reports_the_settings_that_are_not_the_defaults():
     changed = {"strength": 2.5, "feather": 32, "base_ratio": 0, "mask_inject_steps": "60%"}
-    of = layout({"box": [0, 0, 128, 256]}, {"box": [128, 0, 256, 128], **changed})
+    of = layout(HALF, {"box": [128, 0, 256, 128], **changed})
     first, second, background = (details(of, region_tokens(of), i) for i in range(3))
     assert first == "128 tokens, 50.0%" and background.count(",") == 1
     assert second.endswith("%, strength 2.5, feather 32, base_ratio 0, mask_inject_steps 60%")
@@ -215,28 +200,23 @@ def counted_flops(of: Layout, params: FluxParams = tiny.FLUX) -> int:
     regions = torch.randn(count, of.region_max_sequence_length, params.context_in_dim)
     txt = torch.randn(1, of.max_sequence_length, params.context_in_dim)
     conditioning = Conditioning(txt, regions if count else None, torch.randn(1 + count, params.vec_in_dim))
-    counter = FlopCounterMode(display=False)
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         sample(Flux(params), of, tokens, conditioning, 1, portable_attention)
     return counter.get_total_flops()
 
 
 def total_flops(of: Layout, params: FluxParams) -> int:
-    total = start = 0
     found = stages(resolved(of, params), params, grid_tokens(of))
     assert found[-1][1] == plain_flops(params, 12, 64)
-    for end, flops, _ in found:
-        total += (end - start) * flops
-        start = end
-    return total
+    starts = [0, *(end for end, *_ in found)]
+    return sum((end - start) * flops for start, (end, flops, _) in zip(starts, found))
 
 
 @pytest.mark.parametrize("of", RUNS.values(), ids=RUNS)
 def test_the_expected_work_is_that_of_a_run(of):
     counted = counted_flops(of)
     if of is RUNS["composition alone"]:  # its base prompt's modulation is made for all steps
-        modulation = forward_flops(tiny.FLUX, text=0, image=0, pairs=0)
-        counted -= resolved(of, tiny.FLUX).regional_steps() * modulation
+        counted -= resolved(of, tiny.FLUX).regional_steps() * forward_flops(tiny.FLUX, text=0, image=0, pairs=0)
     # Ratios of tokens are a matrix product too.
     assert total_flops(of, tiny.FLUX) == pytest.approx(counted, rel=1e-5)
     ratio = counted / counted_flops(RUNS["plain"])
@@ -278,7 +258,6 @@ def test_a_report_names_the_steps_of_each_stage():
         assert re.findall(r"^steps (.*), [^,]* each, ", text, re.MULTILINE) == lines
 
 
-HALF = {"box": [0, 0, 128, 256]}
 SMALL, RIGHT, MIDDLE = {"box": [160, 0, 192, 32]}, {"box": [128, 0, 256, 256]}, {"box": [64, 0, 192, 256]}
 WARNINGS = [
     (layout(HALF, SMALL), "regions[1] covers only 4 tokens, 1.6% of the image,"),
@@ -308,8 +287,8 @@ def test_the_schema_in_docs_is_current_and_describes_every_key(capsys):
     schema = json_schema()
     parts = [schema, *schema["$defs"].values()]
     assert all(key["description"] for part in parts for key in part["properties"].values())
-    region = schema["$defs"]["Region"]["properties"]
-    assert region["feather"]["description"].startswith("over how many pixels")
+    feather = schema["$defs"]["Region"]["properties"]["feather"]
+    assert feather["description"].startswith("over how many pixels")
 
 
 @pytest.fixture(scope="module")
@@ -319,31 +298,19 @@ def is_valid():
     return jsonschema.Draft202012Validator(json_schema()).is_valid
 
 
-def can_be_read(written: dict, folder: Path) -> bool:
-    """Does the reader take it, next to map.png, with white pixels?"""
-    Image.new("L", (64, 64), 255).save(folder / "map.png")
-    (folder / "layout.yaml").write_text(json.dumps(written))
-    try:
-        return bool(read_layout(folder / "layout.yaml", {}))
-    except InputError:
-        return False
-
-
-GOOD = {"prompt": "a scene", "regions": [{"prompt": "a thing", "box": [0, 0, 128, 128]}]}
+BOX = {"prompt": "a thing", "box": [0, 0, 128, 128]}
 
 
 def changed(region: dict | None = None, without: str | None = None, **keys) -> dict:
-    """GOOD with other keys, of its region too."""
-    data = copy.deepcopy(GOOD) | keys
-    data["regions"][0] |= region or {}
-    data["regions"][0].pop(without, None)
-    return data
+    """A good layout with other keys, of its region too."""
+    region = {key: value for key, value in (BOX | (region or {})).items() if key != without}
+    return {"prompt": "a scene", "regions": [region], **keys}
 
 
 shaped = partial(changed, without="box", map="map.png")
 CONTROL = {"model": "a/b", "image": "map.png"}
 TAKEN = [
-    GOOD, {"prompt": "a scene"}, changed({"box": ["0%", "12.5%", "100%", 999.5]}),
+    changed(), {"prompt": "a scene"}, changed({"box": ["0%", "12.5%", "100%", 999.5]}),
     changed({"box": [0, 0, "025%", "100.0%"]}), changed({"mask": None, "color": None, "polygon": None}),
     shaped({"polygon": [[0, 0], ["50%", 0], [64, 64]]}), shaped({"polygon": RING}), shaped({"mask": "map.png"}),
     shaped({"color": 255}), shaped({"color": [255, 255, 255]}), shaped({"color": "#ffFFff"}),
@@ -354,32 +321,34 @@ TAKEN = [
     changed(controlnets=[CONTROL | {"mode": "canny", "region": 0}]),
 ]  # fmt: skip
 REFUSED = [  # keys, shapes and prompts
-    {"width": 64}, changed(strenght=1), changed({"weight": 1}),
-    changed(loras=[{"file": "a/b", "weight": 1}]), changed(without="box"), changed({"box": None}),
-    changed({"mask": "map.png"}), changed({"mask": "map.png", "polygon": RING}),
-    changed(without="prompt"), changed({"prompt": " "}), changed(prompt=3),
-    changed(regions=GOOD["regions"] * 62),
+    {"width": 64}, changed(strenght=1), changed({"weight": 1}), changed(loras=[{"file": "a/b", "weight": 1}]),
+    changed(without="box"), changed({"box": None}), changed({"mask": "map.png"}),
+    changed({"mask": "map.png", "polygon": RING}), changed(without="prompt"), changed({"prompt": " "}),
+    changed(prompt=3), changed(regions=[BOX] * 62),
     # sizes, boxes and points
     changed(width=1032), changed(height=0), changed(width=16384), changed({"box": [0, 0, 9]}),
-    changed({"box": [0, 0, 9, 9, 9]}), changed({"box": [-1, 0, 9, 9]}),
-    changed({"box": [0, 0, 9, "101%"]}), changed({"box": [0, 0, 9, "9in"]}),
-    shaped({"polygon": [[0, 0], [9, 9]]}), shaped({"polygon": []}),
-    shaped({"polygon": [[0, 0, 0], [9, 9, 0], [9, 0, 0]]}),
-    shaped({"polygon": [[0, 0], [9, 9], [9, 0], RING[0]]}),
+    changed({"box": [0, 0, 9, 9, 9]}), changed({"box": [-1, 0, 9, 9]}), changed({"box": [0, 0, 9, "101%"]}),
+    changed({"box": [0, 0, 9, "9in"]}), shaped({"polygon": [[0, 0], [9, 9]]}), shaped({"polygon": []}),
+    shaped({"polygon": [[0, 0, 0], [9, 9, 0], [9, 0, 0]]}), shaped({"polygon": [[0, 0], [9, 9], [9, 0], RING[0]]}),
     # masks and colors
     shaped({"mask": ""}), changed({"color": 255}, without="box"), shaped({"color": "white"}),
     shaped({"color": [255, 255]}), shaped({"color": [255, 255, 256]}), shaped({"color": 2**24}),
     # numbers, fractions, blocks and choices
-    changed({"strength": -1}), changed({"feather": 9000}), changed(base_ratio=1.5),
-    changed({"base_ratio": 1.5}), changed(mask_inject_steps=-1),
-    changed({"mask_inject_steps": "100.5%"}), changed(mask_inject_steps="half"),
-    changed(region_max_sequence_length="0.0%"), changed(max_sequence_length=1),
-    changed(double_blocks="every 0"), changed(single_blocks="all"), changed(single_blocks=[-1]),
-    changed(double_inject_interval=0), changed(overlap="mix"),
-    changed(controlnets=[CONTROL | {"mode": "edges"}]), changed(controlnets=[{"model": "a/b"}]),
+    changed({"strength": -1}), changed({"feather": 9000}), changed(base_ratio=1.5), changed({"base_ratio": 1.5}),
+    changed(mask_inject_steps=-1), changed({"mask_inject_steps": "100.5%"}), changed(mask_inject_steps="half"),
+    changed(region_max_sequence_length="0.0%"), changed(max_sequence_length=1), changed(double_blocks="every 0"),
+    changed(single_blocks="all"), changed(single_blocks=[-1]), changed(double_inject_interval=0),
+    changed(overlap="mix"), changed(controlnets=[CONTROL | {"mode": "edges"}]), changed(controlnets=[{"model": "a/b"}]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("written, is_taken", [(x, True) for x in TAKEN] + [(x, False) for x in REFUSED])
 def test_reader_and_schema_agree(written, is_taken, is_valid, tmp_path):
-    assert can_be_read(written, tmp_path) == is_valid(written) == is_taken
+    """Next to map.png, with white pixels."""
+    Image.new("L", (64, 64), 255).save(tmp_path / "map.png")
+    (tmp_path / "layout.yaml").write_text(json.dumps(written))
+    try:
+        is_read = bool(read_layout(tmp_path / "layout.yaml", {}))
+    except InputError:
+        is_read = False
+    assert is_read == is_valid(written) == is_taken

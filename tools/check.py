@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import weights
 from errors import InputError, print_error, warn
@@ -12,18 +11,24 @@ from model.transformer import FluxParams
 from regional.layout import FLUX_DEV, Defaults, Layout
 from regional.mask import region_tokens
 from settings import MODEL_KEYS
-from tools.flags import Command, DryRun, Output
+from tools.flags import Command
 from tools.jobs import layout_files
-from tools.metadata import SUFFIXES, check_writable, write
+from tools.metadata import check_suffix, check_writable, write
 from tools.plan import plan, write_plan
 from tools.preview import preview, report
 
 
 def run_dry(command: Command, read: Callable[..., Layout]) -> int:
     """A dry run; returns the exit code. read: gives a layout by its file, overrides and size."""
-    if command.dry_run.plan is None:
+    _, overrides, output, dry_run, _ = command
+    if dry_run.plan is None:
         return check_layouts(command, read)
-    write_planned_layout(command.dry_run, command.overrides, command.output)
+    file = Path(output.output or "plan.yaml")
+    check_writable(file, output.overwrite)
+    size = [overrides.get(key, 1024) for key in ("width", "height")]
+    found = plan(dry_run.plan, *size, dry_run.llm_url, dry_run.llm_model)
+    write_plan(found, file, output.overwrite)
+    print(file)
     return 0
 
 
@@ -54,9 +59,7 @@ def check_layouts(command: Command, read: Callable[..., Layout]) -> int:
         path = dry_run.preview
         if len(layouts) > 1:
             path = path.with_stem(f"{path.stem}_{file.stem}")
-        if path.suffix.lower() not in SUFFIXES:
-            problem = f"the suffix must be one of {', '.join(SUFFIXES)}"
-            raise InputError("--preview", path, problem)
+        check_suffix("--preview", path)
         check_writable(path, output.overwrite)
         write(path, preview(layout).save)
         print(path)
@@ -68,13 +71,3 @@ def prompt_lengths(layout: Layout, tokenizer: Path) -> list[int]:
     prompts = region_tokens(layout).prompts if layout.regions else []
     encode = T5Tokenizer(tokenizer).encode
     return [len(encode(prompt)[0]) + 1 for prompt in (layout.prompt, *prompts)]
-
-
-def write_planned_layout(dry_run: DryRun, overrides: dict[str, Any], output: Output) -> None:
-    """--plan: a layout file, plan.yaml by default."""
-    file = Path(output.output or "plan.yaml")
-    check_writable(file, output.overwrite)
-    size = [overrides.get(key, 1024) for key in ("width", "height")]
-    found = plan(dry_run.plan, *size, dry_run.llm_url, dry_run.llm_model)
-    write_plan(found, file, output.overwrite)
-    print(file)

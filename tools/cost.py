@@ -41,23 +41,18 @@ def amount(flops: int) -> str:
 
 def stages(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[Stage]:
     """The stages of equal steps; the plain one comes last."""
-    name = "regional"
-    if layout.method == "rpg":
-        name = "composed of the regions' images"
+    name = "composed of the regions' images" if layout.method == "rpg" else "regional"
     found = []
     for end, ratio in regional_stages(layout, tokens) if layout.regions else ():
         base = bool(ratio.any())
         what = name if base else f"{name}, no base branch"
-        flops = regional_flops(layout, params, tokens, base)
-        found.append((end, flops, what))
+        found.append((end, regional_flops(layout, params, tokens, base), what))
     image = tokens.cover.shape[1]
     plain = plain_flops(params, layout.max_sequence_length, image)
     return [*found, (layout.steps, plain, "plain")]
 
 
-def regional_flops(
-    layout: Layout, params: FluxParams, tokens: RegionTokens, base: bool
-) -> int:  # fmt: skip
+def regional_flops(layout: Layout, params: FluxParams, tokens: RegionTokens, base: bool) -> int:
     """FLOPs of a regional step, if attention costs exactly what the mask allows."""
     text = layout.max_sequence_length
     own = layout.region_max_sequence_length
@@ -84,9 +79,7 @@ def plain_flops(params: FluxParams, text: int, image: int) -> int:
     return forward_flops(params, text, image, pairs)
 
 
-def forward_flops(
-    params: FluxParams, text: int, image: int, pairs: int, streams: int = 1
-) -> int:  # fmt: skip
+def forward_flops(params: FluxParams, text: int, image: int, pairs: int, streams: int = 1) -> int:
     """FLOPs of a pass. pairs: (query, key), of all blocks; streams: of the image, when single."""
     d = params.hidden_size
     mlp = 2 * d * params.mlp_hidden

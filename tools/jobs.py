@@ -14,7 +14,7 @@ import torch
 from errors import MISSING, InputError, print_error
 from regional.layout import Layout
 from tools.flags import Output
-from tools.metadata import SUFFIXES, Metadata, check_writable, matches, metadata_in
+from tools.metadata import Metadata, check_suffix, check_writable, matches, metadata_in
 from tools.sweeps import swept_settings
 
 Labels = tuple[str, ...]  # of swept settings, each key=value
@@ -63,9 +63,8 @@ def layout_files(output: Output) -> list[Path | None]:
     """Those of --layout, or an image that embeds one; None if flags are the layout."""
     files = []
     for path in output.layout:
-        found = [path]
-        if os.path.isdir(path):
-            found = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
+        is_folder = os.path.isdir(path)
+        found = sorted([*path.glob("*.yaml"), *path.glob("*.yml")]) if is_folder else [path]
         if not found:
             raise InputError("--layout", path, "there is no layout (.yaml, .yml) in this folder")
         files += found
@@ -139,11 +138,10 @@ def jobs_of(
     if not output.output and is_one and not worker.is_shared:
         templates = (f"{{name}}_{i}.png" for i in range(1, 10000))
         template = next(filter(is_free, [template, *templates]))
-    if not template.lower().endswith(SUFFIXES):
-        raise InputError("--output", template, f"the suffix must be one of {', '.join(SUFFIXES)}")
+    check_suffix("--output", template)
     latents = output.save_latents
-    if latents and not latents.endswith(".safetensors"):
-        raise InputError("--save-latents", latents, "the suffix must be .safetensors")
+    if latents:
+        check_suffix("--save-latents", latents, (".safetensors",))
     chosen = random.randrange(2**32)
     jobs = []
     for sweep, seed in images:

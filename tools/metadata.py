@@ -48,6 +48,11 @@ def remove_unfinished(path: Path) -> None:
             file.unlink(missing_ok=True)
 
 
+def check_suffix(flag: str, name: str | Path, suffixes: tuple[str, ...] = SUFFIXES) -> None:
+    if not str(name).lower().endswith(suffixes):
+        raise InputError(flag, name, f"the suffix must be {' or '.join(suffixes)}")
+
+
 def check_writable(path: Path, overwrite: bool) -> None:
     """InputError if the file can't be written, or exists and is not to be overwritten."""
     folder = path.absolute().parent
@@ -146,8 +151,6 @@ def read_metadata(path: Path) -> Metadata:
     """The metadata of an image, of latents, or of a .json. InputError if there are none."""
     try:
         metadata = json.loads(metadata_text(path) or "null")
-    except FileNotFoundError:
-        raise InputError(path, MISSING, "there is no such file") from None
     except UNREADABLE as error:
         raise InputError(path, MISSING, f"its metadata can't be read ({error})") from None
     if not isinstance(metadata, dict) or not {"prompt", "seed", "model"} <= metadata.keys():

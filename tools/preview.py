@@ -34,8 +34,8 @@ DEFAULT = Region(prompt="")
 
 
 def preview(layout: Layout) -> Image.Image:
-    """Tokens in their regions' colors, striped where they belong to several, graded where an
-    edge is soft; the shapes as lines; a legend."""
+    """Tokens in their regions' colors, striped where they belong to several, graded at soft
+    edges; the shapes as lines; a legend."""
     h = layout.height // 16
     w = layout.width // 16
     cell = max(1, round(SIZE / max(h, w)))
@@ -131,10 +131,11 @@ def write_names(image: Image.Image, tokens: RegionTokens, cover: np.ndarray, cel
         y, x, radius = (value * cell / zoom for value in place)
         size = max(12, 3 * radius / max(2, len(name)))
         font = ImageFont.load_default(min(32 if name.isdigit() else 20, size))
-        half = font.getlength(name) / 2 + font.size / 4
-        box = (x - half, y - 0.6 * font.size, x + half, y + 0.6 * font.size)
-        edge = tuple((0.45 * edge).astype(int))
-        draw.rounded_rectangle(box, font.size / 3, "white", edge, 2)
+        half_width = font.getlength(name) / 2 + font.size / 4
+        half_height = 0.6 * font.size
+        box = (x - half_width, y - half_height, x + half_width, y + half_height)
+        outline = tuple((0.45 * edge).astype(int))
+        draw.rounded_rectangle(box, font.size / 3, "white", outline, 2)
         draw.text((x, y), name, "black", font, anchor="mm")
         x0, y0, x1, y1 = (max(0, int(value * zoom / cell)) for value in box)
         free[y0 : y1 + 1, x0 : x1 + 1] = False

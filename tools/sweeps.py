@@ -28,7 +28,7 @@ def swept_settings(sweeps: Sequence[str]) -> list[dict[str, Any]]:
         if key in found:
             raise InputError("--sweep", text, "this key is swept twice")
         try:
-            found[key] = [yaml.safe_load(value) for value in values.split(",")]
+            found[key] = list(map(yaml.safe_load, values.split(",")))
         except yaml.YAMLError:
             raise InputError("--sweep", text, "its values are not valid YAML") from None
     return [dict(zip(found, values)) for values in itertools.product(*found.values())]
@@ -43,10 +43,13 @@ def write_sheets(jobs: list[Any], workers: int) -> None:
     has_seeds = len({job.seed for job in jobs}) > 1
     for path in dict.fromkeys(job.sheet for job in jobs):
         rows = {}
-        for job in (job for job in jobs if job.sheet == path):
+        for job in jobs:
+            if job.sheet != path:
+                continue
             *others, column = job.sweep
-            row = ", ".join([*others, *[f"seed {job.seed}"] * has_seeds])
-            rows.setdefault(row, {})[column] = Image.open(job.files["image"])
-        images = {row: list(found.values()) for row, found in rows.items()}
-        write(path, contact_sheet(images, list(next(iter(rows.values())))).save)
+            label = ", ".join([*others, *[f"seed {job.seed}"] * has_seeds])
+            rows.setdefault(label, {})[column] = Image.open(job.files["image"])
+        images = {label: list(row.values()) for label, row in rows.items()}
+        columns = list(next(iter(rows.values())))
+        write(path, contact_sheet(images, columns).save)
         print(path)
