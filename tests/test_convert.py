@@ -85,7 +85,7 @@ PANOPTIC = {
 FORGE = [[0, 1, 0, 1, 1], [0.25, 0.5, 0, 0.125, 2], [0, 1, 0.7, 1, 1]]  # x0, x1, y0, y1, weight
 FORGE_REGIONS = [
     TREE | {"box": ["25%", "0%", "50%", "12.5%"], "strength": 2},
-    HOUSE | {"box": ["0%", "70%", "100%", "100%"]},
+    HOUSE | {"box": ["0%", "70%", "100%", "100%"], "strength": 1},
 ]
 SAM = {
     "global_caption": "a town", "width": 128, "height": 64, "region_captions": "['a tree', \"baker's house\"]",
@@ -321,7 +321,7 @@ FROM_MISTAKES = [  # form and options, the file in.txt, words of the sentence
     ("layoutsam", SAM | {"bbox_list": "['a']"}, "bbox_list[0] = 'a': expected array"),
     ("layoutsam --size 9 9", SAM, "--size [9, 9]: the file's own is 128 x 64"),
     ("invokeai", INVOKE, "mask = house.png: there is no such file"),
-    ("invokeai", INVOKE | {"regions": [{"positive_prompt": "a", "x_min": 0}]}, "regions[0] = {"),
+    ("invokeai", INVOKE | {"regions": [{"positive_prompt": "a", "x_min": 0}]}, "regions[0].box[1] = None: expected int"),
     ("gradio --size 0 9", GRADIO, "size[0] = 0: expected int >= 1"),
     ("gradio --size 9 9", {"boxes": [{"xmin": 0}]}, "boxes[0] = {'xmin': 0}: object missing required field label"),
     ("gradio --size 32 16", {"boxes": [GRADIO_BOX | {"label": ""}]}, "regions[0].prompt = '': expected"),
@@ -378,7 +378,7 @@ def test_a_file_that_exists_or_cannot_be_read_or_written_is_named(capsys):
     put(in_yaml=SPLIT, in_png=halves(RED, RED), out_txt="mine")
     messages = {
         "--to forge in.yaml out.json": "out.txt: exists already; --overwrite replaces it.",
-        "--to coco in.yaml gone/out.json": "gone/out.json: there is no folder gone.",
+        "--to coco in.yaml gone/out.json": "gone/out.json: there is no folder gone to write it to.",
         "--to seg2any in.yaml out.png": "out.png: a file next to it needs this name",
         "--to coco gone.yaml out.json": "gone.yaml: there is no such layout file.",
         "--from coco gone.json out.yaml": "gone.json: cannot be read as a text file",
