@@ -321,7 +321,7 @@ FROM_MISTAKES = [  # form and options, the file in.txt, words of the sentence
     ("layoutsam", SAM | {"bbox_list": "['a']"}, "bbox_list[0] = 'a': expected array"),
     ("layoutsam --size 9 9", SAM, "--size [9, 9]: the file's own is 128 x 64"),
     ("invokeai", INVOKE, "mask = house.png: there is no such file"),
-    ("invokeai", INVOKE | {"regions": [{"positive_prompt": "a", "x_min": 0}]}, "regions[0].box[1] = None: expected int"),
+    ("invokeai", INVOKE | {"regions": [{"positive_prompt": "a", "x_min": 0}]}, "regions[0].box[1] = None: expected"),
     ("gradio --size 0 9", GRADIO, "size[0] = 0: expected int >= 1"),
     ("gradio --size 9 9", {"boxes": [{"xmin": 0}]}, "boxes[0] = {'xmin': 0}: object missing required field label"),
     ("gradio --size 32 16", {"boxes": [GRADIO_BOX | {"label": ""}]}, "regions[0].prompt = '': expected"),

@@ -7,7 +7,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-import test_weights
 import tiny
 import torch
 from gguf import GGMLQuantizationType as Type
@@ -16,7 +15,6 @@ from test_weights import assert_same, load, refuse
 import weights
 from errors import InputError
 from extensions.lora_files import read_lora
-from formats import key_names
 from formats import safetensors as files
 from formats.gguf import CHUNK
 from model.t5 import T5Encoder, T5Params
@@ -176,13 +174,6 @@ def test_a_t5_with_its_decoder_serves_too(tmp_path):
     extra = {key: (np.zeros((2, 32), np.float32), Type.F32) for key in ("dec.blk.0.attn_q.weight", "output.weight")}
     stored = to_llama_cpp(quantized(tiny.t5_state(), Type.Q8_0), 2)
     assert_same(load("t5", save(tmp_path / "t5.gguf", stored | extra)), numbers(quantized(tiny.t5_state(), Type.Q8_0)))
-
-
-def test_the_names_of_the_published_t5_are_llama_cpps():
-    keys = [key for key in test_weights.published("t5_v1_1_xxl_encoder_hf") if key != "encoder.embed_tokens.weight"]
-    theirs = to_llama_cpp({key: key for key in keys}, 24)
-    assert len(theirs) == len(keys) == 219
-    assert all(key_names.t5_from_llama_cpp(key, {}) == [key_names.Rows(their)] for their, key in theirs.items())
 
 
 def test_a_model_may_be_made_of_gguf_files(tmp_path):

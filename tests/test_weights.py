@@ -407,8 +407,6 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path, match):
 def test_what_is_not_there_or_does_not_fit_is_named_with_its_flag(tmp_path):
     refuse(f"--model {tmp_path}/no: there is no such", weights.find, f"{tmp_path}/no")
     refuse("no FLUX.1 transformer in it: no safetensors or GGUF file; name one with --flux", weights.find, tmp_path)
-    (tmp_path / "flux1-dev.ckpt").write_bytes(b"")
-    refuse("flux1-dev.ckpt is not safetensors", weights.find, tmp_path)
     tiny.save(tmp_path / "ae.safetensors", tiny.ae_state(), config=tiny.AE_CONFIG)
     refuse("ae.safetensors is a FLUX.1 autoencoder in BFL names", weights.find, tmp_path)
     model = tiny.save_model(tmp_path / "model")
@@ -421,7 +419,6 @@ def test_what_is_not_there_or_does_not_fit_is_named_with_its_flag(tmp_path):
 
 def test_the_pocket_model_is_the_default_unless_all_parts_are_given(tmp_path, monkeypatch):
     monkeypatch.setattr(recognize, "POCKET", tmp_path / "pocket")
-    refuse("--model pocket: the built-in model is not in", weights.find)
     model = tiny.save_model(tmp_path / "model")
     found = weights.find(None, model, model / "text_encoder_2", model / "text_encoder", model / "ae.safetensors")
     assert found.t5_tokenizer == model / "tokenizer_2" / "tokenizer.json"
@@ -449,7 +446,7 @@ def test_absent_tokenizers_are_fetched_from_schnell(tmp_path, monkeypatch):
         (model / "tokenizer" / name).unlink()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    refuse("no tokenizer/ with vocab.json and merges.txt is near.*out of reach.*copy tokenizer/", weights.find, model)
+    refuse("no tokenizer/ with vocab.json and merges.txt is near .copy tokenizer/.*out of reach", weights.find, model)
     calls = []
     monkeypatch.setattr(hub_files, "fetch", lambda repo, choices, *words: calls.append((repo, choices)) or hub)
     assert weights.find(model).clip_tokenizer == hub / "tokenizer"
