@@ -33,12 +33,11 @@ import msgspec
 import numpy as np
 import yaml
 from msgspec import Meta
-from msgspec.structs import replace
 from PIL import Image
 
 from errors import MISSING, InputError, info, warn
 from regional.images import opened, readable
-from regional.layout import FLUX_DEV, RGB, SHAPES, Layout, Region, count_of
+from regional.layout import FLUX_DEV, RGB, SHAPES, Layout, Region
 from regional.mask import in_polygons, pixels_inside
 from regional.reader import read_layout, value_at
 from tools.metadata import check_writable
@@ -194,9 +193,7 @@ def from_published(data: Any, source: Source) -> Data:
 
 
 def to_published(layout: Layout, stem: str) -> Files:
-    layout = layout.filled(FLUX_DEV)
-    steps = count_of(layout.mask_inject_steps, layout.steps)
-    layout = replace(layout, mask_inject_steps=steps)
+    layout = layout.resolved(FLUX_DEV)
     data = {theirs: getattr(layout, ours) for theirs, ours in PUBLISHED.items()}
     data = {key: value for key, value in data.items() if value is not None}
     for i, box in enumerate(boxes_of(layout, "published")):
