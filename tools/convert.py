@@ -456,7 +456,8 @@ def from_seg2any(data: Any, source: Source) -> Data:
 def to_seg2any(layout: Layout, stem: str) -> Files:
     pairs = zip(PALETTE, layout.regions)
     segments = [{"color": color, "text": region.prompt} for color, region in pairs]
-    data = {"caption": layout.prompt, "seed": layout.seed, "segments_info": segments}
+    seed = {} if layout.seed is None else {"seed": layout.seed}
+    data = {"caption": layout.prompt, **seed, "segments_info": segments}
     return {"": data, f"{stem}.png": color_map(layout)}
 
 
