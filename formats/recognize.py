@@ -99,10 +99,10 @@ def stacked_shape(rows: list[Rows], tensors: Tensors) -> tuple[int, ...]:
     return (sum(lengths), *shapes[0][1:])
 
 
-# Other formats, by a key that identifies each, in this order: LoRAs and ControlNets can also have a
-# transformer's keys.
 LORA = "a LoRA; those belong to --lora"
 CONTROLNET = "a ControlNet; those belong to --controlnet"
+# Other formats, by a key that identifies each, in this order: LoRAs and ControlNets can also have a
+# transformer's keys.
 FOREIGN = {
     r"lora_(down|up|A|B|linear_layer)\b|_lora\d?\.(down|up)\.|\.lora\.|lokr_|hada_": LORA,
     r"ip_adapter": "an XLabs IP-Adapter",
