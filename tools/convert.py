@@ -103,9 +103,11 @@ def checked(value: Any, kind: Any, key: str = "") -> Any:
     raise InputError(name, value_at(value, path), problem[0].lower() + problem[1:])
 
 
-def boxed(pairs: Any) -> list[Data]:
-    """Regions from their prompts and boxes."""
-    return [{"prompt": prompt, "box": list(box)} for prompt, box in pairs]
+def boxed(prompts: list[str], boxes: list[Any], key: str) -> list[Data]:
+    """Regions from their prompts and boxes. key: that of the boxes."""
+    if len(prompts) != len(boxes):
+        raise InputError(key, MISSING, f"{len(boxes)} boxes, for {len(prompts)} prompts")
+    return [{"prompt": prompt, "box": list(box)} for prompt, box in zip(prompts, boxes)]
 
 
 def chosen(entries: list[Any], names: list[tuple[Any, ...]], source: Source) -> Any:
@@ -189,7 +191,8 @@ def from_published(data: Any, source: Source) -> Data:
         warn(f"a layout has no place for {', '.join(sorted(data))}")
     kind = record(description=str, mask=Box)
     pairs = [checked(pair, kind, key) for key, pair in checked(pairs, Data, "regions").items()]
-    return layout | {"regions": boxed((pair.description, pair.mask) for pair in pairs)}
+    prompts = [pair.description for pair in pairs]
+    return layout | {"regions": boxed(prompts, [pair.mask for pair in pairs], "regions")}
 
 
 def to_published(layout: Layout, stem: str) -> Files:
@@ -289,18 +292,16 @@ def from_forge(data: Any, source: Source) -> Data:
     mapping = checked(data, list[tuple[Unit, Unit, Unit, Unit, float]], "mapping")
     path = source.beside or source.path.with_suffix(".txt")
     prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if len(prompts) != len(mapping):
-        problem = f"{len(mapping)} rows, for {len(prompts)} lines of prompts in {path}"
-        raise InputError("mapping", MISSING, problem)
-    layout = {"regions": []}
-    if mapping and mapping[0][:4] == (0, 1, 0, 1):
-        layout["prompt"] = prompts.pop(0)
-        weight = mapping.pop(0)[4]
-        warn(f"mapping[0] is the base prompt; a layout has no place for its weight {weight:g}")
-    for prompt, (*edges, weight) in zip(prompts, mapping):
-        x0, x1, y0, y1 = (percent(Fraction(str(edge))) for edge in edges)
-        region = {"prompt": prompt, "box": [x0, y0, x1, y1], "strength": weight}
-        layout["regions"].append(region)
+    boxes = [(x0, y0, x1, y1) for x0, x1, y0, y1, _ in mapping]
+    boxes = [[percent(Fraction(str(edge))) for edge in box] for box in boxes]
+    layout = {"regions": boxed(prompts, boxes, "mapping")}
+    for region, row in zip(layout["regions"], mapping):
+        region["strength"] = row[-1]
+    if boxes[:1] == [["0%", "0%", "100%", "100%"]]:
+        base = layout["regions"].pop(0)
+        layout["prompt"] = base["prompt"]
+        weight = f"its weight {base['strength']:g}"
+        warn(f"mapping[0] is the base prompt; a layout has no place for {weight}")
     return layout
 
 
@@ -337,9 +338,7 @@ def from_rpg(data: Any, source: Source) -> Data:
         boxes += [[x0, y0, x1, y1] for x0, x1 in zip(xs, xs[1:])]
     lines = [line.strip() for line in re.split(r"\b(?:BREAK|ADDBASE)\b", prompts)]
     prompt = lines.pop(0) if len(lines) == len(boxes) + 1 else ""
-    if len(lines) != len(boxes):
-        raise InputError("split ratio", split, f"{len(boxes)} parts, for {len(lines)} prompts")
-    return {"prompt": prompt, "regions": boxed(zip(lines, boxes))}
+    return {"prompt": prompt, "regions": boxed(lines, boxes, "split ratio")}
 
 
 def borders(numbers: list[str]) -> list[str]:
@@ -382,10 +381,8 @@ def from_layoutsam(data: Any, source: Source) -> Data:
     boxes = checked(parsed(row.bbox_list), list[Box], "bbox_list")
     prompts = parsed(row.detail_region_captions) or parsed(row.region_captions)
     prompts = checked(prompts, list[str], "region_captions")
-    if len(prompts) != len(boxes):
-        raise InputError("bbox_list", MISSING, f"{len(boxes)} boxes, for {len(prompts)} captions")
     layout = {"prompt": row.global_caption, "width": row.width, "height": row.height}
-    return layout | {"regions": boxed(zip(prompts, boxes))}
+    return layout | {"regions": boxed(prompts, boxes, "bbox_list")}
 
 
 def to_layoutsam(layout: Layout, stem: str) -> Files:
@@ -430,8 +427,8 @@ def from_gradio(data: Any, source: Source) -> Data:
     layout = {}
     if source.beside or os.path.isfile(path):
         layout["width"], layout["height"] = read_image(path, "image").size
-    pairs = [(box.label, [getattr(box, corner) for corner in CORNERS]) for box in data.boxes]
-    return layout | {"regions": boxed(pairs)}
+    boxes = [[getattr(box, corner) for corner in CORNERS] for box in data.boxes]
+    return layout | {"regions": boxed([box.label for box in data.boxes], boxes, "boxes")}
 
 
 def to_gradio(layout: Layout, stem: str) -> Files:
