@@ -34,12 +34,12 @@ def is_optional(pattern: str) -> bool:
     return pattern.endswith(".json")
 
 
-def locate(name: Name, choices: Choices, purpose: str, instead: str = ELSEWHERE) -> Path:
+def locate(name: Name, choices: Choices, purpose: str) -> Path:
     """The file or folder that a name means: a path, org/name, or org/name:file.
 
     Of a repository, the first of `choices` that is complete there is downloaded, where *.json are
     optional; a named file replaces the patterns. With no choices a repository is an error.
-    purpose and instead: how messages begin and end.
+    purpose: how messages begin.
     """
     path = Path(name).expanduser()
     if path.is_file() or path.is_dir():
@@ -48,13 +48,13 @@ def locate(name: Name, choices: Choices, purpose: str, instead: str = ELSEWHERE)
     if choices and is_repository(repo):
         if file:
             choices = [[file, *filter(is_optional, choices[0])]]
-        return fetch(repo, choices, purpose, instead) / file
+        return fetch(repo, choices, purpose) / file
     expected = "a file, a folder" + ", org/name or org/name:file" * bool(choices)
     problem = f"there is no such file or folder; expected {expected}"
     raise InputError(purpose, MISSING, problem)
 
 
-def fetch(repo: str, choices: Choices, purpose: str, instead: str) -> Path:
+def fetch(repo: str, choices: Choices, purpose: str) -> Path:
     """A repository's folder in the cache with the files of the first complete choice."""
     needed = [[x for x in patterns if not is_optional(x)] for patterns in choices]
     try:
@@ -69,14 +69,13 @@ def fetch(repo: str, choices: Choices, purpose: str, instead: str) -> Path:
             if all(any(fnmatchcase(name, x) for name in names) for x in must):
                 files = [file for file in files if file.will_download]
                 if files:
-                    download(repo, files, purpose, instead)
+                    download(repo, files, purpose)
                 return Path(snapshot(repo, patterns))
     except (hub.errors.HTTPError, OSError, ValueError) as error:
-        problem = f"{reason(repo, error)}, or {instead}"
+        problem = f"{reason(repo, error)}, or {ELSEWHERE}"
         raise InputError(purpose, MISSING, problem) from error
     wanted = ", nor ".join(" ".join(must) for must in needed)
-    problem = f"the repository has not all of {wanted}; {instead}"
-    raise InputError(purpose, MISSING, problem)
+    raise InputError(purpose, MISSING, f"the repository has not all of {wanted}; {ELSEWHERE}")
 
 
 def snapshot(repo: str, patterns: list[str], **how: bool) -> str | list[DryRunFileInfo]:
@@ -87,7 +86,7 @@ def snapshot(repo: str, patterns: list[str], **how: bool) -> str | list[DryRunFi
         return hub.snapshot_download(repo, **how)
 
 
-def download(repo: str, files: list[DryRunFileInfo], purpose: str, instead: str) -> None:
+def download(repo: str, files: list[DryRunFileInfo], purpose: str) -> None:
     """Print the size of what is missing, check free disk space, download files in git-lfs."""
     cache = Path(constants.HF_HUB_CACHE)
     blobs = cache / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
@@ -104,9 +103,8 @@ def download(repo: str, files: list[DryRunFileInfo], purpose: str, instead: str)
     amount = f"{len(files)} file{'s' * (len(files) > 1)}, {size}"
     if missing > free:
         room = f"only {tqdm.format_sizeof(free, 'B')} are free in {cache}"
-        advice = f"make room, set HF_HUB_CACHE to another disk, or {instead}"
-        problem = f"{amount}, are still to be downloaded, but {room}; {advice}"
-        raise InputError(purpose, MISSING, problem)
+        advice = "make room, or set HF_HUB_CACHE to another disk"
+        raise InputError(purpose, MISSING, f"{amount} to download, but {room}; {advice}")
     info(f"{repo}: downloading {amount}, to {cache}")
     for file, path in zip(large, paths):
         complete(repo, file, path)
@@ -145,20 +143,14 @@ def reason(repo: str, error: Exception) -> str:
     """What is wrong, and what to do."""
     if isinstance(error, UNREACHABLE) and isinstance(error.__cause__, hub.errors.HfHubHTTPError):
         error = error.__cause__
-    what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    end = constants.ENDPOINT
     if isinstance(error, hub.errors.GatedRepoError):  # It is a RepositoryNotFoundError, too.
         accept = f"accept its license at https://huggingface.co/{repo}"
         return f"the repository is gated: {accept}, then run `hf auth login` or set HF_TOKEN"
     if isinstance(error, hub.errors.RepositoryNotFoundError):
-        access = "a private one needs `hf auth login` or HF_TOKEN"
-        return f"there is no such repository, nor a folder of that name; {access}"
+        return "no such repository or folder; a private one needs `hf auth login` or HF_TOKEN"
     if isinstance(error, UNREACHABLE):
-        online = "go online (and unset HF_HUB_OFFLINE)"
-        return f"not in the cache, and {end} is out of reach; {online}"
+        return f"not in the cache; {constants.ENDPOINT} is out of reach, or HF_HUB_OFFLINE is set"
     if isinstance(error, hub.errors.HfHubHTTPError):
-        return f"{end} answers with status {error.response.status_code}; try again later"
-    if isinstance(error, hub.errors.HTTPError):
-        kept = "what has arrived is kept, and the same command resumes there"
-        return f"the connection broke ({what}); {kept}"
-    return f"the download failed ({what}); try again"
+        return f"{constants.ENDPOINT} answers with status {error.response.status_code}"
+    what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"the download failed ({what}); the same command resumes it"

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 Tensors = Mapping[str, Any]  # by key, anything that has a `shape`
@@ -107,20 +108,18 @@ def t5_from_hf(name: str, tensors: Tensors) -> list[Rows]:
     return [Rows(twin if is_twin else name)]
 
 
-t5_from_llama_cpp = replaced(
-    {
-        "shared.": "token_embd.",
-        "encoder.final_layer_norm.": "enc.output_norm.",
-        "encoder.block.": "enc.blk.",
-        "layer.0.layer_norm.": "attn_norm.",
-        "layer.0.SelfAttention.relative_attention_bias.": "attn_rel_b.",
-        "layer.0.SelfAttention.": "attn_",
-        "layer.1.layer_norm.": "ffn_norm.",
-        "layer.1.DenseReluDense.wi_0.": "ffn_gate.",
-        "layer.1.DenseReluDense.wi_1.": "ffn_up.",
-        "layer.1.DenseReluDense.wo.": "ffn_down.",
-    }
-)
+@cache
+def llama_cpp_names(layers: int) -> Any:
+    import gguf
+
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, layers)
+
+
+def t5_from_llama_cpp(name: str, tensors: Tensors) -> list[Rows]:
+    names = llama_cpp_names(count(tensors, r"enc\.blk\.(\d+)\."))
+    return [Rows(names.get_name(name, try_suffixes=(".weight",)))]
+
+
 openai_names = replaced(
     {
         "text_model.embeddings.position_embedding.weight": "positional_embedding",

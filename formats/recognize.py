@@ -14,7 +14,6 @@ from formats.key_names import KEY_NAMES, KeyNames, Rows
 from formats.safetensors import (
     FLOATS,
     FP8,
-    PICKLES,
     CheckpointFile,
     Stored,
     Tensors,
@@ -100,13 +99,15 @@ def stacked_shape(rows: list[Rows], tensors: Tensors) -> tuple[int, ...]:
     return (sum(lengths), *shapes[0][1:])
 
 
+LORA = "a LoRA; those belong to --lora"
+CONTROLNET = "a ControlNet; those belong to --controlnet"
 # Other formats, by a key that identifies each, in this order: LoRAs and ControlNets can also have a
 # transformer's keys.
 FOREIGN = {
-    r"lora_(down|up|A|B|linear_layer)\b|_lora\d?\.(down|up)\.|\.lora\.|lokr_|hada_": "a LoRA",
+    r"lora_(down|up|A|B|linear_layer)\b|_lora\d?\.(down|up)\.|\.lora\.|lokr_|hada_": LORA,
     r"ip_adapter": "an XLabs IP-Adapter",
     r"controlnet_blocks\.\d+\.linear\.": "a Mistoline ControlNet",
-    r"controlnet_(blocks|x_embedder)|input_hint_block": "a ControlNet",
+    r"controlnet_(blocks|x_embedder)|input_hint_block": CONTROLNET,
     r"(double|single)_stream_modulation": "FLUX.2",
     r"distilled_guidance_layer\.": "Chroma",
     r"redux_(up|down)\.": "FLUX.1 Redux",
@@ -114,31 +115,24 @@ FOREIGN = {
     r"\.quant_state\.bitsandbytes|\.absmax$|\.quant_map$": "quantized by bitsandbytes",
     r"\.qweight$|\.wscales$|\.smooth_factor$": "quantized by nunchaku",
 }
-REMARKS = {
-    "a LoRA": "; those belong to --lora",
-    "a ControlNet": "; those belong to --controlnet",
-    "a language model in llama.cpp's names": ", which is no part of FLUX.1",
-}
 VARIANTS = {128: "FLUX.1 Canny or Depth", 384: "FLUX.1 Fill"}  # by the transformer's in_channels
 
 
 def foreign_format(file: CheckpointFile, part: str) -> str | None:
     """What a file is, in words that follow "is", if it can't be this component."""
     for pattern, name in FOREIGN.items():
-        is_own = part == "controlnet" and name == "a ControlNet"
+        is_own = part == "controlnet" and name == CONTROLNET
         if not is_own and any(re.search(pattern, key) for key in file.tensors):
-            return name + REMARKS.get(name, ", which is not supported")
+            return name
     for key, tensor in file.tensors.items():
         width = tensor.shape[1] if len(tensor.shape) > 1 else 0
         if re.search(r"(^|\.)(img_in|x_embedder)\.weight$", key) and width in VARIANTS:
-            takes = f"{key} takes {width} channels"
-            return f"{VARIANTS[width]} ({takes}), which is not supported yet"
+            return f"{VARIANTS[width]} ({key} takes {width} channels), not supported yet"
         if re.search(r"(^|\.)decoder\.conv_in\.weight$", key) and width != 16:
-            others = "FLUX.1's has 16, Stable Diffusion 1.5's and XL's have 4"
-            return f"an autoencoder of {width} latent channels; {others}"
+            return f"an autoencoder of {width} latent channels; FLUX.1's has 16"
     if method := file.config.get("quantization_config"):
         kind = method.get("quant_method") if isinstance(method, dict) else method
-        return f"quantized by diffusers ({kind}), which is not supported"
+        return f"quantized by diffusers ({kind})"
     return None
 
 
@@ -211,15 +205,11 @@ def check_scale(scale: Stored, weight: Stored) -> Stored:
 def find_model(model: str, parts: list[str]) -> Path:
     """The folder or file that --model names; of a repository, `parts` are downloaded."""
     if model == "pocket":
-        if not POCKET.is_dir():
-            problem = f"the built-in model is not in {POCKET}; name another with --model"
-            raise InputError("--model", "pocket", problem)
         return POCKET
     choices = []
     for files in (SINGLE_FILES, FOLDERS):
         choices.append(sum((files[part] for part in parts), []) + TOKENIZERS)
-    instead = "download it elsewhere and use --model /path"
-    return locate(model, choices, f"--model {model}", instead)
+    return locate(model, choices, f"--model {model}")
 
 
 def pick(part: str, flag: str, place: Path) -> Source:
@@ -236,9 +226,6 @@ def pick(part: str, flag: str, place: Path) -> Source:
         if found:
             return found[0]
         seen += [f"{file.path.name} is {describe(file, part)}" for file in files]
-    for path in sorted(place.glob("*")):
-        if path.suffix in PICKLES:
-            seen.append(f"{path.name} is not safetensors")
     found = "; ".join(seen) or "no safetensors or GGUF file"
     problem = f"no {what} in it: {found}; name one with --{part}"
     raise InputError(flag, place, problem)
@@ -255,6 +242,6 @@ def tokenizer_folder(name: str, choices: Choices, source: Source, place: Path | 
             if all((folder / file).is_file() for file in files):
                 return folder
     files = " and ".join(choices[0])
-    purpose = f"{source.path}: no {name}/ with {files} is near, and {SCHNELL}"
-    instead = f"copy {name}/ of any FLUX.1 into {base}"
-    return locate(SCHNELL, [TOKENIZERS], purpose, instead) / name
+    advice = f"copy {name}/ of any FLUX.1 into {base}"
+    purpose = f"{source.path}: no {name}/ with {files} is near ({advice}), and {SCHNELL}"
+    return locate(SCHNELL, [TOKENIZERS], purpose) / name

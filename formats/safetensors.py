@@ -22,7 +22,6 @@ from formats.gguf import MAGIC, MAX_HEADER, QUANTIZED, dequantized, read_gguf
 FLOATS = {"F64": torch.double, "F32": torch.float, "F16": torch.half, "BF16": torch.bfloat16}
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 DTYPES = FLOATS | FP8 | {"U8": torch.uint8}
-PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # torch.save's zip file, its older stream
 AGAIN = "download it again"
 
@@ -96,8 +95,7 @@ def read_header(path: Path) -> CheckpointFile:
     try:
         tensors = {key: stored(path, key, entry, 8 + length) for key, entry in header.items()}
     except (KeyError, TypeError, ValueError) as error:
-        problem = "the safetensors header is damaged; download the file again"
-        raise wrong(path, problem) from error
+        raise wrong(path, f"the safetensors header is damaged; {AGAIN}") from error
     end = max((tensor.stop for tensor in tensors.values()), default=0)
     if size < end:
         raise wrong(path, f"cut off, only {size:,} of {end:,} bytes are there; {AGAIN}")
@@ -107,15 +105,12 @@ def read_header(path: Path) -> CheckpointFile:
 def refuse_other_formats(path: Path, start: bytes) -> None:
     """InputError unless a file begins like safetensors: a possible length, and a brace."""
     if start.startswith(b"version https://git-lfs"):
-        pull = "run `git lfs pull` in its folder"
-        raise wrong(path, f"a git-lfs pointer, not the file itself; {pull}")
-    if start.startswith(PICKLE_STARTS) or path.suffix in PICKLES:
-        never = "can run code and are never read; use a safetensors file"
-        raise wrong(path, f"pickled checkpoints {never}")
+        raise wrong(path, "a git-lfs pointer, not the file itself; run `git lfs pull`")
+    if start.startswith(PICKLE_STARTS):
+        raise wrong(path, "pickled checkpoints can run code and are never read")
     length = int.from_bytes(start[:8], "little")
     if len(start) < 8 or length > MAX_HEADER or start[8:9] not in (b"{", b""):
-        begins = f"it begins with {start[:16]!r}"
-        raise wrong(path, f"not a safetensors file, nor GGUF; {begins}")
+        raise wrong(path, f"not a safetensors file, nor GGUF; it begins with {start[:16]!r}")
 
 
 def stored(path: Path, key: str, entry: dict, data: int) -> Stored:
@@ -140,8 +135,7 @@ def read_shards(index: Path) -> CheckpointFile:
     joined = CheckpointFile(index, {}, {})
     for shard in shards_of(index):
         if not shard.is_file():
-            missing = f"the shard {shard.name} is missing next to it"
-            raise wrong(index, f"{missing}; download the folder again")
+            raise wrong(index, f"the shard {shard.name} is missing next to it; {AGAIN}")
         file = read_header(shard)
         joined.tensors.update(file.tensors)
         joined.metadata.update(file.metadata)
@@ -158,8 +152,7 @@ def checkpoint_files(place: Path) -> list[CheckpointFile]:
     files -= {shard for index in indexes for shard in shards_of(index)}
     for file in sorted(files):
         if re.search(r"-\d{5}-of-\d{5}\.", file.name):
-            alone = "a shard without its *.safetensors.index.json"
-            raise wrong(file, f"{alone}; download the folder again")
+            raise wrong(file, f"a shard without its *.safetensors.index.json; {AGAIN}")
     files |= {*place.glob("*.gguf")}
     return [*map(read_shards, indexes), *map(read_header, sorted(files))]
 

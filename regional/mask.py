@@ -140,20 +140,22 @@ def feathered(tokens: np.ndarray, feather: float) -> np.ndarray:
 
 
 def token_grid(region: Region, layout: Layout) -> np.ndarray:
-    """Which tokens' center pixels lie in the region, (h, w) bool."""
-    h = layout.height // 16
-    w = layout.width // 16
-    x = 16 * np.arange(w) + 8
-    y = 16 * np.arange(h) + 8
+    """Which tokens' center pixels, (16 j + 8, 16 i + 8), lie in the region, (h, w) bool."""
+    x = np.arange(8, layout.width, 16)
+    y = np.arange(8, layout.height, 16)
+    return pixels_inside(region, layout, x, y)
+
+
+def pixels_inside(region: Region, layout: Layout, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Which pixels of these columns and rows lie in the region, (len(y), len(x)) bool."""
     if region.box:
         x0, y0, x1, y1 = region.box
         return ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
     if region.polygon:
         return in_polygons(region.polygon, x, y)
     mask = region_mask(region, layout)
-    row = ((np.arange(h) + 0.5) * mask.shape[0] / h).astype(int)
-    column = ((np.arange(w) + 0.5) * mask.shape[1] / w).astype(int)
-    return mask[row][:, column]
+    rows, columns = mask.shape
+    return mask[y * rows // layout.height][:, x * columns // layout.width]
 
 
 def region_mask(region: Region, layout: Layout) -> np.ndarray:

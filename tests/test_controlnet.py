@@ -157,7 +157,7 @@ WRONG = {
     r"x_embedder.weight has shape \(64, 68\), expected 64 columns; inpainting": (
         "controlnet_x_embedder.weight", (64, 68),
     ),
-    r"is a Mistoline ControlNet, which is not supported": ("controlnet_blocks.0.linear.weight", (4, 4)),
+    r"is a Mistoline ControlNet": ("controlnet_blocks.0.linear.weight", (4, 4)),
     r"is a LoRA; those belong to --lora": ("transformer_blocks.0.attn.to_q.lora_A.weight", (4, 64)),
 }  # fmt: skip
 

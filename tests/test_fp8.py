@@ -17,7 +17,6 @@ from formats import recognize
 from formats.fp8 import Fp8Linear, can_multiply, scaled_product, to_fp8, why_not
 from runtime import choose
 from runtime.choose import choose_fp8
-from sampler.flow import image_ids, text_ids
 
 FP8 = torch.float8_e4m3fn
 
@@ -58,24 +57,24 @@ def test_numbers_in_fp8_use_its_whole_range():
     assert rounding.max() < 2**-4 and torch.isfinite(scale).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("multiplies", [True, False])
-def test_a_layer_in_fp8_is_near_the_layer(dtype, multiplies):
+def test_a_layer_in_fp8_is_near_the_layer(dtype, most, multiplies):
     """8 bits have 3 behind the point: weights err by 2.6 %, and inputs as much where they are rounded too."""
     torch.manual_seed(0)
     weight, bias, x = torch.randn(96, 128), torch.randn(96).to(dtype), torch.randn(2, 33, 128).to(dtype)
     weight *= torch.logspace(-3, 1, 96)[:, None]  # rows of all sizes, which one scale for all would drown
-    exact = F.linear(x.double(), weight.double(), bias.double())
     layer = layer_of(weight, bias, multiplies)
     found = layer(x)
-    assert found.dtype == dtype and found.shape == exact.shape
+    assert found.dtype == dtype and found.shape == (2, 33, 96)
+    exact = F.linear(x.double(), weight.double())
     for row in 0, 50, 95:
-        without = exact[..., row] - bias[row].double()
-        assert error(found[..., row] - bias[row], without) < (0.3 if dtype == torch.bfloat16 and row == 0 else 0.05)
+        is_rounded = dtype == torch.bfloat16 and row == 0
+        assert error(found[..., row] - bias[row], exact[..., row]) < (0.3 if is_rounded else 0.05)
     assert torch.equal(layer(x, rows=slice(32, 64)), found[..., 32:64])
     numbers, scale = to_fp8(x.flatten(0, 1)) if multiplies else (x.flatten(0, 1), torch.ones(66, 1))
-    emulated = F.linear(numbers.double() * scale.double(), layer.upcast().double(), bias.double()).view(2, 33, 96)
-    assert error(found, emulated) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+    emulated = F.linear(numbers.double() * scale.double(), layer.upcast().double(), bias.double())
+    assert error(found.flatten(0, 1), emulated) < most
 
 
 def test_the_product_is_an_operator_that_torch_can_trace():
@@ -111,8 +110,7 @@ def test_the_blocks_matrices_and_no_others_become_fp8(tmp_path):
     for name, layer in fp8_layers(flux).items():
         assert error(layer.upcast(), state[f"{name}.weight"]) < 0.03
         assert torch.equal(layer.bias, state[f"{name}.bias"])
-    for name in "img_in.weight", "double_blocks.0.img_mod.lin.weight", "final_layer.linear.weight":
-        assert flux.get_parameter(name).dtype == torch.float32
+    assert flux.img_in.weight.dtype == flux.double_blocks[0].img_mod.lin.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("shape", [(), (1,), ("rows",), ("rows", 1)])
@@ -123,7 +121,7 @@ def test_numbers_that_are_stored_in_fp8_are_kept(tmp_path, shape):
     for name in [name for name in state if name.endswith(("linear1.weight", "linear2.weight"))]:
         numbers, scale = to_fp8(state[name])
         stored = scale.reshape(-1, *shape[1:])
-        if shape in ((), (1,)):
+        if "rows" not in shape:
             numbers = state[name].to(FP8)
             stored = torch.full(shape, 0.5)
             scale = torch.full((len(numbers), 1), 0.5)
@@ -201,14 +199,3 @@ def test_an_image_in_fp8_is_near_and_records_it(run):
     assert 1e-3 < error(small, exact) < 0.25
     assert json.loads(Path("small.json").read_text())["fp8"] is True
     assert torch.equal(latents("again", "--config-from-metadata", "small.png", model=None), small)
-
-
-@torch.inference_mode()
-def test_a_forward_pass_in_fp8_is_near_on_the_pocket_model():
-    source = weights.find("pocket").flux
-    exact = load(source, fp8=False)
-    torch.manual_seed(0)
-    img, txt = torch.randn(1, 64, 64), torch.randn(1, 64, exact.params.context_in_dim)
-    more = (torch.tensor([0.7]), torch.randn(1, exact.params.vec_in_dim), torch.tensor([3.5]))
-    given = (img, image_ids(128, 128), txt, text_ids(64), *more)
-    assert error(tiny.velocity(load(source), *given), tiny.velocity(exact, *given)) < 0.08

@@ -7,7 +7,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-import test_weights
 import tiny
 import torch
 from gguf import GGMLQuantizationType as Type
@@ -16,7 +15,6 @@ from test_weights import assert_same, load, refuse
 import weights
 from errors import InputError
 from extensions.lora_files import read_lora
-from formats import key_names
 from formats import safetensors as files
 from formats.gguf import CHUNK
 from model.t5 import T5Encoder, T5Params
@@ -92,6 +90,8 @@ def test_weights_are_what_the_package_makes_of_them(tmp_path, wide, kind):
     expected = numbers(stored)
     assert all(tensor.isfinite().all() for tensor in expected.values())
     assert_same(load("flux", path), expected)
+    is_float = files.read_header(path).tensors["img_in.weight"].dtype in files.FLOATS
+    assert is_float == (kind in (Type.F32, Type.F16, Type.BF16))  # which torch reads by itself
     if kind in (Type.Q5_1, Type.IQ4_XS):
         rounded = {key: t.bfloat16() for key, t in expected.items()}
         assert_same(load("flux", path, torch.bfloat16), rounded)
@@ -102,32 +102,6 @@ def test_every_type_that_the_package_can_dequantize_is_tested():
     assert {kind.name for kind in Type if hasattr(gguf.quants, kind.name)} <= names
 
 
-def test_a_header_says_what_the_packages_reader_says(tmp_path):
-    path = save(tmp_path / "flux.gguf", quantized(tiny.flux_state(), Type.Q5_1))
-    ours, theirs = files.read_header(path).tensors, gguf.GGUFReader(path).tensors
-    assert list(ours) == [tensor.name for tensor in theirs]
-    for own, their in zip(ours.values(), theirs):
-        assert own.shape == tuple(their.shape.tolist()[::-1])
-        assert (own.start, own.stop) == (their.data_offset, their.data_offset + their.n_bytes)
-        assert own.dtype.removeprefix("GGUF ") == their.tensor_type.name
-
-
-def test_floats_of_torch_are_no_work_for_the_package(tmp_path):
-    for kind in (Type.F32, Type.F16, Type.BF16):
-        path = save(tmp_path / "flux.gguf", quantized(tiny.flux_state(), kind))
-        assert files.read_header(path).tensors["img_in.weight"].dtype in files.FLOATS
-
-
-def test_a_merge_gets_the_numbers_in_float32(tmp_path):
-    stored = quantized(tiny.flux_state(), Type.Q4_0)
-    seen = []
-    merges = {"img_in.weight": lambda weight: seen.append(weight) or weight + 1}
-    source = weights.pick("flux", "--flux", save(tmp_path / "flux.gguf", stored))
-    module = weights.load(source, "cpu", torch.bfloat16, merges)
-    assert torch.equal(seen[0], numbers(stored)["img_in.weight"]) and seen[0].dtype == torch.float32
-    assert torch.equal(module.img_in.weight, (seen[0] + 1).bfloat16())
-
-
 def test_prefix_alignment_version_and_file_name_do_not_matter(tmp_path):
     stored = quantized(tiny.flux_state(), Type.Q8_0)
     for name, prefix, alignment, version in (
@@ -136,10 +110,12 @@ def test_prefix_alignment_version_and_file_name_do_not_matter(tmp_path):
         ("c.gguf", "", 4096, 3),
         ("d.safetensors", "", 32, 2),
     ):
-        path = save(tmp_path / name, stored, prefix, add_custom_alignment=alignment)
+        path = save(tmp_path / name, stored, prefix, add_custom_alignment=alignment, add_file_type=7)
         content = path.read_bytes()
         path.write_bytes(content[:4] + struct.pack("<I", version) + content[8:])
         assert_same(load("flux", path), numbers(stored))
+    metadata = files.read_header(path).metadata
+    assert metadata["general.file_type"] == "7" and "tokenizer.ggml.tokens" not in metadata
     path = tiny.save(tmp_path / "safetensors.gguf", tiny.flux_state())
     assert_same(load("flux", path), tiny.flux_state())
 
@@ -153,36 +129,19 @@ def test_projections_of_several_types_are_joined_by_their_numbers(tmp_path):
     assert_same(load("flux", save(tmp_path / "flux.gguf", stored)), load("flux", plain).state_dict())
 
 
-def test_metadata_reaches_the_caller(tmp_path):
-    path = save(tmp_path / "flux.gguf", quantized(tiny.flux_state(), Type.Q8_0), add_name="mine", add_file_type=7)
-    metadata = files.read_header(path).metadata
-    assert (metadata["general.name"], metadata["general.file_type"]) == ("mine", "7")
-    assert "tokenizer.ggml.tokens" not in metadata
-
-
 @pytest.mark.parametrize("kind", [Type.F32, Type.Q8_0], ids=lambda kind: kind.name)
 def test_t5_in_llama_cpps_names_computes_what_the_safetensors_do(tmp_path, kind):
+    """Also from a file with a decoder."""
     params = T5Params(vocab_size=96, d_model=32, d_ff=96, d_kv=16, num_heads=4, num_layers=2)
     stored = quantized(tiny.state(T5Encoder(params)), kind)
-    source = weights.pick("t5", "--t5", save(tmp_path / "t5.gguf", to_llama_cpp(stored, 2)))
+    decoder = dict.fromkeys(["dec.blk.0.attn_q.weight", "output.weight"], (np.zeros((2, 32), np.float32), Type.F32))
+    path = save(tmp_path / "t5.gguf", to_llama_cpp(stored, 2) | decoder)
+    source = weights.pick("t5", "--t5", path)
     assert weights.t5_params(source) == params and source.key_names.name == "llama.cpp"
     ids = torch.arange(96).reshape(2, 48)
     ours = weights.load(source, "cpu", torch.float32)
     assert_same(ours, numbers(stored))
     assert torch.equal(ours(ids), load("t5", tiny.save(tmp_path / "t5.safetensors", numbers(stored)))(ids))
-
-
-def test_a_t5_with_its_decoder_serves_too(tmp_path):
-    extra = {key: (np.zeros((2, 32), np.float32), Type.F32) for key in ("dec.blk.0.attn_q.weight", "output.weight")}
-    stored = to_llama_cpp(quantized(tiny.t5_state(), Type.Q8_0), 2)
-    assert_same(load("t5", save(tmp_path / "t5.gguf", stored | extra)), numbers(quantized(tiny.t5_state(), Type.Q8_0)))
-
-
-def test_the_names_of_the_published_t5_are_llama_cpps():
-    keys = [key for key in test_weights.published("t5_v1_1_xxl_encoder_hf") if key != "encoder.embed_tokens.weight"]
-    theirs = to_llama_cpp({key: key for key in keys}, 24)
-    assert len(theirs) == len(keys) == 219
-    assert all(key_names.t5_from_llama_cpp(key, {}) == [key_names.Rows(their)] for their, key in theirs.items())
 
 
 def test_a_model_may_be_made_of_gguf_files(tmp_path):
@@ -223,9 +182,7 @@ HUGE = 2**62
 BAD = {
     "nothing but the magic": (b"GGUF", "its 4 bytes end inside the header"),
     "version 1": (header([], [], 1), "GGUF of version 1, expected 2 or 3"),
-    "big-endian": (header([], [], 3 << 24), "GGUF of version 50331648, expected 2 or 3, little-endian"),
     "too many tensors": (header([], [info("a", (4,))], claims=(HUGE, 0)), "'' is twice|end inside the header"),
-    "too many pairs": (header([], [], claims=(0, HUGE)), "'' is twice in the header"),
     "a key too long": (header([struct.pack("<Q", HUGE)], []), "end inside the header"),
     "a long array": (header([pair("a", 9, struct.pack("<IQ", 6, HUGE))], []), "end inside the header"),
     "a long vocabulary": (header([pair("a", 9, struct.pack("<IQ", 8, HUGE))], []), "end inside the header"),
@@ -235,20 +192,14 @@ BAD = {
     "a worded alignment": (header([pair("general.alignment", 8, text("x"))], []), "general.alignment = 'x'"),
     "one of several files": (header([pair("split.count", 2, b"\3\0")], []), "one of several parts.*--merge"),
     "five dimensions": (header([], [info("a", (1,) * 5)]), "a has 5 dimensions, expected at most 4"),
-    "2**32 dimensions": (header([], [text("a") + b"\xff" * 4]), "a has 4294967295 dimensions"),
     "an empty tensor": (header([], [info("a", (0, 4))]), r"a has shape \(4, 0\)"),
     "a tensor too large": (header([], [info("a", (HUGE, HUGE))]), "cut off, a ends at byte"),
     "a tensor too far": (header([], [info("a", (4,), offset=HUGE)]), "cut off, a ends at byte .* of 128"),
     "half a block": (header([], [info("a", (48,), Type.Q8_0)]), r"a has shape \(48,\), expected .* of 32 in Q8_0"),
     "an unknown type": (header([], [info("a", (4,), 99)]), "a is of GGUF's type 99, which is not supported"),
-    "a type that was removed": (header([], [info("a", (32,), 4)]), "a is of GGUF's type 4, which is not supported"),
     "a key twice": (header([], [info("a", (4,)), info("a", (4,))]), "'a' is twice in the header"),
     "no tensors": (header([], []), "no FLUX.1 transformer in it: x.gguf is unknown"),
     "an LLM": (header([], [info("blk.0.attn_q.weight", (4,))]), "x.gguf is a language model in llama.cpp's names"),
-    "many blocks": (
-        header([], [info("double_blocks.999999999.img_attn.a", (4,))]),
-        "final_layer.linear.weight is missing",
-    ),
 }
 
 
@@ -271,7 +222,7 @@ def test_a_vocabulary_that_the_file_cannot_hold_is_not_walked(tmp_path):
 
 
 def test_a_block_of_any_number_is_refused_soon(tmp_path):
-    for number in ("999999999", "9" * 5000):
+    for number in "999999999", "9" * 5000:
         extra = {f"double_blocks.{number}.img_attn.qkv.bias": (np.zeros(4, np.float32), Type.F32)}
         path = save(tmp_path / "flux.gguf", quantized(tiny.flux_state(), Type.Q8_0) | extra)
         start = time.monotonic()
@@ -287,26 +238,6 @@ def test_types_without_a_way_back_are_named(tmp_path, wide, kind):
     stored["txt_in.weight"] = np.zeros((256, 256 // block * size), dtype), kind
     path = save(tmp_path / "flux.gguf", stored)
     refuse(f"flux.gguf: txt_in.weight is stored as {kind.name}, which is not supported", load, "flux", path)
-
-
-def test_missing_misshapen_and_foreign_tensors_are_named(tmp_path):
-    stored = quantized(tiny.flux_state(), Type.Q8_0)
-    key = "single_blocks.2.linear2.weight"
-    less = {name: entry for name, entry in stored.items() if name != key}
-    refuse(f"a.gguf: {key} is missing", load, "flux", save(tmp_path / "a.gguf", less))
-    misfit = stored | {key: (np.zeros((64, 64), np.float32), Type.F32)}
-    refuse(rf"b.gguf: {key} has shape \(64, 64\), expected", load, "flux", save(tmp_path / "b.gguf", misfit))
-    more = stored | {"img_in.extra": (np.zeros(4, np.float32), Type.F32)}
-    refuse("c.gguf: img_in.extra.*does not belong", load, "flux", save(tmp_path / "c.gguf", more))
-    refuse("d.gguf is a FLUX.1 transformer in BFL names", load, "t5", save(tmp_path / "d.gguf", stored))
-
-
-def test_a_truncated_file_is_named(tmp_path):
-    path = save(tmp_path / "flux.gguf", quantized(tiny.flux_state(), Type.Q8_0))
-    whole = path.read_bytes()
-    end = max(tensor.stop for tensor in files.read_header(path).tensors.values())
-    path.write_bytes(whole[: end - 1])
-    refuse(f"flux.gguf: cut off, .* ends at byte {end:,} of {end - 1:,}", load, "flux", path)
 
 
 def test_a_quantized_lora_is_refused(tmp_path):
@@ -325,22 +256,19 @@ def test_safetensors_cannot_pass_for_quantized(tmp_path):
 @pytest.mark.parametrize("seed", range(4))
 def test_damaged_files_are_refused_or_loaded(tmp_path, seed):
     """50 files each, cut or changed in some bytes, most of them in the header; none takes long."""
-    whole = save(tmp_path / "whole.gguf", quantized(tiny.state(Flux(SMALL)), Type.Q8_0)).read_bytes()
-    length = min(t.start for t in files.read_header(tmp_path / "whole.gguf").tensors.values())
+    path = save(tmp_path / "x.gguf", quantized(tiny.state(Flux(SMALL)), Type.Q8_0))
+    whole = path.read_bytes()
+    length = min(t.start for t in files.read_header(path).tensors.values())
     random = np.random.default_rng(seed)
     refused = 0
     for i in range(50):
         content = bytearray(whole)
-        for _ in range(random.integers(1, 4)):
-            at = random.integers(0, length if i % 5 else len(whole))
-            numbers = np.array([0, 1, 255, random.integers(256)])
-            content[at : at + 8] = random.choice(numbers, 8).astype(np.uint8).tobytes()
-        if i % 4 == 0:
-            content = content[: random.integers(len(content))]
-        (tmp_path / "x.gguf").write_bytes(content)
+        for at in random.integers(0, length if i % 5 else len(whole), random.integers(1, 4)):
+            content[at : at + 8] = random.choice([0, 1, 255, random.integers(256)], 8).astype(np.uint8).tobytes()
+        path.write_bytes(content[: random.integers(len(content))] if i % 4 == 0 else content)
         start = time.monotonic()
         try:
-            load("flux", tmp_path / "x.gguf")
+            load("flux", path)
         except InputError as error:
             refused += "x.gguf" in str(error)
         assert time.monotonic() - start < 5
@@ -354,11 +282,10 @@ def test_loading_holds_the_weights_in_memory_once(tmp_path):
         state = Flux(params).state_dict()
     blocks = {}  # of zeros, in Q8_0 where they can be
     for key, tensor in state.items():
+        blocks[key] = np.zeros(tuple(tensor.shape), np.float32), Type.F32
         if tensor.ndim == 2:
             rows, columns = tensor.shape
             blocks[key] = np.zeros((rows, columns // 32 * 34), np.uint8), Type.Q8_0
-        else:
-            blocks[key] = np.zeros(tuple(tensor.shape), np.float32), Type.F32
     path = save(tmp_path / "flux.gguf", blocks)
     small = save(tmp_path / "small.gguf", quantized(tiny.flux_state(), Type.Q8_0))
     peak, imported = tiny.peak_memory(small, path)

@@ -21,13 +21,15 @@ def region(x0, y0, x1, y1, prompt="a grey cat at the sea"):
     return {"prompt": prompt, "box": {"x0": x0, "y0": y0, "x1": x1, "y1": y1}}
 
 
-def answer_with(*regions, **keys) -> str:
-    prompts = {"prompt": "a cat and a dog at the sea", "background_prompt": "the sea"}
-    return json.dumps({**prompts, "regions": regions} | keys)
-
-
+PROMPTS = {"prompt": "a cat and a dog at the sea", "background_prompt": "the sea"}
 LEFT = region(0, 10, 50, 100)
 RIGHT = region(50, 20, 100, 100, "a brown dog at the sea")
+
+
+def answer_with(*regions, **keys) -> str:
+    return json.dumps({**PROMPTS, "regions": regions} | keys)
+
+
 GOOD = answer_with(LEFT, RIGHT)
 
 
@@ -113,8 +115,7 @@ def fails(ask, *answers, **keys) -> str:
 def test_an_answer_becomes_a_layout_in_percent(server, ask):
     cat = {"prompt": "a grey cat at the sea", "box": ["0%", "10%", "50%", "100%"]}
     dog = {"prompt": "a brown dog at the sea", "box": ["50%", "20%", "100%", "100%"]}
-    prompts = {"prompt": "a cat and a dog at the sea", "background_prompt": "the sea"}
-    assert ask(GOOD) == {"width": 512, "height": 256, **prompts, "regions": [cat, dog]}
+    assert ask(GOOD) == {"width": 512, "height": 256, **PROMPTS, "regions": [cat, dog]}
     assert len(server.asked) == 1 and ask.messages == []
     path, headers, body = server.asked[0]
     assert path == "/v1/chat/completions" and body["model"] == "some-model"
@@ -179,40 +180,30 @@ def test_what_stands_around_the_json_does_not_matter(server, ask):
         assert len(server.asked) == 1
 
 
-def test_after_bad_json_it_is_asked_again_with_the_reason(server, ask):
+def test_after_bad_json_it_is_asked_again_with_the_reason_three_times_at_most(server, ask):
     bad = GOOD[:-3]
     assert len(ask(f"<think>hm</think>{bad}", GOOD)["regions"]) == 2
-    assert len(server.asked) == 2
-    first, second = contents(server, 0), contents(server, 1)
-    assert second[:2] == first and second[2] == ("assistant", bad)
-    role, correction = second[3]
-    assert role == "user" and "truncated" in correction
-    assert "response_format" in server.asked[1][2]
-    assert len(ask.messages) == 1 and "asking again" in ask.messages[0] and "truncated" in ask.messages[0]
-
-
-def test_after_three_bad_answers_it_gives_up(server, ask):
+    assert len(server.asked) == 2 and len(ask.messages) == 1 and "truncated" in ask.messages[0]
+    *before, (role, correction) = contents(server, 1)
+    assert before == [*contents(server, 0), ("assistant", bad)]
+    assert role == "user" and "truncated" in correction and "response_format" in server.asked[1][2]
     message = fails(ask, "{}", "{", "no layout at all", GOOD)
-    assert len(server.asked) == 3 and len(ask.messages) == 2
-    roles = [role for role, _ in contents(server, 2)]
-    assert roles == ["system", "user"] + ["assistant", "user"] * 2
+    assert len(server.asked) == 3 == len(ask.messages)
+    assert [role for role, _ in contents(server, 2)] == ["system", "user"] + ["assistant", "user"] * 2
     assert "missing required field `prompt`" in contents(server, 2)[3][1]
-    last = "no layout in three answers; the last: the JSON: not as"
-    assert message.startswith(f"{server.url}/chat/completions: {last}")
+    assert message.startswith(f"{server.url}/chat/completions: no layout in three answers; the last: the JSON: not as")
 
 
 COVERED = "other regions cover all of it"
 NONSENSE = [
     (answer_with(LEFT, prompt=" "), "must not be empty"),
     (answer_with(LEFT, LEFT), f"regions[0].box = [0, 10, 50, 100]: {COVERED}"),
-    (answer_with(LEFT, region(10, 20, 20, 40)), f"regions[1].box = [10, 20, 20, 40]: {COVERED}"),
     (answer_with(LEFT, RIGHT, region(40, 20, 60, 90)), f"s[2].box = [40, 20, 60, 90]: {COVERED}"),
     (answer_with(LEFT, region(60, 20, 60, 90)), "regions[1].box = [60, 20, 60, 90]: expected 0 <= x0 < x1"),
     (answer_with(region(50, 90, 90, 10)), "regions[0].box = [50, 90, 90, 10]: expected"),
     (answer_with(region(0, 0, 100, 101)), "regions[0].box = [0, 0, 100, 101]: expected"),
     (answer_with(region(-1, 0, 10, 10)), "regions[0].box = [-1, 0, 10, 10]: expected"),
     (answer_with(region(0, 0, 10**30, 10)), "regions[0].box = [0, 0, 1000"),
-    (answer_with(region(0, 0, 12.5, 10)), "Expected `int`, got `float` - at `$.regions[0].box.x1`"),
     (answer_with(*[region(i, 0, i + 1, 9) for i in range(62)]), "at most 61"),
     (answer_with(), "must not be empty"),
     (answer_with(region(0, 0, 9, 9, " ")), "regions[0].prompt = ' ': expected"),
@@ -237,23 +228,17 @@ def test_many_regions_may_overlap_in_part(server, ask):
         assert len(server.asked) == 1
 
 
-OPENAI = "check OPENAI_API_KEY"
 NO_CHAT = "not a chat completion"
 GIVEN_UP = [  # the server's answer, and words of the message
-    (completion(None, refusal="I can't draw that."), "the model refuses", "I can't draw that."),
     (completion(GOOD, refusal="I won't."), "the model refuses", "I won't."),
     (completion("", refusal=None), "the model refuses", "an empty answer"),
     (completion(None), "an empty answer"),
     (completion(f"<think>perhaps {GOOD}"), "an empty answer"),
-    (failure(401, f"the key {KEY}\nis no good"), "401 Unauthorized", OPENAI, "the key [key]"),
-    (failure(403, "x"), "403 Forbidden", OPENAI),
+    (failure(401, f"the key {KEY}\nis no good"), "401 Unauthorized", "check OPENAI_API_KEY", "the key [key]"),
+    (failure(403, "x"), "403 Forbidden", "check OPENAI_API_KEY"),
     (failure(404, "x"), "404 Not Found", "check --llm-url and --llm-model"),
     (failure(400, "the prompt is too long"), "400 Bad Request", "too long"),
-    (failure(500, "x"), "500 Internal Server Error"),
-    ((500, ""), "500"),
-    ((500, "oops"), "oops"),
-    ((500, '[{"error": {"message": "oops"}}]'), "'oops'"),
-    ((500, '{"detail": ["oops"]}'), "oops"),
+    ((500, ""), "500 Internal Server Error"),
     ((200, "<html>"), NO_CHAT, "<html>"),
     ((200, "[]"), NO_CHAT),
     ((200, '{"choices": []}'), NO_CHAT),
@@ -313,12 +298,9 @@ def test_a_refused_schema_is_left_out_once_with_a_message(server, ask):
     for refusal in NO_SCHEMA:
         assert len(ask(refusal, "{", GOOD)["regions"]) == 2
         assert ["response_format" in body for _, _, body in server.asked] == [True, False, False]
-        assert "Asking without a JSON Schema" in ask.messages[0]
-        assert f"HTTP {refusal[0]}" in ask.messages[0]
-    assert "HTTP 400" in fails(ask, NO_SCHEMA[0])
-    assert len(server.asked) == 2
+        assert "Asking without a JSON Schema" in ask.messages[0] and f"HTTP {refusal[0]}" in ask.messages[0]
+    assert "HTTP 400" in fails(ask, NO_SCHEMA[0]) and len(server.asked) == 2
     assert "without a JSON Schema, which it does not take" in fails(ask, NO_SCHEMA[1], "no")
-    assert len(server.asked) == 4
 
 
 def test_the_file_reads_as_the_layout_and_is_written_whole_or_left_as_it_was(ask, tmp_path):
@@ -333,8 +315,6 @@ def test_the_file_reads_as_the_layout_and_is_written_whole_or_left_as_it_was(ask
     assert file.read_text() == "mine"
     write_plan(layout, file, overwrite=True)
     read = read_layout(file, {})
-    assert (read.prompt, read.background_prompt, read.width, read.height) == ("yes", "the sea", 512, 256)
-    boxes = [(prompt, (0, 25.6, 256, 256)), ("a brown dog at the sea", (256, 51.2, 512, 256))]
-    assert [(r.prompt, r.box) for r in read.regions] == boxes
+    assert (read.prompt, read.regions[0].prompt, read.regions[0].box) == ("yes", prompt, (0, 25.6, 256, 256))
     assert "box: [0%, 10%, 50%, 100%]" in file.read_text(encoding="utf-8")
     assert list(tmp_path.iterdir()) == [file]

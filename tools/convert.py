@@ -37,16 +37,17 @@ from PIL import Image
 
 from errors import MISSING, InputError, info, warn
 from regional.images import opened, readable
-from regional.layout import FLUX_DEV, SHAPES, Layout, Region, count_of
-from regional.mask import in_polygons, region_mask
+from regional.layout import FLUX_DEV, RGB, SHAPES, Layout, Region
+from regional.mask import in_polygons, pixels_inside
 from regional.reader import read_layout, value_at
+from tools.metadata import check_writable
 
 Data = dict[str, Any]
-Files = dict[str, Any]  # by name: a text, an image, or what becomes JSON; "" stands for TARGET
+Files = dict[str, Any]  # by name: a text or an image; "" stands for TARGET
 Box = tuple[float, float, float, float]
 Side = Annotated[int, Meta(ge=1, le=16384)]
 Unit = Annotated[float, Meta(ge=0, le=1)]
-Byte = Annotated[int, Meta(ge=0, le=255)]
+SIZE = {"width": Side | None, "height": Side | None}
 BOUNDS = ("x_min", "y_min", "x_max", "y_max")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 COLORS = [tuple(product((0, 85, 170, 255), repeat=3))[23 * i % 64] for i in range(64)]
@@ -86,33 +87,27 @@ def parsed(text: Any) -> Any:
     raise InputError("the text", text, "neither JSON nor a Python literal")
 
 
+def record(**kinds: Any) -> type[msgspec.Struct]:
+    """A type of mappings with these keys, among others; what may be None may be missing."""
+    fields = [(n, k, None) if type(None) in get_args(k) else (n, k) for n, k in kinds.items()]
+    return msgspec.defstruct("Record", fields, kw_only=True)
+
+
 def checked(value: Any, kind: Any, key: str = "") -> Any:
     """The value as this type. InputError names the culprit by its path, which begins with `key`."""
     try:
         return msgspec.convert(value, kind, strict=False)
-    except UnicodeEncodeError:
-        message = "invalid Unicode (unpaired surrogate)"
-    except msgspec.ValidationError as error:
-        message = str(error).replace("`", "")
-    problem, _, path = message.partition(" - at $")
+    except (msgspec.ValidationError, UnicodeError) as error:
+        problem, _, path = str(error).replace("`", "").partition(" - at $")
     name = (key + path).lstrip(".") or "the file"
     raise InputError(name, value_at(value, path), problem[0].lower() + problem[1:])
 
 
-def values(mapping: Any, key: str = "", /, **kinds: Any) -> tuple[Any, ...]:
-    """A mapping's values under these names, of these types; what may be None may be missing."""
-    fields = [(n, k, None) if type(None) in get_args(k) else (n, k) for n, k in kinds.items()]
-    record = msgspec.defstruct("Record", fields, kw_only=True)
-    return msgspec.structs.astuple(checked(mapping, record, key))
-
-
-def rows(entries: list[Any], key: str, /, **kinds: Any) -> list[tuple[Any, ...]]:
-    return [values(entry, f"{key}[{i}]", **kinds) for i, entry in enumerate(entries)]
-
-
-def boxed(pairs: Any) -> list[Data]:
-    """Regions from their prompts and boxes."""
-    return [{"prompt": prompt, "box": list(box)} for prompt, box in pairs]
+def boxed(prompts: list[str], boxes: list[Any], key: str) -> list[Data]:
+    """Regions from their prompts and boxes. key: that of the boxes."""
+    if len(prompts) != len(boxes):
+        raise InputError(key, MISSING, f"{len(boxes)} boxes, for {len(prompts)} prompts")
+    return [{"prompt": prompt, "box": list(box)} for prompt, box in zip(prompts, boxes)]
 
 
 def chosen(entries: list[Any], names: list[tuple[Any, ...]], source: Source) -> Any:
@@ -146,16 +141,8 @@ def pixel_box(region: Region, i: int, form: str) -> list[int]:
 
 
 def pixels_of(region: Region, layout: Layout) -> np.ndarray:
-    """Which pixels lie in the region, (height, width) bool, as regional/mask.py sees it."""
-    x = np.arange(layout.width)
-    y = np.arange(layout.height)
-    if region.box:
-        x0, y0, x1, y1 = region.box
-        return ((y0 <= y) & (y < y1))[:, None] & (x0 <= x) & (x < x1)
-    if region.polygon:
-        return in_polygons(region.polygon, x, y)
-    mask = region_mask(region, layout)
-    return mask[y * mask.shape[0] // layout.height][:, x * mask.shape[1] // layout.width]
+    """All the pixels that lie in the region, (height, width) bool."""
+    return pixels_inside(region, layout, np.arange(layout.width), np.arange(layout.height))
 
 
 def color_map(layout: Layout) -> Image.Image:
@@ -192,26 +179,25 @@ PUBLISHED = {
 
 def from_published(data: Any, source: Source) -> Data:
     """The settings in infer_flux_regional.py, with regions by number, or in a dict of their own."""
-    data = checked(data, Data, "the file")
+    data = checked(data, Data)
     pairs = data.pop("regional_prompt_mask_pairs", None)
     pairs = pairs or {key: data.pop(key) for key in list(data) if key.isdigit()}
     types = get_type_hints(Layout, include_extras=True) | {"width": Side, "height": Side}
-    layout = {"prompt": ""}
+    layout = {}
     for theirs, ours in PUBLISHED.items():
         if theirs in data:
             layout[ours] = checked(data.pop(theirs), types[ours], theirs)
     if data:
         warn(f"a layout has no place for {', '.join(sorted(data))}")
-    pairs = checked(pairs, Data, "regions").items()
-    regions = boxed(values(pair, key, description=str, mask=Box) for key, pair in pairs)
-    return {**layout, "regions": regions}
+    kind = record(description=str, mask=Box)
+    pairs = [checked(pair, kind, key) for key, pair in checked(pairs, Data, "regions").items()]
+    prompts = [pair.description for pair in pairs]
+    return layout | {"regions": boxed(prompts, [pair.mask for pair in pairs], "regions")}
 
 
 def to_published(layout: Layout, stem: str) -> Files:
-    steps = layout.steps or FLUX_DEV.steps
+    layout = layout.resolved(FLUX_DEV)
     data = {theirs: getattr(layout, ours) for theirs, ours in PUBLISHED.items()}
-    data["num_inference_steps"] = steps
-    data["mask_inject_steps"] = count_of(layout.mask_inject_steps, steps)
     data = {key: value for key, value in data.items() if value is not None}
     for i, box in enumerate(boxes_of(layout, "published")):
         data[str(i)] = {"description": layout.regions[i].prompt, "mask": box}
@@ -220,52 +206,53 @@ def to_published(layout: Layout, stem: str) -> Files:
 
 def from_coco(data: Any, source: Source) -> Data:
     """cocodataset.org, "data format": instances, or panoptic segments in an image of their ids."""
-    kinds = {"images": list[Data], "annotations": list[Data], "categories": list[Data] | None}
-    images, annotations, categories = values(data, **kinds)
-    image = chosen(images, [(i.get("id"), i.get("file_name")) for i in images], source)
-    kinds = {"id": int | str, "caption": str | None, "width": Side, "height": Side}
-    number, prompt, width, height = values(image, "images", **kinds)
-    names = dict(rows(categories or [], "categories", id=int, name=str))
-    layout = {"prompt": prompt, "width": width, "height": height, "regions": []}
-    parts = []
-    for i, entry in enumerate(annotations):
-        if entry.get("image_id") != number:
-            continue
-        key = f"annotations[{i}]"
-        if entry.get("segments_info") is None:
-            parts.append((key, entry, False))
-            continue
-        name, segments = values(entry, key, file_name=str, segments_info=list[Data])
-        inside = source.path.with_suffix("") / name  # a folder with the name of the file
-        found = inside if inside.is_file() else source.path.parent / name
-        layout["map"] = str(source.beside or found)
-        key += ".segments_info"
-        parts += [(f"{key}[{j}]", part, True) for j, part in enumerate(segments)]
-    for key, part, is_panoptic in parts:
-        (category,) = values(part, key, category_id=int)
+    image = record(id=Any, file_name=str | None, width=Side, height=Side, caption=str | None)
+    segments = list[record(id=int, category_id=int)]
+    outline = {"bbox": Any | None, "segmentation": Any | None, "category_id": int | None}
+    mapped = {"file_name": str | None, "segments_info": segments | None}
+    data = checked(data, record(
+        images=list[image],
+        annotations=list[record(image_id=Any, **outline, **mapped)],
+        categories=list[record(id=int, name=str)],
+    ))  # fmt: skip
+    image = chosen(data.images, [(each.id, each.file_name) for each in data.images], source)
+    names = {category.id: category.name for category in data.categories}
+    layout = {"prompt": image.caption, "width": image.width, "height": image.height, "regions": []}
+
+    def add(key: str, category: int | None, shape: Data) -> None:
         if category not in names:
             raise InputError(f"{key}.category_id", category, "there is no such category")
-        if is_panoptic:
-            shape = {"color": values(part, key, id=int)[0]}
-        else:
-            shape = coco_shape(part, key, layout, source.boxes)
         layout["regions"].append({"prompt": names[category], **shape})
+
+    for i, entry in enumerate(data.annotations):
+        key = f"annotations[{i}]"
+        if entry.image_id != image.id:
+            continue
+        if entry.segments_info is None:
+            add(key, entry.category_id, coco_shape(entry, key, image, source.boxes))
+            continue
+        name = entry.file_name or ""
+        below = source.path.with_suffix("") / name  # a folder with the name of the file
+        found = below if below.is_file() else source.path.with_name(name)
+        layout["map"] = str(source.beside or found)
+        for j, part in enumerate(entry.segments_info):
+            add(f"{key}.segments_info[{j}]", part.category_id, {"color": part.id})
     return layout
 
 
-def coco_shape(entry: Data, key: str, layout: Data, boxes: bool) -> Data:
+def coco_shape(entry: Any, key: str, image: Any, boxes: bool) -> Data:
     """The polygons of an annotation; its box where it has none, or where boxes are asked for."""
-    (outline,) = values(entry, key, segmentation=list[list[float]] | Data | None)
-    if boxes or not outline:
-        ((x, y, w, h),) = values(entry, key, bbox=Box)
+    if boxes or not entry.segmentation:
+        x, y, w, h = checked(entry.bbox, Box, f"{key}.bbox")
         return {"box": [x, y, x + w, y + h]}
     key += ".segmentation"
-    if isinstance(outline, dict):
+    if isinstance(entry.segmentation, dict):
         raise InputError(key, MISSING, "run-length encoding is not read; --boxes takes the boxes")
+    outline = checked(entry.segmentation, list[list[float]], key)
     if any(len(xy) < 6 or len(xy) % 2 for xy in outline):
         raise InputError(key, outline, "expected lists of x1, y1, x2, y2, x3, y3 and so on")
     polygons = [[list(point) for point in zip(xy[::2], xy[1::2])] for xy in outline]
-    if overlapping(polygons, layout["width"], layout["height"]):
+    if overlapping(polygons, image.width, image.height):
         warn(f"{key}: its polygons overlap; a layout leaves out what two of them cover")
     return {"polygon": polygons}
 
@@ -273,28 +260,31 @@ def coco_shape(entry: Data, key: str, layout: Data, boxes: bool) -> Data:
 def to_coco(layout: Layout, stem: str) -> Files:
     size = {"width": layout.width, "height": layout.height}
     image = {"id": 1, "file_name": f"{stem}.jpg", **size, "caption": layout.prompt}
-    names = list(dict.fromkeys(region.prompt for region in layout.regions))
-    categories = [{"id": i + 1, "name": name} for i, name in enumerate(names)]
-    annotations = []
-    files = {"": {"images": [image], "categories": categories, "annotations": annotations}}
-    kinds = [{"category_id": names.index(r.prompt) + 1, "iscrowd": 0} for r in layout.regions]
+    numbers = {}
+    for region in layout.regions:
+        numbers.setdefault(region.prompt, len(numbers) + 1)
+    categories = [{"id": number, "name": name} for name, number in numbers.items()]
+    kinds = [{"category_id": numbers[region.prompt], "iscrowd": 0} for region in layout.regions]
+    data = {"images": [image], "categories": categories}
     if any(region.shape in ("mask", "color") for region in layout.regions):
         ids = [r + 256 * g + 65536 * b for r, g, b in PALETTE]
         segments = [{"id": number, **kind} for number, kind in zip(ids, kinds)]
         name = f"{stem}.png"
-        annotations.append({"image_id": 1, "file_name": name, "segments_info": segments})
-        return files | {name: color_map(layout)}
+        data["annotations"] = [{"image_id": 1, "file_name": name, "segments_info": segments}]
+        return {"": data, name: color_map(layout)}
+    data["annotations"] = []
     for i, region in enumerate(layout.regions):
         polygons = region.polygon or ()
         if polygons and overlapping(polygons, layout.width, layout.height):
             raise InputError(f"regions[{i}].polygon", MISSING, "coco fills holes and overlaps")
-        outline = [[value for point in points for value in point] for points in polygons]
-        xs, ys = zip(*(region.box[:2], region.box[2:]) if region.box else sum(polygons, ()))
-        box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
-        area = int(pixels_of(region, layout).sum())
-        entry = {"id": i + 1, "image_id": 1, "bbox": box, "area": area, **kinds[i]}
-        annotations.append(entry | ({"segmentation": outline} if outline else {}))
-    return files
+        x, y = zip(*(sum(polygons, ()) or (region.box[:2], region.box[2:])))
+        entry = {"id": i + 1, "image_id": 1, **kinds[i]}
+        entry["bbox"] = [min(x), min(y), max(x) - min(x), max(y) - min(y)]
+        entry["area"] = int(pixels_of(region, layout).sum())
+        if polygons:
+            entry["segmentation"] = [list(sum(points, ())) for points in polygons]
+        data["annotations"].append(entry)
+    return {"": data}
 
 
 def from_forge(data: Any, source: Source) -> Data:
@@ -302,18 +292,16 @@ def from_forge(data: Any, source: Source) -> Data:
     mapping = checked(data, list[tuple[Unit, Unit, Unit, Unit, float]], "mapping")
     path = source.beside or source.path.with_suffix(".txt")
     prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if len(prompts) != len(mapping):
-        problem = f"{len(mapping)} rows, for {len(prompts)} lines of prompts in {path}"
-        raise InputError("mapping", MISSING, problem)
-    layout = {"prompt": "", "width": None, "height": None, "regions": []}
-    if mapping and mapping[0][:4] == (0, 1, 0, 1):
-        layout["prompt"] = prompts.pop(0)
-        weight = mapping.pop(0)[4]
-        warn(f"mapping[0] is the base prompt; a layout has no place for its weight {weight:g}")
-    for prompt, (*edges, weight) in zip(prompts, mapping):
-        x0, x1, y0, y1 = (percent(Fraction(str(edge))) for edge in edges)
-        strength = {} if weight == 1 else {"strength": weight}
-        layout["regions"].append({"prompt": prompt, "box": [x0, y0, x1, y1], **strength})
+    boxes = [(x0, y0, x1, y1) for x0, x1, y0, y1, _ in mapping]
+    boxes = [[percent(Fraction(str(edge))) for edge in box] for box in boxes]
+    layout = {"regions": boxed(prompts, boxes, "mapping")}
+    for region, row in zip(layout["regions"], mapping):
+        region["strength"] = row[-1]
+    if boxes[:1] == [["0%", "0%", "100%", "100%"]]:
+        base = layout["regions"].pop(0)
+        layout["prompt"] = base["prompt"]
+        weight = f"its weight {base['strength']:g}"
+        warn(f"mapping[0] is the base prompt; a layout has no place for {weight}")
     return layout
 
 
@@ -350,10 +338,7 @@ def from_rpg(data: Any, source: Source) -> Data:
         boxes += [[x0, y0, x1, y1] for x0, x1 in zip(xs, xs[1:])]
     lines = [line.strip() for line in re.split(r"\b(?:BREAK|ADDBASE)\b", prompts)]
     prompt = lines.pop(0) if len(lines) == len(boxes) + 1 else ""
-    if len(lines) != len(boxes):
-        raise InputError("split ratio", split, f"{len(boxes)} parts, for {len(lines)} prompts")
-    size = {"width": None, "height": None}
-    return {"prompt": prompt, **size, "regions": boxed(zip(lines, boxes))}
+    return {"prompt": prompt, "regions": boxed(lines, boxes, "split ratio")}
 
 
 def borders(numbers: list[str]) -> list[str]:
@@ -391,16 +376,13 @@ def from_layoutsam(data: Any, source: Source) -> Data:
     """A row's lists are given as text. Detailed captions are preferred."""
     data = data if isinstance(data, list) else [data]
     row = chosen(data, [(i,) for i in range(len(data))], source)
-    prompt, width, height = values(row, global_caption=str, width=Side, height=Side)
-    kinds = {"bbox_list": Any, "region_captions": Any, "detail_region_captions": Any | None}
-    boxes, short, detailed = values(row, **kinds)
-    boxes = checked(parsed(boxes), list[Box], "bbox_list")
-    prompts = checked(parsed(detailed), list[str] | None, "detail_region_captions")
-    prompts = prompts or checked(parsed(short), list[str], "region_captions")
-    if len(prompts) != len(boxes):
-        raise InputError("bbox_list", MISSING, f"{len(boxes)} boxes, for {len(prompts)} captions")
-    size = {"width": width, "height": height}
-    return {"prompt": prompt, **size, "regions": boxed(zip(prompts, boxes))}
+    captions = {"region_captions": Any | None, "detail_region_captions": Any | None}
+    row = checked(row, record(global_caption=str, **SIZE, bbox_list=Any, **captions))
+    boxes = checked(parsed(row.bbox_list), list[Box], "bbox_list")
+    prompts = parsed(row.detail_region_captions) or parsed(row.region_captions)
+    prompts = checked(prompts, list[str], "region_captions")
+    layout = {"prompt": row.global_caption, "width": row.width, "height": row.height}
+    return layout | {"regions": boxed(prompts, boxes, "bbox_list")}
 
 
 def to_layoutsam(layout: Layout, stem: str) -> Files:
@@ -411,17 +393,15 @@ def to_layoutsam(layout: Layout, stem: str) -> Files:
 
 
 def from_invokeai(data: Any, source: Source) -> Data:
-    kinds = {"positive_prompt": str | None, "width": Side | None, "height": Side | None}
-    prompt, width, height, entries = values(data, **kinds, regions=list[Data])
-    layout = {"prompt": prompt, "width": width, "height": height, "regions": []}
-    for i, entry in enumerate(entries):
-        key = f"regions[{i}]"
-        prompt, mask = values(entry, key, positive_prompt=str, mask=str | None)
-        if mask:
-            shape = {"mask": str(source.path.parent / mask)}
-        else:
-            shape = {"box": [*values(entry, key, **dict.fromkeys(BOUNDS, float))]}
-        layout["regions"].append({"prompt": prompt, **shape})
+    region = record(positive_prompt=str, mask=str | None, **dict.fromkeys(BOUNDS, float | None))
+    data = checked(data, record(positive_prompt=str | None, **SIZE, regions=list[region]))
+    layout = {"prompt": data.positive_prompt, "width": data.width, "height": data.height}
+    layout["regions"] = []
+    for entry in data.regions:
+        shape = {"box": [getattr(entry, bound) for bound in BOUNDS]}
+        if entry.mask:
+            shape = {"mask": str(source.path.parent / entry.mask)}
+        layout["regions"].append({"prompt": entry.positive_prompt, **shape})
     return layout
 
 
@@ -440,14 +420,15 @@ def to_invokeai(layout: Layout, stem: str) -> Files:
 
 
 def from_gradio(data: Any, source: Source) -> Data:
-    image, entries = values(data, image=Any | None, boxes=list[Data])
-    path = source.beside or source.path.parent / (image if isinstance(image, str) else "")
-    width = height = None
+    box = record(label=str, **dict.fromkeys(CORNERS, float))
+    data = checked(data, record(image=Any | None, boxes=list[box]))
+    name = data.image if isinstance(data.image, str) else ""
+    path = source.beside or source.path.parent / name
+    layout = {}
     if source.beside or os.path.isfile(path):
-        width, height = read_image(path, "image").size
-    boxes = rows(entries, "boxes", label=str, **dict.fromkeys(CORNERS, float))
-    regions = boxed((label, box) for label, *box in boxes)
-    return {"prompt": "", "width": width, "height": height, "regions": regions}
+        layout["width"], layout["height"] = read_image(path, "image").size
+    boxes = [[getattr(box, corner) for corner in CORNERS] for box in data.boxes]
+    return layout | {"regions": boxed([box.label for box in data.boxes], boxes, "boxes")}
 
 
 def to_gradio(layout: Layout, stem: str) -> Files:
@@ -460,14 +441,13 @@ def to_gradio(layout: Layout, stem: str) -> Files:
 
 
 def from_seg2any(data: Any, source: Source) -> Data:
-    kinds = {"caption": str, "seed": int | None, "segments_info": list[Data]}
-    prompt, seed, entries = values(data, **kinds)
+    part = record(text=str, color=RGB)
+    data = checked(data, record(caption=str, seed=int | None, segments_info=list[part]))
     path = source.beside or source.path.with_suffix(".png")
     width, height = read_image(path, "segments_info").size
-    layout = {"prompt": prompt, "seed": seed, "width": width, "height": height, "map": str(path)}
-    segments = rows(entries, "segments_info", text=str, color=tuple[Byte, Byte, Byte])
-    regions = [{"prompt": text, "color": list(color)} for text, color in segments]
-    return {**layout, "regions": regions}
+    layout = {"prompt": data.caption, "seed": data.seed, "width": width, "height": height}
+    regions = [{"prompt": part.text, "color": list(part.color)} for part in data.segments_info]
+    return layout | {"map": str(path), "regions": regions}
 
 
 def to_seg2any(layout: Layout, stem: str) -> Files:
@@ -494,12 +474,16 @@ FORMS = {  # reader, writer, and the keys that the form can hold, besides shapes
 def to_layout(source: Source, form: str, stem: str) -> Files:
     """The layout in YAML, and the images that it names."""
     text = read_text(source.path)
-    layout = FORMS[form][0](text if form == "rpg" else parsed(text), source)
-    own = (layout.get("width"), layout.get("height"))
-    size = own if None not in own else source.size
-    if source.size and size is own:
+    found = FORMS[form][0](text if form == "rpg" else parsed(text), source)
+    if not found.get("prompt"):
+        found["prompt"] = ", ".join(region["prompt"] for region in found["regions"])
+        warn("there is no base prompt; the prompts of the regions, joined, stand in for it")
+    own = [found.pop(side, None) for side in ("width", "height")]
+    if source.size and None not in own:
         problem = f"the file's own is {own[0]} x {own[1]}"
         raise InputError("--size", source.size, problem, source.path)
+    size = source.size if None in own else own
+    layout = {"prompt": found.pop("prompt"), "width": None, "height": None, **found}
     files = {}
     if size:
         layout["width"], layout["height"] = checked(size, list[Side], "size")
@@ -507,9 +491,6 @@ def to_layout(source: Source, form: str, stem: str) -> Files:
     elif form not in ("forge", "rpg"):  # whose boxes are in percent
         problem = "needed, because the file does not state the size"
         raise InputError("--size", MISSING, problem, source.path)
-    if not layout["prompt"]:
-        layout["prompt"] = ", ".join(region["prompt"] for region in layout["regions"])
-        warn("there is no base prompt; the prompts of the regions, joined, stand in for it")
     layout = {key: value for key, value in layout.items() if value is not None}
     style = {"default_flow_style": None, "sort_keys": False, "allow_unicode": True, "width": 120}
     return {"": yaml.safe_dump(layout, **style), **files}
@@ -528,13 +509,13 @@ def fitted(layout: Data, stem: str) -> Files:
         images.append((region, "mask", f"{stem}.{i}.png"))
         for numbers in [*sum(region.get("polygon", []), []), region.get("box", [])]:
             for k, value in enumerate(numbers):
-                if isinstance(value, str):  # in percent
+                if not isinstance(value, (int, float)):  # in percent, or missing
                     continue
                 inside = min(max(value, 0), old[k % 2])
                 if inside != value:
                     warn(f"regions[{i}]: {value:g} lies outside {old[0]} x {old[1]} and is cut off")
                 scaled = round(inside * new[k % 2] / old[k % 2], 6)
-                numbers[k] = int(scaled) if float(scaled).is_integer() else scaled
+                numbers[k] = int(scaled) if scaled.is_integer() else scaled
     files = {}
     for holder, key, name in images:
         if key in holder:
@@ -558,6 +539,8 @@ def to_form(layout: Layout, form: str, stem: str) -> Files:
         lost += [start + key for key in keys if getattr(part, key) != getattr(default, key)]
     if lost:
         warn(f"{form} has no place for {', '.join(lost)}")
+    if form != "rpg":
+        files[""] = json.dumps(files[""], ensure_ascii=False) + "\n"
     return files
 
 
@@ -565,21 +548,16 @@ def write(files: Files, target: Path, overwrite: bool, source: Path | None) -> N
     """Write all files or none. A layout, made from `source`, is read once before it is there."""
     if target.name in files:
         raise InputError(target, MISSING, "a file next to it needs this name, choose another one")
-    if not target.parent.is_dir():
-        raise InputError(target, MISSING, f"there is no folder {target.parent}")
     files = {name or target.name: content for name, content in files.items()}
-    for path in map(target.with_name, files):
-        if path.exists() and not overwrite:
-            raise InputError(path, MISSING, "exists already; --overwrite replaces it")
+    for name in files:
+        check_writable(target.with_name(name), overwrite)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".convert") as made:
         for name, content in files.items():
             path = Path(made, name)
             if isinstance(content, Image.Image):
                 content.save(path, format="PNG")
-                continue
-            if not isinstance(content, str):
-                content = json.dumps(content, ensure_ascii=False) + "\n"
-            path.write_text(content, encoding="utf-8")
+            else:
+                path.write_text(content, encoding="utf-8")
         layout = Path(made, target.name)
         try:
             if source:

@@ -84,14 +84,13 @@ def plan(
     body = {"messages": messages, "response_format": form}
     if model:
         body["model"] = model
-    for is_last in (False, False, True):
+    for _ in range(3):
         answer = ask(url, body, timeout)
         try:
             return layout_of(answer, width, height)
         except InputError as error:
             problem = public(str(error))
-        if not is_last:
-            info(f"{public(url)}: asking again: {problem}")
+        info(f"{public(url)}: no layout: {problem}")
         correction = f"This can't be used: {problem} Answer with the whole JSON object, corrected."
         messages.append({"role": "assistant", "content": answer})
         messages.append({"role": "user", "content": correction})
@@ -124,9 +123,8 @@ def ask(url: str, body: dict[str, Any], timeout: float) -> str:
     text = response.text
     if not response.is_success:
         status = response.status_code
-        message = re.search(r'"message"\s*:\s*"((?:[^"\\]|\\.)+)"', text)
-        message = public(message[1] if message else text)[:200]
-        problem = f"HTTP {status} {response.reason_phrase}, {message!r}{HINTS.get(status, '')}"
+        hint = HINTS.get(status, "")
+        problem = f"HTTP {status} {response.reason_phrase}, {public(text)[:200]!r}{hint}"
         about_schema = re.search("response_?format|schema|grammar|structured", text, re.IGNORECASE)
         if not ("response_format" in body and status in (400, 422) and about_schema):
             raise InputError(public(url), MISSING, problem)
@@ -137,12 +135,12 @@ def ask(url: str, body: dict[str, Any], timeout: float) -> str:
         message = response.json()["choices"][0]["message"]
         content = message.get("content") or ""
         content = content.rpartition("</think>")[2].partition("<think>")[0].strip()
-        refusal = message.get("refusal") or ("" if content else "an empty answer")
-        problem = f"the model refuses: {public(str(refusal))[:200]!r}"
+        refusal = message.get("refusal")
     except (ValueError, LookupError, TypeError, AttributeError):
-        refusal = True
         problem = f"not a chat completion: {public(text)[:200]!r}"
-    if refusal:
+        raise InputError(public(url), MISSING, problem) from None
+    if refusal or not content:
+        problem = f"the model refuses: {public(str(refusal or 'an empty answer'))[:200]!r}"
         raise InputError(public(url), MISSING, problem)
     return content
 
