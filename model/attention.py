@@ -17,6 +17,8 @@ class Block(NamedTuple):
 
 # q, k, v (normalized and rotated) and the result: (B, heads, L, head_dim)
 Attention = Callable[[Tensor, Tensor, Tensor, Block], Tensor]
+Join = Callable[[Tensor, Tensor], Tensor]  # (txt, img) -> the sequence of the single blocks
+AfterBlock = Callable[[Tensor, Block], Tensor]  # a block's output -> what the next one gets
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:

@@ -3,7 +3,6 @@
 It knows nothing of regions; functions given to `forward` change what it computes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -12,11 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from model import layers
-from model.attention import Attention, Block, plain_attention, rope, rope_axes, text_then_image
+from model.attention import (
+    AfterBlock,
+    Attention,
+    Block,
+    Join,
+    plain_attention,
+    rope,
+    rope_axes,
+    text_then_image,
+)
 from model.layers import DoubleStreamBlock, LastLayer, SingleStreamBlock, Vectors
-
-Join = Callable[[Tensor, Tensor], Tensor]
-AfterBlock = Callable[[Tensor, Block], Tensor]
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from model.attention import Attention, Block
+from model.attention import AfterBlock, Attention, Block, Join
 from model.layers import Vectors
-from model.transformer import AfterBlock, Join
 
 
 class Conditioning(NamedTuple):

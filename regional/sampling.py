@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.attention import Attention, plain_attention, text_then_image
+from model.attention import Attention, Join, plain_attention, text_then_image
 from model.layers import Vectors
-from model.transformer import Flux, FluxParams, Join, as_it_is
+from model.transformer import Flux, FluxParams, as_it_is
 from regional.attention import MaskedAttention, RegionalAttention, Tokens
 from regional.extension import Branches, Conditioning, Extension, Pass
 from regional.layout import Layout
