@@ -27,9 +27,8 @@ from regional.reader import read_layout
 from settings import Settings
 from tools import metadata as written
 from tools.flags import Command, Output, naming, parse
-from tools.jobs import Failures, Job, device_of, is_finished, layout_files, plan_jobs, worker_of
+from tools.jobs import Failures, Job, Stop, device_of, is_finished, layout_files, plan_jobs, worker_of
 from tools.metadata import Metadata
-from tools.stop import Stop
 
 CHUNK = 100  # layouts whose prompts are encoded together: some 2 GB of memory at full size
 Ready = tuple[Job, Prepared, Metadata]

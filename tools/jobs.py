@@ -3,6 +3,7 @@
 import glob
 import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from errors import MISSING, InputError, print_error
+from errors import MISSING, InputError, info, print_error
 from regional.layout import Layout
 from tools.flags import Output
 from tools.metadata import Metadata, check_suffix, check_writable, matches, metadata_in
@@ -57,6 +58,28 @@ class Failures:
                 raise
             print_error(error)
             self.count += 1
+
+
+class Stop:
+    """Ctrl-C and SIGTERM: the first lets the running step finish, the second ends at once."""
+
+    is_asked = False
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        kinds = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(kind, self.ask) for kind in kinds]
+        try:
+            yield
+        finally:
+            for kind, handler in zip(kinds, before):
+                signal.signal(kind, handler)
+
+    def ask(self, *signal_and_frame: object) -> None:
+        if self.is_asked:
+            raise KeyboardInterrupt
+        self.is_asked = True
+        info("generate.py: stopping after this step")
 
 
 def layout_files(output: Output) -> list[Path | None]:
