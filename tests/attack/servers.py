@@ -104,6 +104,7 @@ class HubHandler(test_hub.Handler):
             if change.where in ("json", "raw"):
                 all_headers["Content-Length"] = str(len(content))
         super().answer(content, status, all_headers, most)
+        self.close_connection = self.close_connection or change is not None  # or the client waits for more
 
 
 class Language(ThreadingHTTPServer):
@@ -199,7 +200,10 @@ def attack_hub(first: int) -> Counter:
         succeeded = 0
         for number, change in enumerate(wrong_answers[first:], first):
             server.change = change
+            start = time.monotonic()
             wrong, is_good = attempt(lambda: download(server), (SECRET,))
+            if args.verbose:
+                print(number, change.request, change.where, change.path, f"{time.monotonic() - start:.1f} s", flush=True)
             succeeded += is_good
             outside = [p for p in Path(outer).rglob("*") if p.is_file() and not p.is_relative_to(cache)]
             if outside or Path("/tmp/hostile").exists():
@@ -243,6 +247,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", nargs="*", default=["hub", "plan"])
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--verbose", action="store_true")
     args = parser.parse_args()
     total: Counter = Counter()
     for name, run in {"hub": attack_hub, "plan": attack_planner}.items():
