@@ -190,7 +190,9 @@ def kill(kind: Kind, folder: Path, good: Run, draw: random.Random) -> Kill:
         there = {key: file for key, file in everything.items() if not file.name.startswith(".")}
         broken = [key for key, file in there.items() if file.read_bytes() != good.files.get(key)]
         wrong += [f"{key} is not whole after the kill" for key in broken]
-        images = {key: file.stat().st_mtime_ns for key, file in there.items() if "maps" not in key and key.endswith(".png")}
+        images = {
+            key: file.stat().st_mtime_ns for key, file in there.items() if "maps" not in key and key.endswith(".png")
+        }
         images = {key: at for key, at in images.items() if "sheet" not in key}
 
         if any(codes := ended(start(kind, folder, output))):

@@ -71,7 +71,14 @@ LAYOUT = {
         {"prompt": "a hen", "polygon": [[64, 0], [128, 0], [128, 128]], "loras": [{"file": "none", "scale": 0.5}]},
     ],
 }  # fmt: skip
-RECORDED = {**LAYOUT, "model": "pocket", "files": {}, "dtype": "torch.float32", "given": {"model": "pocket"}, "pictures": {}}
+RECORDED = {
+    **LAYOUT,
+    "model": "pocket",
+    "files": {},
+    "dtype": "torch.float32",
+    "given": {"model": "pocket"},
+    "pictures": {},
+}
 
 
 def tokens_of(layout: Path) -> None:
@@ -211,7 +218,9 @@ def conversions() -> dict[str, Kind]:
                 more = []
             text = inputs.mutated_bytes if form == "rpg" else inputs.either
             extra = [(p.name, p.read_bytes()) for p in Path(folder).glob(f"{form}*") if p != target]
-            found[f"convert {form}"] = Kind([(f"{form}.json", target.read_bytes())], text, with_files(extra, converted(form, *more)))
+            found[f"convert {form}"] = Kind(
+                [(f"{form}.json", target.read_bytes())], text, with_files(extra, converted(form, *more))
+            )
     polygons = {
         "images": [{"id": 1, "width": 256, "height": 256, "file_name": "a.jpg"}],
         "categories": [{"id": 1, "name": "fox"}],
@@ -220,7 +229,9 @@ def conversions() -> dict[str, Kind]:
             {"id": 2, "image_id": 1, "category_id": 1, "segmentation": [[9, 9, 99, 9, 99, 99]], "bbox": [9, 9, 90, 90], "iscrowd": 0},
         ],
     }  # fmt: skip
-    found["convert coco polygons"] = Kind([("coco.json", json.dumps(polygons).encode())], inputs.either, converted("coco"))
+    found["convert coco polygons"] = Kind(
+        [("coco.json", json.dumps(polygons).encode())], inputs.either, converted("coco")
+    )
     return found
 
 
@@ -248,14 +259,14 @@ def all_kinds(folder: Path) -> dict[str, Kind]:
     layouts = [("x.yaml", json.dumps(LAYOUT).encode()), ("x.yaml", yaml.safe_dump(LAYOUT).encode())]
     layouts += [("x.yaml", file.read_bytes()) for file in sorted((ROOT / "examples").glob("*.yaml"))]
     with torch.device("meta"):
-        MODULES.update(flux=weights.Flux(tiny.FLUX), t5=weights.T5Encoder(tiny.T5), clip=weights.CLIPTextEncoder(tiny.CLIP))
+        MODULES.update(
+            flux=weights.Flux(tiny.FLUX), t5=weights.T5Encoder(tiny.T5), clip=weights.CLIPTextEncoder(tiny.CLIP)
+        )
     latents = save({"latents": torch.zeros(1, 16, 2, 2)}, {"layout": json.dumps(RECORDED)})
     states = {"flux": tiny.flux_state(), "t5": tiny.t5_state(), "clip": tiny.clip_state(), "ae": tiny.ae_state()}
     files = {part: save({k: t.half() for k, t in state.items()}) for part, state in states.items()}
     index = {"weight_map": {key: f"m-0000{i % 2 + 1}-of-00002.safetensors" for i, key in enumerate(states["ae"])}}
-    shards = [
-        (f"m-0000{i + 1}-of-00002.safetensors", save(dict(list(states["ae"].items())[i::2]))) for i in range(2)
-    ]
+    shards = [(f"m-0000{i + 1}-of-00002.safetensors", save(dict(list(states["ae"].items())[i::2]))) for i in range(2)]
     configs = [("config.json", json.dumps(tiny.AE_CONFIG | {"num_attention_heads": 3}).encode())]
     tokenizers = ROOT / "tests" / "fixtures" / "tokenizers"
     clip, t5 = tokenizers / "clip", tokenizers / "t5"

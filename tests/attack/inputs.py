@@ -51,7 +51,9 @@ def other_value(rng: random.Random, value: Any) -> Any:
     if isinstance(value, dict) and value and draw < 0.5:
         key = rng.choice(list(value))
         rest = {k: v for k, v in value.items() if k != key}
-        return rng.choice([rest, {**rest, rng.choice(KEYS): value[key]}, {**value, rng.choice(KEYS): rng.choice(NASTY)}])
+        return rng.choice(
+            [rest, {**rest, rng.choice(KEYS): value[key]}, {**value, rng.choice(KEYS): rng.choice(NASTY)}]
+        )
     return rng.choice(NASTY)
 
 

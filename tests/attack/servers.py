@@ -43,7 +43,19 @@ BAD = [
     None, True, -1, 0, 1.5, 2**70, "", "x" * 3000, "../../../../x", "/tmp/hostile", "\x1b[2J\n", "\u202e", [], [[]], {},
     {"a": 1}, [None], "0" * 64, "g" * 64, "..", ".", "a/b", "-", "NaN", inputs.DEEP, SECRET, KEY,
 ]  # fmt: skip
-HEADERS = ["", "-1", "1e9", "x" * 3000, "../../x", '"../../../../x"', "\x1b[2J", "0", "99999999999999", "http://[", "/tmp/hostile"]
+HEADERS = [
+    "",
+    "-1",
+    "1e9",
+    "x" * 3000,
+    "../../x",
+    '"../../../../x"',
+    "\x1b[2J",
+    "0",
+    "99999999999999",
+    "http://[",
+    "/tmp/hostile",
+]
 
 
 class Change(NamedTuple):
@@ -69,7 +81,16 @@ def changes(answers: list[tuple[int, dict, bytes]]) -> Iterator[Change]:
             yield from (Change(i, "header", name, value) for value in (*HEADERS, None))
         for status in (204, 206, 301, 302, 400, 401, 403, 404, 416, 429, 500, 503):
             yield Change(i, "status", None, status)
-        for raw in (b"", b"null", b"[]", b"<html>", b"[" * 50000, b"\xff\xfe", b"x" * 1_500_000, b'"message":"' + b"x" * 500_000):
+        for raw in (
+            b"",
+            b"null",
+            b"[]",
+            b"<html>",
+            b"[" * 50000,
+            b"\xff\xfe",
+            b"x" * 1_500_000,
+            b'"message":"' + b"x" * 500_000,
+        ):
             yield Change(i, "raw", None, raw)
         if body[:1] in (b"{", b"["):
             for path in inputs.places(json.loads(body)):
@@ -126,7 +147,10 @@ class LanguageHandler(test_plan.Handler):
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
         status, text = test_plan.completion(test_plan.GOOD)
-        content, headers = text.encode(), {"Content-Length": str(len(text.encode())), "Content-Type": "application/json"}
+        content, headers = (
+            text.encode(),
+            {"Content-Length": str(len(text.encode())), "Content-Type": "application/json"},
+        )
         change = self.server.change
         if not self.server.answers:
             self.server.answers.append((status, headers, content))
@@ -203,7 +227,9 @@ def attack_hub(first: int) -> Counter:
             start = time.monotonic()
             wrong, is_good = attempt(lambda: download(server), (SECRET,))
             if args.verbose:
-                print(number, change.request, change.where, change.path, f"{time.monotonic() - start:.1f} s", flush=True)
+                print(
+                    number, change.request, change.where, change.path, f"{time.monotonic() - start:.1f} s", flush=True
+                )
             succeeded += is_good
             outside = [p for p in Path(outer).rglob("*") if p.is_file() and not p.is_relative_to(cache)]
             if outside or Path("/tmp/hostile").exists():
@@ -237,7 +263,9 @@ def attack_planner(first: int) -> Counter:
         if wrong:
             failures[wrong] += 1
             if failures[wrong] == 1:
-                print(f"{number}: plan, {change.where} {change.path}: {wrong} by {str(change.value)[:60]!r}", flush=True)
+                print(
+                    f"{number}: plan, {change.where} {change.path}: {wrong} by {str(change.value)[:60]!r}", flush=True
+                )
     print(f"plan: {succeeded} plans were made, the others were refused")
     server.shutdown()
     return failures
