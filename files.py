@@ -4,13 +4,17 @@ A file must be a regular one, so that reading it ends, and no larger than its ki
 cannot be read or parsed is an InputError that names the file, whatever the library raised.
 """
 
+import glob
 import mmap
 import os
+import re
 import socket
 import stat
+import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +32,7 @@ SOURCE = 500_000_000  # what a layout is converted from: COCO's annotations
 IMAGE = 200_000_000
 CHECKPOINT = 2**50
 MAX_PIXELS = 25_000_000  # of an image; reading so many takes up to 500 MB (WebP)
+NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # for EPS, Pillow would run Ghostscript
 
 
@@ -48,9 +53,6 @@ def opened(file: str | Path, most: int) -> Iterator[BinaryIO]:
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL or a surrogate
         reason = getattr(error, "strerror", None) or error
         raise InputError(Path(file), MISSING, f"cannot be read ({reason})") from None
-
-
-NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 
 
 def read_bytes(file: str | Path, most: int) -> bytes:
@@ -106,10 +108,13 @@ def opened_image(file: str | Path) -> Iterator[Image.Image]:
 
 # ------------------------------------------------------------------------ writing
 
+HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"  # several may write to one folder
+DAY = 86400  # seconds
+
 
 def write(path: Path, save: Callable[[Path], Any]) -> None:
     """Save under a temporary name, then rename: a file is whole or not there."""
-    unfinished = path.with_stem(f".{path.stem}.{PROCESS}")
+    unfinished = path.with_stem(f".{path.stem}.{HOST}-{os.getpid()}")
     try:
         save(unfinished)
         with open(unfinished, "rb+") as file:  # or a power cut could leave an empty file
@@ -117,3 +122,25 @@ def write(path: Path, save: Callable[[Path], Any]) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what dead processes left of this file: those of this machine, and what is a day old."""
+    for file in path.parent.glob(f".{glob.escape(path.stem)}.*{path.suffix}"):
+        name = re.fullmatch(r"([0-9a-f]{8})-(\d+)", file.stem.removeprefix(f".{path.stem}."))
+        if name is None:  # .x.1.77.png is not x.png's
+            continue
+        with suppress(FileNotFoundError):  # Another process removes it, too, or has renamed it.
+            is_old = time.time() - file.stat().st_mtime > DAY
+            if is_old or (name[1] == HOST and not is_alive(int(name[2]))):
+                file.unlink()
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True

@@ -22,7 +22,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,8 +40,6 @@ import weights  # noqa: E402
 from errors import InputError  # noqa: E402
 from extensions import loading  # noqa: E402
 from extensions.lora_files import read_lora  # noqa: E402
-from formats import hub  # noqa: E402
-from formats.recognize import find_model  # noqa: E402
 from model.tokenizers import CLIPTokenizer, T5Tokenizer  # noqa: E402
 from regional.layout import FLUX_DEV  # noqa: E402
 from regional.mask import region_tokens  # noqa: E402
@@ -52,15 +50,18 @@ from tools import convert, flags, metadata, plan  # noqa: E402
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SECONDS = 2.0
 MEGABYTES = 300
+File = tuple[str, bytes]
 Mutate = Callable[[random.Random, bytes], bytes]
 
 
 class Kind(NamedTuple):
-    """Good examples by the name that the file has, how they are changed, and what reads the file."""
+    """Good examples with the name that the file has, how they are changed, what reads the file, and the files that lie
+    beside it."""
 
-    examples: list[tuple[str, bytes]]
+    examples: list[File]
     mutate: Mutate
     read: Callable[[Path], Any]
+    beside: Sequence[File] = ()
 
 
 LAYOUT = {
@@ -168,8 +169,8 @@ def planned(file: Path) -> None:
     plan.layout_of(file.read_bytes().decode(errors="replace"), 512, 512)
 
 
-def folder_of_model(file: Path) -> None:
-    find_model(str(file.parent), ["flux", "t5", "clip", "ae"])
+def clip_tokenizer(file: Path) -> None:
+    CLIPTokenizer(file.parent)
 
 
 def tensors(shapes: dict[str, tuple[int, ...]], settings: dict[str, str] | None = None) -> bytes:
@@ -181,14 +182,15 @@ def loras() -> list[tuple[str, bytes]]:
     kohya = "lora_unet_single_blocks_0_linear1"
     peft = "transformer.single_transformer_blocks.0.proj_mlp"
     rows = 3 * h + mlp
+    low_rank = {f"{kohya}.lora_up.weight": (rows, 4), f"{kohya}.lora_down.weight": (4, h)}
     settings = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 8, "transformer.r": 4})}
     files = [
-        tensors({f"{kohya}.lora_up.weight": (rows, 4), f"{kohya}.lora_down.weight": (4, h), f"{kohya}.alpha": ()}),
+        tensors({**low_rank, f"{kohya}.alpha": ()}),
         tensors({f"{peft}.lora_A.weight": (4, h), f"{peft}.lora_B.weight": (mlp, 4)}, settings),
         tensors({f"{kohya}.lokr_w1": (4, 4), f"{kohya}.lokr_w2": (rows // 4, h // 4), f"{kohya}.alpha": ()}),
         tensors({f"{kohya}.hada_{x}": s for x, s in {
             "w1_a": (rows, 4), "w1_b": (4, h), "w2_a": (rows, 4), "w2_b": (4, h)}.items()}),
-        tensors({f"{kohya}.lora_up.weight": (rows, 4), f"{kohya}.lora_down.weight": (4, h), f"{kohya}.dora_scale": (rows, 1)}),
+        tensors({**low_rank, f"{kohya}.dora_scale": (rows, 1)}),
         tensors({f"{kohya}.diff": (rows, h), f"{kohya}.diff_b": (rows,)}),
     ]  # fmt: skip
     return [("lora.safetensors", file) for file in files]
@@ -214,37 +216,23 @@ def conversions() -> dict[str, Kind]:
             with contextlib.redirect_stderr(io.StringIO()):
                 assert convert.main(["--to", form, str(file), str(target)]) == 0, form
             more = [] if form not in ("forge", "rpg") else ["--size", "128", "128"]
-            if form in ("coco", "layoutsam", "gradio", "invokeai", "seg2any", "published"):
-                more = []
-            text = inputs.mutated_bytes if form == "rpg" else inputs.either
-            extra = [(p.name, p.read_bytes()) for p in Path(folder).glob(f"{form}*") if p != target]
-            found[f"convert {form}"] = Kind(
-                [(f"{form}.json", target.read_bytes())], text, with_files(extra, converted(form, *more))
-            )
+            mutate = inputs.mutated_bytes if form == "rpg" else inputs.either
+            beside = [(p.name, p.read_bytes()) for p in Path(folder).glob(f"{form}*") if p != target]
+            example = (target.name, target.read_bytes())
+            found[f"convert {form}"] = Kind([example], mutate, converted(form, *more), beside)
+    of_image = {"image_id": 1, "category_id": 1}
     polygons = {
         "images": [{"id": 1, "width": 256, "height": 256, "file_name": "a.jpg"}],
         "categories": [{"id": 1, "name": "fox"}],
         "annotations": [
-            {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [[0, 0, 200, 0, 200, 200, 0, 200]], "bbox": [0, 0, 200, 200]},
-            {"id": 2, "image_id": 1, "category_id": 1, "segmentation": [[9, 9, 99, 9, 99, 99]], "bbox": [9, 9, 90, 90], "iscrowd": 0},
+            {**of_image, "id": 1, "segmentation": [[0, 0, 200, 0, 200, 200, 0, 200]], "bbox": [0, 0, 200, 200]},
+            {**of_image, "id": 2, "segmentation": [[9, 9, 99, 9, 99, 99]], "bbox": [9, 9, 90, 90], "iscrowd": 0},
         ],
     }  # fmt: skip
     found["convert coco polygons"] = Kind(
         [("coco.json", json.dumps(polygons).encode())], inputs.either, converted("coco")
     )
     return found
-
-
-def with_files(files: list[tuple[str, bytes]], read: Callable[[Path], None]) -> Callable[[Path], None]:
-    """Reads a file that has these beside it."""
-
-    def reading(file: Path) -> None:
-        for name, data in files:
-            if not file.with_name(name).exists():
-                file.with_name(name).write_bytes(data)
-        read(file)
-
-    return reading
 
 
 def all_kinds(folder: Path) -> dict[str, Kind]:
@@ -258,6 +246,7 @@ def all_kinds(folder: Path) -> dict[str, Kind]:
     mutate_carrier = partial(inputs.mutated_carrier, recorded)
     layouts = [("x.yaml", json.dumps(LAYOUT).encode()), ("x.yaml", yaml.safe_dump(LAYOUT).encode())]
     layouts += [("x.yaml", file.read_bytes()) for file in sorted((ROOT / "examples").glob("*.yaml"))]
+    pictures = [(file.name, file.read_bytes()) for file in sorted((ROOT / "examples").glob("*.png"))]
     with torch.device("meta"):
         MODULES.update(
             flux=weights.Flux(tiny.FLUX), t5=weights.T5Encoder(tiny.T5), clip=weights.CLIPTextEncoder(tiny.CLIP)
@@ -269,35 +258,36 @@ def all_kinds(folder: Path) -> dict[str, Kind]:
     shards = [(f"m-0000{i + 1}-of-00002.safetensors", save(dict(list(states["ae"].items())[i::2]))) for i in range(2)]
     configs = [("config.json", json.dumps(tiny.AE_CONFIG | {"num_attention_heads": 3}).encode())]
     tokenizers = ROOT / "tests" / "fixtures" / "tokenizers"
-    clip, t5 = tokenizers / "clip", tokenizers / "t5"
+    vocabulary, merges = ((name, (tokenizers / "clip" / name).read_bytes()) for name in ("vocab.json", "merges.txt"))
+    index_file = ("m.safetensors.index.json", json.dumps(index).encode())
+    near_index = [*shards, *configs]
+    clip_config = ("config.json", b'{"num_attention_heads": 3}')
+    ae_config = ("config.json", json.dumps(tiny.AE_CONFIG).encode())
+    states_file = save({"states": torch.zeros(1, 2, 4)})
     answer = {"prompt": "a", "background_prompt": "b", "regions": [
         {"prompt": "c", "box": {"x0": 0, "y0": 0, "x1": 50, "y1": 100}},
         {"prompt": "d", "box": {"x0": 50, "y0": 0, "x1": 100, "y1": 100}}]}  # fmt: skip
     kinds = {
-        "layout": Kind(layouts, inputs.either, tokens_of),
+        "layout": Kind(layouts, inputs.either, tokens_of, pictures),
         "mask": Kind(formats, inputs.mutated_bytes, naming_image("regions: [{prompt: b, mask: IMAGE}]")),
-        "map": Kind(exact, inputs.mutated_bytes, naming_image("map: IMAGE\nregions: [{prompt: b, color: [255, 0, 0]}]")),
+        "map": Kind(exact, inputs.mutated_bytes, naming_image("map: IMAGE\nregions: [{prompt: b, color: '#ff0000'}]")),
         "control image": Kind(formats, inputs.mutated_bytes, naming_image("controlnets: [{model: a/b, image: IMAGE}]")),
         "image to replay": Kind(carrier, mutate_carrier, replayed),
         "image in the way": Kind(carrier, mutate_carrier, in_the_way),
         "metadata to replay": Kind([("x.json", recorded)], inputs.either, replayed),
         "latents to replay": Kind([("x.safetensors", latents)], inputs.mutated_header, replayed),
         **{
-            part: Kind([(f"{part}.safetensors", data)], inputs.mutated_header, with_files(configs, loaded(part)))
+            part: Kind([(f"{part}.safetensors", data)], inputs.mutated_header, loaded(part), configs)
             for part, data in files.items()
         },
         "gguf": Kind([("flux.gguf", gguf_file(folder))], inputs.mutated_bytes, loaded("flux")),
-        "index": Kind([("m.safetensors.index.json", json.dumps(index).encode())], inputs.either, with_files([*shards, *configs], beside("ae"))),
-        "config of clip": Kind([("config.json", b'{"num_attention_heads": 3}')], inputs.either,
-                               with_files([("model.safetensors", files["clip"])], beside("clip"))),
-        "config of ae": Kind([("config.json", json.dumps(tiny.AE_CONFIG).encode())], inputs.either,
-                             with_files([("model.safetensors", files["ae"])], beside("ae"))),
+        "index": Kind([index_file], inputs.either, beside("ae"), near_index),
+        "config of clip": Kind([clip_config], inputs.either, beside("clip"), [("model.safetensors", files["clip"])]),
+        "config of ae": Kind([ae_config], inputs.either, beside("ae"), [("model.safetensors", files["ae"])]),
         "lora": Kind(loras(), inputs.mutated_header, lora),
-        "clip vocabulary": Kind([("vocab.json", (clip / "vocab.json").read_bytes())], inputs.either,
-                                with_files([("merges.txt", (clip / "merges.txt").read_bytes())], lambda f: CLIPTokenizer(f.parent))),
-        "clip merges": Kind([("merges.txt", (clip / "merges.txt").read_bytes()[:4000])], inputs.mutated_bytes,
-                            with_files([("vocab.json", (clip / "vocab.json").read_bytes())], lambda f: CLIPTokenizer(f.parent))),
-        "prompt cache": Kind([("x.safetensors", save({"states": torch.zeros(1, 2, 4)}))], inputs.mutated_header, prompt_cache),
+        "clip vocabulary": Kind([vocabulary], inputs.either, clip_tokenizer, [merges]),
+        "clip merges": Kind([merges], inputs.mutated_bytes, clip_tokenizer, [vocabulary]),
+        "prompt cache": Kind([("x.safetensors", states_file)], inputs.mutated_header, prompt_cache),
         "plan": Kind([("x.json", json.dumps(answer).encode())], inputs.either, planned),
         **conversions(),
     }  # fmt: skip
@@ -328,6 +318,9 @@ def attack_one(kind: Kind, name: str, number: int, seed: int, folder: Path) -> t
     file_name, example = rng.choice(kind.examples)
     place = folder / name.replace(" ", "_")
     place.mkdir(exist_ok=True)
+    for name_beside, data in kind.beside:
+        if not (place / name_beside).exists():
+            (place / name_beside).write_bytes(data)
     file = place / file_name
     file.write_bytes(kind.mutate(rng, example) if number else example)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again

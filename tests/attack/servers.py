@@ -5,7 +5,8 @@
 
 For each field of each answer, of JSON and of headers, and each of some bad values, the program downloads a model or
 asks for a plan. It may succeed, or raise InputError with printable lines, within 5 s; no file may appear outside the
-cache, no secret in a message, and what is downloaded must have the sha256 that the hub states. The exit code is 1 otherwise.
+cache, no secret in a message, and what is downloaded must have the sha256 that the hub states. The exit code is 1
+otherwise.
 """
 
 import argparse
