@@ -36,6 +36,7 @@ from benchmarks.intervals import Mean, mean_of  # noqa: E402
 from model.attention import Block  # noqa: E402
 from pipeline import Pipeline  # noqa: E402
 from pocket.judge import KINDS, Case, drawn, judge, random_case  # noqa: E402
+from regional.extension import Branches, Extension, Forward, Pass  # noqa: E402
 from regional.layout import PRESETS  # noqa: E402
 from tools.sheets import contact_sheet  # noqa: E402
 
@@ -90,6 +91,30 @@ VARIANTS = {  # which are not the published method
     "shared stream": {"base_stream": "shared"},
     "open image attention": {"image_attention": "open"},
 }
+AT_CORNERS = "texts at corners"  # not a setting of the program: an experiment, by the extension below
+
+
+def texts_at_corners(case: Case, prompts: int) -> Extension:
+    """Gives each region's prompt the position of its region's upper left token, in place of 0. prompts: those of the
+    regional pass, the background's included."""
+    tops, lefts = (case.areas.any(axis).argmax(1) // 16 for axis in (2, 1))
+
+    def extend(forward: Forward, branches: Branches) -> Forward:
+        if branches.is_masked is None:  # a plain pass
+            return forward
+
+        def at_corners(given: Pass, step: int) -> torch.Tensor:
+            ids = given.txt_ids.clone()
+            length = (ids.shape[1] - branches.has_base * branches.text_length) // prompts
+            for i, corner in enumerate(zip(tops, lefts)):
+                ids[:, i * length : (i + 1) * length, 1:] = torch.tensor(corner)
+            return forward(given._replace(txt_ids=ids), step)
+
+        return at_corners
+
+    return extend
+
+
 PLAIN = Setting("plain")
 
 
@@ -113,11 +138,13 @@ class Model:
             case.layout, steps=steps, region_max_sequence_length=setting.region_length, method=setting.method,
             base_ratio=setting.base_ratio, mask_inject_steps=setting.mask_inject_steps, **blocks,
             regions=tuple(msgspec.structs.replace(region, **own) for region in case.layout.regions),
-            **VARIANTS[setting.variant],
+            **VARIANTS.get(setting.variant, {}),
         )  # fmt: skip
         prepared = self.exact.prepare(layout)
         start = time.perf_counter()
-        latents = self.flux.denoise(prepared, layout.seed)
+        at_corners = setting.variant == AT_CORNERS
+        extensions = [texts_at_corners(case, len(prepared.tokens.prompts))] if at_corners else []
+        latents = self.flux.denoise(prepared, layout.seed, extensions)
         seconds = time.perf_counter() - start
         return np.asarray(self.exact.decode(latents)), seconds
 
@@ -248,6 +275,11 @@ def tables() -> dict[str, list[Row]]:
         ]
     for title, settings in SWEEPS.items():
         found[title] = [Row("boxes", regions, each, SWEEP_SEEDS) for regions in SWEPT_REGIONS for each in settings]
+    found["Positions of the regions' texts"] = [
+        Row("boxes", regions, control(regions)._replace(variant=variant), SEEDS)
+        for regions in (2, 4, 8, 16)
+        for variant in ("", AT_CORNERS)
+    ]
     return found
 
 
