@@ -1,12 +1,10 @@
 """Bad input, worded in one place, and messages to the user."""
 
-import os
-import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 MISSING: Any = object()  # the value of an InputError that names none
 MOST = 10  # mistakes that are reported at once
@@ -84,13 +82,26 @@ def flag(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
-def check_file(file: str | Path, most: int) -> None:
-    """OSError for pipes and devices, which may never end, and for more than `most` bytes."""
-    about = os.stat(file)
-    if not stat.S_ISREG(about.st_mode):
-        raise OSError("not a regular file")
-    if about.st_size > most:
-        raise OSError(f"its {about.st_size:,} bytes are more than {most:,}")
+class Tolerant:
+    """A text stream that never ends a run: what it can't take is lost, as if it were closed, and
+    characters that it can't show are escaped."""
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream or open(os.devnull, "w")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def info(text: str) -> None:

@@ -16,9 +16,10 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import msgspec
+import yaml
 from PIL import Image
 
 from errors import MISSING, InputError
@@ -33,6 +34,7 @@ IMAGE = 200_000_000
 CHECKPOINT = 2**50
 MAX_PIXELS = 25_000_000  # of an image; reading so many takes up to 500 MB (WebP)
 NONBLOCK = getattr(os, "O_NONBLOCK", 0)
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # for EPS, Pillow would run Ghostscript
 
 
@@ -84,20 +86,41 @@ def parsed(parse: Callable[[Any], Any], data: Any, file: str | Path, what: str) 
         raise InputError(Path(file), MISSING, f"{what} ({reason})") from None
 
 
+def parse_yaml(text: str, loader: type[yaml.SafeLoader], file: str | Path) -> Any:
+    """YAML that came from this file; a mistake has its line and column."""
+
+    def load(text: str) -> Any:
+        try:
+            return yaml.load(text, loader)
+        except yaml.YAMLError as error:
+            problem = getattr(error, "problem", None) or str(error)
+            if mark := getattr(error, "problem_mark", None):
+                problem = f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
+            raise InputError(Path(file), MISSING, problem) from None
+
+    return parsed(load, text, file, "cannot be read as YAML")
+
+
 def parse_json(data: bytes | str, kind: Any, file: str | Path) -> Any:
     """JSON of this type, checked by msgspec, that came from this file."""
     return parsed(lambda text: msgspec.json.decode(text, type=kind), data, file, "damaged JSON")
 
 
+def converted(value: Any, kind: Any, file: str | Path) -> Any:
+    """A value that was parsed, as this type."""
+    return parsed(lambda value: msgspec.convert(value, kind), value, file, "damaged")
+
+
 @contextmanager
-def opened_image(file: str | Path) -> Iterator[Image.Image]:
-    """The image, not yet decoded; InputError also for what goes wrong with it inside the block."""
+def opened_image(file: str | Path, most: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """The image, not yet decoded, of `most` pixels; InputError also for what goes wrong with
+    it inside the block."""
     with opened(file, IMAGE) as data, warnings.catch_warnings(action="ignore"):
         try:
             with Image.open(data, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
+                if image.width * image.height > most:
                     size = f"{image.width} x {image.height}"
-                    raise ValueError(f"its {size} pixels are more than {MAX_PIXELS:,}")
+                    raise ValueError(f"its {size} pixels are more than {most:,}")
                 yield image
         except InputError:
             raise

@@ -4,20 +4,32 @@ Headers are parsed here, not by safetensors' `safe_open`, so that all tensors sh
 their file and a problem is reported in one sentence. Pickles are never read.
 """
 
-import json
 import math
 import mmap
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
+import msgspec
 import torch
 from torch import Tensor
 
-from errors import MISSING, InputError
-from formats.gguf import MAGIC, MAX_HEADER, QUANTIZED, dequantized, read_gguf
+from errors import MISSING, InputError, describe
+from files import (
+    CHECKPOINT,
+    CONFIG,
+    HEADER,
+    Count,
+    converted,
+    mapped,
+    opened,
+    parse_json,
+    parsed,
+    read_bytes,
+)
+from formats.gguf import MAGIC, QUANTIZED, dequantized, read_gguf
 
 FLOATS = {"F64": torch.double, "F32": torch.float, "F16": torch.half, "BF16": torch.bfloat16}
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -56,50 +68,48 @@ class CheckpointFile(NamedTuple):
     def config(self) -> dict:
         """The config.json next to the weights; {} if there is none."""
         path = self.path.parent / "config.json"
-        return parse(path, path.read_bytes()) if path.is_file() else {}
+        return parse_json(read_bytes(path, CONFIG), dict, path) if path.exists() else {}
 
 
 def wrong(path: Path, problem: str) -> InputError:
     return InputError(path, MISSING, problem)
 
 
-def parse(path: Path, text: bytes) -> dict:
-    """The JSON object that `path` holds in `text`."""
-    try:
-        return dict(json.loads(text))
-    except (TypeError, ValueError) as error:
-        raise wrong(path, f"damaged, expected a JSON object ({error}); {AGAIN}") from error
+class Entry(msgspec.Struct):
+    """A tensor in a safetensors header; offsets count from the header's end."""
+
+    dtype: str
+    shape: list[Count]
+    data_offsets: tuple[Count, Count]
+
+
+class Index(msgspec.Struct):
+    weight_map: dict[str, str]
 
 
 def read_header(path: Path) -> CheckpointFile:
     """What a file in either format stores. InputError if it is damaged or of another format."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(8)
-            if start.startswith(MAGIC):
-                entries, metadata = read_gguf(path)
-                tensors = {key: Stored(path, key, *entry) for key, entry in entries.items()}
-                return CheckpointFile(path, tensors, metadata)
-            length = int.from_bytes(start, "little")
-            text = file.read(min(length, MAX_HEADER))
-            size = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise wrong(path, f"cannot be read ({error.strerror})") from error
-    except ValueError as error:  # of a GGUF file
-        raise wrong(path, str(error)) from error
+    with opened(path, CHECKPOINT) as file:
+        start = file.read(8)
+        if start.startswith(MAGIC):
+            with mapped(file) as data:
+                entries, metadata = parsed(read_gguf, data, path, "not a GGUF file that can be read")
+            tensors = {key: Stored(path, key, *entry) for key, entry in entries.items()}
+            return CheckpointFile(path, tensors, metadata)
+        length = int.from_bytes(start, "little")
+        text = file.read(min(length, HEADER))
+        size = os.fstat(file.fileno()).st_size
     refuse_other_formats(path, start + text[:64])
     if len(text) < length:
         raise wrong(path, f"cut off inside the header, after {size:,} bytes; {AGAIN}")
-    header = parse(path, text)
-    metadata = header.pop("__metadata__", None)
-    try:
-        tensors = {key: stored(path, key, entry, 8 + length) for key, entry in header.items()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise wrong(path, f"the safetensors header is damaged; {AGAIN}") from error
+    header = parse_json(text, dict[str, Any], path)
+    metadata = converted(header.pop("__metadata__", {}), dict[str, str], path)
+    entries = converted(header, dict[str, Entry], path)
+    tensors = {key: stored(path, key, entry, 8 + length) for key, entry in entries.items()}
     end = max((tensor.stop for tensor in tensors.values()), default=0)
     if size < end:
         raise wrong(path, f"cut off, only {size:,} of {end:,} bytes are there; {AGAIN}")
-    return CheckpointFile(path, tensors, metadata if isinstance(metadata, dict) else {})
+    return CheckpointFile(path, tensors, metadata)
 
 
 def refuse_other_formats(path: Path, start: bytes) -> None:
@@ -109,24 +119,26 @@ def refuse_other_formats(path: Path, start: bytes) -> None:
     if start.startswith(PICKLE_STARTS):
         raise wrong(path, "pickled checkpoints can run code and are never read")
     length = int.from_bytes(start[:8], "little")
-    if len(start) < 8 or length > MAX_HEADER or start[8:9] not in (b"{", b""):
+    if len(start) < 8 or length > HEADER or start[8:9] not in (b"{", b""):
         raise wrong(path, f"not a safetensors file, nor GGUF; it begins with {start[:16]!r}")
 
 
-def stored(path: Path, key: str, entry: dict, data: int) -> Stored:
-    """A header's entry; offsets count from byte `data`. ValueError if they contradict its shape."""
-    begin, end = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    tensor = Stored(path, key, str(entry["dtype"]), shape, data + begin, data + end)
-    dtype = DTYPES.get(tensor.dtype)
-    is_foreign = tensor.dtype.startswith(QUANTIZED)  # Nobody has checked its size.
-    if begin < 0 or is_foreign or (dtype and math.prod(shape) * dtype.itemsize != end - begin):
-        raise ValueError(key)
-    return tensor
+def stored(path: Path, key: str, entry: Entry, data: int) -> Stored:
+    """A header's entry; offsets count from byte `data`. InputError if they contradict its shape."""
+    begin, end = entry.data_offsets
+    dtype = DTYPES.get(entry.dtype)
+    is_foreign = entry.dtype.startswith(QUANTIZED)  # Nobody has checked its size.
+    size = math.prod(entry.shape) * dtype.itemsize if dtype else end - begin
+    if is_foreign or begin > end or size != end - begin:
+        raise wrong(path, f"damaged, the offsets of {key} do not fit its shape; {AGAIN}")
+    return Stored(path, key, entry.dtype, tuple(entry.shape), data + begin, data + end)
 
 
 def shards_of(index: Path) -> list[Path]:
-    names = parse(index, index.read_bytes()).get("weight_map", {}).values()
+    names = parse_json(read_bytes(index, CONFIG), Index, index).weight_map.values()
+    for name in set(names):
+        if not re.fullmatch(r"[\w.-]{1,200}", name):
+            raise wrong(index, f"{describe(name)} is not the name of a file next to it")
     return [index.parent / name for name in sorted(set(names))]
 
 
@@ -162,10 +174,10 @@ MAPPED: WeakValueDictionary[tuple, mmap.mmap] = WeakValueDictionary()  # by file
 
 def view(tensor: Stored) -> Tensor:
     """The tensor as it is stored, a copy-on-write view of its file, mapped once for all views."""
-    with open(tensor.file, "rb") as file:
+    with opened(tensor.file, CHECKPOINT) as file:
         state = os.fstat(file.fileno())
         key = (tensor.file, state.st_ino, state.st_mtime_ns, state.st_size)
-        data = MAPPED.get(key) or mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        data = MAPPED.get(key) or mapped(file)
         data = MAPPED.setdefault(key, data)
     where = dict(offset=tensor.start, count=math.prod(tensor.shape))
     return torch.frombuffer(data, dtype=DTYPES[tensor.dtype], **where).reshape(tensor.shape)
@@ -175,9 +187,8 @@ def read(tensor: Stored) -> Tensor:
     """The tensor as it is stored, to be converted or moved: only its own pages are mapped, and
     they are unmapped with it, so that it is never held in memory twice."""
     page = tensor.start - tensor.start % mmap.ALLOCATIONGRANULARITY
-    with open(tensor.file, "rb") as file:
-        size = tensor.stop - page
-        data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=page)
+    with opened(tensor.file, CHECKPOINT) as file:
+        data = mapped(file, tensor.stop - page, offset=page)
     flat = torch.frombuffer(data, dtype=DTYPES[tensor.dtype], offset=tensor.start - page)
     return flat.reshape(tensor.shape)
 

@@ -1,6 +1,5 @@
 """Prompts to token ids, as the text encoders read them: the ids of transformers' tokenizers."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from torch import Tensor
 
 from errors import MISSING, InputError
+from files import TOKENIZER, Count, parse_json, parsed, read_bytes
 
 START = "<|startoftext|>"
 END = "<|endoftext|>"
@@ -51,10 +51,10 @@ class CLIPTokenizer(PromptTokenizer):
 
     def __init__(self, folder: Path):
         file = folder / "vocab.json"
-        vocab = parsed(file, json.loads)
-        if not isinstance(vocab, dict) or START not in vocab or END not in vocab:
+        vocab = parse_json(read_bytes(file, TOKENIZER), dict[str, Count], file)
+        if START not in vocab or END not in vocab:
             raise InputError(file, MISSING, f"not CLIP's vocabulary, it lacks {START} or {END}")
-        tokenizer = Tokenizer(parsed(folder / "merges.txt", partial(bpe, vocab)))
+        tokenizer = Tokenizer(tokenizer_file(folder / "merges.txt", partial(bpe, vocab)))
         one_blank = normalizers.Replace(Regex(r"\s+"), " ")
         lower = normalizers.Lowercase()
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), one_blank, lower])
@@ -79,13 +79,13 @@ class T5Tokenizer(PromptTokenizer):
 
     def __init__(self, path: Path):
         if path.suffix == ".json":
-            tokenizer = parsed(path, Tokenizer.from_buffer)
+            tokenizer = tokenizer_file(path, Tokenizer.from_buffer)
             tokenizer.no_truncation()
             tokenizer.no_padding()
             self.encode = partial(by_offsets, tokenizer)
             ids = [tokenizer.token_to_id(name) for name in ("</s>", "<pad>")]
         else:
-            pieces = parsed(path, lambda data: SentencePieceProcessor(model_proto=data))
+            pieces = tokenizer_file(path, lambda data: SentencePieceProcessor(model_proto=data))
             self.encode = partial(by_decoding, pieces)
             ids = [pieces.eos_id(), pieces.pad_id()]
         if None in ids or -1 in ids:
@@ -93,16 +93,9 @@ class T5Tokenizer(PromptTokenizer):
         self.end, self.pad = ids
 
 
-def parsed(path: Path, parse: Callable[[bytes], Any]) -> Any:
-    try:
-        data = path.read_bytes()
-        if not data.strip():
-            raise ValueError("it is empty")
-        return parse(data)
-    except Exception as error:  # tokenizers raises these
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
-        problem = f"not a tokenizer file that can be read ({reason})"
-        raise InputError(path, MISSING, problem) from error
+def tokenizer_file(path: Path, parse: Callable[[bytes], Any]) -> Any:
+    data = read_bytes(path, TOKENIZER)
+    return parsed(parse, data, path, "not a tokenizer file that can be read")
 
 
 def bpe(vocab: dict[str, int], merges: bytes) -> models.BPE:

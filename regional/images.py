@@ -1,46 +1,27 @@
 """The images that a layout names: masks, maps and control images."""
 
-import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageChops, ImageOps
 
-from errors import InputError, check_file
-
-MAX_PIXELS = 25_000_000  # of one image; reading so many takes up to 500 MB (WebP)
-MAX_IMAGE_BYTES = 8 * MAX_PIXELS
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # for EPS, Pillow would run Ghostscript
-
-quiet = partial(warnings.catch_warnings, action="ignore")  # those that matter are errors below
+from errors import InputError
+from files import opened_image
 
 
 def readable(read: Callable[[str], Any], file: str, key: str) -> Any:
     """What `read` makes of an image file, or an InputError about the key that names it."""
     try:
         return read(file)
-    except FileNotFoundError:
-        raise InputError(key, Path(file), "there is no such file") from None
-    except Exception as error:  # Broken files make Pillow raise almost any.
-        raise InputError(key, Path(file), f"not an image that can be read ({error})") from None
-
-
-def opened(file: str) -> Image.Image:
-    check_file(file, MAX_IMAGE_BYTES)
-    with quiet():
-        image = Image.open(file, formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        image.close()
-        raise ValueError(f"its {image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
-    return image
+    except InputError as error:
+        raise InputError(key, Path(file), error.problem) from None
 
 
 def read_mask(file: str) -> np.ndarray:
     """A mask as (rows, columns) bool: pixels >= 128 are inside, transparent ones outside."""
-    with quiet(), opened(file) as image:
+    with opened_image(file) as image:
         if image.mode.startswith("I"):  # 16 bits; Pillow's conversion would clip at 255
             return np.asarray(image) >= 128 * 257
         if image.has_transparency_data:
@@ -55,7 +36,7 @@ def read_color(file: str, color: Any) -> np.ndarray:
     An index is a palette's or a gray value; in a map of colors R + 256 G + 65536 B, as in
     COCO's panoptic images.
     """
-    with quiet(), opened(file) as image:
+    with opened_image(file) as image:
         is_index = isinstance(color, int)
         if is_index and image.mode in ("1", "L", "P") or image.mode.startswith("I"):
             return np.asarray(image) == color
@@ -70,7 +51,7 @@ def read_color(file: str, color: Any) -> np.ndarray:
 
 def read_image(file: str) -> Image.Image:
     """A control image as RGB, upright; of 16 bits the upper 8."""
-    with quiet(), opened(file) as image:
+    with opened_image(file) as image:
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         ImageOps.exif_transpose(image, in_place=True)

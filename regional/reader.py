@@ -15,11 +15,11 @@ import yaml
 from msgspec import Struct
 from msgspec.structs import replace
 
-from errors import MISSING, InputError, InputErrors, check_file, describe
+from errors import MISSING, InputError, InputErrors, describe
+from files import LAYOUT, parse_yaml, read_text
 from regional.images import read_color, read_image, read_mask, readable
 from regional.layout import BLOCKS, HEX, PERCENT, PRESETS, SHAPES, Control, Layout, Points, Region
 
-MAX_BYTES = 1_000_000  # of a file; YAML takes up to 12 s and 280 MB for so many
 MAX_NUMBER = 100  # characters; a file full of 1:1:1:1... would take hours
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*(:.+)?"  # org/name, or one of its files
 
@@ -29,7 +29,7 @@ def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024) 
 
     Raises InputError, or InputErrors with up to ten mistakes, each with its key.
     """
-    data = read_yaml(file) if file else {}
+    data = parse_yaml(read_text(file, LAYOUT), Loader, file) if file else {}
     if isinstance(data, dict):
         data |= overrides
         data.setdefault("width", size)
@@ -76,7 +76,7 @@ class Loader(yaml.SafeLoader):
             self.size += self.sizes[node]
         else:
             refuse(event, "a value that holds itself")
-        if self.size > 2 * MAX_BYTES:
+        if self.size > 2 * LAYOUT:
             refuse(event, "too much text, with each alias counted as what it stands for")
         return node
 
@@ -105,21 +105,6 @@ def check_node(node: yaml.Node) -> None:
 
 def refuse(part: yaml.Node | yaml.Event, problem: str) -> NoReturn:
     raise yaml.MarkedYAMLError(problem=problem, problem_mark=part.start_mark)
-
-
-def read_yaml(file: Path) -> Any:
-    try:
-        check_file(file, MAX_BYTES)
-        return yaml.load(file.read_text(encoding="utf-8"), Loader)
-    except FileNotFoundError:
-        problem = "there is no such layout file"
-    except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or str(error)
-        if mark := getattr(error, "problem_mark", None):
-            problem = f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
-    except (OSError, LookupError, ValueError, RecursionError) as error:  # 0x_ or [[[[...
-        problem = f"cannot be read as YAML ({error})"
-    raise InputError(file, MISSING, problem)
 
 
 @cache
