@@ -42,7 +42,7 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.files = files
         self.requests: list[tuple[str, str, str | None]] = []  # method, file or page, Range
-        self.refusal: tuple[int, str | None] | None = None  # status and X-Error-Code for every file
+        self.refusal: tuple[int, str] | None = None  # status and X-Error-Code for every file
         self.cut: dict[str, int] = {}  # of these files only so many bytes are sent
         self.tokens_elsewhere: list[str] = []
 
@@ -101,9 +101,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, content: bytes, status: int = 200, headers: dict | None = None, most: int | None = None) -> None:
         self.send_response(status)
-        for key, value in ({"Content-Length": str(len(content))} | (headers or {})).items():
-            if value is not None:
-                self.send_header(key, value)
+        for key, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
+            self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
             sent = content if most is None else content[: max(most, 0)]
@@ -315,7 +314,7 @@ LICENSE = "accept its license at https://huggingface.co/org/name, then run `hf a
 PROBLEMS = {  # what the hub answers, or one of the library's constants -> the message
     (401, "GatedRepo"): f"is gated: {LICENSE}",
     (403, "GatedRepo"): f"is gated: {LICENSE}",
-    (503, None): "http://127.0.0.1:[0-9]+ answers with status 503",
+    (503, ""): "http://127.0.0.1:[0-9]+ answers with status 503",
     (404, "EntryNotFound"): "answers with status 404",
     ("ENDPOINT", "http://127.0.0.1:9"): "not in the cache; http://127.0.0.1:9 is out of reach",
     ("HF_HUB_OFFLINE", True): "is out of reach, or HF_HUB_OFFLINE is set",

@@ -478,11 +478,12 @@ def to_layout(source: Source, form: str, stem: str) -> Files:
     if not found.get("prompt"):
         found["prompt"] = ", ".join(region["prompt"] for region in found["regions"])
         warn("there is no base prompt; the prompts of the regions, joined, stand in for it")
-    own = [found.pop(side, None) for side in ("width", "height")]
-    if source.size and None not in own:
-        problem = f"the file's own is {own[0]} x {own[1]}"
+    size = [found.pop(side, None) for side in ("width", "height")]
+    if None in size:
+        size = source.size
+    elif source.size:
+        problem = f"the file's own is {size[0]} x {size[1]}"
         raise InputError("--size", source.size, problem, source.path)
-    size = source.size if None in own else own
     layout = {"prompt": found.pop("prompt"), "width": None, "height": None, **found}
     files = {}
     if size:
