@@ -27,8 +27,20 @@ from regional.reader import read_layout
 from settings import Settings
 from tools import metadata as written
 from tools.flags import Command, Output, naming, parse
-from tools.jobs import Failures, Job, Stop, device_of, is_finished, layout_files, plan_jobs, worker_of
+from tools.jobs import (
+    Failures,
+    Job,
+    Stop,
+    Tolerant,
+    device_of,
+    is_finished,
+    is_full,
+    layout_files,
+    plan_jobs,
+    worker_of,
+)
 from tools.metadata import Metadata
+from tools.writing import remove_unfinished
 
 CHUNK = 100  # layouts whose prompts are encoded together: some 2 GB of memory at full size
 Ready = tuple[Job, Prepared, Metadata]
@@ -38,19 +50,28 @@ POCKET = "this is the built-in pocket model; FLUX.1-dev: --model black-forest-la
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0; 2 for bad input; 1 if the machine refuses or some of many
     layouts failed; 130 for Ctrl-C and SIGTERM."""
+    streams = Tolerant(sys.stdout), Tolerant(sys.stderr)
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        return guarded(argv)
+
+
+def guarded(argv: list[str] | None) -> int:
+    """The program, with errors as messages."""
     start = time.perf_counter()
     settings = Settings()
     stop = Stop()
     try:
-        command = parse(argv)
-        settings = command.settings
         with stop.handled():
+            command = parse(argv)
+            settings = command.settings
             return run(command, stop, start)
     except (InputError, OSError) as error:
         if is_first(settings):
             print_error(error)
         return 2 if isinstance(error, InputError) else 1
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_full(error):
+            raise
         tips = ["--offload blocks"] if settings.offload != "blocks" else []
         tips += ["--quantize fp8"] if settings.quantize != "fp8" else []
         reason = " ".join(str(error).split())
@@ -148,7 +169,7 @@ def generate_all(
         for job, prepared, metadata in ready:
             check()
             with failures.caught():
-                make(job, prepared, metadata, pipeline, command, on_step, len(jobs) == 1)
+                make(job, prepared, metadata, pipeline, command, stop, on_step, len(jobs) == 1)
         pipeline.drop("flux")
 
 
@@ -156,7 +177,11 @@ def prepare(group: list[Job], pipeline: Pipeline, output: Output) -> list[Ready]
     """The unfinished images of one layout."""
     layout = group[0].layout.filled(pipeline.defaults)
     missing = []
+    has_maps = group[0].layout.resolved(pipeline.defaults).regional_steps() > 0
     for job in group:
+        if "maps" in job.files and not has_maps:
+            info(f"{job.files['image']}: no step of it is regional, so it has no attention maps")
+            del job.files["maps"]
         metadata = written.image_metadata(layout, job.seed, written.run_metadata(pipeline))
         if is_finished(job, output, metadata):
             info(f"{job.files['image']}: exists already, made by the same settings; it is kept")
@@ -171,13 +196,15 @@ def prepare(group: list[Job], pipeline: Pipeline, output: Output) -> list[Ready]
 
 def make(
     job: Job, prepared: Prepared, metadata: Metadata, pipeline: Pipeline, command: Command,
-    on_step: Callable[[], None], is_alone: bool,
+    stop: Stop, on_step: Callable[[], None], is_alone: bool,
 ) -> None:  # fmt: skip
     """Denoise, decode and write one image, and the other files of its job."""
     for file in job.files.values():
-        written.remove_unfinished(file)
-    maps = pipeline.maps() if "maps" in job.files else None
-    latents = pipeline.denoise(prepared, job.seed, [maps.extend] if maps else [], on_step)
+        remove_unfinished(file)
+    has_maps = "maps" in job.files
+    maps = pipeline.maps() if has_maps else None
+    with stop.drawing():
+        latents = pipeline.denoise(prepared, job.seed, [maps.extend] if maps else [], on_step)
     if is_alone:
         pipeline.drop("flux")
     if not is_first(command.settings):
@@ -185,17 +212,15 @@ def make(
     if "latents" in job.files:
         written.save_tensor("latents", latents, metadata, job.files["latents"])
     image = pipeline.decode(latents)
-    file = job.files["image"]
-    written.save_image(image, None if command.output.no_metadata else metadata, file)
     if "metadata" in job.files:
         written.save_json(metadata, job.files["metadata"])
-    print(file, flush=True)
-    if maps and maps.steps:
+    if has_maps:
         from tools.sheets import save_maps
 
         save_maps(maps, job.files["maps"].with_suffix(""), image, prepared.tokens.prompts, metadata)
-    elif maps:
-        info(f"{file}: no step of it is regional, so it has no attention maps")
+    file = job.files["image"]  # the last one: where it is, the others are, too
+    written.save_image(image, None if command.output.no_metadata else metadata, file)
+    print(file, flush=True)
 
 
 if __name__ == "__main__":

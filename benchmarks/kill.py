@@ -26,9 +26,9 @@ from typing import NamedTuple
 
 os.environ["OMP_NUM_THREADS"] = "1"  # workers are forked: no thread may have been started before
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import files  # noqa: E402
 import yaml  # noqa: E402
 
-import files  # noqa: E402
 import generate  # noqa: E402
 import weights  # noqa: E402
 

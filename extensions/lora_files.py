@@ -5,14 +5,15 @@ from collections.abc import Callable
 from functools import partial
 from operator import truediv
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
-from errors import MISSING, InputError
+from errors import MISSING, InputError, parse_json
 from extensions.lora import Change, Full, Kronecker, Lora, LowRank, Term
 from formats.hub import locate
 from formats.key_names import flux_from_diffusers
-from formats.safetensors import FLOATS, FP8, Stored, parse, read, read_header, wrong
+from formats.safetensors import FLOATS, FP8, Stored, read, read_header, wrong
 from model.layers import RMSNorm
 
 # What a key may begin with, before a module's name, dots written as underscores.
@@ -87,7 +88,7 @@ def lora_file(name: str, where: str) -> Path:
 def read_lora(path: Path, modules: dict[str, nn.Module]) -> Lora:
     """What a file does to these parts, which may be on the meta device."""
     _, tensors, metadata = read_header(path)
-    settings = parse(path, metadata.get("lora_adapter_metadata", "{}").encode())
+    settings = parse_json(metadata.get("lora_adapter_metadata", "{}"), dict[str, Any], path)
     targets = spellings(modules)
     groups = {}
     unknown = []

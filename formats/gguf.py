@@ -9,16 +9,18 @@ import math
 import mmap
 import struct
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from errors import HEADER
+
 MAGIC = b"GGUF"
 QUANTIZED = "GGUF "  # begins the dtype of what has to be dequantized: "GGUF Q4_K"
 ALIGNMENT = 32  # of the data, unless the metadata specifies another
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format, too
+MAX_ENTRIES = 50_000  # of a table; FLUX.1 has 780 tensors
+MAX_STRINGS = 500_000  # in all arrays, which are vocabularies
 MAX_DIMS = 4  # ggml's limit
 SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd"))
 STRING = 8
@@ -27,26 +29,25 @@ CHUNK = 1 << 16  # numbers dequantized at once; NumPy's intermediate results sta
 Entry = tuple[str, tuple[int, ...], int, int]  # dtype, shape, and bytes [start, stop) of the file
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+def read_gguf(data: mmap.mmap) -> tuple[dict[str, Entry], dict[str, str]]:
     """The tensors of a file, all within it, and its metadata without arrays. Float dtypes have
     safetensors' names."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        header = Header(data)
-        version = header.number("I")
-        if version not in (2, 3):  # They differ in big-endian files alone.
-            raise ValueError(f"GGUF of version {version}, expected 2 or 3, little-endian")
-        tensors = header.number("Q")
-        pairs = header.number("Q")
-        metadata = header.table(pairs, header.value)
-        if metadata.get("split.count") not in (None, 0, 1):
-            join = "join them by `llama-gguf-split --merge`"
-            raise ValueError(f"one of several parts of a GGUF file; {join}")
-        infos = header.table(tensors, header.tensor)
-        alignment = metadata.get("general.alignment", ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise damaged(f"general.alignment = {alignment!r}, expected a count of bytes")
-        begin = math.ceil(header.at / alignment) * alignment
-        entries = {key: entry(key, *info, begin, len(data)) for key, info in infos.items()}
+    header = Header(data)
+    version = header.number("I")
+    if version not in (2, 3):  # They differ in big-endian files alone.
+        raise ValueError(f"GGUF of version {version}, expected 2 or 3, little-endian")
+    tensors = header.number("Q")
+    pairs = header.number("Q")
+    metadata = header.table(pairs, header.value)
+    if metadata.get("split.count") not in (None, 0, 1):
+        join = "join them by `llama-gguf-split --merge`"
+        raise ValueError(f"one of several parts of a GGUF file; {join}")
+    infos = header.table(tensors, header.tensor)
+    alignment = metadata.get("general.alignment", ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise damaged(f"general.alignment = {alignment!r}, expected a count of bytes")
+    begin = math.ceil(header.at / alignment) * alignment
+    entries = {key: entry(key, *info, begin, len(data)) for key, info in infos.items()}
     return entries, {key: str(value) for key, value in metadata.items() if value is not None}
 
 
@@ -60,10 +61,11 @@ class Header:
     def __init__(self, data: mmap.mmap):
         self.data = data
         self.at = len(MAGIC)
+        self.strings = 0
 
     def require(self, count: int) -> None:
         size = len(self.data)
-        if self.at + count > min(size, MAX_HEADER):
+        if self.at + count > min(size, HEADER):
             raise damaged(f"cut off or damaged, its {size:,} bytes end inside the header")
 
     def skip(self, count: int) -> int:
@@ -82,6 +84,8 @@ class Header:
 
     def table(self, count: int, read: Callable[[str], Any]) -> dict[str, Any]:
         """`count` keys, each with what `read(key)` finds behind it."""
+        if count > MAX_ENTRIES:
+            raise damaged(f"its {count:,} entries are more than {MAX_ENTRIES:,}")
         found = {}
         for _ in range(count):
             key = self.text()
@@ -106,6 +110,9 @@ class Header:
             self.skip(count * struct.calcsize("<" + SCALARS[kind]))
         elif kind == STRING:
             self.require(count * struct.calcsize("<Q"))
+            self.strings += count
+            if self.strings > MAX_STRINGS:
+                raise damaged(f"more than {MAX_STRINGS:,} strings")
             for _ in range(count):
                 self.skip(self.number("Q"))
         else:

@@ -7,8 +7,11 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from errors import InputError
+import msgspec
+
+from errors import InputError, parse_json
 from formats.hub import Choices, locate
 from formats.key_names import KEY_NAMES, KeyNames, Rows
 from formats.safetensors import (
@@ -18,7 +21,6 @@ from formats.safetensors import (
     Stored,
     Tensors,
     checkpoint_files,
-    parse,
     read_raw,
     wrong,
 )
@@ -161,17 +163,21 @@ def recognize(file: CheckpointFile, part: str) -> Source | None:
     return None
 
 
+class QuantizationMetadata(msgspec.Struct):
+    layers: dict[str, Any] = {}
+
+
 def attach_scales(path: Path, tensors: Tensors, metadata: dict[str, str]) -> Tensors:
     """Give each FP8 weight its scale, `X.scale_weight` or `X.weight_scale`; drop descriptions.
 
     Input scales are for products in FP8 and leave the weights as they are. Any other scale stays
     among the tensors, where the strict check reports it.
     """
-    layers = parse(path, metadata.get("_quantization_metadata", "{}").encode()).get("layers")
-    formats = dict(layers) if isinstance(layers, dict) else {}
+    text = metadata.get("_quantization_metadata", "{}")
+    formats = dict(parse_json(text, QuantizationMetadata, path).layers)
     for key, tensor in tensors.items():
         if leaf(key) == "comfy_quant":
-            formats[key] = parse(path, bytes(read_raw(tensor)))
+            formats[key] = parse_json(bytes(read_raw(tensor)), dict, path)
     for key, form in formats.items():
         kind = form.get("format") if isinstance(form, dict) else form
         if kind not in ("float8_e4m3fn", "float8_e5m2"):

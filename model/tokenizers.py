@@ -10,8 +10,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from errors import MISSING, InputError
-from files import TOKENIZER, Count, parse_json, parsed, read_bytes
+from errors import MISSING, TOKENIZER, Count, InputError, parse_json, parsed, read_bytes
 
 START = "<|startoftext|>"
 END = "<|endoftext|>"

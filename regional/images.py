@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageChops, ImageOps
 
-from errors import InputError
-from files import opened_image
+from errors import InputError, opened_image
 
 
 def readable(read: Callable[[str], Any], file: str, key: str) -> Any:

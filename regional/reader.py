@@ -15,8 +15,7 @@ import yaml
 from msgspec import Struct
 from msgspec.structs import replace
 
-from errors import MISSING, InputError, InputErrors, describe
-from files import LAYOUT, parse_yaml, read_text
+from errors import LAYOUT, MISSING, InputError, InputErrors, describe, parse_yaml, read_text
 from regional.images import read_color, read_image, read_mask, readable
 from regional.layout import BLOCKS, HEX, PERCENT, PRESETS, SHAPES, Control, Layout, Points, Region
 

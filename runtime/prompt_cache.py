@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+
+from errors import InputError
+from formats.safetensors import read, read_header
 
 
 def cached(
@@ -23,8 +25,8 @@ def cached(
     text = json.dumps(depends_on, default=state_of).encode()
     file = folder / f"{name}-{hashlib.sha256(text).hexdigest()}.safetensors"
     if file.exists():
-        with suppress(SafetensorError):  # A broken file is written again.
-            return load_file(file)["states"]
+        with suppress(InputError, KeyError):  # A broken file is written again.
+            return read(read_header(file).tensors["states"])
     states = encode()
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_stem(f".{file.stem}.{os.getpid()}")

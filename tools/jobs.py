@@ -5,18 +5,19 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 
 from errors import MISSING, InputError, info, print_error
 from regional.layout import Layout
 from tools.flags import Output
-from tools.metadata import Metadata, check_suffix, check_writable, matches, metadata_in
+from tools.metadata import Metadata, matches, metadata_in
 from tools.sweeps import swept_settings
+from tools.writing import check_suffix, check_writable
 
 Labels = tuple[str, ...]  # of swept settings, each key=value
 Reader = Callable[[Path | None, dict[str, Any]], Layout]
@@ -53,17 +54,46 @@ class Failures:
     def caught(self) -> Iterator[None]:
         try:
             yield
-        except (InputError, OSError, torch.OutOfMemoryError) as error:
-            if self.is_alone:
+        except (InputError, OSError, MemoryError, RuntimeError) as error:
+            if self.is_alone or not (isinstance(error, InputError | OSError) or is_full(error)):
                 raise
             print_error(error)
             self.count += 1
 
 
+def is_full(error: BaseException) -> bool:
+    """Is it a lack of memory? On a CPU torch raises a RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate" in str(error)
+
+
+class Tolerant:
+    """A text stream that never ends a run: what it can't take is lost, as if it were closed, and
+    characters that it can't show are escaped."""
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream or open(os.devnull, "w")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 class Stop:
-    """Ctrl-C and SIGTERM: the first lets the running step finish, the second ends at once."""
+    """Ctrl-C and SIGTERM: while an image is drawn, the first lets the running step finish; elsewhere,
+    and the second time, they interrupt."""
 
     is_asked = False
+    is_drawing = False
 
     @contextmanager
     def handled(self) -> Iterator[None]:
@@ -75,8 +105,16 @@ class Stop:
             for kind, handler in zip(kinds, before):
                 signal.signal(kind, handler)
 
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        self.is_drawing = True
+        try:
+            yield
+        finally:
+            self.is_drawing = False
+
     def ask(self, *signal_and_frame: object) -> None:
-        if self.is_asked:
+        if self.is_asked or not self.is_drawing:
             raise KeyboardInterrupt
         self.is_asked = True
         info("generate.py: stopping after this step")
@@ -87,7 +125,7 @@ def layout_files(output: Output) -> list[Path | None]:
     files = []
     for path in output.layout:
         is_folder = os.path.isdir(path)
-        found = sorted([*path.glob("*.yaml"), *path.glob("*.yml")]) if is_folder else [path]
+        found = sorted([*path.glob("[!.]*.yaml"), *path.glob("[!.]*.yml")]) if is_folder else [path]
         if not found:
             raise InputError("--layout", path, "there is no layout (.yaml, .yml) in this folder")
         files += found
@@ -169,7 +207,8 @@ def jobs_of(
     jobs = []
     for sweep, seed in images:
         if seed is None:  # An existing image, with its own seed, may be finished.
-            found = metadata_in(path_of(sweep, chosen, template))
+            existing = path_of(sweep, chosen, template)
+            found = None if output.overwrite else metadata_in(existing)
             seed = found["seed"] if found else chosen
         image = path_of(sweep, seed, template)
         files = {"image": image}
@@ -214,7 +253,8 @@ def is_finished(job: Job, output: Output, metadata: Metadata | None) -> bool:
     maps = job.files.get("maps")
     if maps in others:
         maps.parent.mkdir(parents=True, exist_ok=True)
-        others += maps.parent.glob(f"{glob.escape(maps.stem)}_step*.png")
+        sheets = maps.parent.glob(f"{glob.escape(maps.stem)}_step*.png")
+        others += [sheet for sheet in sheets if not is_same(sheet)]  # a killed run left the others
     for file in others:
         check_writable(file, output.overwrite)
     return not others and not output.overwrite

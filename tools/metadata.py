@@ -1,68 +1,42 @@
-"""What a run writes: images with their metadata, and every file whole or not at all."""
+"""The metadata of what a run writes: into images, latents and JSON, and out of them."""
 
-import glob
 import hashlib
 import json
-import os
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import torch
 from PIL import Image, PngImagePlugin
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from errors import MISSING, InputError, warn
-from regional.layout import Layout
+from errors import (
+    CHECKPOINT,
+    CONFIG,
+    IMAGE,
+    MISSING,
+    InputError,
+    converted,
+    opened,
+    opened_image,
+    parse_json,
+    read_bytes,
+    read_text,
+    warn,
+)
+from regional.layout import Layout, Seed
 from settings import MODEL_KEYS
+from tools.writing import SUFFIXES, write
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 EXIF_DESCRIPTION = 0x010E
 EXIF_SOFTWARE = 0x0131
 MAX_JPEG_EXIF = 65_000  # bytes: the segments of a JPEG file have 16-bit lengths
-UNREADABLE = (OSError, ValueError, SyntaxError, SafetensorError, Image.DecompressionBombError)
+ANY_SIZE = 10**9  # pixels
 
 Metadata = dict[str, Any]
-
-
-def write(path: Path, save: Callable[[Path], None]) -> None:
-    """Save under a temporary name, then rename: a file is whole or not there."""
-    unfinished = path.with_stem(f".{path.stem}.{os.getpid()}")
-    try:
-        save(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def remove_unfinished(path: Path) -> None:
-    """Remove the temporary files that killed runs left of this file."""
-    for file in path.parent.glob(f".{glob.escape(path.stem)}.*{path.suffix}"):
-        number = file.stem.removeprefix(f".{path.stem}.")
-        if number.isdecimal():  # and not .x.1.77.png for x.png
-            file.unlink(missing_ok=True)
-
-
-def check_suffix(flag: str, name: str | Path, suffixes: tuple[str, ...] = SUFFIXES) -> None:
-    if not str(name).lower().endswith(suffixes):
-        raise InputError(flag, name, f"the suffix must be {' or '.join(suffixes)}")
-
-
-def check_writable(path: Path, overwrite: bool) -> None:
-    """InputError if the file can't be written, or exists and is not to be overwritten."""
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise InputError(path, MISSING, f"there is no folder {path.parent} to write it to")
-    name = os.fsencode(path.name)
-    if len(name) > 200 or path.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(path, MISSING, "no file of this name can be written there")
-    if path.exists() and not overwrite:
-        raise InputError(path, MISSING, "exists already; --overwrite replaces it")
 
 
 def run_metadata(pipeline: Any) -> Metadata:
@@ -104,7 +78,7 @@ def image_metadata(layout: Layout, seed: int, run: Metadata) -> Metadata:
     files += [entry.image for entry in (*layout.loras, *layout.controlnets)]
     hashes = {}
     for file in filter(None, files):
-        hashes[file] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+        hashes[file] = hashlib.sha256(read_bytes(file, IMAGE)).hexdigest()[:16]
     keys = msgspec.to_builtins(layout)
     return json.loads(json.dumps({**keys, "seed": seed, **run, "pictures": hashes}))
 
@@ -143,31 +117,54 @@ def save_json(metadata: Metadata, path: Path) -> None:
 
 
 def save_tensor(name: str, tensor: Tensor, metadata: Metadata, path: Path) -> None:
-    data = save({name: tensor.cpu().contiguous()}, {"layout": json.dumps(metadata)})
+    """A safetensors file with the metadata and a checksum of the numbers."""
+    tensor = tensor.cpu().contiguous()
+    checksum = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+    data = save({name: tensor}, {"layout": json.dumps(metadata), "sha256": checksum})
     write(path, partial(Path.write_bytes, data=data))
+
+
+class Recorded(msgspec.Struct):
+    """What metadata have at least."""
+
+    prompt: str
+    seed: Seed
+    model: str
+
+
+class Header(msgspec.Struct):
+    """What is read of a safetensors header."""
+
+    metadata: dict[str, str] = msgspec.field(name="__metadata__", default_factory=dict)
 
 
 def read_metadata(path: Path) -> Metadata:
     """The metadata of an image, of latents, or of a .json. InputError if there are none."""
-    try:
-        metadata = json.loads(metadata_text(path) or "null")
-    except UNREADABLE as error:
-        raise InputError(path, MISSING, f"its metadata can't be read ({error})") from None
-    if not isinstance(metadata, dict) or not {"prompt", "seed", "model"} <= metadata.keys():
+    text = metadata_text(path)
+    if text is None:
         raise InputError(path, MISSING, "contains no generation metadata")
+    metadata = parse_json(text, dict[str, Any], path)
+    converted(metadata, Recorded, path)
     return metadata
 
 
 def metadata_text(path: Path) -> str | None:
     if path.suffix.lower() == ".json":
-        return path.read_text(encoding="utf-8")
+        return read_text(path, CONFIG)
     if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("layout")
-    with Image.open(path) as image:
+        with opened(path, CHECKPOINT) as file:
+            return header_of(path, file).metadata.get("layout")
+    with opened_image(path, ANY_SIZE) as image:
         text = image.info.get("layout") or image.getexif().get(EXIF_DESCRIPTION)
     side_car = path.with_suffix(".json")
-    return text or (side_car.read_text(encoding="utf-8") if side_car.exists() else None)
+    if text is None and side_car.exists():
+        return read_text(side_car, CONFIG)
+    return text if isinstance(text, str) else None
+
+
+def header_of(path: Path, file: BinaryIO) -> Header:
+    length = int.from_bytes(file.read(8), "little")
+    return parse_json(file.read(min(length, CONFIG)), Header, path)
 
 
 def metadata_in(path: Path) -> Metadata | None:
@@ -176,7 +173,21 @@ def metadata_in(path: Path) -> Metadata | None:
 
 
 def matches(path: Path, metadata: Metadata) -> bool:
-    """Was this file made with these settings, by any version of torch?"""
+    """Was this file made with these settings, by any version of torch, and is it whole?"""
     found = metadata_in(path)
     ignored = {"torch": None, "given": None}
-    return found is not None and {**found, **ignored} == {**metadata, **ignored}
+    return found is not None and {**found, **ignored} == {**metadata, **ignored} and is_whole(path)
+
+
+def is_whole(path: Path) -> bool:
+    """Can the image be decoded, or have the latents their checksum?"""
+    if path.suffix == ".safetensors":
+        with opened(path, CHECKPOINT) as file:
+            expected = header_of(path, file).metadata.get("sha256")
+            return expected in (None, hashlib.file_digest(file, "sha256").hexdigest())
+    with suppress(InputError):
+        if path.suffix.lower() in SUFFIXES:
+            with opened_image(path, ANY_SIZE) as image:
+                image.load()
+        return True
+    return False

@@ -1,20 +1,25 @@
 """Contact sheets: images of one size in labeled rows and columns, also of attention maps."""
 
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tools.metadata import Metadata, save_tensor, write
+from errors import opened_image
+from tools.metadata import ANY_SIZE, Metadata, save_image, save_tensor
 
 GAP = 8  # pixels between images
 LINE = 18  # the height of a line of text
 
 
-def contact_sheet(rows: dict[str, list[Image.Image]], columns: list[str] = ()) -> Image.Image:
-    """Each row under its label, the columns' labels above; an empty label takes no room."""
-    width, height = next(iter(rows.values()))[0].size
+def contact_sheet(
+    rows: dict[str, list[Image.Image | Path]], columns: list[str] = ()
+) -> Image.Image:  # fmt: skip
+    """Each row under its label, the columns' labels above; an empty label takes no room. Files
+    are opened one at a time."""
+    width, height = size_of(next(iter(rows.values()))[0])
     header = LINE if any(columns) else 0
     step_x = width + GAP
     step_y = height + GAP + (LINE if any(rows) else 0)
@@ -30,16 +35,29 @@ def contact_sheet(rows: dict[str, list[Image.Image]], columns: list[str] = ()) -
         text = fitting(label, size[0], font)
         draw.text((0, bottom - height - LINE + 1), text, "black", font)
         for j, image in enumerate(row):
-            sheet.paste(image, (step_x * j, bottom - height))
+            place = (step_x * j, bottom - height)
+            if isinstance(image, Path):
+                with opened_image(image, ANY_SIZE) as found:
+                    sheet.paste(found, place)
+            else:
+                sheet.paste(image, place)
     return sheet
+
+
+def size_of(image: Image.Image | Path) -> tuple[int, int]:
+    if isinstance(image, Path):
+        with opened_image(image, ANY_SIZE) as found:
+            return found.size
+    return image.size
 
 
 def fitting(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
     """As much of the text as `width` pixels hold."""
     if font.getlength(text) <= width:
         return text
-    starts = (text[:n] + "..." for n in range(len(text), 0, -1))
-    return next((start for start in starts if font.getlength(start) <= width), "...")
+    lengths = range(len(text))
+    count = bisect_right(lengths, width, key=lambda n: font.getlength(text[:n] + "..."))
+    return text[: max(0, count - 1)] + "..."
 
 
 def map_sheets(maps: Any, image: Image.Image, prompts: list[str]) -> list[Image.Image]:
@@ -51,7 +69,7 @@ def map_sheets(maps: Any, image: Image.Image, prompts: list[str]) -> list[Image.
     for step in heat:
         rows = {}
         for i, prompt in enumerate(prompts):
-            rows[prompt] = [overlay(image, x) for x in step[:, i]]
+            rows[f"{i}: {prompt}"] = [overlay(image, x) for x in step[:, i]]
         sheets.append(contact_sheet(rows, maps.groups))
     return sheets
 
@@ -69,5 +87,5 @@ def save_maps(
 ) -> None:  # fmt: skip
     """Write the sheets, path_step1.png ..., and their numbers, path.safetensors."""
     for i, sheet in enumerate(map_sheets(maps, image, prompts), 1):
-        write(path.with_name(f"{path.name}_step{i}.png"), sheet.save)
+        save_image(sheet, metadata, path.with_name(f"{path.name}_step{i}.png"))
     save_tensor("maps", maps.maps, metadata, path.with_name(f"{path.name}.safetensors"))

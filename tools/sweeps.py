@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import yaml
-from PIL import Image
 
-from errors import InputError, info
-from tools.metadata import write
+from errors import InputError, info, parse_yaml
 from tools.sheets import contact_sheet
+from tools.writing import write
 
 SWEPT = (
     "base_ratio", "mask_inject_steps", "double_inject_interval", "single_inject_interval",
@@ -28,8 +27,8 @@ def swept_settings(sweeps: Sequence[str]) -> list[dict[str, Any]]:
         if key in found:
             raise InputError("--sweep", text, "this key is swept twice")
         try:
-            found[key] = list(map(yaml.safe_load, values.split(",")))
-        except yaml.YAMLError:
+            found[key] = [parse_yaml(x, yaml.SafeLoader, "") for x in values.split(",")]
+        except InputError:
             raise InputError("--sweep", text, "its values are not valid YAML") from None
     return [dict(zip(found, values)) for values in itertools.product(*found.values())]
 
@@ -48,7 +47,7 @@ def write_sheets(jobs: list[Any], workers: int) -> None:
                 continue
             *others, column = job.sweep
             label = ", ".join([*others, *[f"seed {job.seed}"] * has_seeds])
-            rows.setdefault(label, {})[column] = Image.open(job.files["image"])
+            rows.setdefault(label, {})[column] = job.files["image"]
         images = {label: list(row.values()) for label, row in rows.items()}
         columns = list(next(iter(rows.values())))
         write(path, contact_sheet(images, columns).save)
