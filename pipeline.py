@@ -235,20 +235,20 @@ class Pipeline:
         part = self.parallel.part if self.parallel else lambda x, dim=1: x
         found = []
         if prepared.loras or prepared.controls:
-            from extensions import controlnet, loading, region_lora
+            from extensions import control, loading, region_lora
         if any(region.loras for region in layout.regions):
             loras = (prepared.loras, *where, partial(part, dim=0))
             found.append(region_lora.region_loras(flux, layout, *loras))
         if self.parallel:
             found.append(self.parallel.extend)
         if prepared.control_latents is not None:
-            found.append(controlnet.control_lora(prepared.control_latents.to(*where)))
+            found.append(control.control_lora(prepared.control_latents.to(*where)))
         found += own
         if prepared.controls:
             nets = self.parts.controlnets
             controls = loading.load_controls(layout, prepared.controls, *where, nets)
             more = (flux.params, layout.steps, conditioning, part)
-            found.append(controlnet.controlnets(controls, *more))
+            found.append(control.controlnets(controls, *more))
         return found
 
     @torch.inference_mode()

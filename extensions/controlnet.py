@@ -1,12 +1,10 @@
-"""ControlNets and control LoRAs, as extensions of sampling.
+"""ControlNets for FLUX.1: its first blocks, which give residuals by a control image.
 
-A ControlNet has FLUX.1's first blocks, reads the base prompt and gives residuals by a control
-image: InstantX's and Shakker-Labs' take its latents, XLabs' its pixels. Names are the files': the
-official ones for what FLUX has too, else diffusers' or XLabs'.
+InstantX's and Shakker-Labs' take the image's latents, XLabs' its pixels. Names are the files':
+the official ones for what FLUX has too, else diffusers' or XLabs'.
 """
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,9 +15,7 @@ from torch import Tensor, nn
 from model.attention import Block
 from model.layers import Vectors, embedding
 from model.transformer import FluxParams, Streams
-from regional.extension import Branches, Conditioning, Extension, Forward, Pass
 from regional.layout import Control
-from sampler.flow import text_ids
 
 Residuals = dict[str, list[Tensor]]  # (B, L_img, D), for double and for single blocks
 
@@ -91,70 +87,3 @@ class LoadedControl(NamedTuple):
     tokens: Tensor  # (1, L_img, in_channels), of the image, row by row
     scale: Tensor  # (L_img, 1), of the residuals, row by row
     setting: Control
-
-
-def controlnets(
-    controls: Sequence[LoadedControl],
-    params: FluxParams,
-    steps: int,
-    conditioning: Conditioning,
-    part: Callable[[Tensor], Tensor] = lambda x: x,
-) -> Extension:
-    """params: the transformer's; part: a process's part of the tokens, dimension 1."""
-    depths = {"double": params.depth, "single": params.depth_single_blocks}
-    txt, _, y = conditioning
-
-    def residuals_of(control: LoadedControl, given: Pass, order: Tensor) -> Residuals:
-        net, tokens, scale, setting = control
-        modulation = net.modulation(given.timesteps, y[:1], given.guidance)
-        inputs = (given.img, given.img_ids, txt, text_ids(txt.shape[1]))
-        found = net(*inputs, modulation, tokens[:, order], setting.mode)
-        for kind, own in found.items():
-            found[kind] = [part(x * scale[order]) for x in own]
-        return found
-
-    def extend(forward: Forward, branches: Branches) -> Forward:
-        def with_residuals(given: Pass, step: int) -> Tensor:
-            acting = [x for x in controls if x.setting.acts(step, steps)]
-            found = [residuals_of(x, given, branches.order) for x in acting]
-
-            def after_block(x: Tensor, block: Block) -> Tensor:
-                x = given.after_block(x, block)
-                for control, residuals in zip(acting, found):
-                    own = residuals[block.kind]
-                    if not own:
-                        continue
-                    in_turn = control.net.params.hint_width > 0
-                    residual = residual_after(block, own, depths[block.kind], in_turn)
-                    alone = control.setting.residuals == "published"
-                    add(x, residual, 1 if alone else branches.streams)
-                return x
-
-            return forward(given._replace(after_block=after_block), step)
-
-        return with_residuals
-
-    return extend
-
-
-def add(x: Tensor, residual: Tensor, streams: int) -> None:
-    """Add (B, L_img, D) to the last image streams of x (B, L, D), which is the block's own, in
-    place. Single blocks beside a base branch have two, others one."""
-    length = residual.shape[1]
-    streams = min(streams, x.shape[1] // length)
-    x[:, -streams * length :].unflatten(1, (streams, length)).add_(residual[:, None])
-
-
-def control_lora(latents: Tensor) -> Extension:
-    """A control LoRA's image: packed latents (1, L_img, 64), row by row."""
-
-    def extend(forward: Forward, branches: Branches) -> Forward:
-        own = latents[:, branches.order]
-
-        def with_image(given: Pass, step: int) -> Tensor:
-            both = torch.cat([given.img, own], dim=-1)
-            return forward(given._replace(img=both), step)
-
-        return with_image
-
-    return extend

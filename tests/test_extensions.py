@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from test_parity import random, randomized
 from torch import Tensor
 
-from extensions.controlnet import control_lora
+from extensions.control import control_lora
 from model.attention import plain_attention
 from model.transformer import Flux, text_then_image
 from pipeline import Pipeline

@@ -18,7 +18,8 @@ from torch import Tensor
 
 import generate
 from errors import InputError
-from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl, controlnets
+from extensions.control import controlnets
+from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl
 from extensions.loading import scale_of
 from extensions.lora import Change, Lora, LowRank
 from extensions.region_lora import region_loras

@@ -1,4 +1,4 @@
-"""Contact sheets: images of one size in labeled rows and columns, also of attention maps."""
+"""Contact sheets: images of one size in labeled rows and columns, of sweeps and attention maps."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from errors import info
 from tools.metadata import Metadata, save_tensor, write
 
 GAP = 8  # pixels between images
@@ -71,3 +72,24 @@ def save_maps(
     for i, sheet in enumerate(map_sheets(maps, image, prompts), 1):
         write(path.with_name(f"{path.name}_step{i}.png"), sheet.save)
     save_tensor("maps", maps.maps, metadata, path.with_name(f"{path.name}.safetensors"))
+
+
+def write_sheets(jobs: list[Any], workers: int) -> None:
+    """The contact sheet of each sweep: a column for each value of the last key, a row for each
+    combination of the others and the seed. jobs: tools.jobs.Job."""
+    if workers > 1:
+        info("no sheet is made of a sweep that several workers share")
+        return
+    has_seeds = len({job.seed for job in jobs}) > 1
+    for path in dict.fromkeys(job.sheet for job in jobs):
+        rows = {}
+        for job in jobs:
+            if job.sheet != path:
+                continue
+            *others, column = job.sweep
+            label = ", ".join([*others, *[f"seed {job.seed}"] * has_seeds])
+            rows.setdefault(label, {})[column] = Image.open(job.files["image"])
+        images = {label: list(row.values()) for label, row in rows.items()}
+        columns = list(next(iter(rows.values())))
+        write(path, contact_sheet(images, columns).save)
+        print(path)

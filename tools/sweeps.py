@@ -1,15 +1,12 @@
-"""Sweeps: an image for each combination of some settings, and a contact sheet of them all."""
+"""Sweeps: an image for each combination of some settings."""
 
 import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
-from PIL import Image
 
-from errors import InputError, info
-from tools.metadata import write
-from tools.sheets import contact_sheet
+from errors import InputError
 
 SWEPT = (
     "base_ratio", "mask_inject_steps", "double_inject_interval", "single_inject_interval",
@@ -32,24 +29,3 @@ def swept_settings(sweeps: Sequence[str]) -> list[dict[str, Any]]:
         except yaml.YAMLError:
             raise InputError("--sweep", text, "its values are not valid YAML") from None
     return [dict(zip(found, values)) for values in itertools.product(*found.values())]
-
-
-def write_sheets(jobs: list[Any], workers: int) -> None:
-    """The contact sheet of each sweep: a column for each value of the last key, a row for each
-    combination of the others and the seed. jobs: tools.jobs.Job."""
-    if workers > 1:
-        info("no sheet is made of a sweep that several workers share")
-        return
-    has_seeds = len({job.seed for job in jobs}) > 1
-    for path in dict.fromkeys(job.sheet for job in jobs):
-        rows = {}
-        for job in jobs:
-            if job.sheet != path:
-                continue
-            *others, column = job.sweep
-            label = ", ".join([*others, *[f"seed {job.seed}"] * has_seeds])
-            rows.setdefault(label, {})[column] = Image.open(job.files["image"])
-        images = {label: list(row.values()) for label, row in rows.items()}
-        columns = list(next(iter(rows.values())))
-        write(path, contact_sheet(images, columns).save)
-        print(path)
