@@ -13,12 +13,9 @@ from sampler.flow import text_ids
 
 
 def controlnets(
-    controls: Sequence[LoadedControl],
-    params: FluxParams,
-    steps: int,
-    conditioning: Conditioning,
-    part: Callable[[Tensor], Tensor] = lambda x: x,
-) -> Extension:
+    controls: Sequence[LoadedControl], params: FluxParams, steps: int,
+    conditioning: Conditioning, part: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Extension:  # fmt: skip
     """params: the transformer's; part: a process's part of the tokens, dimension 1."""
     depths = {"double": params.depth, "single": params.depth_single_blocks}
     txt, _, y = conditioning

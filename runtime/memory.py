@@ -38,9 +38,7 @@ def place(
     free = free_memory(device)
     if offload == "auto":
         streamed = fewest_blocks(blocks, needed - free)
-        where = "its blocks stay on the GPU"
-        if streamed:
-            where = f"{len(streamed)} of its {len(blocks)} blocks are streamed from host memory"
+        where = f"{len(streamed)} of its {len(blocks)} blocks are streamed from host memory"
         amounts = f"takes {needed / GB:.1f} GB, {free / GB:.1f} GB are free"
         info(f"the {WHAT[source.part]} {amounts}: {where}")
     return streamed if needed + sizes[MODULATION] <= free else streamed + modulation

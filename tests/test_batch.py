@@ -132,7 +132,7 @@ a.yaml --sweep base_ratio: base_ratio
 a.yaml --sweep steps=[: steps
 a.yaml --sweep base_ratio=0,0.1 --sweep base-ratio=0.2: twice
 a.yaml --sweep steps=1,2 --output z.png: z_sheet.png
-c.json --output c.png --metadata --overwrite: that is a layout
+c.json --output c.png --metadata --overwrite: {name}
 empty: --layout empty
 a.yaml other/a.yaml: {name}
 a.yaml b.yaml --output x_{seed}.png --seed 1 2: {name}

@@ -172,15 +172,12 @@ def fill(name: str, sweep: Labels, seed: int | None, template: str, has_seeds: b
 
 def check_names(jobs: list[Job], layouts: list[Path | None]) -> None:
     """InputError if a file would be written twice, or is a layout of this run."""
-    read = {os.path.abspath(file) for file in layouts if file}
-    written = set()
+    taken = {os.path.abspath(file) for file in layouts if file}
     for path in (path for job in jobs for path in job.files.values()):
-        if path in written:
-            problem = "several images would have this name; put {name} or {seed} into it"
+        if os.path.abspath(path) in taken:
+            problem = "an image or layout of this run has this name; put {name} or {seed} into it"
             raise InputError("--output", path, problem)
-        if os.path.abspath(path) in read:
-            raise InputError("--output", path, "that is a layout of this run")
-        written.add(path)
+        taken.add(os.path.abspath(path))
 
 
 def is_finished(job: Job, output: Output, metadata: Metadata | None) -> bool:
