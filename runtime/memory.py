@@ -90,8 +90,8 @@ def load_placed(
     source: Source, device: torch.device, dtype: torch.dtype, merges: weights.Merges, offload: str,
     fp8: bool, room: int,
 ) -> tuple[nn.Module, list[Streamed]]:  # fmt: skip
-    """The transformer or T5, its weights where `place` has them, and what of it is streamed.
-    room: as there; 0 for T5."""
+    """The transformer or T5, its weights where `place` has them, and what is streamed of it.
+    room: `working_bytes`, 0 for T5."""
     placed = place(source, offload, device, dtype, fp8, room or WORKING_T5)
     module = weights.load(source, device, dtype, merges, lambda x: group_of(x) in placed, fp8)
     streamed = []

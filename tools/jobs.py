@@ -95,8 +95,8 @@ def device_of(name: str) -> str:
 def plan_jobs(
     files: list[Path | None], output: Output, read: Reader, worker: Worker, failures: Failures
 ) -> list[Job]:  # fmt: skip
-    """This worker's images. read: a file's layout with some keys overridden. InputError,
-    before a model is loaded, for what could not be written."""
+    """This worker's images. read: a file's layout with some keys overridden. InputError for
+    what could not be written."""
     jobs = []
     for file in files:
         with failures.caught():
@@ -181,8 +181,8 @@ def check_names(jobs: list[Job], layouts: list[Path | None]) -> None:
 
 
 def is_finished(job: Job, output: Output, metadata: Metadata | None) -> bool:
-    """Do all files of an image exist with this metadata, or any if that is None? InputError if
-    one of the others is in the way."""
+    """Do all files of an image exist with this metadata, or any if that is None? InputError for
+    others in the way."""
     is_same = partial(matches, metadata=metadata) if metadata else metadata_in
     others = [file for file in job.files.values() if not is_same(file)]
     maps = job.files.get("maps")
