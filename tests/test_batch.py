@@ -439,8 +439,9 @@ def test_images_of_the_program_before_its_redesign_are_reproduced_and_kept(run, 
     assert settings_of("again.png") | ignored == old | ignored
     first, second = (np.asarray(Image.open(f)).astype(int) for f in ("image.png", "again.png"))
     assert np.abs(first - second).mean() < 1
-    # The same image from this folder of the program is not generated again.
+    # The same image from this folder of the program is not generated again, nor for another version of torch.
     moved = json.loads(json.dumps(old).replace("/opt/regional-flux/", f"{ROOT}/"))
+    moved |= {"torch": "2.0", "given": {"model": "elsewhere"}}
     metadata.save_image(Image.open("image.png"), moved, Path("again.png"))
     loaded.clear()
     ran = run(*again, model=None)
