@@ -1,22 +1,27 @@
 """Many images in one run: names, seeds, sweeps, shards, and which are finished."""
 
 import glob
+import itertools
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 
 from errors import MISSING, InputError, print_error
 from regional.layout import Layout
 from tools.flags import Output
 from tools.metadata import Metadata, check_suffix, check_writable, matches, metadata_in
-from tools.sweeps import swept_settings
 
+SWEPT = (
+    "base_ratio", "mask_inject_steps", "double_inject_interval", "single_inject_interval",
+    "guidance", "steps", "method", "preset", "region_max_sequence_length",
+)  # fmt: skip
 Labels = tuple[str, ...]  # of swept settings, each key=value
 Reader = Callable[[Path | None, dict[str, Any]], Layout]
 
@@ -112,6 +117,23 @@ def plan_jobs(
     for job in jobs if len(files) == 1 else ():
         is_finished(job, output, None)
     return jobs
+
+
+def swept_settings(sweeps: Sequence[str]) -> list[dict[str, Any]]:
+    """The layout keys of each combination of the values in KEY=A,B, KEY=C,D ..."""
+    found = {}
+    for text in sweeps:
+        key, _, values = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if key not in SWEPT or not values:
+            raise InputError("--sweep", text, f"expected one of {', '.join(SWEPT)}, = and values")
+        if key in found:
+            raise InputError("--sweep", text, "this key is swept twice")
+        try:
+            found[key] = list(map(yaml.safe_load, values.split(",")))
+        except yaml.YAMLError:
+            raise InputError("--sweep", text, "its values are not valid YAML") from None
+    return [dict(zip(found, values)) for values in itertools.product(*found.values())]
 
 
 def jobs_of(
