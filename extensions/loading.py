@@ -41,7 +41,7 @@ def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras) -> 
                 warn(f"{lora.path}: {keys} are skipped, such as {lora.unknown[0]}")
         loras[entry.file] = lora
         if lora.is_control != bool(getattr(entry, "image", None)):
-            problem = "control LoRAs of the whole image, and no others, need an image"
+            problem = "a control LoRA is for the whole image and needs an image; others take none"
             raise InputError(key, Path(entry.file), problem)
         skipped = {x.name for x in lora.changes["flux"] if not can_be_regional(x)}
         skipped |= {x.name for x in lora.changes["clip"]}

@@ -474,8 +474,8 @@ def test_a_control_lora_reads_its_image(latents):
     assert mean(found(("depth", "depth")), found(("depth", "black"))) > 0.01
     assert (found(("wide", "depth")) - found(("half", None))).abs().max() < 1e-4
     for words, *given in (
-        ("depth.safetensors: control LoRAs", ("depth", None)),
-        ("half.safetensors: control LoRAs", ("half", "depth")),
+        ("depth.safetensors: a control LoRA", ("depth", None)),
+        ("half.safetensors: a control LoRA", ("half", "depth")),
         (r"loras\[0\].image = none.png: there is no such file", ("depth", "none")),
         (r"loras\[0\].file = none.safetensors.*no such file", ("none", None)),
         ("only one control LoRA", ("depth", "depth"), ("depth", "depth")),

@@ -47,7 +47,7 @@ def remove_unfinished(path: Path) -> None:
 
 
 def check_suffix(flag: str, name: str | Path, suffixes: tuple[str, ...] = SUFFIXES) -> None:
-    if not str(name).lower().endswith(suffixes):
+    if Path(name).suffix.lower() not in suffixes:
         raise InputError(flag, name, f"the suffix must be {' or '.join(suffixes)}")
 
 
@@ -126,7 +126,7 @@ def read_metadata(path: Path) -> Metadata:
 def metadata_text(path: Path) -> str | None:
     if path.suffix.lower() == ".json":
         return path.read_text(encoding="utf-8")
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         with safe_open(path, "pt") as file:
             return (file.metadata() or {}).get("layout")
     with Image.open(path) as image:
