@@ -128,7 +128,7 @@ def run(command: Command, stop: Stop, start: float) -> int:
             info(POCKET)
         generate_all(pipeline, jobs, command, failures, stop, start)
         if output.sweep and not failures.count and is_first(settings):
-            from tools.sweeps import write_sheets
+            from tools.sheets import write_sheets
 
             write_sheets(jobs, worker.count)
     return 1 if failures.count else 0

@@ -10,8 +10,8 @@ from regional.extension import Branches, Forward, Pass
 
 
 class AttentionMaps:
-    """Watches the regional branch: the fraction of each image token's attention that goes to
-    each region's prompt, averaged over heads and thirds of the double and single blocks."""
+    """The fraction of each image token's attention in the regional branch that goes to each
+    region's prompt, averaged over heads and thirds of the double and single blocks."""
 
     def __init__(self, depth: int, depth_single_blocks: int):
         self.group_of = {}

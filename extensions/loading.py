@@ -52,9 +52,7 @@ def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras) -> 
                 warn(f"{lora.path}: {keys} are skipped, such as {lora.unknown[0]}")
         loras[entry.file] = lora
         if lora.is_control != bool(getattr(entry, "image", None)):
-            problem = "this LoRA takes no image"
-            if lora.is_control:
-                problem = "this LoRA is a control LoRA, for the whole image, and needs an image"
+            problem = "a control LoRA is for the whole image and needs an image; others take none"
             raise InputError(key, Path(entry.file), problem)
         skipped = {x.name for x in lora.changes["flux"] if not can_be_regional(x)}
         skipped |= {x.name for x in lora.changes["clip"]}
@@ -115,16 +113,13 @@ def check_base(controlnet: Source, flux: Source) -> None:
         expected = getattr(base, key)
         if found != expected:
             problem = f"its {key} is {found}, that of {flux.path} is {expected}"
-            raise wrong(controlnet.path, f"this ControlNet is of the wrong base size: {problem}")
+            raise wrong(controlnet.path, problem)
 
 
 def load_controls(
-    layout: Layout,
-    found: list[tuple[Source, Tensor]],
-    device: torch.device,
-    dtype: torch.dtype,
+    layout: Layout, found: list[tuple[Source, Tensor]], device: torch.device, dtype: torch.dtype,
     nets: dict[Path, ControlNet],
-) -> list[LoadedControl]:
+) -> list[LoadedControl]:  # fmt: skip
     """found: by `plan_controls`, with packed latents (1, L_img, 64) unless the net reads pixels.
     nets: those that are loaded; new ones are added."""
     controls = []

@@ -104,8 +104,8 @@ def read_lora(path: Path, modules: dict[str, nn.Module]) -> Lora:
         else:
             unknown.append(key)
     if not groups:
-        none = f"none of its keys is known (the first is {next(iter(tensors), None)})"
-        raise wrong(path, f"no LoRA for this model: {none}")
+        first = next(iter(tensors), None)
+        raise wrong(path, f"none of its keys is known for this model; the first is {first}")
     changes = {part: [] for part in modules}
     for (target, module), kinds in groups.items():
         part, layer, *_ = target

@@ -29,13 +29,9 @@ class OwnModulation:
 
 
 def region_loras(
-    flux: Flux,
-    layout: Layout,
-    loras: Loras,
-    device: torch.device,
-    dtype: torch.dtype,
+    flux: Flux, layout: Layout, loras: Loras, device: torch.device, dtype: torch.dtype,
     part: Callable[[Tensor], Tensor] = lambda x: x,
-) -> Extension:
+) -> Extension:  # fmt: skip
     """device, dtype: of the layers' inputs; part: of the tokens (L,), a process's."""
 
     def extend(forward: Forward, branches: Branches) -> Forward:
@@ -65,14 +61,9 @@ def region_loras(
 
 
 def prompt_loras(
-    encoder: nn.Module,
-    name: str,
-    own: Sequence[RegionLora],
-    loras: Loras,
-    length: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> AbstractContextManager:
+    encoder: nn.Module, name: str, own: Sequence[RegionLora], loras: Loras, length: int,
+    device: torch.device, dtype: torch.dtype,
+) -> AbstractContextManager:  # fmt: skip
     """While it lasts, T5 or CLIP (`name`) encodes a prompt with its region's LoRAs."""
     everywhere = torch.ones(length, dtype=torch.bool)
     found = []

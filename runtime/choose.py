@@ -41,8 +41,7 @@ def choose_device(settings: Settings) -> torch.device:
     if settings.compile and not any(map(shutil.which, compilers)):
         raise InputError("--compile", MISSING, "torch.compile needs a C++ compiler; leave it out")
     if settings.offload == "blocks" and device.type == "mps":
-        problem = "Apple's GPUs already share the host's memory; leave it out"
-        raise InputError("--offload", "blocks", problem)
+        raise InputError("--offload", "blocks", "Apple's GPUs share the host's memory already")
     return device
 
 

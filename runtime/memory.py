@@ -38,9 +38,7 @@ def place(
     free = free_memory(device)
     if offload == "auto":
         streamed = fewest_blocks(blocks, needed - free)
-        where = "its blocks stay on the GPU"
-        if streamed:
-            where = f"{len(streamed)} of its {len(blocks)} blocks are streamed from host memory"
+        where = f"{len(streamed)} of its {len(blocks)} blocks are streamed from host memory"
         amounts = f"takes {needed / GB:.1f} GB, {free / GB:.1f} GB are free"
         info(f"the {WHAT[source.part]} {amounts}: {where}")
     return streamed if needed + sizes[MODULATION] <= free else streamed + modulation
@@ -92,8 +90,8 @@ def load_placed(
     source: Source, device: torch.device, dtype: torch.dtype, merges: weights.Merges, offload: str,
     fp8: bool, room: int,
 ) -> tuple[nn.Module, list[Streamed]]:  # fmt: skip
-    """The transformer or T5, its weights where `place` has them, and what of it is streamed.
-    room: as there; 0 for T5."""
+    """The transformer or T5, its weights where `place` has them, and what is streamed of it.
+    room: `working_bytes`, 0 for T5."""
     placed = place(source, offload, device, dtype, fp8, room or WORKING_T5)
     module = weights.load(source, device, dtype, merges, lambda x: group_of(x) in placed, fp8)
     streamed = []

@@ -25,7 +25,7 @@ APART = re.compile(r"(img_mod|txt_mod|modulation)\.|.*relative_attention_bias\."
 
 def group_of(name: str) -> str | None:
     """What a weight is streamed with: its block, or FLUX.1's modulation layers, which run at
-    another time. All blocks of T5 use its table of distances: None."""
+    another time. T5's table of distances has none: all its blocks use it."""
     if FLUX_MODULATION.match(name):
         return MODULATION
     found = BLOCK.match(name)

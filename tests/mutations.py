@@ -131,7 +131,7 @@ MISTAKES = [
     Mistake("shards", "tools/jobs.py",
             "int(index) < int(count)", "int(index) <= int(count)",
             ("test_batch.py", "makes_no_sense")),
-    Mistake("sweeps", "tools/sweeps.py",
+    Mistake("sweeps", "tools/jobs.py",
             "key.strip().replace(\"-\", \"_\")", "key.strip()",
             ("test_batch.py", "sweep_makes")),
     Mistake("preview", "tools/preview.py",

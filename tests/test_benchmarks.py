@@ -2,7 +2,6 @@
 that fails: its row says why, and the exit code is 1."""
 
 import importlib.util
-import sys
 
 import pytest
 import torch
@@ -163,16 +162,6 @@ def test_runs_under_caps_go_through_the_pipeline_and_one_that_fails_has_its_row(
     out = capsys.readouterr().out
     assert "| bfloat16 | 24 | failed: RuntimeError" in out and "| bfloat16, streamed as needed | 12 | " in out
     assert [goal.name.split(" under")[0] for goal in goals] == ["M3: fp8"] and failures.exit_code() == 1
-
-
-def test_the_runs_can_be_left_out(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(speed, "GPU", TWO)
-    monkeypatch.setattr(speed, "compare", lambda setting, failures: ({}, {}))
-    for flags in [], ["--no-runs"]:
-        monkeypatch.setattr(sys, "argv", ["speed.py", *flags])
-        assert speed.main() == 0
-        assert ("in one piece" in capsys.readouterr().out) == (not flags)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="there is no Triton here")

@@ -150,21 +150,18 @@ def test_every_spelling_is_read_without_a_config_and_is_no_transformer(tmp_path,
     refuse(message, weights.pick, "flux", "--flux", path)
 
 
-WRONG = {
-    r"controlnet_single_blocks.1.weight is missing": ("controlnet_single_blocks.1.weight", None),
-    r"x.safetensors: controlnet_blocks.1.bias has shape \(3,\)": ("controlnet_blocks.1.bias", (3,)),
-    r"controlnet_blocks.2.bias, of shape \(64,\), is a key that does not belong": ("controlnet_blocks.2.bias", (64,)),
-    r"x_embedder.weight has shape \(64, 68\), expected 64 columns; inpainting": (
-        "controlnet_x_embedder.weight", (64, 68),
-    ),
-    r"is a Mistoline ControlNet": ("controlnet_blocks.0.linear.weight", (4, 4)),
-    r"is a LoRA; those belong to --lora": ("transformer_blocks.0.attn.to_q.lora_A.weight", (4, 64)),
-}  # fmt: skip
+WRONG = [
+    ("controlnet_single_blocks.1.weight", None, "controlnet_single_blocks.1.weight is missing"),
+    ("controlnet_blocks.1.bias", (3,), r"x.safetensors: controlnet_blocks.1.bias has shape \(3,\)"),
+    ("controlnet_blocks.2.bias", (64,), r"controlnet_blocks.2.bias, of shape \(64,\), is a key that does not belong"),
+    ("controlnet_x_embedder.weight", (64, 68), r"x_embedder.weight has shape \(64, 68\), expected 64 columns; inpaint"),
+    ("controlnet_blocks.0.linear.weight", (4, 4), "is a Mistoline ControlNet, which is not supported"),
+    ("transformer_blocks.0.attn.to_q.lora_A.weight", (4, 64), "is a LoRA; those belong to --lora"),
+]
 
 
-@pytest.mark.parametrize("match", WRONG)
-def test_files_that_do_not_fit_are_refused(tmp_path, match):
-    key, shape = WRONG[match]
+@pytest.mark.parametrize("key, shape, match", WRONG)
+def test_files_that_do_not_fit_are_refused(tmp_path, key, shape, match):
     state = diffusers_names(tiny.state(ControlNet(UNION)))
     state.pop(key, None)
     state |= {key: torch.zeros(shape)} if shape else {}
@@ -178,7 +175,7 @@ def test_other_parts_nothing_and_other_base_sizes_are_refused(tmp_path):
     other = Flux(FluxParams(**SIZES | {"vec_in_dim": 40}, depth=1, depth_single_blocks=1))
     control = tiny.save(tmp_path / "a" / "c.safetensors", diffusers_names(tiny.state(ControlNet(UNION))))
     flux = tiny.save(tmp_path / "b" / "f.safetensors", tiny.state(other))
-    message = "c.safetensors: .*wrong base size: its vec_in_dim is 48, that of .*f.safetensors is 40"
+    message = "c.safetensors: its vec_in_dim is 48, that of .*f.safetensors is 40"
     refuse(message, loading.check_base, find_controlnet(str(control)), weights.pick("flux", "--flux", flux))
 
 
@@ -371,15 +368,9 @@ MISTAKES = {
     r"image = layouts/../text.png: not an image": {"image": "../text.png"},
     r"model ./layouts/none: there is no such": {"model": "none"},
     r"scal = 1: no such key, did you mean scale": {"scal": 1},
-    r"scale = inf: expected float <= 100": {"scale": math.inf},
     r"scale = nan: expected float >= -100": {"scale": math.nan},
     r"start = 0.5: not before its end, 0.5": {"start": 0.5, "end": 0.5},
-    r"end = 1.5: expected `?float`? <= 1.0": {"end": 1.5},
-    r"start = -1: expected `?float`? >= 0.0": {"start": -1},
-    r"start = nan": {"start": math.nan},
     r"region = 1: the layout has 1 region": {"region": 1},
-    r"residuals = 'some'": {"residuals": "some"},
-    r"preprocess = 'blur'": {"preprocess": "blur"},
     r"mode = 'edges': expected .*a number": {"mode": "edges"},
     r"mode = -1: expected": {"mode": -1},
     r"mode: .*safetensors expects one of its modes, 0 to 9": {"mode": None},

@@ -61,23 +61,15 @@ def read_file(tmp_path, tensors, metadata=None, modules=MODULES):
     return read_lora(file, modules)
 
 
-def deltas(lora, part: str = "flux", scale: float = 1.0, base=None) -> dict[str, torch.Tensor]:
-    """What a file adds to each tensor (of `base`, or of zeros), in float64."""
-    shapes = {name: tensor.shape for name, tensor in MODULES[part].state_dict().items()}
-    found = {}
-    for name in dict.fromkeys(change.name for change in lora.changes[part]):
-        weight = base[name] if base else zeros(shapes[name])
-        found[name] = merge(weight, [(c, scale) for c in lora.changes[part] if c.name == name])
-        if base and found[name].shape == weight.shape:
-            found[name] = found[name] - weight
-    return found
-
-
-def assert_same(found, expected, tolerance=1e-9):
-    """tolerance: 1e-5 where products of factors are made in float32."""
-    assert found.keys() == expected.keys()
-    for name in expected:
-        assert_close(found[name], expected[name].double(), rtol=tolerance, atol=tolerance, msg=name)
+def assert_adds(lora, expected, part: str = "flux", scale: float = 1.0, base=None, tolerance=1e-9):
+    """What a file adds to each tensor (of `base`, or of zeros), in float64. tolerance: 1e-5 where products of
+    factors are made in float32."""
+    assert expected.keys() == {change.name for change in lora.changes[part]}
+    for name, delta in expected.items():
+        weight = base[name] if base else zeros(MODULES[part].state_dict()[name].shape)
+        found = merge(weight, [(change, scale) for change in lora.changes[part] if change.name == name])
+        before = nn.functional.pad(weight, (0, found.shape[-1] - weight.shape[-1]))
+        assert_close(found - before, delta.double(), rtol=tolerance, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize("part, number", [("flux", ""), ("clip", "1"), ("t5", "3"), ("t5", "2")])
@@ -92,7 +84,7 @@ def test_kohya(part, number, tmp_path):
             tensors[f"{key}.alpha"] = torch.tensor(0.0 if i % 3 == 2 else 6.0)
         expected[f"{name}.weight"] = product * (1.5 if i % 3 == 1 else 1)
     lora = read_file(tmp_path, tensors)
-    assert_same(deltas(lora, part), expected)
+    assert_adds(lora, expected, part)
     assert not lora.unknown and not any(lora.changes[p] for p in MODULES if p != part)
 
 
@@ -110,7 +102,7 @@ def test_diffusers_and_peft(prefix, tmp_path):
         else:
             tensors |= own
     expected = {f"{name}.weight": ours(whole, f"{name}.weight") for name in layers()}
-    assert_same(deltas(read_file(tmp_path, tensors)), expected)
+    assert_adds(read_file(tmp_path, tensors), expected)
 
 
 CLIP = "text_model.encoder.layers"
@@ -145,7 +137,7 @@ def test_each_familys_names_are_known(tmp_path):
         expected[part].setdefault(f"{layer}.weight", zeros(weight.shape))[start:stop] += product
     lora = read_file(tmp_path, tensors)
     for part in MODULES:
-        assert_same(deltas(lora, part), expected[part])
+        assert_adds(lora, expected[part], part)
 
 
 def test_differences_and_replacements(tmp_path):
@@ -164,7 +156,7 @@ def test_differences_and_replacements(tmp_path):
         "img_in.weight": rand(H, 64),
         "txt_in.weight": rand(H, 32).double() - BASE["txt_in.weight"],
     }
-    assert_same(deltas(read_file(tmp_path, tensors), base=BASE), expected)
+    assert_adds(read_file(tmp_path, tensors), expected, base=BASE)
 
 
 def test_peft_settings_in_the_header(tmp_path):
@@ -177,8 +169,8 @@ def test_peft_settings_in_the_header(tmp_path):
     own, k = low_rank("transformer.transformer_blocks.0.attn.to_k", H, H, PEFT)
     more, te = low_rank(f"text_encoder.{name}", 48, 48, PEFT)
     lora = read_file(tmp_path, tensors | own | more, {"lora_adapter_metadata": json.dumps(settings)})
-    assert_same(deltas(lora), {"double_blocks.0.img_attn.qkv.weight": torch.cat([q * 2 / 4, k * 8 / 4, 0 * q])})
-    assert_same(deltas(lora, "clip"), {f"{name}.weight": te / 4**0.5})
+    assert_adds(lora, {"double_blocks.0.img_attn.qkv.weight": torch.cat([q * 2 / 4, k * 8 / 4, 0 * q])})
+    assert_adds(lora, {f"{name}.weight": te / 4**0.5}, "clip")
 
 
 def test_lycoris(tmp_path):
@@ -201,16 +193,15 @@ def test_lycoris(tmp_path):
         "double_blocks.1.img_attn.qkv.weight": torch.cat([0 * kron, kron, 0 * kron]),
         "double_blocks.1.txt_attn.proj.weight": (d[0] @ d[1]) * (d[2] @ d[3]) * 6 / 3,
     }
-    assert_same(deltas(read_file(tmp_path, tensors)), expected, 1e-5)
+    assert_adds(read_file(tmp_path, tensors), expected, tolerance=1e-5)
 
 
 def test_a_control_lora_widens_the_input_and_replaces_norms(tmp_path):
     key = "double_blocks.0.img_attn.norm.key_norm.scale"
     tensors, product = low_rank("img_in", H, 128, PEFT)
     lora = read_file(tmp_path, tensors | {"img_in.lora_B.bias": rand(H), key: rand(32)})
-    padded = torch.cat([BASE["img_in.weight"], torch.zeros(H, 64)], dim=1)
-    expected = {"img_in.weight": padded + product, "img_in.bias": rand(H), key: rand(32).double() - BASE[key]}
-    assert_same(deltas(lora, base=BASE), expected)
+    expected = {"img_in.weight": product, "img_in.bias": rand(H), key: rand(32).double() - BASE[key]}
+    assert_adds(lora, expected, base=BASE)
     assert lora.is_control
 
 
@@ -226,15 +217,16 @@ def test_dora(shape, tmp_path):
     lengths = changed.norm(dim=0 if shape[0] == 1 else 1, keepdim=True)
     expected = changed / lengths * magnitude.double().reshape(lengths.shape) - weight
     for scale in (1.0, 0.5):
-        (found,) = deltas(lora, base=BASE, scale=scale).values()
-        assert_close(found, scale * expected)
+        assert_adds(
+            lora, {"double_blocks.0.img_attn.qkv.weight": scale * expected}, base=BASE, scale=scale, tolerance=1e-6
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_numbers_are_read_in_whatever_float_they_are_stored(dtype, tmp_path):
     tensors = {key: x.to(dtype) for key, x in low_rank("lora_unet_img_in", H, 64)[0].items()}
     up, down = tensors.values()
-    assert_same(deltas(read_file(tmp_path, tensors)), {"img_in.weight": up.double() @ down.double()})
+    assert_adds(read_file(tmp_path, tensors), {"img_in.weight": up.double() @ down.double()})
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "rslora", "loha", "lokr"])
@@ -482,9 +474,10 @@ def test_a_control_lora_reads_its_image(latents):
     assert mean(found(("depth", "depth")), found(("depth", "black"))) > 0.01
     assert (found(("wide", "depth")) - found(("half", None))).abs().max() < 1e-4
     for words, *given in (
-        ("depth.safetensors: this LoRA is a control LoRA, .* needs an image", ("depth", None)),
-        ("half.safetensors: this LoRA takes no image", ("half", "depth")),
+        ("depth.safetensors: a control LoRA", ("depth", None)),
+        ("half.safetensors: a control LoRA", ("half", "depth")),
         (r"loras\[0\].image = none.png: there is no such file", ("depth", "none")),
+        (r"loras\[0\].file = none.safetensors.*no such file", ("none", None)),
         ("only one control LoRA", ("depth", "depth"), ("depth", "depth")),
     ):
         with pytest.raises(InputError, match=words):
@@ -507,17 +500,3 @@ def test_a_t5_part_changes_its_regions_prompt_alone(latents):
     found, without = latents([left(("t5.safetensors", 1.0)), right()]), latents([left(), right()])
     assert mean(found[..., :6], without[..., :6]) > 1e-3
     assert_close(found[..., 6:], without[..., 6:], rtol=0, atol=1e-4)
-
-
-WRONG_ENTRIES = [
-    ({"file": "none.safetensors"}, r"loras\[0\].file = none.safetensors.*no such file"),
-    ({"file": "x.safetensors", "scale": float("nan")}, r"loras\[0\].scale = nan"),
-    ({"file": "x.safetensors", "skale": 1}, r"loras\[0\].skale = 1: .*did you mean scale"),
-]
-
-
-@pytest.mark.parametrize("entry, message", WRONG_ENTRIES)
-def test_mistakes_get_one_sentence(entry, message, latents):
-    with pytest.raises(InputError, match=message) as error:
-        latents([], loras=[entry])
-    assert "\n" not in str(error.value)

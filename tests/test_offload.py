@@ -280,26 +280,33 @@ def test_a_layout_that_needs_more_room_is_decided_anew(monkeypatch, offload, tim
 
 
 DEV_ROOM = {fp8: memory.working_bytes(3072, DEV, torch.bfloat16, fp8) for fp8 in (False, True)}
-PLACES = [  # part, GB that are free, fp8; blocks that are streamed, and whether the modulation is
-    ("flux", 80, False, 0, False), ("flux", 26.5, False, 0, False), ("flux", 25.5, False, 0, True),
+PLACES = [  # part, --offload, GB that are free, fp8; blocks that are streamed, and whether the modulation is
+    ("flux", "auto", 80, False, 0, False), ("flux", "auto", 26.5, False, 0, False),
+    ("flux", "auto", 25.5, False, 0, True), ("flux", "auto", 2, False, 57, True), ("flux", "auto", 7.5, True, 25, True),
     # GPUs of 24, 16 and 12 GB
-    ("flux", 23, False, 0, True), ("flux", 15, False, 18, True), ("flux", 11, False, 31, True),
-    ("flux", 2, False, 57, True), ("flux", 23, True, 0, False), ("flux", 11, True, 0, True),
-    ("flux", 7.5, True, 25, True), ("t5", 11.5, False, 0, False), ("t5", 7.5, False, 10, False),
+    ("flux", "auto", 23, False, 0, True), ("flux", "auto", 15, False, 18, True), ("flux", "auto", 11, False, 31, True),
+    ("flux", "auto", 23, True, 0, False), ("flux", "auto", 11, True, 0, True), ("t5", "auto", 11.5, False, 0, False),
+    ("t5", "auto", 7.5, False, 10, False), ("t5", "none", 1, False, 0, False), ("t5", "blocks", 80, False, 24, False),
+    ("flux", "none", 80, False, 0, False), ("flux", "none", 1, False, 0, True), ("flux", "blocks", 80, False, 57, True),
 ]  # fmt: skip
 
 
-def test_as_few_blocks_are_streamed_as_free_memory_asks_for(full_size, monkeypatch, capsys):
+@pytest.mark.parametrize("part, how, free, fp8, streamed, modulation", PLACES)
+def test_as_few_blocks_are_streamed_as_free_memory_asks_for(
+    full_size, monkeypatch, capsys, part, how, free, fp8, streamed, modulation
+):
     """FLUX.1-dev with four regions at 1024 x 1024, in bfloat16 or fp8, and T5."""
-    for part, free, fp8, streamed, modulation in PLACES:
-        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: int(free * 1e9))
-        room = DEV_ROOM[fp8] if part == "flux" else memory.WORKING_T5
-        placed = memory.place(full_size[part], "auto", GPU, torch.bfloat16, fp8, room)
-        said = capsys.readouterr().err
-        expected = (streamed + modulation, modulation)
-        assert (len(placed), MODULATION in placed) == expected, (part, free, fp8)
-        assert f"{free:.1f} GB are free" in said
-        assert (f"{streamed} of its" in said) if streamed else ("stay on the GPU" in said)
+    monkeypatch.setattr(memory, "free_memory", lambda device: int(free * 1e9))
+    room = DEV_ROOM[fp8] if part == "flux" else memory.WORKING_T5
+    given = torch.bfloat16, fp8, room
+    placed = memory.place(full_size[part], how, GPU, *given)
+    said = capsys.readouterr().err
+    assert (len(placed), MODULATION in placed) == (streamed + modulation, modulation)
+    report = f"{free:.1f} GB are free: {streamed} of its"
+    assert report in said if how == "auto" else not said
+    for device in CPU, torch.device("mps"):
+        blocks = [name for name in placed if name != MODULATION] if how == "blocks" else []
+        assert memory.place(full_size[part], how, device, *given) == blocks
 
 
 @pytest.mark.parametrize("part, count", [("flux", 57), ("t5", 24)])
@@ -316,21 +323,6 @@ def test_what_is_streamed_is_enough_and_spread_evenly(full_size, part, count):
         gaps = {(after - before) % len(names) for before, after in zip(at, at[1:] + at[:1])}
         assert max(gaps) - min(gaps) <= 1
     assert memory.fewest_blocks(sizes, 0) == memory.fewest_blocks(sizes, -1) == []
-
-
-def test_offload_none_and_blocks_are_what_they_say(full_size, monkeypatch, capsys):
-    given = (torch.bfloat16, False, memory.WORKING_T5)
-    for part, count, modulation in ("flux", 57, [MODULATION]), ("t5", 24, []):
-        place = partial(memory.place, full_size[part])
-        for free in 1, 80:
-            monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free * 10**9)
-            placed = place("blocks", GPU, *given)
-            assert len(placed) == count + len(modulation) and placed[count:] == modulation
-            assert place("none", GPU, *given) == ([] if free == 80 else modulation)
-        for device in CPU, torch.device("mps"):
-            assert place("auto", device, *given) == []
-        assert place("blocks", CPU, *given) == placed[:count]
-    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fraction, held, used, free", [(1, 0, 0, 100), (1, 20, 5, 115), (0.25, 20, 5, 30)])

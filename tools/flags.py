@@ -30,16 +30,14 @@ TYPES = {
     inspect.StrType: str,
     inspect.CustomType: Path,
 }
-FIELDS = "{name}, {seed} and {sweep}"
 File = Path | None
-Files = tuple[Path, ...]
 
 
 class Output(Struct, frozen=True, kw_only=True):
     """Which images the command line asks for, and what is written of each."""
 
-    layout: Annotated[Files, "layout files, or folders of them"] = ()
-    output: Annotated[Name, f"may contain {FIELDS}; default: the layout's name, .png"] = None
+    layout: Annotated[tuple[Path, ...], "layout files, or folders of them"] = ()
+    output: Annotated[Name, "may contain {name}, {seed}, {sweep}; default: {name}.png"] = None
     overwrite: Annotated[bool, "replace existing files"] = False
     seed: Annotated[tuple[int, ...], "one image for each, named _SEED"] = ()
     sweep: Annotated[tuple[str, ...], "KEY=A,B: an image for each value, and a sheet"] = ()

@@ -1,24 +1,29 @@
 """Many images in one run: names, seeds, sweeps, shards, and which are finished."""
 
 import glob
+import itertools
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import torch
+import yaml
 
-from errors import MISSING, InputError, info, print_error
+from errors import MISSING, InputError, info, parse_yaml, print_error
 from regional.layout import Layout
 from tools.flags import Output
 from tools.metadata import Metadata, matches, metadata_in
-from tools.sweeps import swept_settings
 from tools.writing import check_suffix, check_writable
 
+SWEPT = (
+    "base_ratio", "mask_inject_steps", "double_inject_interval", "single_inject_interval",
+    "guidance", "steps", "method", "preset", "region_max_sequence_length",
+)  # fmt: skip
 Labels = tuple[str, ...]  # of swept settings, each key=value
 Reader = Callable[[Path | None, dict[str, Any]], Layout]
 
@@ -156,8 +161,8 @@ def device_of(name: str) -> str:
 def plan_jobs(
     files: list[Path | None], output: Output, read: Reader, worker: Worker, failures: Failures
 ) -> list[Job]:  # fmt: skip
-    """This worker's images. read: a file's layout with some keys overridden. InputError,
-    before a model is loaded, for what could not be written."""
+    """This worker's images. read: a file's layout with some keys overridden. InputError for
+    what could not be written."""
     jobs = []
     for file in files:
         with failures.caught():
@@ -173,6 +178,23 @@ def plan_jobs(
     for job in jobs if len(files) == 1 else ():
         is_finished(job, output, None)
     return jobs
+
+
+def swept_settings(sweeps: Sequence[str]) -> list[dict[str, Any]]:
+    """The layout keys of each combination of the values in KEY=A,B, KEY=C,D ..."""
+    found = {}
+    for text in sweeps:
+        key, _, values = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if key not in SWEPT or not values:
+            raise InputError("--sweep", text, f"expected one of {', '.join(SWEPT)}, = and values")
+        if key in found:
+            raise InputError("--sweep", text, "this key is swept twice")
+        try:
+            found[key] = [parse_yaml(x, yaml.SafeLoader, "") for x in values.split(",")]
+        except InputError:
+            raise InputError("--sweep", text, "its values are not valid YAML") from None
+    return [dict(zip(found, values)) for values in itertools.product(*found.values())]
 
 
 def jobs_of(
@@ -234,20 +256,17 @@ def fill(name: str, sweep: Labels, seed: int | None, template: str, has_seeds: b
 
 def check_names(jobs: list[Job], layouts: list[Path | None]) -> None:
     """InputError if a file would be written twice, or is a layout of this run."""
-    read = {os.path.abspath(file) for file in layouts if file}
-    written = set()
+    taken = {os.path.abspath(file) for file in layouts if file}
     for path in (path for job in jobs for path in job.files.values()):
-        if path in written:
-            problem = "several images would have this name; put {name} or {seed} into it"
+        if os.path.abspath(path) in taken:
+            problem = "an image or layout of this run has this name; put {name} or {seed} into it"
             raise InputError("--output", path, problem)
-        if os.path.abspath(path) in read:
-            raise InputError("--output", path, "that is a layout of this run")
-        written.add(path)
+        taken.add(os.path.abspath(path))
 
 
 def is_finished(job: Job, output: Output, metadata: Metadata | None) -> bool:
-    """Do all files of an image exist with this metadata, or any if that is None? InputError if
-    one of the others is in the way."""
+    """Do all files of an image exist with this metadata, or any if that is None? InputError for
+    others in the way."""
     is_same = partial(matches, metadata=metadata) if metadata else metadata_in
     others = [file for file in job.files.values() if not is_same(file)]
     maps = job.files.get("maps")

@@ -151,7 +151,7 @@ def read_metadata(path: Path) -> Metadata:
 def metadata_text(path: Path) -> str | None:
     if path.suffix.lower() == ".json":
         return read_text(path, CONFIG)
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         with opened(path, CHECKPOINT) as file:
             return header_of(path, file).metadata.get("layout")
     with opened_image(path, ANY_SIZE) as image:
@@ -181,7 +181,7 @@ def matches(path: Path, metadata: Metadata) -> bool:
 
 def is_whole(path: Path) -> bool:
     """Can the image be decoded, or have the latents their checksum?"""
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         with opened(path, CHECKPOINT) as file:
             expected = header_of(path, file).metadata.get("sha256")
             return expected in (None, hashlib.file_digest(file, "sha256").hexdigest())

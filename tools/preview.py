@@ -84,8 +84,8 @@ def enlarged(grid: np.ndarray, by: int) -> np.ndarray:
 
 
 def painted(parts: np.ndarray, several: np.ndarray, colors: np.ndarray, cell: int) -> np.ndarray:
-    """(h cell, w cell, 3) from regions' fractions of tokens (P, h, w), where there are several
-    (h, w), and colors (P, 3). Stripes are as wide as the fractions."""
+    """(h cell, w cell, 3). parts: the regions' fractions of the tokens, (P, h, w), which are the
+    widths of stripes where there are `several` (h, w); colors: (P, 3)."""
     pixels = enlarged(np.tensordot(parts, colors, axes=(0, 0)), cell)
     y, x = np.indices(pixels.shape[:2])
     phase = (x + y) % STRIPES / STRIPES
@@ -142,7 +142,7 @@ def write_names(image: Image.Image, tokens: RegionTokens, cover: np.ndarray, cel
 
 
 def lines_of(prompt: str, about: str, letters: int, most: int) -> list[tuple[str, str]]:
-    """Lines of so many letters, and their colors; at most so many of the prompt."""
+    """Lines of so many letters and their colors, `most` of the prompt."""
     lines = textwrap.wrap(prompt, letters, max_lines=most, placeholder=" ...")
     lines = [(line, "black") for line in lines]
     return lines + [(line, "dimgray") for line in textwrap.wrap(about, letters)]
@@ -157,8 +157,7 @@ def write_lines(draw: ImageDraw.ImageDraw, x: int, y: int, lines: list, width: i
 def with_legend(
     image: Image.Image, layout: Layout, tokens: RegionTokens, about: str
 ) -> Image.Image:  # fmt: skip
-    """The image under the base prompt and `about`, with an entry for each region at its side, or
-    below if it is wide."""
+    """The image under the base prompt and `about`; the regions at its side, or below if wide."""
     count = len(tokens.prompts)
     most = max(1, min(3, 32 // count))
     texts = [details(layout, tokens, i) for i in range(count)]
@@ -204,8 +203,8 @@ def details(layout: Layout, tokens: RegionTokens, i: int) -> str:
 
 
 def report(layout: Layout, params: FluxParams, known: list[int] | None) -> tuple[str, list[str]]:
-    """What regions hold and an image costs; warnings, a sentence each. known: the tokens of
-    the base prompt and of each one of region_tokens."""
+    """What regions hold and an image costs; warnings, a sentence each. known: how many tokens
+    the base prompt and those of region_tokens have."""
     layout = resolved(layout, params)
     tokens = grid_tokens(layout)
     parts = [("base", layout.prompt, torch.ones(tokens.cover.shape[1]))]

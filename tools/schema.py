@@ -33,8 +33,8 @@ LIMITS = {
 
 
 def json_schema() -> dict[str, Any]:
-    """The structs with their descriptions, LIMITS, and which keys need each other. Files, and
-    sizes that depend on each other, are left to the reader."""
+    """The structs with descriptions, LIMITS, and which keys need each other; the rest, as files
+    or what depends on sizes, is left to the reader."""
     where = "#/$defs/{name}"
     _, parts = msgspec.json.schema_components([Layout], ref_template=where)
     for name, part in parts.items():

@@ -1,4 +1,4 @@
-"""Contact sheets: images of one size in labeled rows and columns, also of attention maps."""
+"""Contact sheets: images of one size in labeled rows and columns, of sweeps and attention maps."""
 
 from bisect import bisect_right
 from pathlib import Path
@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from errors import opened_image
+from errors import info, opened_image
 from tools.metadata import ANY_SIZE, Metadata, save_image, save_tensor
+from tools.writing import write
 
 GAP = 8  # pixels between images
 LINE = 18  # the height of a line of text
@@ -89,3 +90,24 @@ def save_maps(
     for i, sheet in enumerate(map_sheets(maps, image, prompts), 1):
         save_image(sheet, metadata, path.with_name(f"{path.name}_step{i}.png"))
     save_tensor("maps", maps.maps, metadata, path.with_name(f"{path.name}.safetensors"))
+
+
+def write_sheets(jobs: list[Any], workers: int) -> None:
+    """The contact sheet of each sweep: a column for each value of the last key, a row for each
+    combination of the others and the seed. jobs: tools.jobs.Job."""
+    if workers > 1:
+        info("no sheet is made of a sweep that several workers share")
+        return
+    has_seeds = len({job.seed for job in jobs}) > 1
+    for path in dict.fromkeys(job.sheet for job in jobs):
+        rows = {}
+        for job in jobs:
+            if job.sheet != path:
+                continue
+            *others, column = job.sweep
+            label = ", ".join([*others, *[f"seed {job.seed}"] * has_seeds])
+            rows.setdefault(label, {})[column] = job.files["image"]
+        images = {label: list(row.values()) for label, row in rows.items()}
+        columns = list(next(iter(rows.values())))
+        write(path, contact_sheet(images, columns).save)
+        print(path)
