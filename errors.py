@@ -190,9 +190,9 @@ def parse_json(data: bytes | str, kind: Any, file: str | Path) -> Any:
     return parsed(lambda text: msgspec.json.decode(text, type=kind), data, file, "damaged JSON")
 
 
-def converted(value: Any, kind: Any, file: str | Path) -> Any:
-    """A value that was parsed, as this type."""
-    return parsed(lambda value: msgspec.convert(value, kind), value, file, "damaged")
+def converted(value: Any, kind: Any, file: str | Path, what: str) -> Any:
+    """A value that was parsed, as this type. what: damaged header."""
+    return parsed(lambda value: msgspec.convert(value, kind), value, file, what)
 
 
 @contextmanager

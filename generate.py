@@ -39,8 +39,7 @@ from tools.jobs import (
     plan_jobs,
     worker_of,
 )
-from tools.metadata import Metadata
-from tools.writing import remove_unfinished
+from tools.metadata import Metadata, remove_unfinished
 
 CHUNK = 100  # layouts whose prompts are encoded together: some 2 GB of memory at full size
 Ready = tuple[Job, Prepared, Metadata]

@@ -94,6 +94,8 @@ class T5Tokenizer(PromptTokenizer):
 
 def tokenizer_file(path: Path, parse: Callable[[bytes], Any]) -> Any:
     data = read_bytes(path, TOKENIZER)
+    if not data.strip():
+        raise InputError(path, MISSING, "not a tokenizer file, it is empty")
     return parsed(parse, data, path, "not a tokenizer file that can be read")
 
 

@@ -350,7 +350,7 @@ def test_a_file_that_exists_or_cannot_be_read_or_written_is_named(capsys):
         "--to forge in.yaml out.json": "out.txt: exists already; --overwrite replaces it.",
         "--to coco in.yaml gone/out.json": "gone/out.json: there is no folder gone to write it to.",
         "--to seg2any in.yaml out.png": "out.png: a file next to it needs this name",
-        "--to coco gone.yaml out.json": "gone.yaml: there is no such layout file.",
+        "--to coco gone.yaml out.json": "gone.yaml: there is no such file.",
         "--from coco gone.json out.yaml": "gone.json: cannot be read as a text file",
         "--from coco in.png out.yaml": "in.png: cannot be read as a text file",
     }

@@ -130,10 +130,10 @@ MISTAKES = [  # YAML, and what its sentence has behind the file's name; {at} is 
     ("prompt: x\nregions: [{prompt: y}]", "regions[0]: no shape, a region needs exactly one of box, polygon, mask, co"),
     (region("mask: gone.png"), "regions[0].mask = {at}/gone.png: there is no such file."),
     (region("mask: text.png"), "regions[0].mask = {at}/text.png: not an image that can be read (cannot identify image"),
-    (region("mask: ."), "regions[0].mask = {at}: not an image that can be read (not a regular file)."),
+    (region("mask: ."), "regions[0].mask = {at}: cannot be read (Is a directory)."),
     (region("mask: square.png"), "regions[0].mask = {at}/square.png: aspect ratio 64 x 64 does not match 128 x 64."),
     (region("mask: gray.png"), "regions[0].mask = {at}/gray.png: nothing in it is white, no pixel reaches 128."),
-    (region('mask: "a\\0b.png"'), "a\\x00b.png': not an image that can be read (embedded null byte)."),
+    (region('mask: "a\\0b.png"'), "a\\x00b.png': cannot be read (embedded null byte)."),
     (region("color: 1"), "regions[0].color = 1: a color needs the layout's map, an image, and there is none."),
     (mapped("color: red"), "regions[0].color = 'red': expected \"#rrggbb\", [r, g, b] from 0 to 255, or an index."),
     (mapped("color: [0, 0, 256]"), "regions[0].color[2] = 256: expected int <= 255 (one of the layout's map"),
@@ -169,7 +169,7 @@ MISTAKES = [  # YAML, and what its sentence has behind the file's name; {at} is 
     ("prompt: x\n3: y", "line 2, column 1: invalid key '3'."),
     ("prompt: x\n? [a, b]\n: y", "line 2, column 3: invalid key that is a list."),
     ("prompt: 2024-01-31", "line 1, column 9: 'timestamp' is not a type of a layout's values; write text in quotes."),
-    ("prompt: " + "[" * 3000, "cannot be read as YAML (maximum recursion depth exceeded"),
+    ("prompt: " + "[" * 3000, "cannot be read (maximum recursion depth exceeded"),
     ("prompt: a\x00b", "unacceptable character #x0000: special characters are not allowed"),
     ("prompt: !!python/object/apply:os.system [ls]", "line 1, column 9: 'tag:yaml.org,2002:python/object/apply:os."),
     ("- a\n- b", "the layout = ['a', 'b']: expected a mapping of keys to values."),
@@ -201,10 +201,10 @@ def test_up_to_ten_mistakes_are_found_at_once(write):
 
 
 def test_files_that_are_no_layouts_are_named(tmp_path):
-    with pytest.raises(InputError, match="gone.yaml: there is no such layout file.$"):
+    with pytest.raises(InputError, match="gone.yaml: there is no such file.$"):
         read_layout(tmp_path / "gone.yaml", {})
     Image.new("L", (9, 9)).save(tmp_path / "a.png")
-    with pytest.raises(InputError, match="a.png: cannot be read as YAML"):
+    with pytest.raises(InputError, match="a.png: cannot be read"):
         read_layout(tmp_path / "a.png", {})
 
 

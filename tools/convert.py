@@ -40,7 +40,7 @@ from regional.images import opened, readable
 from regional.layout import FLUX_DEV, RGB, SHAPES, Layout, Region
 from regional.mask import in_polygons, pixels_inside
 from regional.reader import read_layout, value_at
-from tools.writing import check_writable
+from tools.metadata import check_writable
 
 Data = dict[str, Any]
 Files = dict[str, Any]  # by name: a text or an image; "" stands for TARGET

@@ -17,8 +17,7 @@ import yaml
 from errors import MISSING, InputError, info, parse_yaml, print_error
 from regional.layout import Layout
 from tools.flags import Output
-from tools.metadata import Metadata, matches, metadata_in
-from tools.writing import check_suffix, check_writable
+from tools.metadata import Metadata, check_suffix, check_writable, matches, metadata_in
 
 SWEPT = (
     "base_ratio", "mask_inject_steps", "double_inject_interval", "single_inject_interval",
