@@ -58,13 +58,10 @@ def sorted_bits(layout: Layout, text_length: int) -> torch.Tensor:
     return region_tokens(layout).sorted()[0].bits(text_length)
 
 
-def random_bits(regions: int, length: int, seed: int = 0, background: bool = False) -> torch.Tensor:
+def random_bits(regions: int, length: int, seed: int = 0) -> torch.Tensor:
     """Tokens that are each in up to three of the regions, in no order."""
-    generator = torch.Generator().manual_seed(seed)
-    bits = torch.zeros(length, dtype=torch.int64)
-    for _ in range(3):
-        bits |= 1 << torch.randint(regions, (length,), generator=generator)
-    return torch.where(torch.rand(length, generator=generator) < 0.2, 1 << BACKGROUND_BIT, bits) if background else bits
+    bits = 1 << torch.randint(regions, (3, length), generator=torch.Generator().manual_seed(seed))
+    return bits[0] | bits[1] | bits[2]
 
 
 small = {"width": 192, "height": 192}  # 144 image tokens
@@ -76,7 +73,7 @@ CASES = {
     "overlaps, unsorted": region_tokens(overlapping(3, **small)).bits(13),
     "one-token regions": sorted_bits(layout((16, 16, 32, 32), (160, 0, 176, 16), (0, 0, 192, 96), **small), 7),
     "31 regions": random_bits(31, 211).sort()[0],
-    "61 regions and a background, permuted": random_bits(61, 226, background=True),
+    "61 regions and a background, permuted": random_bits(61, 226).where(torch.arange(226) % 5 > 0, 1 << BACKGROUND_BIT),
     "rows with nothing allowed": random_bits(4, 197, seed=1).masked_fill(torch.arange(197) % 5 == 0, 0),
     "a whole tile with nothing allowed": torch.cat([torch.zeros(70, dtype=torch.int64), random_bits(2, 65)]),
     "nothing allowed": torch.zeros(40, dtype=torch.int64),
@@ -173,14 +170,18 @@ def test_float32_is_the_dense_reference(bits, launch, launched):
     assert not out[:, :, ~allowed(bits[:, None], bits[None, :]).any(1)].any()  # exact zeros
 
 
-@pytest.mark.parametrize("head_dim, dtype", [(32, torch.float32), *((n, x) for n in (64, 128) for x in FLOAT16)])
+KINDS = [(32, torch.float32, 1.0), *((n, x, logits) for n, logits in ((64, 1.0), (128, 8.0)) for x in FLOAT16)]
+
+
+@pytest.mark.parametrize("head_dim, dtype, logits", KINDS)
 @LAUNCH
-def test_two_images_three_heads_and_a_blend(launch, dtype, head_dim, launched):
-    """The error is at most twice that of torch's own attention, and a weight of 1 copies exactly."""
+def test_two_images_three_heads_and_a_blend(launch, dtype, head_dim, logits, launched):
+    """The error is at most twice that of torch's own attention, also for scores up to some 500, where softmax picks
+    single keys; and a weight of 1 copies exactly."""
     launched(launch)
     bits = CASES["61 regions and a background, permuted"]
     given = blending_tokens(bits, base_length=17)
-    q, k, v = fused_qkv(len(bits), dtype, batch=2, heads=3, head_dim=head_dim)
+    q, k, v = fused_qkv(len(bits), dtype, batch=2, heads=3, head_dim=head_dim, logits=logits)
     base = fused_qkv(17, dtype, batch=2, heads=3, head_dim=head_dim, seed=1)[0]
     out = run(given, q, k, v, base)
     assert out.shape == q.shape and out.transpose(1, 2).is_contiguous()  # heads join without a copy
@@ -192,30 +193,13 @@ def test_two_images_three_heads_and_a_blend(launch, dtype, head_dim, launched):
     assert copied.any() and torch.equal(out[:, :, copied], base[:, :, given.base_row[copied].to(DEVICE)])
 
 
-@pytest.mark.parametrize("dtype", FLOAT16)
-@LAUNCH
-def test_large_logits_in_float16(launch, dtype, launched):
-    """Scores up to some 500, where softmax picks single keys."""
-    launched(launch)
-    bits = CASES["overlaps"]
-    q, k, v = fused_qkv(len(bits), dtype, logits=8.0)
-    out = run(blending_tokens(bits), q, k, v)
-    expected = in_float64(blending_tokens(bits), q, k, v)
-    mask = allowed(bits[:, None], bits[None, :]).to(DEVICE)
-    theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    assert out.isfinite().all()
-    assert (out - expected).abs().max() <= 2 * (theirs - expected).abs().max()
-
-
 def weighing_tokens(length: int) -> Tokens:
     """Texts of 13 tokens, then image tokens that weigh them: some by the row, some not, some not at all to look at."""
-    layout = msgspec.structs.replace(overlapping(3, **small), image_attention="open")
-    strong = [
-        msgspec.structs.replace(r, strength=s, feather=f) for r, s, f in zip(layout.regions, (0, 1, 3), (0, 80, 0))
-    ]
-    region = region_tokens(msgspec.structs.replace(layout, regions=tuple(strong))).sorted()[0]
-    bits = region.bits(length)
-    return in_one_sequence(bits, 9, 9, torch.full((144,), 0.25).double(), region.log_weights())
+    change = msgspec.structs.replace
+    of = overlapping(3, **small)
+    strong = [change(r, strength=s, feather=f) for r, s, f in zip(of.regions, (0, 1, 3), (0, 80, 0))]
+    region = region_tokens(change(of, image_attention="open", regions=tuple(strong))).sorted()[0]
+    return in_one_sequence(region.bits(length), 9, 9, torch.full((144,), 0.25).double(), region.log_weights())
 
 
 @LAUNCH
@@ -244,21 +228,20 @@ def test_tiles_whose_pairs_have_weights_are_mixed(block_m, block_n):
 KERNEL = partial(kernel_attention, dtype=torch.float32, device=torch.device(DEVICE))
 
 
-@pytest.mark.parametrize("kind, index", [("double", 0), ("double", 1), ("single", 0)])
 @pytest.mark.parametrize("base_ratio", [0.0, 0.3])
-def test_regional_attention_with_it_is_that_with_the_portable_one(base_ratio, kind, index):
-    """Both branches, both kinds of block, masked and open ones."""
-    region = region_tokens(overlapping(3, **small)).sorted()[0]
-    bits, text = region.bits(11), 11
-    attentions = [
-        RegionalAttention(make, bits.to(DEVICE), text, 144, base_ratio, lambda block: block.index == 0)
-        for make in (KERNEL, portable_attention)
-    ]
-    length = len(bits) + (0 if base_ratio == 0 else text if kind == "double" else text + 144)
-    q, k, v = fused_qkv(length, heads=2)
-    ours = attentions[0](q, k, v, Block(kind, index))
-    expected = attentions[1](*(x.double() for x in (q, k, v)), Block(kind, index))
-    assert (ours - expected).abs().max() < 2e-6
+def test_regional_attention_with_it_is_that_with_the_portable_one(base_ratio):
+    """Both branches, both kinds of block, masked and open ones; and compiled it is one graph."""
+    bits, text = region_tokens(overlapping(3, **small)).sorted()[0].bits(11), 11
+    given = bits.to(DEVICE), text, 144, base_ratio, lambda block: block.index == 0
+    ours, portable = (RegionalAttention(make, *given) for make in (KERNEL, portable_attention))
+    for kind, index in ("double", 0), ("double", 1), ("single", 0):
+        length = len(bits) + (0 if base_ratio == 0 else text if kind == "double" else text + 144)
+        q, k, v = fused_qkv(length, heads=2)
+        out = ours(q, k, v, Block(kind, index))
+        expected = portable(*(x.double() for x in (q, k, v)), Block(kind, index))
+        assert (out - expected).abs().max() < 2e-6
+    compiled = torch.compile(lambda *qkv: ours(*qkv, Block("single", 0)), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(q, k, v), out)
 
 
 @pytest.mark.parametrize("masked_blocks, expected", [((0, 1), 2), ((0,), 4)])
@@ -280,28 +263,19 @@ def test_lists_are_made_for_the_blocks_that_ask(masked_blocks, expected):
     assert len(asked) == expected and len(without_mask) == expected - 2
 
 
-def test_the_operator_says_of_itself_what_it_does():
+def test_the_operators_say_of_themselves_what_they_do():
     """torch's own check: the schema, what the meta device is told, and that no argument is changed."""
     plan, pairs = tile_lists(unblended(CASES["33 tokens"]), 32, 32)
     q, k, v = fused_qkv(33, heads=2)
     launch = list(Launch(32, 32, num_warps=4, num_stages=1, tma=False))
-    given = [x.to(DEVICE) for x in plan]
-    tests = "test_schema", "test_faketensor"
-    torch.library.opcheck(kernel.attend_op, (q, k, v, None, given, pairs, launch), test_utils=tests)
+    rows = torch.arange(38, dtype=torch.int32, device=DEVICE) - 5
+    blend = k, rows, v, rows.clamp(min=0), torch.rand(38, device=DEVICE)
+    attend = q, k, v, None, [x.to(DEVICE) for x in plan], pairs, launch
+    for operator, given in (kernel.attend_op, attend), (unmasked.blend_op, blend):
+        torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
     q_meta, k_meta, v_meta, *plan = (x.to("meta") for x in (q, k, v, *plan))
     told = kernel.attend_op(q_meta, k_meta, v_meta, None, plan, pairs, launch)
     assert told.stride() == run(blending_tokens(CASES["33 tokens"]), q, k, v).stride()
-
-
-def test_it_compiles_into_one_graph():
-    region = region_tokens(overlapping(2, **small)).sorted()[0]
-    attention = RegionalAttention(KERNEL, region.bits(5).to(DEVICE), 5, 144, 0.3)
-    q, k, v = fused_qkv(3 * 5 + 5 + 144)
-    expected = attention(q, k, v, Block("double", 0))  # the lists are made now
-    compiled = torch.compile(
-        lambda q, k, v: attention(q, k, v, Block("double", 0)), backend="aot_eager", fullgraph=True
-    )
-    assert len(region.prompts) == 3 and torch.equal(compiled(q, k, v), expected)
 
 
 def without_a_mask(base_only: int) -> Tokens:
@@ -352,14 +326,6 @@ def test_the_kernel_computes_what_has_a_mask_or_weights(monkeypatch):
         q, k, v = fused_qkv(99)
         kernel_or_library(on_device(tokens), q.dtype, q.device)(q, k, v)
     assert len(launches) == 3
-
-
-def test_blending_says_of_itself_what_it_does():
-    """This is torch's own check of the operator's schema and of what the meta device is told."""
-    regional, base = fused_qkv(20, heads=2)[:2]
-    rows = torch.arange(25, dtype=torch.int32, device=DEVICE) - 5
-    given = regional, rows, base, rows.clamp(min=0), torch.rand(25, device=DEVICE)
-    torch.library.opcheck(unmasked.blend_op, given, test_utils=("test_schema", "test_faketensor"))
 
 
 @LAUNCH
