@@ -8,21 +8,18 @@ seen.
 
 import shutil
 from functools import cache, partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from tiny import Recorder
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-import generate
 import weights
 from formats.recognize import POCKET
 from pipeline import Pipeline
@@ -241,19 +238,3 @@ def test_prompts_from_the_cache_are_the_same_bits(tmp_path):
         stored = [load_file(file)["states"] for file in sorted(tmp_path.iterdir())]
         assert len(stored) == 4 and all(states.dtype == torch.bfloat16 for states in stored)
         assert ("t5" in made.parts.loaded) == loaded
-
-
-def test_a_sweep_of_the_methods_gives_each_methods_image(tmp_path, monkeypatch):
-    """The command line, too, goes through composition in bfloat16."""
-    monkeypatch.chdir(tmp_path)
-    keys = {"prompt": PROMPT, "width": SIDE, "height": SIDE}
-    keys |= {"steps": 3, "mask_inject_steps": 2, "base_ratio": 0.3}
-    regions = [{"prompt": region.prompt, "box": list(region.box)} for region in (LEFT, RIGHT)]
-    Path("layout.yaml").write_text(yaml.safe_dump(keys | {"regions": regions, "seed": 1}))
-    flags = "--layout layout.yaml --device cpu --dtype bfloat16 --output {sweep}.png"
-    sweep = "--sweep method=plain,rpg,regional"
-    assert generate.main(f"{flags} {sweep}".split()) == 0
-    for method in "plain", "rpg", "regional":
-        expected = pipeline("bfloat16").decode(latents(layout(method=method)))
-        assert np.array_equal(np.asarray(Image.open(f"method={method}.png")), np.asarray(expected))
-    assert Path("sheet.png").exists()

@@ -87,20 +87,16 @@ LAUNCHES = {
     "pointers": Launch(64, 32, num_warps=4, num_stages=2, tma=False, mixed_stages=2),
     "TMA": Launch(32, 64, num_warps=4, num_stages=2, tma=True, mixed_stages=2),
 }
-LAUNCH = pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
 
 
-@pytest.fixture
-def launched(monkeypatch):
-    """Makes every launch one of this shape; None leaves the choice to the kernel."""
-
-    def use(launch: Launch | None) -> None:
-        if launch and launch.tma and DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
-            pytest.skip("this GPU has no TMA")
-        if launch:
-            monkeypatch.setattr(kernel, "launch_for", lambda *given: launch)
-
-    return use
+@pytest.fixture(params=LAUNCHES)
+def launched(request, monkeypatch):
+    """Makes every launch one of this shape."""
+    launch = LAUNCHES[request.param]
+    if launch and launch.tma and DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this GPU has no TMA")
+    if launch:
+        monkeypatch.setattr(kernel, "launch_for", lambda *given: launch)
 
 
 def blending_tokens(bits: torch.Tensor, base_length: int = 1, seed: int = 0) -> Tokens:
@@ -159,9 +155,7 @@ def test_the_line_of_triton_says_what_the_line_of_torch_says():
 
 
 @CASE
-@LAUNCH
-def test_float32_is_the_dense_reference(bits, launch, launched):
-    launched(launch)
+def test_float32_is_the_dense_reference(bits, launched):
     given = blending_tokens(bits)
     q, k, v = fused_qkv(len(bits))
     out = run(given, q, k, v)
@@ -174,11 +168,9 @@ KINDS = [(32, torch.float32, 1.0), *((n, x, logits) for n, logits in ((64, 1.0),
 
 
 @pytest.mark.parametrize("head_dim, dtype, logits", KINDS)
-@LAUNCH
-def test_two_images_three_heads_and_a_blend(launch, dtype, head_dim, logits, launched):
+def test_two_images_three_heads_and_a_blend(dtype, head_dim, logits, launched):
     """The error is at most twice that of torch's own attention, also for scores up to some 500, where softmax picks
     single keys; and a weight of 1 copies exactly."""
-    launched(launch)
     bits = CASES["61 regions and a background, permuted"]
     given = blending_tokens(bits, base_length=17)
     q, k, v = fused_qkv(len(bits), dtype, batch=2, heads=3, head_dim=head_dim, logits=logits)
@@ -202,9 +194,7 @@ def weighing_tokens(length: int) -> Tokens:
     return in_one_sequence(region.bits(length), 9, 9, torch.full((144,), 0.25).double(), region.log_weights())
 
 
-@LAUNCH
-def test_weights_of_texts_are_those_of_the_dense_reference(launch, launched):
-    launched(launch)
+def test_weights_of_texts_are_those_of_the_dense_reference(launched):
     given = weighing_tokens(13)
     q, k, v = fused_qkv(len(given.bits))
     base = fused_qkv(9 + 144, seed=1)[0]
@@ -322,10 +312,8 @@ def test_the_kernel_computes_what_has_a_mask_or_weights(monkeypatch):
     assert len(launches) == 3
 
 
-@LAUNCH
-def test_strides_and_scores_of_any_kind(launch, launched):
+def test_strides_and_scores_of_any_kind(launched):
     """q, k and v laid out each in its own way, and scores so negative that no key seems worth a look."""
-    launched(launch)
     bits = CASES["overlaps, unsorted"]
     length = len(bits)
     generator = torch.Generator().manual_seed(0)
@@ -433,9 +421,9 @@ def test_the_predicted_times_are_those_on_record():
 
 
 @pytest.mark.parametrize("kind", ["double", "single"])
-def test_no_square_tensor_and_no_memory_beyond_the_two_outputs(kind, launched, monkeypatch):
+def test_no_square_tensor_and_no_memory_beyond_the_two_outputs(kind, monkeypatch):
     large = Launch(128, 64, num_warps=8, num_stages=1, tma=False, mixed_stages=1)
-    launched(large)  # the interpreter is slow with many small tiles
+    monkeypatch.setattr(kernel, "launch_for", lambda *given: large)  # the interpreter is slow with many small tiles
     monkeypatch.setattr(kernel, "attend_op", kernel.attend)  # the mode does not look inside an operator
     region = region_tokens(layout((0, 0, 256, 256), (128, 128, 512, 512), width=512, height=512)).sorted()[0]
     text, image = 256, 1024
