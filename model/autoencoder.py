@@ -1,12 +1,13 @@
 """FLUX.1's autoencoder: images to latents and back. Named as in the official checkpoint."""
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from model.layers import sequence
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,6 @@ def conv(in_channels: int, out_channels: int, kernel: int = 3) -> nn.Conv2d:
 
 def norm(groups: int, channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
-
-
-def sequence(**modules: nn.Module) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(modules))
 
 
 class ResnetBlock(nn.Module):

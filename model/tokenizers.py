@@ -43,11 +43,7 @@ class PromptTokenizer:
 
 
 class CLIPTokenizer(PromptTokenizer):
-    """Byte-level BPE of lower-cased text: START, the prompt, then END up to the length.
-
-    The folder holds CLIP's own vocab.json and merges.txt. Text is not repaired with ftfy, as
-    in today's transformers.
-    """
+    """Byte-level BPE of lower-cased text: START, the prompt, then END up to the length."""
 
     def __init__(self, folder: Path):
         file = folder / "vocab.json"
@@ -72,9 +68,8 @@ class CLIPTokenizer(PromptTokenizer):
 class T5Tokenizer(PromptTokenizer):
     """SentencePiece's unigrams: the prompt, `</s>`, then `<pad>` up to the length.
 
-    It reads tokenizer.json, or Google's spiece.model. Their ids differ for a few control and
-    combining characters, and for `</s>`, `<pad>` and `<extra_id_0>` in a prompt, which
-    tokenizer.json takes for special tokens and spiece.model for text.
+    It reads tokenizer.json, or Google's spiece.model, which differ for a few control and
+    combining characters, and for special tokens in a prompt: to spiece.model they are text.
     """
 
     def __init__(self, path: Path):

@@ -166,11 +166,10 @@ class Flux(Streams):
         img: (B, L_img, in_channels), packed latents.
         txt: (B, L_txt, context), T5's output.
         img_ids, txt_ids: (B, L, 3), positions.
-        join: (txt, img) -> the sequence of the single blocks, which ends with the image
-            tokens to decode. It is also called with the rotary embeddings, so it may only
-            repeat, drop and reorder rows (dimension 1).
-        after_block: (x, block) -> what replaces a block's output x: img in double blocks,
-            else the sequence.
+        join: (txt, img) -> the sequence of the single blocks, which ends with the tokens to
+            decode. It is also called with the rotary embeddings, so it may only repeat, drop
+            and reorder rows (dimension 1).
+        after_block: (x, block) -> what replaces a block's output: img, or the sequence.
         """
         hidden = self.embed(img, img_ids, txt, txt_ids)
         hidden = self.blocks(hidden, modulation, attention, join, after_block)

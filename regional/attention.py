@@ -29,11 +29,8 @@ OPEN_BIT = 62  # of all image tokens, where they all see each other; regions hav
 
 
 def allowed(bits_q: Tensor, bits_k: Tensor) -> Tensor:
-    """Whether queries with these region bits see keys with those: the whole mask.
-
-    To try another rule, change it here and in kernel.py. A token without bits must see
-    nothing and be seen by nobody.
-    """
+    """Whether queries with these region bits see keys with those: the whole mask. Another
+    rule, here and in kernel.py, must allow a token without bits nothing either."""
     return (bits_q & bits_k) != 0
 
 
@@ -44,9 +41,7 @@ class Tokens(NamedTuple):
     base_row: (L,) int64, its row in the base branch's output, where it has one.
     base_weight: (L,) float32 or float64, the base branch's fraction of its result.
 
-    Strength and feather add log_weight[q, as_key[k]] + log_weight[k, as_query[q]] to a
-    score:
-
+    Strength and feather add log_weight[q, as_key[k]] + log_weight[k, as_query[q]] to scores:
     log_weight: (L, 1 + 2 R) float32, how image tokens weigh each region's prompt
         (columns 1 .. R) and its image tokens (R + 1 .. 2 R); column 0 is zero.
     as_key, as_query: (L,) int64, a token's column as a key and as a query.
@@ -116,8 +111,7 @@ def portable_attention(tokens: Tokens) -> MaskedAttention:
 
 
 def added_scores(tokens: Tokens, rows: Tensor, keys: Tensor) -> Tensor | None:
-    """The log-weights of these rows and keys, (rows, keys), or (1, keys) where the rows
-    do not differ. None where all are 0."""
+    """The log-weights of these rows and keys, one row if all are equal; None for zeros."""
     if tokens.log_weight is None:
         return None
     own = tokens.log_weight[rows]
@@ -133,10 +127,8 @@ def in_one_sequence(
     bits: Tensor, base_only: int, text_length: int, base_ratio: Tensor,
     log_weights: Tensor | None = None,
 ) -> Tokens:  # fmt: skip
-    """The tokens of [txt_1 .. txt_R, base_only tokens of the base branch alone, img].
-
-    bits: those of [txt_1 .. txt_R, img]. base_ratio: (L_img,). log_weights: (L_img, 2 R).
-    """
+    """The tokens of [txt_1 .. txt_R, base_only tokens of the base branch alone, img]. bits:
+    of [txt_1 .. txt_R, img]; base_ratio: (L_img,); log_weights: (L_img, 2 R)."""
     image_length = len(base_ratio)
     texts, image = bits.split([len(bits) - image_length, image_length])
     nothing = bits.new_zeros(base_only)

@@ -20,8 +20,7 @@ class Conditioning(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """A forward pass, of which an extension may replace anything: the arguments of
-    Flux.forward, then what the modulation was computed from."""
+    """The arguments of Flux.forward, then what the modulation was computed from."""
 
     img: Tensor
     img_ids: Tensor
@@ -43,8 +42,7 @@ class Branches(NamedTuple):
     order: (L_img,), the image tokens' places in the image.
     text_length: the base prompt's tokens, or the region's. prompt: its row in y.
     has_base: these tokens are there, after the regions'.
-    streams: image streams in the single blocks.
-    The rest are RegionalAttention's.
+    streams: image streams in the single blocks. The rest are RegionalAttention's.
     """
 
     region_bits: Tensor

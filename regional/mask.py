@@ -161,8 +161,8 @@ def region_mask(region: Region, layout: Layout) -> np.ndarray:
 
 
 def in_polygons(polygons: tuple, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Even-odd, (len(y), len(x)) bool: rays from inside to the left cross an odd number of
-    edges. As in boxes, an edge holds its upper end, and a point on it lies to the right."""
+    """Even-odd, (len(y), len(x)) bool. As in boxes, an edge holds its upper end, and a point
+    on it lies to the right."""
     flips = np.zeros((len(y), len(x) + 1), dtype=bool)  # where a row goes in or out
     for points in polygons:
         for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1]):

@@ -26,9 +26,7 @@ REPOSITORY = r"\w[\w.-]*/\w[\w.-]*(:.+)?"  # org/name, or one of its files
 
 def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024) -> Layout:
     """A layout, with paths from the working directory. size: width and height by default.
-
-    Raises InputError, or InputErrors with up to ten mistakes, each with its key.
-    """
+    Raises InputError, or InputErrors with up to ten mistakes."""
     data = read_yaml(file) if file else {}
     if isinstance(data, dict):
         data |= overrides
