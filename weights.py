@@ -122,11 +122,11 @@ def ae_params(source: Source) -> AutoEncoderParams:
 # ------------------------------------------------------------------------ loading
 
 Device = torch.device | str
-Merges = Mapping[str, Callable[[Tensor], Tensor]]  # by tensor: adds LoRAs to its float32
+Merges = Mapping[str, Callable[[Tensor], Tensor]]  # by tensor: adds LoRAs
 NOTHING: Merges = {}
 State = dict[str, Tensor]
 Recipe = dict[str, list[Rows]]  # which rows of a file make up each tensor
-FP8_LAYERS = re.compile(r"blocks\.\d+\.(?!.*mod)")  # all of the blocks but the modulation
+FP8_LAYERS = re.compile(r"blocks\.\d+\.(?!.*mod)")  # the blocks but for modulation
 MERGING = threading.Lock()  # A merge takes several times its matrix.
 
 
@@ -255,7 +255,7 @@ def check_loads(source: Source, kind: Kind | None = None) -> tuple[nn.Module, Re
                 found = f"{stored.key} is stored as {stored.dtype}"
                 raise wrong(stored.file, f"{found}, which is not supported")
         found = stacked_shape(rows, source.tensors)
-        ones = (1,) * (len(shape) - len(found))  # 1 x 1 convolutions also come as matrices
+        ones = (1,) * (len(shape) - len(found))  # 1 x 1 convolutions may be matrices
         if found + ones != shape:
             raise source.misshapen(rows[-1].key, f"{shape} for {name}")
     ignored = re.compile(IGNORED.get(source.part, "(?!)"))
@@ -295,7 +295,7 @@ def find(
         own = locate(path, [], f"--{part} {path}") if path else place
         sources[part] = pick(part, f"--{part}" if path else "--model", own)
     check_widths(**sources)
-    for source in sources.values():  # now, as it may take minutes until the next is loaded
+    for source in sources.values():  # before minutes of loading
         check_loads(source)
     # The default model's tokenizers are for its own encoders alone.
     near = place if model or not clip else None

@@ -87,9 +87,9 @@ def encoder(p: AutoEncoderParams) -> nn.Sequential:
             half = nn.Conv2d(channels, channels, 3, stride=2)
             levels[-1].downsample = sequence(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=half)
     return sequence(
-        conv_in=conv(3, p.ch), down=nn.Sequential(*levels), mid=middle(channels, p.norm_groups),
-        norm_out=norm(p.norm_groups, channels), silu=nn.SiLU(),
-        conv_out=conv(channels, 2 * p.z_channels),
+        conv_in=conv(3, p.ch), down=nn.Sequential(*levels),
+        mid=middle(channels, p.norm_groups), norm_out=norm(p.norm_groups, channels),
+        silu=nn.SiLU(), conv_out=conv(channels, 2 * p.z_channels),
     )  # fmt: skip
 
 
@@ -105,8 +105,8 @@ def decoder(p: AutoEncoderParams) -> nn.Sequential:
             enlarge = nn.Upsample(scale_factor=2.0, mode="nearest")
             up[-1].upsample = sequence(enlarge=enlarge, conv=conv(channels, channels))
     return sequence(
-        conv_in=start, mid=mid, up=up, norm_out=norm(p.norm_groups, channels), silu=nn.SiLU(),
-        conv_out=conv(channels, 3),
+        conv_in=start, mid=mid, up=up, norm_out=norm(p.norm_groups, channels),
+        silu=nn.SiLU(), conv_out=conv(channels, 3),
     )  # fmt: skip
 
 

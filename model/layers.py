@@ -118,7 +118,7 @@ class FusedLinear(nn.Linear):
 
 
 class DoubleStreamBlock(nn.Module):
-    """Text and image have weights of their own and meet in one attention."""
+    """Text and image have their own weights and meet in one attention."""
 
     def __init__(self, hidden: int, heads: int, mlp_hidden: int):
         super().__init__()

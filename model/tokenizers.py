@@ -17,7 +17,7 @@ START = "<|startoftext|>"
 END = "<|endoftext|>"
 # Special tokens, English contractions, words, single digits, runs of anything else
 PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-# A prompt's ids without special tokens, and what gives the text from the n-th of them on
+# A prompt's ids without special tokens, and what gives the text from the n-th on
 Encoded = tuple[list[int], Callable[[int], str]]
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from model.attention import Block, plain_attention, text_then_image
 
-OPEN_BIT = 62  # of all image tokens, where they all see each other; regions have bits 0-61
+OPEN_BIT = 62  # of image tokens that all see each other; regions have bits 0-61
 
 
 def allowed(bits_q: Tensor, bits_k: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class RegionalAttention:
         log_weights: Tensor | None = None, shared: bool = False,
     ):  # fmt: skip
         device = bits.device
-        precise = torch.float32 if device.type == "mps" else torch.float64  # Apple lacks it
+        precise = torch.float32 if device.type == "mps" else torch.float64
         ratio = torch.as_tensor(base_ratio, dtype=precise, device=device)
         self.base_ratio = ratio.expand(image_length)
         self.log_weights = None if log_weights is None else log_weights.to(device)
@@ -183,7 +183,7 @@ class RegionalAttention:
         self.bits = bits
         self.text_length = text_length
         start = len(bits) - image_length
-        self.base = slice(start, start + text_length + image_length)  # in the sequence
+        self.base = slice(start, start + text_length + image_length)
         self.is_masked = is_masked
         self.streams = 1 + (self.has_base and not shared)  # in the single blocks
         self.made: dict[tuple[str, bool], MaskedAttention] = {}
@@ -194,7 +194,8 @@ class RegionalAttention:
             self.made[key] = self.make(self.tokens(*key))
         base = None
         if self.has_base:
-            base = plain_attention(*(x[:, :, self.base] for x in (q, k, v)), block)
+            own = (x[:, :, self.base] for x in (q, k, v))
+            base = plain_attention(*own, block)
         return self.made[key](q, k, v, base)
 
     def tokens(self, kind: str, is_masked: bool) -> Tokens:

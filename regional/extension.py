@@ -11,8 +11,8 @@ from model.transformer import AfterBlock, Join
 
 
 class Conditioning(NamedTuple):
-    """The encoded prompts: txt (1, L_txt, context), the base prompt; regions (R, L_region, context)
-    or None; y (1, vec), the base prompt's pooled CLIP embedding, for rpg (1 + R, vec)."""
+    """The encoded prompts: txt (1, L_txt, context), the base prompt; regions (R, L_region,
+    context); y (1, vec), the base prompt's pooled CLIP embedding, for rpg (1 + R, vec)."""
 
     txt: Tensor
     regions: Tensor | None

@@ -1,10 +1,10 @@
 """The images that a layout names: masks, maps and control images."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
-from warnings import catch_warnings
 
 import numpy as np
 from PIL import Image, ImageChops, ImageOps
@@ -14,6 +14,8 @@ from errors import InputError, check_file
 MAX_PIXELS = 25_000_000  # of one image; reading so many takes up to 500 MB (WebP)
 MAX_IMAGE_BYTES = 8 * MAX_PIXELS
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # EPS would run Ghostscript
+
+quiet = partial(warnings.catch_warnings, action="ignore")  # What matters is an error.
 
 
 def readable(read: Callable[[str], Any], file: str, key: str) -> Any:
@@ -26,21 +28,20 @@ def readable(read: Callable[[str], Any], file: str, key: str) -> Any:
         raise InputError(key, Path(file), f"not an image that can be read ({error})") from None
 
 
-@contextmanager
-def opened(file: str) -> Iterator[Image.Image]:
-    """Without Pillow's warnings: those that matter are errors here."""
+def opened(file: str) -> Image.Image:
     check_file(file, MAX_IMAGE_BYTES)
-    with catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            size = f"{image.width} x {image.height}"
-            raise ValueError(f"its {size} pixels are more than {MAX_PIXELS:,}")
-        yield image
+    with quiet():
+        image = Image.open(file, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise ValueError(f"its {image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+    return image
 
 
 def read_mask(file: str) -> np.ndarray:
     """A mask as (rows, columns) bool: pixels >= 128 are inside, transparent ones outside."""
-    with opened(file) as image:
-        if image.mode.startswith("I"):  # 16 bits; Pillow's conversion would clip at 255
+    with quiet(), opened(file) as image:
+        if image.mode.startswith("I"):  # of 16 bits: converted, it would be clipped
             return np.asarray(image) >= 128 * 257
         if image.has_transparency_data:
             gray, alpha = image.convert("LA").split()
@@ -51,7 +52,7 @@ def read_mask(file: str) -> np.ndarray:
 def read_color(file: str, color: Any) -> np.ndarray:
     """Which pixels of a map have this color, (rows, columns) bool. An index is a palette's
     or a gray value; in a map of colors R + 256 G + 65536 B, as in COCO's panoptic images."""
-    with opened(file) as image:
+    with quiet(), opened(file) as image:
         is_index = isinstance(color, int)
         if is_index and image.mode in ("1", "L", "P") or image.mode.startswith("I"):
             return np.asarray(image) == color
@@ -66,7 +67,7 @@ def read_color(file: str, color: Any) -> np.ndarray:
 
 def read_image(file: str) -> Image.Image:
     """A control image as RGB, upright; of 16 bits the upper 8."""
-    with opened(file) as image:
+    with quiet(), opened(file) as image:
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         ImageOps.exif_transpose(image, in_place=True)

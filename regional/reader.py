@@ -75,7 +75,7 @@ class Loader(yaml.SafeLoader):
         else:
             refuse(event, "a value that holds itself")
         if self.size > 2 * MAX_BYTES:
-            refuse(event, "too much text, with each alias counted as what it stands for")
+            refuse(event, "too much text, each alias counted as what it stands for")
         return node
 
 
@@ -115,7 +115,7 @@ def read_yaml(file: Path) -> Any:
         problem = getattr(error, "problem", None) or str(error)
         if mark := getattr(error, "problem_mark", None):
             problem = f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
-    except (OSError, LookupError, ValueError, RecursionError) as error:  # 0x_ or [[[[...
+    except (OSError, LookupError, ValueError, RecursionError) as error:
         problem = f"cannot be read as YAML ({error})"
     raise InputError(file, MISSING, problem)
 
@@ -132,7 +132,7 @@ def fields_of(struct: type[Struct]) -> dict[str, tuple[Any, type[Struct] | None]
 
 
 def check_types(data: Any, struct: type[Struct], path: str, mistakes: InputErrors) -> None:
-    """Check the keys of a mapping one by one, for msgspec stops at its first mistake."""
+    """Check a mapping's keys one by one, for msgspec stops at its first mistake."""
     key = path.removesuffix(".") or "the layout"
     require(isinstance(data, dict), key, data, "expected a mapping of keys to values")
     for field in msgspec.structs.fields(struct):
