@@ -13,9 +13,9 @@ from errors import InputError, check_file
 
 MAX_PIXELS = 25_000_000  # of one image; reading so many takes up to 500 MB (WebP)
 MAX_IMAGE_BYTES = 8 * MAX_PIXELS
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # EPS would run Ghostscript
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # for EPS, Pillow would run Ghostscript
 
-quiet = partial(warnings.catch_warnings, action="ignore")  # What matters is an error.
+quiet = partial(warnings.catch_warnings, action="ignore")  # those that matter are errors below
 
 
 def readable(read: Callable[[str], Any], file: str, key: str) -> Any:
@@ -41,7 +41,7 @@ def opened(file: str) -> Image.Image:
 def read_mask(file: str) -> np.ndarray:
     """A mask as (rows, columns) bool: pixels >= 128 are inside, transparent ones outside."""
     with quiet(), opened(file) as image:
-        if image.mode.startswith("I"):  # of 16 bits: converted, it would be clipped
+        if image.mode.startswith("I"):  # 16 bits; Pillow's conversion would clip at 255
             return np.asarray(image) >= 128 * 257
         if image.has_transparency_data:
             gray, alpha = image.convert("LA").split()
@@ -50,8 +50,11 @@ def read_mask(file: str) -> np.ndarray:
 
 
 def read_color(file: str, color: Any) -> np.ndarray:
-    """Which pixels of a map have this color, (rows, columns) bool. An index is a palette's
-    or a gray value; in a map of colors R + 256 G + 65536 B, as in COCO's panoptic images."""
+    """Which pixels of a map have this color, (rows, columns) bool.
+
+    An index is a palette's or a gray value; in a map of colors R + 256 G + 65536 B, as in
+    COCO's panoptic images.
+    """
     with quiet(), opened(file) as image:
         is_index = isinstance(color, int)
         if is_index and image.mode in ("1", "L", "P") or image.mode.startswith("I"):

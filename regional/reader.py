@@ -26,7 +26,9 @@ REPOSITORY = r"\w[\w.-]*/\w[\w.-]*(:.+)?"  # org/name, or one of its files
 
 def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024) -> Layout:
     """A layout, with paths from the working directory. size: width and height by default.
-    Raises InputError, or InputErrors with up to ten mistakes."""
+
+    Raises InputError, or InputErrors with up to ten mistakes, each with its key.
+    """
     data = read_yaml(file) if file else {}
     if isinstance(data, dict):
         data |= overrides
@@ -75,7 +77,7 @@ class Loader(yaml.SafeLoader):
         else:
             refuse(event, "a value that holds itself")
         if self.size > 2 * MAX_BYTES:
-            refuse(event, "too much text, each alias counted as what it stands for")
+            refuse(event, "too much text, with each alias counted as what it stands for")
         return node
 
 
@@ -115,7 +117,7 @@ def read_yaml(file: Path) -> Any:
         problem = getattr(error, "problem", None) or str(error)
         if mark := getattr(error, "problem_mark", None):
             problem = f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
-    except (OSError, LookupError, ValueError, RecursionError) as error:
+    except (OSError, LookupError, ValueError, RecursionError) as error:  # 0x_ or [[[[...
         problem = f"cannot be read as YAML ({error})"
     raise InputError(file, MISSING, problem)
 
@@ -132,7 +134,7 @@ def fields_of(struct: type[Struct]) -> dict[str, tuple[Any, type[Struct] | None]
 
 
 def check_types(data: Any, struct: type[Struct], path: str, mistakes: InputErrors) -> None:
-    """Check a mapping's keys one by one, for msgspec stops at its first mistake."""
+    """Check the keys of a mapping one by one, for msgspec stops at its first mistake."""
     key = path.removesuffix(".") or "the layout"
     require(isinstance(data, dict), key, data, "expected a mapping of keys to values")
     for field in msgspec.structs.fields(struct):
