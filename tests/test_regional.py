@@ -135,8 +135,8 @@ def test_masked_attention_is_softmax_over_the_allowed_keys(layout, implementatio
     bits = region_tokens(layout).bits(TEXT)
     q, k, v = random_qkv(len(bits))
     out = implementation(unblended(bits))(q, k, v)
-    for i in range(len(bits)):
-        keys = [j for j in range(len(bits)) if int(bits[i]) & int(bits[j])]
+    for i, bit in enumerate(bits.tolist()):
+        keys = [j for j, other in enumerate(bits.tolist()) if bit & other]
         weights = torch.softmax(torch.einsum("bhd,bhkd->bhk", q[:, :, i], k[:, :, keys]) / 4, dim=-1)
         expected = torch.einsum("bhk,bhkd->bhd", weights, v[:, :, keys])
         assert (out[:, :, i] - expected).abs().max() < 1e-12
