@@ -91,7 +91,7 @@ def describe(value: Any, most: int = 80) -> str:
     """A value as Python writes it, tuples as lists, cut to `most` characters."""
     try:
         text = repr(list(value) if isinstance(value, tuple) else value)
-    except (RecursionError, ValueError):  # nested too deeply; an integer of over 4300 digits
+    except (RecursionError, ValueError):  # nested deeply; an integer of 5000 digits
         return f"{type(value).__name__} of a size that can't be shown"
     return text if len(text) <= most else text[: most - 3] + "..."
 

@@ -122,11 +122,11 @@ def ae_params(source: Source) -> AutoEncoderParams:
 # ------------------------------------------------------------------------ loading
 
 Device = torch.device | str
-Merges = Mapping[str, Callable[[Tensor], Tensor]]  # by tensor: adds LoRAs to its float32
+Merges = Mapping[str, Callable[[Tensor], Tensor]]  # by tensor: adds LoRAs
 NOTHING: Merges = {}
 State = dict[str, Tensor]
 Recipe = dict[str, list[Rows]]  # which rows of a file make up each tensor
-FP8_LAYERS = re.compile(r"blocks\.\d+\.(?!.*mod)")  # all of the blocks but the modulation
+FP8_LAYERS = re.compile(r"blocks\.\d+\.(?!.*mod)")  # the blocks but for modulation
 MERGING = threading.Lock()  # A merge takes several times its matrix.
 
 
@@ -148,12 +148,9 @@ def load(
     on_host: Callable[[str], bool] = lambda name: False, fp8: bool = False,
     kind: Kind | None = None,
 ) -> nn.Module:  # fmt: skip
-    """The network of a source with its weights, frozen, in eval mode.
-
-    On the CPU, a tensor stored in the wanted dtype stays a view of its file.
-    on_host: which tensors stay in host memory. fp8: the layers of Flux's blocks become FP8.
-    kind: the network, if it is no component of a model.
-    """
+    """The network of a source with its weights, frozen. On the CPU, a tensor stored in the
+    wanted dtype stays a view of its file. on_host: which tensors stay in host memory. fp8:
+    the layers of Flux's blocks become FP8. kind: the network, if it is no component."""
     module, recipe = check_loads(source, kind)
     loader = Loader(source.tensors, recipe, module.state_dict(), device, dtype, merges)
     layers = module.named_modules() if fp8 else ()
@@ -244,8 +241,7 @@ def on_meta(source: Source, kind: Kind | None = None) -> nn.Module:
 
 
 def check_loads(source: Source, kind: Kind | None = None) -> tuple[nn.Module, Recipe]:
-    """The module, on the meta device, and where its tensors are. InputError for a missing,
-    misshapen or surplus key."""
+    """The module, on the meta device, and where its tensors are, each there and no more."""
     module = on_meta(source, kind)
     recipe = {}
     used = set()
@@ -259,7 +255,7 @@ def check_loads(source: Source, kind: Kind | None = None) -> tuple[nn.Module, Re
                 found = f"{stored.key} is stored as {stored.dtype}"
                 raise wrong(stored.file, f"{found}, which is not supported")
         found = stacked_shape(rows, source.tensors)
-        ones = (1,) * (len(shape) - len(found))  # 1 x 1 convolutions also come as matrices
+        ones = (1,) * (len(shape) - len(found))  # 1 x 1 convolutions may be matrices
         if found + ones != shape:
             raise source.misshapen(rows[-1].key, f"{shape} for {name}")
     ignored = re.compile(IGNORED.get(source.part, "(?!)"))
@@ -289,11 +285,8 @@ class Checkpoint(NamedTuple):
 def find(
     model: Name = None, flux: Name = None, t5: Name = None, clip: Name = None, ae: Name = None,
 ) -> Checkpoint:  # fmt: skip
-    """The components of a model, from headers alone.
-
-    model: a repository, a folder in either format, an all-in-one file, or "pocket", the
-    default. The others override components by a file or a folder.
-    """
+    """The components of a model, from headers alone. model: a repository, a folder, an
+    all-in-one file, or "pocket", the default. The others override components."""
     given = {"flux": flux, "t5": t5, "clip": clip, "ae": ae}
     missing = [part for part in given if not given[part]]
     place = find_model(str(model or "pocket"), missing) if model or missing else None
@@ -302,7 +295,7 @@ def find(
         own = locate(path, [], f"--{part} {path}") if path else place
         sources[part] = pick(part, f"--{part}" if path else "--model", own)
     check_widths(**sources)
-    for source in sources.values():  # now, as it may take minutes until the next is loaded
+    for source in sources.values():  # before minutes of loading
         check_loads(source)
     # The default model's tokenizers are for its own encoders alone.
     near = place if model or not clip else None

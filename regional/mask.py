@@ -61,7 +61,8 @@ class RegionTokens(NamedTuple):
         for shift in (1, 2, 4, 8, 16, 32):
             rank = rank ^ (rank >> shift)
         order = rank.argsort(stable=True)
-        return self._replace(image_bits=self.image_bits[order], cover=self.cover[:, order]), order
+        bits = self.image_bits[order]
+        return self._replace(image_bits=bits, cover=self.cover[:, order]), order
 
 
 def region_tokens(layout: Layout) -> RegionTokens:
@@ -72,7 +73,7 @@ def region_tokens(layout: Layout) -> RegionTokens:
         tokens = token_grid(region, layout)
         if not tokens.any():
             tokens = most_covered(region, layout)
-            problem = "covers no token's centre; it gets the one token it covers most."
+            problem = "covers no token's center; it gets the token it covers most."
             warnings.append(f"regions[{i}] {problem}")
         inside.append(feathered(tokens, region.feather))
     cover = np.stack(inside)
@@ -88,7 +89,7 @@ def region_tokens(layout: Layout) -> RegionTokens:
             cover[i][cover[i] < 1e-6] = 0
             if not cover[i].any():
                 hiding = f"{ABOVE[layout.overlap]} regions"
-                warnings.append(f"regions[{i}] lies under {hiding} and will not show.")
+                warnings.append(f"regions[{i}] lies wholly under {hiding} and will not show.")
     prompts = [region.prompt for region in layout.regions]
     strength = [region.strength for region in layout.regions]
     bits = list(range(len(prompts)))
@@ -163,8 +164,8 @@ def region_mask(region: Region, layout: Layout) -> np.ndarray:
 
 
 def in_polygons(polygons: tuple, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Even-odd, (len(y), len(x)) bool: rays from inside to the left cross an odd number of
-    edges. As in boxes, an edge holds its upper end, and a point on it lies to the right."""
+    """Even-odd, (len(y), len(x)) bool. As in boxes, an edge holds its upper end, and a point
+    on it lies to the right."""
     flips = np.zeros((len(y), len(x) + 1), dtype=bool)  # where a row goes in or out
     for points in polygons:
         for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1]):
@@ -182,9 +183,10 @@ def most_covered(region: Region, layout: Layout) -> np.ndarray:
         x0, y0, x1, y1 = region.box
         area = np.outer(overlap(y0, y1, h), overlap(x0, x1, w))
     elif region.polygon:
-        fine = in_polygons(region.polygon, 4 * np.arange(4 * w) + 2, 4 * np.arange(4 * h) + 2)
+        x, y = (4 * np.arange(4 * size) + 2 for size in (w, h))
+        fine = in_polygons(region.polygon, x, y)
         area = fine.reshape(h, 4, w, 4).sum(axis=(1, 3))
-        if not area.any():  # It is smaller still: the token of its first point counts.
+        if not area.any():  # It is smaller still; its first point counts.
             x, y = region.polygon[0][0]
             area[min(int(y) // 16, h - 1), min(int(x) // 16, w - 1)] = 1
     else:

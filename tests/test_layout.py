@@ -39,15 +39,12 @@ def test_a_layout_is_read_with_the_published_defaults(write):
     assert layout.regions[0].box == (0, 0, 64, 64) and layout.resolved(FLUX_DEV).regional_steps() == 10
 
 
-def test_the_size_is_the_models_where_the_layout_has_none(write):
-    assert read_layout(write("prompt: x"), {}, 256).width == 256
-    assert read_layout(write("prompt: x\nwidth: 512"), {}, 256).width == 512
-
-
-def test_the_command_line_takes_precedence(write):
+def test_the_command_line_takes_precedence_and_the_size_is_the_models_where_none_is_given(write):
     layout = read_layout(write(GOOD), {"prompt": "a village", "width": 256, "height": 128})
     assert (layout.prompt, layout.width) == ("a village", 256)
     assert read_layout(None, {"prompt": "a fox"}).regions == ()
+    assert read_layout(write("prompt: x"), {}, 256).width == 256
+    assert read_layout(write("prompt: x\nwidth: 512"), {}, 256).width == 512
 
 
 def test_paths_are_relative_to_the_layout_and_those_of_overrides_to_the_working_directory(write, tmp_path):
@@ -91,14 +88,13 @@ def test_a_resolved_layout_has_nothing_left_to_parse():
     assert found.resolved(FLUX_DEV) == found
 
 
-def test_a_16_bit_mask_is_inside_from_half_white_on(tmp_path):
-    Image.fromarray(np.array([[300, 32895], [32896, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
-    assert read_mask(str(tmp_path / "deep.png")).tolist() == [[False, False], [True, True]]
-
-
-def test_transparent_pixels_are_outside(tmp_path):
-    Image.fromarray(np.array([[[255, 255, 255, 0], [255] * 4]], dtype=np.uint8)).save(tmp_path / "a.png")
-    assert read_mask(str(tmp_path / "a.png")).tolist() == [[False, True]]
+def test_masks_of_16_bits_and_with_transparency(tmp_path):
+    """Inside is what is white from the half on, and not transparent."""
+    deep = np.array([[300, 32895], [32896, 65535]], dtype=np.uint16)
+    clear = np.array([[[255, 255, 255, 0], [255] * 4]], dtype=np.uint8)
+    for pixels, inside in (deep, [[False, False], [True, True]]), (clear, [[False, True]]):
+        Image.fromarray(pixels).save(tmp_path / "a.png")
+        assert read_mask(str(tmp_path / "a.png")).tolist() == inside
 
 
 def region(rest: str, prompt: str = "y") -> str:
