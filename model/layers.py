@@ -207,8 +207,8 @@ class SingleStreamBlock(nn.Module):
         gate = vectors.chunk(3, dim=-1)[2]
         # Where tokens have vectors of their own, x may be the last of them alone.
         gate = gate[:, max(0, gate.shape[1] - x.shape[1]) :]
-        h = self.linear1(h, rows=slice(3 * x.shape[-1], None))
-        mlp = F.gelu(h, approximate="tanh")
+        # Nested, so that the layer's output is free when the next one begins.
+        mlp = F.gelu(self.linear1(h, rows=slice(3 * x.shape[-1], None)), approximate="tanh")
         attn = rearrange(attn, "B H L d -> B L (H d)")
         return x + gate * self.linear2(torch.cat([attn, mlp], dim=-1))
 
