@@ -25,20 +25,10 @@ from pipeline import Pipeline, Prepared
 from regional.layout import FLUX_DEV, Layout
 from regional.reader import read_layout
 from settings import Settings
+from tools import jobs as batch
 from tools import metadata as written
 from tools.flags import Command, Output, naming, parse
-from tools.jobs import (
-    Failures,
-    Job,
-    Stop,
-    Tolerant,
-    device_of,
-    is_finished,
-    is_full,
-    layout_files,
-    plan_jobs,
-    worker_of,
-)
+from tools.jobs import Job, Stop
 from tools.metadata import Metadata, remove_unfinished
 
 CHUNK = 100  # layouts whose prompts are encoded together: some 2 GB of memory at full size
@@ -49,7 +39,7 @@ POCKET = "this is the built-in pocket model; FLUX.1-dev: --model black-forest-la
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0; 2 for bad input; 1 if the machine refuses or some of many
     layouts failed; 130 for Ctrl-C and SIGTERM."""
-    streams = Tolerant(sys.stdout), Tolerant(sys.stderr)
+    streams = batch.Tolerant(sys.stdout), batch.Tolerant(sys.stderr)
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         return guarded(argv)
 
@@ -69,12 +59,9 @@ def guarded(argv: list[str] | None) -> int:
             print_error(error)
         return 2 if isinstance(error, InputError) else 1
     except (MemoryError, RuntimeError) as error:
-        if not is_full(error):
+        if not batch.is_full(error):
             raise
-        tips = ["--offload blocks"] if settings.offload != "blocks" else []
-        tips += ["--quantize fp8"] if settings.quantize != "fp8" else []
-        reason = " ".join(str(error).split())
-        info(f"generate.py: out of memory: {reason} Try {' or '.join(tips) or 'a smaller image'}.")
+        info(f"generate.py: out of memory: {batch.advice(error, settings)}")
         return 1
     except KeyboardInterrupt:
         info("generate.py: interrupted")
@@ -100,16 +87,16 @@ def run(command: Command, stop: Stop, start: float) -> int:
         from tools.check import run_dry
 
         return run_dry(command, read) if is_first(settings) else 0
-    files = layout_files(output)
-    worker = worker_of(output.shard, bool(settings.parallel))
-    failures = Failures(is_alone=len(files) == 1 or bool(settings.parallel))
+    files = batch.layout_files(output)
+    worker = batch.worker_of(output.shard, bool(settings.parallel))
+    failures = batch.Failures(is_alone=len(files) == 1 or bool(settings.parallel))
 
     def plan(size: int) -> list[Job]:
-        return plan_jobs(files, output, partial(read, size=size), worker, failures)
+        return batch.plan_jobs(files, output, partial(read, size=size), worker, failures)
 
     # Mistakes are found before a repository's gigabytes are downloaded.
     jobs = plan(FLUX_DEV.size) if is_repository(settings.model) else None
-    pipeline = Pipeline(msgspec.structs.replace(settings, device=device_of(settings.device)))
+    pipeline = Pipeline(msgspec.structs.replace(settings, device=batch.device_of(settings.device)))
     with contextlib.ExitStack() as stack:
         if pipeline.parallel:
             stack.callback(pipeline.parallel.close)
@@ -134,7 +121,7 @@ def run(command: Command, stop: Stop, start: float) -> int:
 
 
 def generate_all(
-    pipeline: Pipeline, jobs: list[Job], command: Command, failures: Failures, stop: Stop,
+    pipeline: Pipeline, jobs: list[Job], command: Command, failures: batch.Failures, stop: Stop,
     start: float,
 ) -> None:  # fmt: skip
     """Prepare up to CHUNK layouts at a time, then generate and write their images."""
@@ -182,7 +169,7 @@ def prepare(group: list[Job], pipeline: Pipeline, output: Output) -> list[Ready]
             info(f"{job.files['image']}: no step of it is regional, so it has no attention maps")
             del job.files["maps"]
         metadata = written.image_metadata(layout, job.seed, written.run_metadata(pipeline))
-        if is_finished(job, output, metadata):
+        if batch.is_finished(job, output, metadata):
             info(f"{job.files['image']}: exists already, made by the same settings; it is kept")
             print(job.files["image"])
         else:

@@ -9,7 +9,6 @@ is imported where it is used. A pipeline is not thread-safe.
 """
 
 import gc
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -268,15 +267,12 @@ class Parts:
         """About how many bytes the transformer and the ControlNets work with on a GPU."""
         if self.device.type != "cuda" or self.settings.offload == "blocks":
             return 0
-        from extensions.loading import find_controlnet
+        from extensions.loading import controlnet_bytes
         from runtime.memory import working_bytes
 
-        names = {control.model for control in layout.controlnets}
-        stored = [x for name in names for x in find_controlnet(name).tensors.values()]
-        numbers = sum(math.prod(tensor.shape) for tensor in stored)
         hidden = weights.flux_params(self.checkpoint.flux).hidden_size
         activations = working_bytes(hidden, layout, self.dtype, self.fp8)
-        return activations + numbers * self.dtype.itemsize
+        return activations + controlnet_bytes(layout, self.dtype)
 
     def load(self, name: str, merges: weights.Merges, room: int) -> tuple[nn.Module, list[Any]]:
         """A Part's module and streamed. room: bytes of the GPU to leave free."""

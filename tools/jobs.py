@@ -16,6 +16,7 @@ import yaml
 
 from errors import MISSING, InputError, info, parse_yaml, print_error
 from regional.layout import Layout
+from settings import Settings
 from tools.flags import Output
 from tools.metadata import Metadata, check_suffix, check_writable, matches, metadata_in
 
@@ -63,6 +64,14 @@ class Failures:
                 raise
             print_error(error)
             self.count += 1
+
+
+def advice(error: BaseException, settings: Settings) -> str:
+    """What to do about a lack of memory."""
+    tips = ["--offload blocks"] if settings.offload != "blocks" else []
+    tips += ["--quantize fp8"] if settings.quantize != "fp8" else []
+    reason = " ".join(str(error).split())
+    return f"{reason} Try {' or '.join(tips) or 'a smaller image'}."
 
 
 def is_full(error: BaseException) -> bool:
