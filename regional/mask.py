@@ -135,7 +135,7 @@ def feathered(tokens: np.ndarray, feather: float) -> np.ndarray:
     outer = (width / 2 + 0.5 - reach) / width  # the weight of a window's ends
     inner = np.full(2 * reach - 1, 1 / width)
     inside = np.pad(tokens, ((reach, reach), (0, 0)), mode="edge")
-    between = window_sums(inside.astype(np.int64), reach)
+    between = window_sums(inside.astype(np.int16), reach)
     first, last = inside[: -2 * reach], inside[2 * reach :]
     # As a loop over the window would round its sum: one weight after the other is added.
     sums = [np.cumsum([start, *inner])[between] for start in (0, outer)]
