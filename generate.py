@@ -12,12 +12,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
 from errors import InputError, info, print_error
 from formats.hub import is_repository
@@ -127,19 +126,12 @@ def generate_all(
     """Prepare up to CHUNK layouts at a time, then generate and write their images."""
     is_any = pipeline.parallel.is_any if pipeline.parallel else bool
 
-    @cache  # It runs once.
-    def report_first_step() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        info(f"the first step ended {seconds:.1f} s after the start")
-
     def check() -> None:
         if is_any(stop.is_asked):
             raise KeyboardInterrupt
 
     def on_step() -> None:
-        report_first_step()
+        batch.report_first_step(start)
         check()
 
     by_layout = [list(group) for _, group in itertools.groupby(jobs, lambda job: id(job.layout))]
@@ -187,26 +179,16 @@ def make(
     """Denoise, decode and write one image, and the other files of its job."""
     for file in job.files.values():
         remove_unfinished(file)
-    has_maps = "maps" in job.files
-    maps = pipeline.maps() if has_maps else None
+    maps = pipeline.maps() if "maps" in job.files else None
     with stop.drawing():
         latents = pipeline.denoise(prepared, job.seed, [maps.extend] if maps else [], on_step)
     if is_alone:
         pipeline.drop("flux")
     if not is_first(command.settings):
         return
-    if "latents" in job.files:
-        written.save_tensor("latents", latents, metadata, job.files["latents"])
     image = pipeline.decode(latents)
-    if "metadata" in job.files:
-        written.save_json(metadata, job.files["metadata"])
-    if has_maps:
-        from tools.sheets import save_maps
-
-        save_maps(maps, job.files["maps"].with_suffix(""), image, prepared.tokens.prompts, metadata)
-    file = job.files["image"]  # the last one: where it is, the others are, too
-    written.save_image(image, None if command.output.no_metadata else metadata, file)
-    print(file, flush=True)
+    batch.save(job, image, latents, maps, prepared.tokens, metadata, not command.output.no_metadata)
+    print(job.files["image"], flush=True)
 
 
 if __name__ == "__main__":

@@ -28,11 +28,10 @@ import yaml
 from PIL import Image, PngImagePlugin
 
 import generate
-from errors import InputError
-from regional.images import MAX_PIXELS
+from errors import LAYOUT, MAX_PIXELS, InputError
 from regional.layout import FLUX_DEV, Control, Layout, Lora, Region, RegionLora
 from regional.mask import region_tokens
-from regional.reader import MAX_BYTES, read_layout
+from regional.reader import read_layout
 
 ROOT = Path(__file__).parents[2]
 LAYOUTS = [ROOT / "layout.yaml", *sorted((ROOT / "examples").glob("*.yaml"))]
@@ -296,9 +295,9 @@ TEXTS = {  # name: YAML, and what its sentence says, None where it is a layout
     "10 ** 5000": ("prompt: x\nseed: 1" + "0" * 5000, "number of more than"),
     "a hexadecimal number of 900 kB": ("prompt: x\nseed: 0x" + "f" * 900_000, "number of more than"),
     "a sexagesimal number of 900 kB": ("prompt: x\nseed: 1" + ":59" * 300_000, "number of more than"),
-    "200 kB of values": ("prompt: [" + "a," * (MAX_BYTES // 10) + "]", "expected str"),
-    "1 MB of brackets": ("[" * MAX_BYTES, "recursion"),
-    "more than 1 MB": ("#" * (MAX_BYTES + 1), "bytes are more than"),
+    "20 kB of values": ("prompt: [" + "a," * (LAYOUT // 10) + "]", "expected str"),
+    "200 kB of brackets": ("[" * LAYOUT, "recursion"),
+    "more than 200 kB": ("#" * (LAYOUT + 1), "bytes are more than"),
     "a key of 900 kB": ("k" * 900_000 + ": x", "mapping|invalid key|expected"),
     "half a surrogate as a number": ('prompt: x\nwidth: "\\ud800"', "surrogate"),
     "half a surrogate as a file": ('prompt: x\nloras: [{file: "\\ud800"}]', "surrogate"),
