@@ -35,7 +35,8 @@ Name = str | Path | None
 Choices = list[list[str]]  # lists of patterns
 Sha1 = Annotated[str, Meta(pattern=r"^[0-9a-f]{40}\Z")]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-UNREACHABLE = hub.errors.OfflineModeIsEnabled | httpx2.ConnectError | httpx2.TimeoutException | TimeoutError
+OFFLINE = hub.errors.OfflineModeIsEnabled
+UNREACHABLE = OFFLINE | TimeoutError | httpx2.ConnectError | httpx2.TimeoutException
 ELSEWHERE = "download it elsewhere and give its path"
 SECONDS = 60  # for the list of a repository's files
 
