@@ -8,9 +8,10 @@ import os
 import re
 from base64 import b64encode
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote
 
 import msgspec
 import numpy as np
@@ -130,20 +131,20 @@ def hidden(text: str, url: str, least: int = 4) -> str:
 
     least: shorter ones are no secrets; servers without keys take EMPTY or ollama.
     """
-    login = urlsplit(url).netloc.rpartition("@")[0]
+    login = url.split("/")[2].rpartition("@")[0]
     password = unquote(login.partition(":")[2])
     basic = b64encode(unquote(login).encode()).decode()
     for secret in (key(), password, basic):
         if len(secret) >= least:
-            # Each character as it is, or as in JSON, a URL or HTML
-            forms = [rf"(?:\\{{0,4}}{re.escape(c)}|{escaped(c)})" for c in secret]
-            text = re.sub("".join(forms), "[key]", text)
+            text = re.sub("".join(map(any_form, secret)), "[key]", text)
     return text
 
 
-def escaped(c: str) -> str:
-    code = f"{ord(c):02x}"
-    return rf"(?i:\\{{1,4}}u0*{code}|\\{{1,4}}x{code}|%{code}|&#x0*{code};|&#0*{ord(c)};)"
+def any_form(c: str) -> str:
+    """A pattern for a character as it is, or as in JSON, a URL or HTML."""
+    code = f"{ord(c):x}"
+    number = rf"\\{{1,4}}(?:u0*|x0?){code}|&#x0*{code};|&#0*{ord(c)};|{quote(c, safe='')}|%{code}"
+    return rf"(?:\\{{0,4}}{re.escape(c)}|{escape(c)}|(?i:{number}))"
 
 
 def public(text: str, url: str, most: int = 200) -> str:
