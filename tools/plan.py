@@ -11,7 +11,7 @@ from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 import msgspec
 import numpy as np
@@ -143,8 +143,9 @@ def hidden(text: str, url: str, least: int = 4) -> str:
 def any_form(c: str) -> str:
     """A pattern for a character as it is, or as in JSON, a URL or HTML."""
     code = f"{ord(c):x}"
-    number = rf"\\{{1,4}}(?:u0*|x0?){code}|&#x0*{code};|&#0*{ord(c)};|{quote(c, safe='')}|%{code}"
-    return rf"(?:\\{{0,4}}{re.escape(c)}|{escape(c)}|(?i:{number}))"
+    percent = "".join(f"%{byte:02x}" for byte in c.encode())
+    codes = rf"\\{{1,4}}(?:u0*|x0?){code}|&#x0*{code};|&#0*{ord(c)};|{percent}"
+    return rf"(?:\\{{0,4}}{re.escape(c)}|{re.escape(escape(c))}|(?i:{codes}))"
 
 
 def public(text: str, url: str, most: int = 200) -> str:
