@@ -24,7 +24,7 @@ from huggingface_hub.file_download import (
     http_get,
     repo_folder_name,
 )
-from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status
+from huggingface_hub.utils import WeakFileLock, hf_raise_for_status
 from msgspec import Meta, Struct
 from tqdm import tqdm
 
@@ -146,10 +146,17 @@ def is_chosen(name: str, patterns: list[str]) -> bool:
     return chosen and not fnmatchcase(name, below(patterns))
 
 
+def headers() -> dict[str, str]:
+    """The library's own tell of this machine and ask for names of variables to look up in it."""
+    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else hub.get_token()
+    login = {"Authorization": f"Bearer {token}"} if token else {}
+    return {"User-Agent": f"hf_hub/{hub.__version__}", **login}
+
+
 def listed(repo: str) -> Listing:
     """The newest commit and its files, without those whose names would lead elsewhere."""
     url = f"{constants.ENDPOINT}/api/models/{repo}/revision/main?blobs=True"
-    response, body = answer("GET", url, SECONDS, CONFIG, headers=build_hf_headers())
+    response, body = answer("GET", url, SECONDS, CONFIG, headers=headers())
     hf_raise_for_status(response)
     try:
         listing = parse_json(body, Listing, repo)
@@ -227,7 +234,7 @@ def complete(repo: str, commit: str, file: File, blob: Path) -> None:
             start = end.tell()
             if start < file.size:
                 url = hub.hf_hub_url(repo, file.name, revision=commit)
-                how = dict(headers=build_hf_headers(), displayed_filename=file.name)
+                how = dict(headers=headers(), displayed_filename=file.name)
                 http_get(url, end, resume_size=start, expected_size=file.size, **how)
             end.flush()
             os.fsync(end.fileno())

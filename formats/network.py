@@ -1,5 +1,6 @@
 """Answers of servers, bounded in size and time."""
 
+import logging
 import time
 from collections.abc import Iterator
 from queue import Empty, SimpleQueue
@@ -9,6 +10,8 @@ from typing import Any
 import httpx2
 from huggingface_hub import get_session, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
+
+from errors import shown
 
 MOST_ERROR = 100_000  # bytes of an error's or a redirection's body
 
@@ -41,7 +44,16 @@ def client() -> httpx2.Client:
     return made
 
 
+def printable(record: logging.LogRecord) -> bool:
+    """The hub library logs warnings, which may quote a server."""
+    record.msg = shown(" ".join(record.getMessage().split()))
+    record.args = ()
+    return True
+
+
 set_client_factory(client)
+for handler in logging.getLogger("huggingface_hub").handlers:
+    handler.addFilter(printable)
 
 
 Answer = tuple[httpx2.Response, bytes]

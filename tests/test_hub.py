@@ -182,6 +182,7 @@ def test_of_a_repository_with_both_formats_the_single_files_are_downloaded(fake,
         here = Path(constants.HF_HUB_CACHE) / "models--org--name" / "snapshots" / COMMIT
         assert source.path.read_bytes() == (folder / source.path.relative_to(here)).read_bytes()
     assert fake.tokens_elsewhere == []
+    assert not [page for _, page, _ in fake.requests if page.startswith("/api") and REPO not in page]
 
 
 @pytest.mark.parametrize("missing", [FLUX, "ae.safetensors"])
