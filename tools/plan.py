@@ -144,15 +144,15 @@ def any_form(c: str) -> str:
     """A pattern for a character as it is, or as in JSON, a URL or HTML."""
     code = f"{ord(c):x}"
     percent = "".join(f"%{byte:02x}" for byte in c.encode())
-    codes = rf"\\{{1,4}}(?:u0*|x0?){code}|&#x0*{code};|&#0*{ord(c)};|{percent}"
-    return rf"(?:\\{{0,4}}{re.escape(c)}|{re.escape(escape(c))}|(?i:{codes}))"
+    codes = rf"\\{{1,8}}(?:u0*|x0?){code}|&#x0*{code};|&#0*{ord(c)};|{percent}"
+    return rf"(?:\\{{0,8}}{re.escape(c)}|{re.escape(escape(c))}|(?i:{codes}))"
 
 
 def public(text: str, url: str, most: int = 200) -> str:
     """A text from outside in one line that can be shown, without secrets. url: the server's."""
     text = re.sub(r"(?<=://)[^/\s]*@", "", hidden(text, url))
     text = " ".join(text.split())[:most]
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)[:most]
 
 
 def ask(url: str, body: dict[str, Any], timeout: float) -> str:
@@ -168,7 +168,7 @@ def ask(url: str, body: dict[str, Any], timeout: float) -> str:
     if not response.is_success:
         status = response.status_code
         phrase = public(response.reason_phrase, url)
-        problem = f"HTTP {status} {phrase}, {public(text, url)!r}{HINTS.get(status, '')}"
+        problem = f'HTTP {status} {phrase}, "{public(text, url)}"{HINTS.get(status, "")}'
         about_schema = re.search("response_?format|schema|grammar|structured", text, re.IGNORECASE)
         if not ("response_format" in body and status in (400, 422) and about_schema):
             raise InputError(place, MISSING, problem)
@@ -178,13 +178,13 @@ def ask(url: str, body: dict[str, Any], timeout: float) -> str:
     try:
         message = parse_json(data, Completion, url).choices[0].message
     except InputError:
-        problem = f"not a chat completion: {public(text, url)!r}"
+        problem = f'not a chat completion: "{public(text, url)}"'
         raise InputError(place, MISSING, problem) from None
     content = hidden(message.content or "", url, 8)  # It is written to a file.
     content = content.rpartition("</think>")[2].partition("<think>")[0].strip()
     if message.refusal or not content:
         refusal = public(message.refusal or "an empty answer", url)
-        raise InputError(place, MISSING, f"the model refuses: {refusal!r}")
+        raise InputError(place, MISSING, f'the model refuses: "{refusal}"')
     return content
 
 

@@ -396,9 +396,7 @@ def attack_planner() -> Counter:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", nargs="*", default=["hub", "plan"])
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--verbose", action="store_true")
