@@ -1,28 +1,72 @@
 """From a name to files: a path, or a Hugging Face repository, downloaded unless it is in the cache.
 
-huggingface_hub lists, links and downloads. But its 2.4 deletes an unfinished file when a download
-breaks, so large files are downloaded here, under a lasting name from which the next run resumes.
+huggingface_hub knows what is in its cache, and transfers the bytes. But its own download makes
+paths of answers it has not checked, verifies no checksum, and deletes what is unfinished.
 """
 
 import hashlib
+import io
+import os
 import re
 import shutil
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Annotated, Any
 
+import httpx2
 import huggingface_hub as hub
 from huggingface_hub import constants
-from huggingface_hub.file_download import DryRunFileInfo, http_get, repo_folder_name
-from huggingface_hub.utils import WeakFileLock, build_hf_headers, disable_progress_bars
+from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
+from huggingface_hub.file_download import (
+    _cache_commit_hash_for_specific_revision,
+    _create_symlink,
+    http_get,
+    repo_folder_name,
+)
+from huggingface_hub.utils import WeakFileLock, hf_raise_for_status
+from msgspec import Meta, Struct
 from tqdm import tqdm
 
-from errors import MISSING, InputError, info
+from errors import CONFIG, MISSING, InputError, info, parse_json
+from formats.network import answer
 
 Name = str | Path | None
 Choices = list[list[str]]  # lists of patterns
-UNREACHABLE = hub.errors.DryRunError | hub.errors.LocalEntryNotFoundError
+Sha1 = Annotated[str, Meta(pattern=r"^[0-9a-f]{40}\Z")]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+OFFLINE = hub.errors.OfflineModeIsEnabled
+UNREACHABLE = OFFLINE | TimeoutError | httpx2.ConnectError | httpx2.TimeoutException
 ELSEWHERE = "download it elsewhere and give its path"
+SECONDS = 60  # for the list of a repository's files
+
+
+class Large(Struct):
+    """What git-lfs states of a file."""
+
+    sha256: Sha256
+    size: Annotated[int, Meta(ge=1, le=2**50)]
+
+
+class File(Struct, rename={"name": "rfilename", "oid": "blobId"}):
+    """A file of a repository. oid: git's, of a pointer if the file is in git-lfs."""
+
+    name: str
+    size: Annotated[int, Meta(ge=0, le=2**50)]
+    oid: Sha1
+    lfs: Large | None = None
+
+    def __post_init__(self) -> None:
+        self.size = self.lfs.size if self.lfs else self.size
+
+    @property
+    def sum(self) -> str:
+        return self.lfs.sha256 if self.lfs else self.oid
+
+
+class Listing(Struct, rename={"commit": "sha", "files": "siblings"}):
+    commit: Sha1
+    files: list[File]
 
 
 def is_repository(name: Name) -> bool:
@@ -32,6 +76,20 @@ def is_repository(name: Name) -> bool:
 
 def is_optional(pattern: str) -> bool:
     return pattern.endswith(".json")
+
+
+def is_plain(name: str) -> bool:
+    """Does it name a file in the folder itself or one below, on any system?"""
+    has_dots = any(part.strip(". ") == "" for part in name.split("/"))  # or is empty
+    return name.isprintable() and not has_dots and not re.search(r'[\\:*?"<>|]', name)
+
+
+def storage_of(repo: str) -> Path:
+    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"))
+
+
+def is_cached(repo: str) -> bool:
+    return any(storage_of(repo).glob("snapshots/*"))
 
 
 def locate(name: Name, choices: Choices, purpose: str) -> Path:
@@ -45,7 +103,7 @@ def locate(name: Name, choices: Choices, purpose: str) -> Path:
     if path.is_file() or path.is_dir():
         return path
     repo, _, file = str(name).partition(":")
-    if choices and is_repository(repo):
+    if choices and is_repository(repo) and (is_plain(file) or not file):
         if file:
             choices = [[file, *filter(is_optional, choices[0])]]
         return fetch(repo, choices, purpose) / file
@@ -60,43 +118,84 @@ def fetch(repo: str, choices: Choices, purpose: str) -> Path:
     try:
         for patterns, must in zip(choices, needed):
             with suppress(hub.errors.LocalEntryNotFoundError):
-                folder = Path(snapshot(repo, patterns, local_files_only=True))
+                how = dict(allow_patterns=patterns, ignore_patterns=[below(patterns)])
+                folder = Path(hub.snapshot_download(repo, local_files_only=True, **how))
                 if all(any(folder.glob(pattern)) for pattern in must):
                     return folder
+        listing = listed(repo)
         for patterns, must in zip(choices, needed):
-            files = snapshot(repo, patterns, dry_run=True)
-            names = [file.filename for file in files]
-            if all(any(fnmatchcase(name, x) for name in names) for x in must):
-                files = [file for file in files if file.will_download]
-                if files:
-                    download(repo, files, purpose)
-                return Path(snapshot(repo, patterns))
-    except (hub.errors.HTTPError, OSError, ValueError) as error:
+            files = [file for file in listing.files if is_chosen(file.name, patterns)]
+            if all(any(fnmatchcase(file.name, x) for file in files) for x in must):
+                return download(repo, listing, files, purpose)
+    except InputError:
+        raise
+    except Exception as error:  # The library's parsers raise almost any.
         problem = f"{reason(repo, error)}, or {ELSEWHERE}"
         raise InputError(purpose, MISSING, problem) from error
     wanted = ", nor ".join(" ".join(must) for must in needed)
     raise InputError(purpose, MISSING, f"the repository has not all of {wanted}; {ELSEWHERE}")
 
 
-def snapshot(repo: str, patterns: list[str], **how: bool) -> str | list[DryRunFileInfo]:
-    """The hub library's snapshot_download, but no * of a pattern reaches into a folder below."""
-    depth = max(pattern.count("/") for pattern in patterns)
-    how |= dict(allow_patterns=patterns, ignore_patterns=["*/" * (depth + 1) + "*"])
-    with disable_progress_bars():  # Large files have their own, in `complete`.
-        return hub.snapshot_download(repo, **how)
+def below(patterns: list[str]) -> str:
+    """What a * of the patterns may not reach: files in deeper folders."""
+    return "*/" * (max(pattern.count("/") for pattern in patterns) + 1) + "*"
 
 
-def download(repo: str, files: list[DryRunFileInfo], purpose: str) -> None:
-    """Print the size of what is missing, check free disk space, download files in git-lfs."""
+def is_chosen(name: str, patterns: list[str]) -> bool:
+    chosen = any(fnmatchcase(name, pattern) for pattern in patterns)
+    return chosen and not fnmatchcase(name, below(patterns))
+
+
+def headers() -> dict[str, str]:
+    """The library's own tell of this machine and ask for names of variables to look up in it."""
+    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else hub.get_token()
+    login = {"Authorization": f"Bearer {token}"} if token else {}
+    return {"User-Agent": f"hf_hub/{hub.__version__}", **login}
+
+
+def listed(repo: str) -> Listing:
+    """The newest commit and its files, without those whose names would lead elsewhere."""
+    url = f"{constants.ENDPOINT}/api/models/{repo}/revision/main?blobs=True"
+    response, body = answer("GET", url, SECONDS, CONFIG, headers=headers())
+    hf_raise_for_status(response)
+    try:
+        listing = parse_json(body, Listing, repo)
+    except InputError as error:
+        raise OSError(f"the list of its files: {error.problem}") from None
+    listing.files = [file for file in listing.files if is_plain(file.name)]
+    return listing
+
+
+def download(repo: str, listing: Listing, files: list[File], purpose: str) -> Path:
+    """The folder of links to these files, as the library makes it, when all have come."""
+    storage = storage_of(repo)
+    blobs = storage / "blobs"
+    missing = {file.sum: file for file in files if not (blobs / file.sum).exists()}
+    if missing:
+        announce(repo, list(missing.values()), blobs, purpose)
+    for file in missing.values():
+        complete(repo, listing.commit, file, blobs / file.sum)
+    tree = {}  # by which the library knows whether all files are there
+    for file in listing.files:
+        large = (file.sum, file.size) if file.lfs else ()
+        tree[file.name] = TreeCacheEntry(file.size, file.oid, *large)
+    write_tree_cache(str(storage), listing.commit, tree)
+    folder = storage / "snapshots" / listing.commit
+    for file in files:
+        place = folder / file.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not (place.exists() and place.samefile(blobs / file.sum)):
+            _create_symlink(str(blobs / file.sum), str(place))
+    _cache_commit_hash_for_specific_revision(str(storage), "main", listing.commit)
+    return folder
+
+
+def announce(repo: str, files: list[File], blobs: Path, purpose: str) -> None:
+    """Print how much is to be downloaded; InputError if there is no room for it."""
     cache = Path(constants.HF_HUB_CACHE)
-    blobs = cache / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
-    commit = files[0].commit_hash
-    about = hub.HfApi().model_info(repo, revision=commit, files_metadata=True)
-    sums = {x.rfilename: x.lfs.sha256 for x in about.siblings or [] if x.lfs}
-    large = [file for file in files if file.filename in sums]
-    paths = [blobs / f"{sums[file.filename]}.incomplete" for file in large]
-    missing = sum(file.file_size for file in files)
-    missing -= sum(path.stat().st_size for path in paths if path.exists())
+    begun = [blobs / f"{file.sum}.incomplete" for file in files]
+    missing = sum(file.size for file in files)
+    missing -= sum(path.stat().st_size for path in begun if path.exists())
     place = next(folder for folder in (cache, *cache.parents) if folder.exists())
     free = shutil.disk_usage(place).free
     size = tqdm.format_sizeof(missing, "B")
@@ -106,43 +205,54 @@ def download(repo: str, files: list[DryRunFileInfo], purpose: str) -> None:
         advice = "make room, or set HF_HUB_CACHE to another disk"
         raise InputError(purpose, MISSING, f"{amount} to download, but {room}; {advice}")
     info(f"{repo}: downloading {amount}, to {cache}")
-    for file, path in zip(large, paths):
-        complete(repo, file, path)
 
 
-def complete(repo: str, file: DryRunFileInfo, path: Path) -> None:
-    """Download the rest of a large file and make it a blob of the cache, named by its checksum."""
-    blob = path.with_suffix("")
-    storage = path.parents[1]
+class Limited(io.BufferedWriter):
+    """A file to append to, up to a size."""
+
+    def __init__(self, path: Path, most: int):
+        super().__init__(io.FileIO(path, "ab"))
+        self.most = most
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > self.most:
+            raise OSError(f"more than its {self.most} bytes arrive")
+        return super().write(data)
+
+
+def complete(repo: str, commit: str, file: File, blob: Path) -> None:
+    """Download the rest of a file and make it a blob of the cache, named by its checksum."""
+    storage = blob.parents[1]
     lock = storage.parent / ".locks" / storage.name / f"{blob.name}.lock"  # the library's
-    for folder in (path.parent, lock.parent):
+    for folder in (blob.parent, lock.parent):
         folder.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
         if blob.exists():  # Another worker has downloaded it.
             return
-        name = file.filename
-        with open(path, "ab") as end:
+        path = blob.with_name(f"{blob.name}.incomplete")
+        with Limited(path, file.size) as end:
             start = end.tell()
-            if start < file.file_size:
-                url = hub.hf_hub_url(repo, name, revision=file.commit_hash)
-                how = dict(headers=build_hf_headers(), displayed_filename=name)
-                http_get(url, end, resume_size=start, expected_size=file.file_size, **how)
-        # Where locks do nothing, two processes may have written to it.
-        if start and digest(path) != blob.name:
+            if start < file.size:
+                url = hub.hf_hub_url(repo, file.name, revision=commit)
+                how = dict(headers=headers(), displayed_filename=file.name)
+                http_get(url, end, resume_size=start, expected_size=file.size, **how)
+            end.flush()
+            os.fsync(end.fileno())
+        if checksum(path, file) != file.sum:
             path.unlink()
-            raise OSError(f"{name} was damaged and is removed")
+            raise OSError(f"{file.name} was damaged and is removed")
         path.replace(blob)
 
 
-def digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def checksum(path: Path, file: File) -> str:
+    """By the hash that names it: git's of a blob, or that of the bytes alone."""
+    start = hashlib.sha256() if file.lfs else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with open(path, "rb") as data:
+        return hashlib.file_digest(data, lambda: start).hexdigest()
 
 
 def reason(repo: str, error: Exception) -> str:
     """What is wrong, and what to do."""
-    if isinstance(error, UNREACHABLE) and isinstance(error.__cause__, hub.errors.HfHubHTTPError):
-        error = error.__cause__
     if isinstance(error, hub.errors.GatedRepoError):  # It is a RepositoryNotFoundError, too.
         accept = f"accept its license at https://huggingface.co/{repo}"
         return f"the repository is gated: {accept}, then run `hf auth login` or set HF_TOKEN"

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import huggingface_hub
 import pytest
 import tiny
 from huggingface_hub import constants
@@ -45,6 +46,8 @@ class Hub(ThreadingHTTPServer):
         self.refusal: tuple[int, str] | None = None  # status and X-Error-Code for every file
         self.cut: dict[str, int] = {}  # of these files only so many bytes are sent
         self.tokens_elsewhere: list[str] = []
+        self.described: dict[str, dict] = {}  # what is said of a file, other than it is
+        self.content: dict[str, bytes] = {}  # what is sent of a file, other than it is
 
     def sent(self) -> set[str]:
         return {name for method, name, _ in self.requests if method == "GET" and name in self.files}
@@ -88,12 +91,13 @@ class Handler(BaseHTTPRequestHandler):
     def described(self, name: str, key: str, checksum: str) -> dict:
         content = self.server.files[name]
         lfs = {"size": len(content), "pointerSize": 134, checksum: hashlib.sha256(content).hexdigest()}
-        blob = hashlib.sha1(content).hexdigest()
-        return {key: name, "size": len(content), "oid": blob, "blobId": blob} | ({"lfs": lfs} if is_large(name) else {})
+        blob = git_sum(content)
+        about = {key: name, "size": len(content), "oid": blob, "blobId": blob}
+        return about | ({"lfs": lfs} if is_large(name) else {}) | self.server.described.get(name, {})
 
     def send_file(self, name: str) -> None:
-        content = self.server.files[name]
-        etag = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        content = self.server.content.get(name, self.server.files[name])
+        etag = {"ETag": f'"{git_sum(content)}"', "X-Repo-Commit": COMMIT}
         start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "bytes=0-")[1])
         size = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
         most = self.server.cut.get(name, len(content)) - start
@@ -111,6 +115,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+def git_sum(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def is_large(name: str) -> bool:
@@ -178,6 +186,7 @@ def test_of_a_repository_with_both_formats_the_single_files_are_downloaded(fake,
         here = Path(constants.HF_HUB_CACHE) / "models--org--name" / "snapshots" / COMMIT
         assert source.path.read_bytes() == (folder / source.path.relative_to(here)).read_bytes()
     assert fake.tokens_elsewhere == []
+    assert not [page for _, page, _ in fake.requests if page.startswith("/api") and REPO not in page]
 
 
 @pytest.mark.parametrize("missing", [FLUX, "ae.safetensors"])
@@ -286,6 +295,63 @@ def test_an_unfinished_file_is_taken_or_if_it_is_damaged_removed(fake, start):
     assert start or fake.ranges(FLUX) == []
 
 
+SMALL = "text_encoder/config.json"
+
+
+@pytest.mark.parametrize("name", [FLUX, SMALL])
+@pytest.mark.parametrize("more", [b"", b"x" * 30_000], ids=["other bytes", "too many"])
+def test_what_is_not_as_stated_is_never_taken(fake, name, more):
+    fake.content[name] = fake.files[name][:-1] + b"\0" + more
+    refuse("more than its .* bytes arrive|was damaged and is removed|should be of size", REPO)
+    assert not hub.is_cached(REPO)
+    del fake.content[name]
+    assert weights.find(REPO).flux.path.read_bytes() == fake.files[FLUX]
+    assert hub.is_cached(REPO)
+
+
+LIES = [
+    {"lfs": {"sha256": "../../../../x", "size": 7}},
+    {"lfs": {"sha256": "/tmp/x", "size": 7}},
+    {"lfs": {"sha256": "0" * 64 + "\n", "size": 7}},
+    {"lfs": {"sha256": "0" * 64, "size": 0}},
+    {"lfs": {"sha256": "0" * 64, "size": -1}},
+    {"blobId": "../x"},
+    {"size": None},
+    {"rfilename": 1},
+]
+
+
+@pytest.mark.parametrize("lie", LIES, ids=str)
+def test_a_list_of_files_that_is_wrong_in_a_field_is_not_used(fake, lie):
+    fake.described[FLUX] = lie
+    refuse("the list of its files: damaged JSON .*siblings", REPO)
+    assert fake.sent() == set() and not Path(constants.HF_HUB_CACHE).exists()
+
+
+def test_names_that_lead_elsewhere_are_left_out(fake, tmp_path):
+    for name in "../x.json", "/tmp/x.json", "text_encoder/../../../x.json", "a\\..\\x.json", "C:x.json", "a\0.json":
+        assert not hub.is_plain(name)
+        fake.described[SMALL] = {"rfilename": name}
+        hub.locate(REPO, [[FLUX, "*.json", "*/*.json"]], "--model")
+        assert not hub.is_plain(name) and not list(tmp_path.rglob("x.json"))
+    with pytest.raises(InputError, match="there is no such file or folder"):
+        hub.locate(f"{REPO}:../../x", [["*.json"]], "--lora")
+
+
+def test_the_library_finds_in_the_cache_what_was_downloaded(fake, folder):
+    assert not hub.is_cached(REPO)
+    place = weights.find(REPO).flux.path.parent
+    assert hub.is_cached(REPO) and (place / FLUX).is_symlink()
+    how = {"local_files_only": True, "cache_dir": constants.HF_HUB_CACHE}
+    assert huggingface_hub.hf_hub_download(REPO, FLUX, **how) == str(place / FLUX)
+    patterns = [FLUX, "text_encoder/*.json"]
+    assert huggingface_hub.snapshot_download(REPO, allow_patterns=patterns, **how) == str(place)
+    fake.requests.clear()
+    how["local_files_only"] = False
+    assert huggingface_hub.hf_hub_download(REPO, FLUX, **how) == str(place / FLUX)
+    assert fake.sent() == set()
+
+
 def write_unfinished(content: bytes, start: bytes) -> None:
     blobs = Path(constants.HF_HUB_CACHE) / "models--org--name" / "blobs"
     blobs.mkdir(parents=True)
@@ -329,7 +395,7 @@ def test_what_goes_wrong_on_the_hub_is_one_sentence(fake, monkeypatch, problem):
         monkeypatch.setattr(constants, *problem)
     refuse(f"^--model org/name: .*{PROBLEMS[problem]}", REPO)
     cache = Path(constants.HF_HUB_CACHE)
-    assert fake.sent() == set() and not list(cache.glob("models--*/snapshots/*"))
+    assert len(fake.sent()) <= 1 and not list(cache.glob("models--*/snapshots/*"))
 
 
 def test_a_full_disk_is_one_sentence(fake, monkeypatch):

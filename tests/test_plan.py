@@ -1,11 +1,16 @@
 """The planner, against a server that speaks /v1/chat/completions: what it sends, takes, asks again and gives up on."""
 
+import contextlib
+import gzip
+import html
 import json
 import socket
 import threading
 import time
 import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import repeat
+from urllib.parse import quote
 
 import pytest
 
@@ -53,9 +58,13 @@ class Handler(BaseHTTPRequestHandler):
         if status is None:  # stays silent until the test is over
             self.server.wait.wait(10)
             return
-        self.send_response(status)
+        self.send_response(status, self.server.reason)
+        if isinstance(text, bytes):
+            self.send_header("Content-Encoding", "gzip")
         self.end_headers()
-        self.wfile.write(text.encode())
+        with contextlib.suppress(OSError):  # The program hangs up.
+            for part in [text] if isinstance(text, str | bytes) else text:
+                self.wfile.write(part if isinstance(part, bytes) else part.encode())
 
     def log_message(self, *args):
         pass
@@ -70,6 +79,7 @@ def server(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.asked = []
     server.wait = threading.Event()
+    server.reason = None
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
@@ -266,6 +276,71 @@ def test_no_answer_is_one_sentence(server, ask):
         assert f"{url}/chat/completions: no answer (" in fails(ask, GOOD, url=url)
 
 
+def dripping():
+    while True:
+        time.sleep(0.05)
+        yield " "
+
+
+def test_an_answer_has_1_mb_at_most_and_comes_within_the_time(server, ask):
+    for answer, words in (
+        ((200, dripping()), "timed out) in 0.3 s"),
+        ((200, repeat("[" * 100_000)), "more than 1,000,000 bytes"),
+        ((500, repeat('"message":"xxx' * 10_000)), "more than 100,000 bytes"),
+        ((200, gzip.compress(b" " * 50_000_000)), "more than 1,000,000 bytes"),
+        ((200, "[" * 900_000), NO_CHAT),
+        ((500, "\x1b[2J\u202e" * 9_000), '500 Internal Server Error, "\\x1b[2J'),
+    ):
+        start = time.monotonic()
+        message = fails(ask, answer, timeout=0.3)
+        assert words in message and len(message) < 400
+        assert time.monotonic() - start < 2
+    ask((200, gzip.compress(completion(GOOD)[1].encode())))
+
+
+def test_a_layout_that_could_not_be_read_is_no_layout(server, ask):
+    long = "x" * 15_000
+    for answer, words in (
+        (answer_with(LEFT, prompt="x" * 20_001), "prompt: at most 20,000 characters"),
+        (answer_with(*[region(i, 0, i + 1, 9, long) for i in range(20)]), "more than 200,000 bytes"),
+        (answer_with(*[LEFT] * 5000), "at most 61"),
+    ):
+        ask(answer, GOOD)
+        assert words in ask.messages[0]
+
+
+FORMS = [
+    str,
+    repr,
+    quote,
+    html.escape,
+    lambda text: json.dumps(text)[1:-1],
+    lambda text: json.dumps(json.dumps(text)),
+    lambda text: "".join(f"\\u{ord(c):04X}" for c in text),
+    lambda text: "".join(f"%{ord(c):02x}" for c in text),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_secret_that_is_echoed_in_some_form_is_not_shown_nor_written(server, ask, monkeypatch, form):
+    key = 'sk-"very\\secret/01+<&'
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    url = server.url.replace("//", "//user:p%C3%A9ss%22word@")
+    echoed = form(key) + " and " + form('péss"word') if form is not FORMS[-1] else form(key)
+    server.reason = "\x1b[2J" + key
+    message = fails(ask, (500, echoed), url=url)
+    assert "HTTP 500 \\x1b[2J[key], " in message and message.count("[key]") >= 2
+    server.reason = None
+    layout = ask(answer_with(LEFT, prompt=f"a cat, {echoed}, a dog"), url=url)
+    for text in (message, json.dumps(layout)):
+        assert "secret" not in text and "word" not in text and "73%65" not in text
+
+
+def test_a_key_that_is_a_word_stays_in_the_plan(server, ask, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "EMPTY")
+    assert ask(answer_with(LEFT, prompt="an EMPTY street"))["prompt"] == "an EMPTY street"
+
+
 def test_a_password_in_the_address_is_used_but_never_shown(server, ask, monkeypatch):
     url = server.url.replace("//", "//user:pass-word@")
     ask("{", GOOD, url=url)
@@ -278,7 +353,7 @@ def test_a_password_in_the_address_is_used_but_never_shown(server, ask, monkeypa
 
 
 def test_a_key_that_no_header_can_hold_or_that_the_model_repeats_is_not_shown(server, ask, monkeypatch):
-    assert "unknown field `[key] x`" in fails(ask, json.dumps({f"{KEY}\nx": 1}))
+    assert "unknown field `[key]" in fails(ask, json.dumps({f"{KEY}\nx": 1}))
     for key in ("half\nother", "half\x1bother", "half…other"):
         monkeypatch.setenv("OPENAI_API_KEY", key)
         server.asked.clear()

@@ -6,17 +6,20 @@ The key comes from OPENAI_API_KEY alone: a stored token of the hub must not go t
 import json
 import os
 import re
+from base64 import b64encode
 from functools import partial
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+from urllib.parse import unquote
 
 import msgspec
 import numpy as np
 import yaml
-from huggingface_hub import get_session
-from msgspec import Struct
+from msgspec import Meta, Struct
 
-from errors import MISSING, InputError, info
+from errors import LAYOUT, MISSING, InputError, info, parse_json, parsed
+from formats.network import answer
 from regional.layout import MAX_REGIONS
 from regional.reader import read_layout
 from tools.flags import naming
@@ -29,6 +32,8 @@ overlap a little, but none may lie wholly under others. Leave out nothing that i
 {schema}"""
 HEADER = "# A plan to edit: boxes are x0, y0, x1, y1. Then: python generate.py --layout FILE\n"
 CHECK_KEY = "; check OPENAI_API_KEY"
+MOST = 1_000_000  # bytes of an answer
+MOST_PROMPT = 20_000  # characters
 HINTS = {401: CHECK_KEY, 403: CHECK_KEY, 404: "; check --llm-url and --llm-model"}
 
 
@@ -59,12 +64,27 @@ class Plan(Struct, forbid_unknown_fields=True):
     regions: list[Part]
 
 
+class Message(Struct):
+    content: str | None = None
+    refusal: str | None = None
+
+
+class Choice(Struct):
+    message: Message
+
+
+class Completion(Struct):
+    """What is used of an answer to /chat/completions."""
+
+    choices: Annotated[list[Choice], Meta(min_length=1)]
+
+
 def plan(
     prompt: str, width: int, height: int, url: str | None = None, model: str | None = None,
     timeout: float = 120,
 ) -> dict[str, Any]:  # fmt: skip
     """A layout's keys, with boxes in percent. What is no layout is asked for again, twice at most.
-    url: by default OPENAI_BASE_URL. timeout: seconds without a byte."""
+    url: by default OPENAI_BASE_URL. timeout: seconds for an answer."""
     given = {"prompt": prompt, "width": width, "height": height}
     with naming(None, given):
         read_layout(None, given)  # fails without asking
@@ -85,18 +105,18 @@ def plan(
     if model:
         body["model"] = model
     for _ in range(3):
-        answer = ask(url, body, timeout)
+        content = ask(url, body, timeout)
         try:
-            return layout_of(answer, width, height)
+            return layout_of(content, width, height)
         except InputError as error:
-            problem = public(str(error))
-        info(f"{public(url)}: no layout: {problem}")
+            problem = public(str(error), url, 2000)
+        info(f"{public(url, url)}: no layout: {problem}")
         correction = f"This can't be used: {problem} Answer with the whole JSON object, corrected."
-        messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "assistant", "content": content})
         messages.append({"role": "user", "content": correction})
     how = "" if "response_format" in body else " (without a JSON Schema, which it does not take)"
     problem = f"no layout in three answers{how}; the last: {problem.removesuffix('.')}"
-    raise InputError(public(url), MISSING, problem)
+    raise InputError(public(url, url), MISSING, problem)
 
 
 def key() -> str:
@@ -106,58 +126,89 @@ def key() -> str:
     raise InputError("OPENAI_API_KEY", MISSING, "it has characters that no key has")
 
 
-def public(text: str) -> str:
-    """A text from outside in one line, without the key, and without users and passwords in URLs."""
-    text = re.sub(r"(?<=://)[^/\s]*@", "", text.replace(key() or "\0", "[key]"))
-    return " ".join(text.split())
+def hidden(text: str, url: str, least: int = 4) -> str:
+    """A text without the key and the URL's password, however a server has escaped them.
+
+    least: shorter ones are no secrets; servers without keys take EMPTY or ollama.
+    """
+    login = url.split("/")[2].rpartition("@")[0]
+    password = unquote(login.partition(":")[2])
+    basic = b64encode(unquote(login).encode()).decode()
+    for secret in (key(), password, basic):
+        if len(secret) >= least:
+            text = re.sub("".join(map(any_form, secret)), "[key]", text)
+    return text
+
+
+def any_form(c: str) -> str:
+    """A pattern for a character as it is, or as in JSON, a URL or HTML."""
+    code = f"{ord(c):x}"
+    percent = "".join(f"%{byte:02x}" for byte in c.encode())
+    codes = rf"\\{{1,8}}(?:u0*|x0?){code}|&#x0*{code};|&#0*{ord(c)};|{percent}"
+    return rf"(?:\\{{0,8}}{re.escape(c)}|{re.escape(escape(c))}|(?i:{codes}))"
+
+
+def public(text: str, url: str, most: int = 200) -> str:
+    """A text from outside in one line that can be shown, without secrets. url: the server's."""
+    text = re.sub(r"(?<=://)[^/\s]*@", "", hidden(text, url))
+    text = " ".join(text.split())[:most]
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)[:most]
 
 
 def ask(url: str, body: dict[str, Any], timeout: float) -> str:
     """The model's answer without its thoughts. A schema that is refused is removed from `body`."""
     headers = {"Authorization": f"Bearer {key()}"} if key() else {}
+    place = public(url, url)
     try:
-        response = get_session().post(url, json=body, headers=headers, timeout=timeout)
+        response, data = answer("POST", url, timeout, MOST, json=body, headers=headers)
     except Exception as error:  # the HTTP library's have no common base, and may hold secrets
-        reason = public(str(error)) or type(error).__name__
-        raise InputError(public(url), MISSING, f"no answer ({reason}) in {timeout:g} s") from None
-    text = response.text
+        reason = public(str(error), url) or type(error).__name__
+        raise InputError(place, MISSING, f"no answer ({reason}) in {timeout:g} s") from None
+    text = data.decode(errors="replace")
     if not response.is_success:
         status = response.status_code
-        hint = HINTS.get(status, "")
-        problem = f"HTTP {status} {response.reason_phrase}, {public(text)[:200]!r}{hint}"
+        phrase = public(response.reason_phrase, url)
+        problem = f'HTTP {status} {phrase}, "{public(text, url)}"{HINTS.get(status, "")}'
         about_schema = re.search("response_?format|schema|grammar|structured", text, re.IGNORECASE)
         if not ("response_format" in body and status in (400, 422) and about_schema):
-            raise InputError(public(url), MISSING, problem)
-        info(f"{public(url)}: {problem}. Asking without a JSON Schema.")
+            raise InputError(place, MISSING, problem)
+        info(f"{place}: {problem}. Asking without a JSON Schema.")
         del body["response_format"]
         return ask(url, body, timeout)
     try:
-        message = response.json()["choices"][0]["message"]
-        content = message.get("content") or ""
-        content = content.rpartition("</think>")[2].partition("<think>")[0].strip()
-        refusal = message.get("refusal")
-    except (ValueError, LookupError, TypeError, AttributeError):
-        problem = f"not a chat completion: {public(text)[:200]!r}"
-        raise InputError(public(url), MISSING, problem) from None
-    if refusal or not content:
-        problem = f"the model refuses: {public(str(refusal or 'an empty answer'))[:200]!r}"
-        raise InputError(public(url), MISSING, problem)
+        message = parse_json(data, Completion, url).choices[0].message
+    except InputError:
+        problem = f'not a chat completion: "{public(text, url)}"'
+        raise InputError(place, MISSING, problem) from None
+    content = hidden(message.content or "", url, 8)  # It is written to a file.
+    content = content.rpartition("</think>")[2].partition("<think>")[0].strip()
+    if message.refusal or not content:
+        refusal = public(message.refusal or "an empty answer", url)
+        raise InputError(place, MISSING, f'the model refuses: "{refusal}"')
     return content
 
 
 def layout_of(answer: str, width: int, height: int) -> dict[str, Any]:
     """The layout's keys by the JSON in an answer; InputError if there is none that fits."""
+
+    def parse(text: str) -> Plan:
+        return msgspec.json.decode(text, type=Plan, strict=False)
+
     text = answer[answer.find("{") : answer.rfind("}") + 1]
-    try:
-        found = msgspec.json.decode(text, type=Plan, strict=False)
-    except (msgspec.DecodeError, UnicodeError) as error:
-        raise InputError("the JSON", MISSING, f"not as asked for: {error}") from None
+    found = parsed(parse, text, "the JSON", "not as asked for")
     if not found.prompt.strip() or not found.regions:
         raise InputError("prompt, regions", MISSING, "they must not be empty")
+    if len(found.regions) > MAX_REGIONS:
+        raise InputError("regions", MISSING, f"at most {MAX_REGIONS} are possible")
+    prompts = [found.prompt, found.background_prompt, *(part.prompt for part in found.regions)]
+    if max(map(len, prompts)) > MOST_PROMPT:
+        raise InputError("prompt", MISSING, f"at most {MOST_PROMPT:,} characters are possible")
     check_boxes([msgspec.structs.astuple(region.box) for region in found.regions])
     layout = {"width": width, "height": height, **msgspec.to_builtins(found)}
     for region in layout["regions"]:
         region["box"] = [f"{edge}%" for edge in region["box"].values()]
+    if len(as_yaml(layout).encode(errors="replace")) > LAYOUT:
+        raise InputError("the layout", MISSING, f"its file would have more than {LAYOUT:,} bytes")
     read_layout(None, layout)
     return layout
 
@@ -175,8 +226,11 @@ def check_boxes(boxes: list[tuple[int, int, int, int]]) -> None:
             raise InputError(f"regions[{i}].box", list(boxes[i]), "other regions cover all of it")
 
 
+def as_yaml(layout: dict[str, Any]) -> str:
+    style = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None, "width": 110}
+    return HEADER + yaml.safe_dump(layout, **style)
+
+
 def write_plan(layout: dict[str, Any], file: Path, overwrite: bool = False) -> None:
     check_writable(file, overwrite)
-    style = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None, "width": 110}
-    text = HEADER + yaml.safe_dump(layout, **style)
-    write(file, partial(Path.write_text, data=text, encoding="utf-8"))
+    write(file, partial(Path.write_text, data=as_yaml(layout), encoding="utf-8"))
