@@ -37,8 +37,18 @@ from msgspec import Meta
 from PIL import Image
 
 from errors import (
-    CONFIG, LAYOUT, MISSING, SOURCE, InputError, info, opened_image, parsed, read_text, shown, warn,
-)  # fmt: skip
+    CONFIG,
+    LAYOUT,
+    MISSING,
+    SOURCE,
+    InputError,
+    info,
+    opened_image,
+    parsed,
+    read_text,
+    shown,
+    warn,
+)
 from regional.images import readable
 from regional.layout import FLUX_DEV, MAX_REGIONS, RGB, SHAPES, Layout, Region
 from regional.mask import in_polygons, pixels_inside
@@ -254,7 +264,8 @@ def from_coco(data: Any, source: Source) -> Data:
     check_size(layout, source)
     for key, shape in shapes.items():
         if overlapping(shape.get("polygon", []), image.width, image.height):
-            warn(f"{key}.segmentation: its polygons overlap; a layout leaves out what two of them cover")
+            problem = "its polygons overlap; a layout leaves out what two of them cover"
+            warn(f"{key}.segmentation: {problem}")
     return layout
 
 
