@@ -115,13 +115,19 @@ def region_tokens(layout: Layout) -> RegionTokens:
 
 def regional_stages(layout: Layout, tokens: RegionTokens) -> list[tuple[int, Tensor]]:
     """The regional steps in stages of equal settings: where each ends, and the base branch's
-    weight for each image token, 1 where a region's steps are over."""
+    weight for each image token."""
+    return [(end, tokens.mean(ratios)) for end, ratios in stage_ratios(layout, tokens)]
+
+
+def stage_ratios(layout: Layout, tokens: RegionTokens) -> list[tuple[int, list[float]]]:
+    """Where each stage ends, and the base branch's weight for each region, 1 where its steps
+    are over."""
     parts = (*layout.regions, layout)[: len(tokens.prompts)]  # the layout is the background
     stages = []
     start = 0
     for end in sorted({part.mask_inject_steps for part in parts} - {0}):
         ratios = [part.base_ratio if start < part.mask_inject_steps else 1.0 for part in parts]
-        stages.append((end, tokens.mean(ratios)))
+        stages.append((end, ratios))
         start = end
     return stages
 
@@ -202,8 +208,16 @@ def most_covered(region: Region, layout: Layout) -> np.ndarray:
         x0, y0, x1, y1 = region.box
         area = np.outer(overlap(y0, y1, h), overlap(x0, x1, w))
     elif region.polygon:
-        fine = in_polygons(region.polygon, 4 * np.arange(4 * w) + 2, 4 * np.arange(4 * h) + 2)
-        area = fine.reshape(h, 4, 4 * w).sum(axis=1, dtype=np.uint8).reshape(h, w, 4).sum(axis=2)
+        points = np.array([point for points in region.polygon for point in points])
+        (left, top), (right, bottom) = points.min(axis=0) // 16, points.max(axis=0) // 16 + 1
+        columns = np.arange(min(left, w - 1), min(right, w), dtype=int)
+        rows = np.arange(min(top, h - 1), min(bottom, h), dtype=int)
+        x = np.arange(16 * columns[0] + 2, 16 * columns[-1] + 16, 4)
+        y = np.arange(16 * rows[0] + 2, 16 * rows[-1] + 16, 4)
+        fine = in_polygons(region.polygon, x, y).reshape(len(rows), 4, -1)
+        fine = fine.sum(axis=1, dtype=np.uint8).reshape(len(rows), -1, 4).sum(axis=2)
+        area = np.zeros((h, w), dtype=int)
+        area[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = fine
         if not area.any():  # It is smaller still: the token of its first point counts.
             x, y = region.polygon[0][0]
             area[min(int(y) // 16, h - 1), min(int(x) // 16, w - 1)] = 1

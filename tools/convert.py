@@ -264,7 +264,8 @@ def from_coco(data: Any, source: Source) -> Data:
     check_size(layout, source)
     for key, shape in shapes.items():
         if overlapping(shape.get("polygon", []), image.width, image.height):
-            warn(f"{key}.segmentation: its polygons overlap; a layout leaves out what two of them cover")
+            problem = "its polygons overlap; a layout leaves out what two of them cover"
+            warn(f"{key}.segmentation: {problem}")
     return layout
 
 

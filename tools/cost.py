@@ -5,7 +5,7 @@ from functools import cache, partial
 from model.transformer import FluxParams
 from regional.attention import allowed
 from regional.layout import FLUX_DEV, Layout
-from regional.mask import RegionTokens, regional_stages
+from regional.mask import RegionTokens, stage_ratios
 
 Stage = tuple[int, int, str]  # its last step, the FLOPs of each of its steps, its name
 MOST_BITS = 2048  # distinct ones of which all pairs are counted; of more, a sample
@@ -47,8 +47,9 @@ def stages(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[Sta
     name = "composed of the regions' images" if layout.method == "rpg" else "regional"
     work = cache(partial(regional_flops, layout, params, tokens))
     found = []
-    for end, ratio in regional_stages(layout, tokens) if layout.regions else ():
-        base = bool(ratio.any())
+    covering = tokens.cover.any(dim=1).tolist()
+    for end, ratios in stage_ratios(layout, tokens) if layout.regions else ():
+        base = any(ratio > 0 for ratio, covers in zip(ratios, covering) if covers)
         what = name if base else f"{name}, no base branch"
         found.append((end, work(base), what))
     image = tokens.cover.shape[1]
