@@ -264,7 +264,7 @@ WARNINGS = [
     (layout(HALF, {"box": [160, 0, 208, 32]}), ""),
     (layout(HALF, {"box": [0, 0, 64, 128]}), "regions[1] lies wholly in regions[0];"),
     (layout({"box": [0, 0, 64, 128]}, HALF), "regions[0] lies wholly in regions[1];"),
-    (layout({"box": [0, 0, 64, 64]}, HALF, overlap="last"), "regions[0] lies under later"),
+    (layout({"box": [0, 0, 64, 64]}, HALF, overlap="last"), "regions[0] lies wholly under later"),
     (layout(HALF, RIGHT, MIDDLE), "regions[2] has no token of its own"),
     (layout(HALF, {"box": [161, 1, 163, 3]}), "regions[1] covers no token;regions[1] covers only 1"),
     (layout({**HALF, "strength": 0}), "regions[0] has strength 0:"),

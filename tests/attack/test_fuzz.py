@@ -292,7 +292,8 @@ TEXTS = {  # name: YAML, and what its sentence says, None where it is a layout
     "a mapping merged into itself": ("prompt: x\nregions: [&a {<<: *a}]", "holds itself"),
     "a long chain of aliases": (
         "prompt: [&a0 [], " + ", ".join(f"&a{i + 1} [*a{i}]" for i in range(9000)) + "]", "too much text|size"),
-    "a deep chain of aliases": ("prompt: [&a0 [], " + ", ".join(f"&a{i + 1} [*a{i}]" for i in range(900)) + "]", "str|too much text"),
+    "a deep chain of aliases": (
+        "prompt: [&a0 [], " + ", ".join(f"&a{i + 1} [*a{i}]" for i in range(900)) + "]", "str|too much text"),
     "10 ** 5000": ("prompt: x\nseed: 1" + "0" * 5000, "number of more than"),
     "a hexadecimal number of 190 kB": ("prompt: x\nseed: 0x" + "f" * 190_000, "number of more than"),
     "a sexagesimal number of 190 kB": ("prompt: x\nseed: 1" + ":59" * 60_000, "number of more than"),
