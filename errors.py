@@ -91,7 +91,7 @@ def describe(value: Any, most: int = 80) -> str:
     """A value as Python writes it, tuples as lists, cut to `most` characters."""
     try:
         text = repr(list(value) if isinstance(value, tuple) else value)
-    except (RecursionError, ValueError):  # nested too deeply; an integer of over 4300 digits
+    except (RecursionError, ValueError):  # nested deeply; an integer of 5000 digits
         return f"{type(value).__name__} of a size that can't be shown"
     return text if len(text) <= most else text[: most - 3] + "..."
 
@@ -190,9 +190,9 @@ def parse_json(data: bytes | str, kind: Any, file: str | Path) -> Any:
     return parsed(lambda text: msgspec.json.decode(text, type=kind), data, file, "damaged JSON")
 
 
-def converted(value: Any, kind: Any, file: str | Path) -> Any:
-    """A value that was parsed, as this type."""
-    return parsed(lambda value: msgspec.convert(value, kind), value, file, "damaged")
+def converted(value: Any, kind: Any, file: str | Path, what: str) -> Any:
+    """A value that was parsed, as this type. what: damaged header."""
+    return parsed(lambda value: msgspec.convert(value, kind), value, file, what)
 
 
 @contextmanager

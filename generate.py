@@ -12,12 +12,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
 from errors import InputError, info, print_error
 from formats.hub import is_repository
@@ -25,22 +24,11 @@ from pipeline import Pipeline, Prepared
 from regional.layout import FLUX_DEV, Layout
 from regional.reader import read_layout
 from settings import Settings
+from tools import jobs as batch
 from tools import metadata as written
 from tools.flags import Command, Output, naming, parse
-from tools.jobs import (
-    Failures,
-    Job,
-    Stop,
-    Tolerant,
-    device_of,
-    is_finished,
-    is_full,
-    layout_files,
-    plan_jobs,
-    worker_of,
-)
-from tools.metadata import Metadata
-from tools.writing import remove_unfinished
+from tools.jobs import Job, Stop
+from tools.metadata import Metadata, remove_unfinished
 
 CHUNK = 100  # layouts whose prompts are encoded together: some 2 GB of memory at full size
 Ready = tuple[Job, Prepared, Metadata]
@@ -50,7 +38,7 @@ POCKET = "this is the built-in pocket model; FLUX.1-dev: --model black-forest-la
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0; 2 for bad input; 1 if the machine refuses or some of many
     layouts failed; 130 for Ctrl-C and SIGTERM."""
-    streams = Tolerant(sys.stdout), Tolerant(sys.stderr)
+    streams = batch.Tolerant(sys.stdout), batch.Tolerant(sys.stderr)
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         return guarded(argv)
 
@@ -70,12 +58,9 @@ def guarded(argv: list[str] | None) -> int:
             print_error(error)
         return 2 if isinstance(error, InputError) else 1
     except (MemoryError, RuntimeError) as error:
-        if not is_full(error):
+        if not batch.is_full(error):
             raise
-        tips = ["--offload blocks"] if settings.offload != "blocks" else []
-        tips += ["--quantize fp8"] if settings.quantize != "fp8" else []
-        reason = " ".join(str(error).split())
-        info(f"generate.py: out of memory: {reason} Try {' or '.join(tips) or 'a smaller image'}.")
+        info(f"generate.py: out of memory: {batch.advice(error, settings)}")
         return 1
     except KeyboardInterrupt:
         info("generate.py: interrupted")
@@ -101,16 +86,16 @@ def run(command: Command, stop: Stop, start: float) -> int:
         from tools.check import run_dry
 
         return run_dry(command, read) if is_first(settings) else 0
-    files = layout_files(output)
-    worker = worker_of(output.shard, bool(settings.parallel))
-    failures = Failures(is_alone=len(files) == 1 or bool(settings.parallel))
+    files = batch.layout_files(output)
+    worker = batch.worker_of(output.shard, bool(settings.parallel))
+    failures = batch.Failures(is_alone=len(files) == 1 or bool(settings.parallel))
 
     def plan(size: int) -> list[Job]:
-        return plan_jobs(files, output, partial(read, size=size), worker, failures)
+        return batch.plan_jobs(files, output, partial(read, size=size), worker, failures)
 
     # Mistakes are found before a repository's gigabytes are downloaded.
     jobs = plan(FLUX_DEV.size) if is_repository(settings.model) else None
-    pipeline = Pipeline(msgspec.structs.replace(settings, device=device_of(settings.device)))
+    pipeline = Pipeline(msgspec.structs.replace(settings, device=batch.device_of(settings.device)))
     with contextlib.ExitStack() as stack:
         if pipeline.parallel:
             stack.callback(pipeline.parallel.close)
@@ -135,25 +120,18 @@ def run(command: Command, stop: Stop, start: float) -> int:
 
 
 def generate_all(
-    pipeline: Pipeline, jobs: list[Job], command: Command, failures: Failures, stop: Stop,
+    pipeline: Pipeline, jobs: list[Job], command: Command, failures: batch.Failures, stop: Stop,
     start: float,
 ) -> None:  # fmt: skip
     """Prepare up to CHUNK layouts at a time, then generate and write their images."""
     is_any = pipeline.parallel.is_any if pipeline.parallel else bool
-
-    @cache  # It runs once.
-    def report_first_step() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        info(f"the first step ended {seconds:.1f} s after the start")
 
     def check() -> None:
         if is_any(stop.is_asked):
             raise KeyboardInterrupt
 
     def on_step() -> None:
-        report_first_step()
+        batch.report_first_step(start)
         check()
 
     by_layout = [list(group) for _, group in itertools.groupby(jobs, lambda job: id(job.layout))]
@@ -183,7 +161,7 @@ def prepare(group: list[Job], pipeline: Pipeline, output: Output) -> list[Ready]
             info(f"{job.files['image']}: no step of it is regional, so it has no attention maps")
             del job.files["maps"]
         metadata = written.image_metadata(layout, job.seed, written.run_metadata(pipeline))
-        if is_finished(job, output, metadata):
+        if batch.is_finished(job, output, metadata):
             info(f"{job.files['image']}: exists already, made by the same settings; it is kept")
             print(job.files["image"])
         else:
@@ -201,26 +179,16 @@ def make(
     """Denoise, decode and write one image, and the other files of its job."""
     for file in job.files.values():
         remove_unfinished(file)
-    has_maps = "maps" in job.files
-    maps = pipeline.maps() if has_maps else None
+    maps = pipeline.maps() if "maps" in job.files else None
     with stop.drawing():
         latents = pipeline.denoise(prepared, job.seed, [maps.extend] if maps else [], on_step)
     if is_alone:
         pipeline.drop("flux")
     if not is_first(command.settings):
         return
-    if "latents" in job.files:
-        written.save_tensor("latents", latents, metadata, job.files["latents"])
     image = pipeline.decode(latents)
-    if "metadata" in job.files:
-        written.save_json(metadata, job.files["metadata"])
-    if has_maps:
-        from tools.sheets import save_maps
-
-        save_maps(maps, job.files["maps"].with_suffix(""), image, prepared.tokens.prompts, metadata)
-    file = job.files["image"]  # the last one: where it is, the others are, too
-    written.save_image(image, None if command.output.no_metadata else metadata, file)
-    print(file, flush=True)
+    batch.save(job, image, latents, maps, prepared.tokens, metadata, not command.output.no_metadata)
+    print(job.files["image"], flush=True)
 
 
 if __name__ == "__main__":

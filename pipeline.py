@@ -5,14 +5,14 @@
 
 A call is `prepare` (prompts and control images are encoded), `denoise` and `decode`.
 Components are loaded when they are needed and stay until `drop`. What not every image needs
-is imported where it is used. A pipeline is not thread-safe.
+is imported where it is used. Threads need a pipeline each.
 """
 
 import gc
-import math
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +56,21 @@ class Prepared(NamedTuple):
     control_latents: Tensor | None
 
 
+def alone(method: Callable) -> Callable:
+    """A method of a pipeline for one thread at a time; RuntimeError for the others."""
+
+    @wraps(method)
+    def checked(self: "Pipeline", *args: Any, **kwargs: Any) -> Any:
+        if not self.lock.acquire(blocking=False):
+            raise RuntimeError("this pipeline is in use by another thread")
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.lock.release()
+
+    return checked
+
+
 class Pipeline:
     """A model and how it runs: Pipeline(settings), or Pipeline(model, ...) with the fields
     of Settings. InputError for what this machine or the model's files do not allow."""
@@ -82,9 +97,11 @@ class Pipeline:
 
             self.parallel = Ulysses(self.device, weights.flux_params(flux).num_heads)
         self.parts = Parts(self)
+        self.lock = threading.RLock()
         self.embeddings: dict[str, Tensor] = {}
         self.loras: Loras = {}  # all that were read
 
+    @alone
     def __call__(self, layout: Layout, seed: int) -> Image.Image:
         prepared = self.prepare(layout)
         self.embeddings.clear()  # Ever new prompts must not fill the memory.
@@ -102,6 +119,7 @@ class Pipeline:
 
         return AttentionMaps(self.defaults.depth, self.defaults.depth_single_blocks)
 
+    @alone
     @torch.inference_mode()
     def prepare(self, layout: Layout) -> Prepared:
         """Read and encode what a layout names; most errors come before any loading."""
@@ -176,6 +194,7 @@ class Pipeline:
         self.embeddings[key] = encode()
         return self.embeddings[key]
 
+    @alone
     @torch.inference_mode()
     def denoise(
         self, prepared: Prepared, seed: int, extensions: Sequence[Extension] = (),
@@ -206,6 +225,7 @@ class Pipeline:
         self.parts.release()  # room for the VAE
         return latents
 
+    @alone
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Image.Image:
         vae = self.parts.get("ae")
@@ -268,15 +288,12 @@ class Parts:
         """About how many bytes the transformer and the ControlNets work with on a GPU."""
         if self.device.type != "cuda" or self.settings.offload == "blocks":
             return 0
-        from extensions.loading import find_controlnet
+        from extensions.loading import controlnet_bytes
         from runtime.memory import working_bytes
 
-        names = {control.model for control in layout.controlnets}
-        stored = [x for name in names for x in find_controlnet(name).tensors.values()]
-        numbers = sum(math.prod(tensor.shape) for tensor in stored)
         hidden = weights.flux_params(self.checkpoint.flux).hidden_size
         activations = working_bytes(hidden, layout, self.dtype, self.fp8)
-        return activations + numbers * self.dtype.itemsize
+        return activations + controlnet_bytes(layout, self.dtype)
 
     def load(self, name: str, merges: weights.Merges, room: int) -> tuple[nn.Module, list[Any]]:
         """A Part's module and streamed. room: bytes of the GPU to leave free."""

@@ -2,21 +2,20 @@
 `find`, which collects a model's components."""
 
 import re
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from formats.fp8 import Fp8Linear, can_multiply, to_fp8
 from formats.hub import Name, locate
-from formats.key_names import IGNORED, Rows, count
+from formats.key_names import IGNORED, count
+from formats.loader import Device, Loader, Merges, Recipe, State, fit_layers, fp8_layers
 from formats.recognize import WHAT, Source, find_model, pick, stacked_shape, tokenizer_folder
-from formats.safetensors import Stored, stored_fp8, values, whole, wrong
+from formats.safetensors import wrong
 from model.autoencoder import AutoEncoder, AutoEncoderParams
 from model.clip import CLIPParams, CLIPTextEncoder
 from model.t5 import T5Encoder, T5Params
@@ -121,13 +120,8 @@ def ae_params(source: Source) -> AutoEncoderParams:
 
 # ------------------------------------------------------------------------ loading
 
-Device = torch.device | str
-Merges = Mapping[str, Callable[[Tensor], Tensor]]  # by tensor: adds LoRAs to its float32
+
 NOTHING: Merges = {}
-State = dict[str, Tensor]
-Recipe = dict[str, list[Rows]]  # which rows of a file make up each tensor
-FP8_LAYERS = re.compile(r"blocks\.\d+\.(?!.*mod)")  # all of the blocks but the modulation
-MERGING = threading.Lock()  # A merge takes several times its matrix.
 
 
 class Kind(NamedTuple):
@@ -148,17 +142,12 @@ def load(
     on_host: Callable[[str], bool] = lambda name: False, fp8: bool = False,
     kind: Kind | None = None,
 ) -> nn.Module:  # fmt: skip
-    """The network of a source with its weights, frozen, in eval mode.
-
-    On the CPU, a tensor stored in the wanted dtype stays a view of its file.
-    on_host: which tensors stay in host memory. fp8: the layers of Flux's blocks become FP8.
-    kind: the network, if it is no component of a model.
-    """
+    """The network of a source with its weights, frozen. On the CPU, a tensor stored in the
+    wanted dtype stays a view of its file. on_host: which tensors stay in host memory. fp8:
+    the layers of Flux's blocks become FP8. kind: the network, if it is no component."""
     module, recipe = check_loads(source, kind)
     loader = Loader(source.tensors, recipe, module.state_dict(), device, dtype, merges)
-    layers = module.named_modules() if fp8 else ()
-    linear = [name for name, layer in layers if isinstance(layer, nn.Linear)]
-    in_fp8 = set(filter(FP8_LAYERS.search, linear))
+    in_fp8 = fp8_layers(module) if fp8 else set()
 
     def load_one(name: str) -> State:
         """The tensor of this name, and its scales where it is a weight in FP8."""
@@ -179,64 +168,6 @@ def load(
     return module.eval().requires_grad_(False)
 
 
-class Loader(NamedTuple):
-    """Makes a module's tensors from a file's."""
-
-    tensors: dict[str, Stored]
-    recipe: Recipe
-    module: State
-    device: Device
-    dtype: torch.dtype
-    merges: Merges
-
-    def tensor(self, name: str, device: Device) -> Tensor:
-        merge = self.merges.get(name)
-        if merge is None:
-            return self.stacked(name, device, self.dtype)
-        with MERGING:
-            precise = torch.promote_types(self.dtype, torch.float32)
-            return merge(self.stacked(name, device, precise)).to(self.dtype)
-
-    def fp8(self, name: str) -> tuple[Tensor, ...]:
-        """A weight (out, in) in FP8 and its scales (out, 1); stored ones are kept."""
-        rows = self.recipe[name]
-        stored = [self.tensors[row.key] for row in rows]
-        if name in self.merges or any(tensor.dtype != "F8_E4M3" for tensor in stored):
-            # At once, a large matrix would take several times its memory.
-            pieces = map(to_fp8, self.tensor(name, self.device).split(1024))
-        else:
-            parts = [slice(row.start, row.stop) for row in rows]
-            pieces = map(partial(stored_fp8, device=self.device), stored, parts)
-        return tuple(torch.cat(parts) for parts in zip(*pieces))
-
-    def stacked(self, name: str, device: Device, dtype: torch.dtype) -> Tensor:
-        """A tensor's rows, one piece below the other."""
-        rows = self.recipe[name]
-        shape = self.module[name].shape
-        if len(rows) == 1 and rows[0].stop is None:
-            return whole(self.tensors[rows[0].key], device, dtype).reshape(shape)
-        out = torch.empty(shape, device=device, dtype=dtype)
-        start = 0
-        for row in rows:
-            piece = values(self.tensors[row.key], device, dtype)
-            piece = piece[row.start : row.stop]
-            out[start : start + len(piece)] = piece
-            start += len(piece)
-        return out
-
-
-def fit_layers(module: nn.Module, fp8: set[str], state: State, device: torch.device) -> None:
-    """Replace layers that become FP8, and an img_in that a control LoRA made wider."""
-    with torch.device("meta"):
-        for name in fp8:
-            layer = module.get_submodule(name)
-            sizes = (layer.in_features, layer.out_features)
-            module.set_submodule(name, Fp8Linear(*sizes, can_multiply(device)))
-        weight = state.get("img_in.weight")
-        if weight is not None and weight.shape != module.img_in.weight.shape:
-            module.img_in = nn.Linear(*reversed(weight.shape))
-
-
 def on_meta(source: Source, kind: Kind | None = None) -> nn.Module:
     kind = kind or KINDS[source.part]
     with torch.device("meta"):
@@ -244,8 +175,7 @@ def on_meta(source: Source, kind: Kind | None = None) -> nn.Module:
 
 
 def check_loads(source: Source, kind: Kind | None = None) -> tuple[nn.Module, Recipe]:
-    """The module, on the meta device, and where its tensors are. InputError for a missing,
-    misshapen or surplus key."""
+    """The module, on the meta device, and where its tensors are, each there and no more."""
     module = on_meta(source, kind)
     recipe = {}
     used = set()
@@ -259,7 +189,7 @@ def check_loads(source: Source, kind: Kind | None = None) -> tuple[nn.Module, Re
                 found = f"{stored.key} is stored as {stored.dtype}"
                 raise wrong(stored.file, f"{found}, which is not supported")
         found = stacked_shape(rows, source.tensors)
-        ones = (1,) * (len(shape) - len(found))  # 1 x 1 convolutions also come as matrices
+        ones = (1,) * (len(shape) - len(found))  # 1 x 1 convolutions may be matrices
         if found + ones != shape:
             raise source.misshapen(rows[-1].key, f"{shape} for {name}")
     ignored = re.compile(IGNORED.get(source.part, "(?!)"))
@@ -289,11 +219,8 @@ class Checkpoint(NamedTuple):
 def find(
     model: Name = None, flux: Name = None, t5: Name = None, clip: Name = None, ae: Name = None,
 ) -> Checkpoint:  # fmt: skip
-    """The components of a model, from headers alone.
-
-    model: a repository, a folder in either format, an all-in-one file, or "pocket", the
-    default. The others override components by a file or a folder.
-    """
+    """The components of a model, from headers alone. model: a repository, a folder, an
+    all-in-one file, or "pocket", the default. The others override components."""
     given = {"flux": flux, "t5": t5, "clip": clip, "ae": ae}
     missing = [part for part in given if not given[part]]
     place = find_model(str(model or "pocket"), missing) if model or missing else None
@@ -302,7 +229,7 @@ def find(
         own = locate(path, [], f"--{part} {path}") if path else place
         sources[part] = pick(part, f"--{part}" if path else "--model", own)
     check_widths(**sources)
-    for source in sources.values():  # now, as it may take minutes until the next is loaded
+    for source in sources.values():  # before minutes of loading
         check_loads(source)
     # The default model's tokenizers are for its own encoders alone.
     near = place if model or not clip else None

@@ -35,8 +35,8 @@ from pocket.detect import borders_agree, look_of  # noqa: E402
 from pocket.judge import Case, judge, random_case, wanted_scene  # noqa: E402
 from pocket.scenes import draw  # noqa: E402
 from regional.layout import PRESETS, Control, Layout, RegionLora  # noqa: E402
+from tools.metadata import write  # noqa: E402
 from tools.sheets import contact_sheet  # noqa: E402
-from tools.writing import write  # noqa: E402
 
 RUN, DOCS, ADAPTERS = ROOT / "benchmarks" / "run", ROOT / "docs" / "control", ROOT / "pocket" / "adapters"
 STEPS, DTYPE = 10, "bfloat16"  # as control.py

@@ -26,11 +26,11 @@ from typing import NamedTuple
 
 os.environ["OMP_NUM_THREADS"] = "1"  # workers are forked: no thread may have been started before
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import files  # noqa: E402
 import yaml  # noqa: E402
 
 import generate  # noqa: E402
 import weights  # noqa: E402
+from tools import metadata, sheets  # noqa: E402
 
 IMAGES = 24
 WORKERS = (1, 2, 3)
@@ -105,7 +105,7 @@ def fork(flags: list[str], slow: bool, folder: Path, before: int) -> int:
         for stream in (1, 2):
             os.dup2(os.open(folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
         if slow:
-            files.write = slowly
+            metadata.write = sheets.write = slowly
         count_operations(folder, before)
         code = generate.main(flags)
         (folder / "operations").write_text(str(operations))
@@ -132,8 +132,8 @@ def count_operations(folder: Path, before: int) -> None:
     sys.addaudithook(hook)
 
 
-def slowly(path: Path, save: Callable, write: Callable = files.write) -> None:
-    """files.write, with a file that lies there half-written for a while."""
+def slowly(path: Path, save: Callable, write: Callable = metadata.write) -> None:
+    """metadata.write, with a file that lies there half-written for a while."""
 
     def save_slowly(file: Path) -> None:
         save(file)

@@ -50,6 +50,7 @@ from benchmarks.failures import Failures  # noqa: E402
 from formats import key_names as namings  # noqa: E402
 from formats import recognize  # noqa: E402
 from formats.fp8 import Fp8Linear, can_multiply, to_fp8  # noqa: E402
+from formats.loader import FP8_LAYERS  # noqa: E402
 from model.attention import Attention, plain_attention
 from model.transformer import Flux, FluxParams  # noqa: E402
 from pipeline import Pipeline, Prepared
@@ -131,7 +132,7 @@ def in_fp8(flux: Flux) -> Flux:
     """A second module whose blocks' matrices are in 8 bits, as weights.load makes them; the rest is shared."""
     other = twin(flux)
     for name, layer in list(other.named_modules()):
-        if isinstance(layer, nn.Linear) and weights.FP8_LAYERS.search(name):
+        if isinstance(layer, nn.Linear) and FP8_LAYERS.search(name):
             with torch.device("meta"):
                 small = Fp8Linear(layer.in_features, layer.out_features, can_multiply(layer.weight.device))
             numbers, scale = to_fp8(layer.weight)

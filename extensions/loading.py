@@ -1,5 +1,6 @@
 """The LoRAs and ControlNets that a layout names: found, read and checked."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -103,6 +104,13 @@ def find_controlnet(name: str, flag: str = "--controlnet") -> Source:
     source = weights.pick("controlnet", flag, place)
     weights.check_loads(source, CONTROLNET)
     return source
+
+
+def controlnet_bytes(layout: Layout, dtype: torch.dtype) -> int:
+    """What a layout's ControlNets take in memory."""
+    sources = [find_controlnet(name) for name in {x.model for x in layout.controlnets}]
+    stored = [tensor for source in sources for tensor in source.tensors.values()]
+    return dtype.itemsize * sum(math.prod(tensor.shape) for tensor in stored)
 
 
 def check_base(controlnet: Source, flux: Source) -> None:

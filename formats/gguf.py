@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errors import HEADER
-
 MAGIC = b"GGUF"
 QUANTIZED = "GGUF "  # begins the dtype of what has to be dequantized: "GGUF Q4_K"
 ALIGNMENT = 32  # of the data, unless the metadata specifies another
+HEADER = 100_000_000  # bytes; the limit of the safetensors format, too
 MAX_ENTRIES = 50_000  # of a table; FLUX.1 has 780 tensors
 MAX_STRINGS = 500_000  # in all arrays, which are vocabularies
 MAX_DIMS = 4  # ggml's limit

@@ -38,6 +38,7 @@ FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 DTYPES = FLOATS | FP8 | {"U8": torch.uint8}
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # torch.save's zip file, its older stream
 AGAIN = "download it again"
+DAMAGED = f"the safetensors header is damaged; {AGAIN}"
 
 
 class Stored(NamedTuple):
@@ -105,8 +106,8 @@ def read_header(path: Path) -> CheckpointFile:
     if len(text) < length:
         raise wrong(path, f"cut off inside the header, after {size:,} bytes; {AGAIN}")
     header = parse_json(text, dict[str, Any], path)
-    metadata = converted(header.pop("__metadata__", {}), dict[str, str], path)
-    entries = converted(header, dict[str, Entry], path)
+    metadata = converted(header.pop("__metadata__", {}), dict[str, str], path, DAMAGED)
+    entries = converted(header, dict[str, Entry], path, DAMAGED)
     tensors = {key: stored(path, key, entry, 8 + length) for key, entry in entries.items()}
     end = max((tensor.stop for tensor in tensors.values()), default=0)
     if size < end:
@@ -133,7 +134,7 @@ def stored(path: Path, key: str, entry: Entry, data: int) -> Stored:
     count = math.prod(entry.shape)
     fits = count * dtype.itemsize == end - begin if dtype else count <= 8 * (end - begin)
     if is_foreign or count == 0 or not fits:
-        raise wrong(path, f"damaged, the offsets of {key} do not fit its shape; {AGAIN}")
+        raise wrong(path, f"the safetensors header is damaged, {key} is not of its shape's size; {AGAIN}")
     return Stored(path, key, entry.dtype, tuple(entry.shape), data + begin, data + end)
 
 

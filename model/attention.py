@@ -40,10 +40,8 @@ def rope_axes(head_dim: int) -> tuple[int, int, int]:
 def rope(
     ids: Tensor, axes: tuple[int, ...], theta: float, dtype: torch.dtype = torch.float32
 ) -> Tensor:  # fmt: skip
-    """ids (B, L, len(axes)) -> (B, L, head_dim / 2, 2), the cosine and sine of every angle.
-
-    It is computed in float64 on the CPU, where it stays: all devices get the same.
-    """
+    """ids (B, L, len(axes)) -> (B, L, head_dim / 2, 2), the cosine and sine of every angle,
+    in float64 on the CPU, as all devices shall get the same."""
     angles = []
     for axis, dim in enumerate(axes):
         omega = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
@@ -53,11 +51,9 @@ def rope(
 
 
 def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
-    """Rotate each pair (x[2i], x[2i+1]) by its angle: x (B, heads, L, head_dim), pe of `rope`.
-
-    The result lies in memory as (B, L, heads, head_dim): attention then writes its output
-    so too, and the projection that follows copies nothing.
-    """
+    """Rotate each pair (x[2i], x[2i+1]) by its angle: x (B, heads, L, head_dim), pe of `rope`."""
+    # It lies in memory as (B, L, heads, head_dim): attention then writes its output so too,
+    # and the projection that follows copies nothing.
     pairs = x.transpose(1, 2).to(pe.dtype).unflatten(-1, (-1, 2))
     even, odd = pairs.unbind(-1)
     cos, sin = pe.unsqueeze(2).unbind(-1)

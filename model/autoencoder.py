@@ -1,12 +1,13 @@
 """FLUX.1's autoencoder: images to latents and back. Named as in the official checkpoint."""
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from model.layers import sequence
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,6 @@ def conv(in_channels: int, out_channels: int, kernel: int = 3) -> nn.Conv2d:
 
 def norm(groups: int, channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
-
-
-def sequence(**modules: nn.Module) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(modules))
 
 
 class ResnetBlock(nn.Module):
@@ -90,9 +87,9 @@ def encoder(p: AutoEncoderParams) -> nn.Sequential:
             half = nn.Conv2d(channels, channels, 3, stride=2)
             levels[-1].downsample = sequence(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=half)
     return sequence(
-        conv_in=conv(3, p.ch), down=nn.Sequential(*levels), mid=middle(channels, p.norm_groups),
-        norm_out=norm(p.norm_groups, channels), silu=nn.SiLU(),
-        conv_out=conv(channels, 2 * p.z_channels),
+        conv_in=conv(3, p.ch), down=nn.Sequential(*levels),
+        mid=middle(channels, p.norm_groups), norm_out=norm(p.norm_groups, channels),
+        silu=nn.SiLU(), conv_out=conv(channels, 2 * p.z_channels),
     )  # fmt: skip
 
 
@@ -108,8 +105,8 @@ def decoder(p: AutoEncoderParams) -> nn.Sequential:
             enlarge = nn.Upsample(scale_factor=2.0, mode="nearest")
             up[-1].upsample = sequence(enlarge=enlarge, conv=conv(channels, channels))
     return sequence(
-        conv_in=start, mid=mid, up=up, norm_out=norm(p.norm_groups, channels), silu=nn.SiLU(),
-        conv_out=conv(channels, 3),
+        conv_in=start, mid=mid, up=up, norm_out=norm(p.norm_groups, channels),
+        silu=nn.SiLU(), conv_out=conv(channels, 3),
     )  # fmt: skip
 
 

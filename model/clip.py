@@ -1,4 +1,4 @@
-"""CLIP-L's text encoder. Modules carry Hugging Face's names. FLUX.1 uses the pooled vector."""
+"""CLIP-L's text encoder, named as in Hugging Face's. FLUX.1 uses the pooled vector."""
 
 from dataclasses import dataclass
 

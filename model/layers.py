@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from model.attention import Attention, Block, apply_rope
 
-# What modulates a block's tokens: shifts, scales and gates, concatenated, (B, 1, n D), or
-# (B, L, n D) where tokens differ. A double block has two, the image's and the text's.
+# Shifts, scales and gates, concatenated, (B, 1, n D), or (B, L, n D) where tokens differ. A
+# double block has two, the image's and the text's.
 Vectors = Tensor | tuple[Tensor, Tensor]
 
 
@@ -36,9 +36,13 @@ def embedding(count: int, width: int) -> nn.Embedding:
     return nn.Embedding(count, width, _weight=weight)
 
 
+def sequence(**modules: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(modules))
+
+
 def mlp_embedder(in_dim: int, hidden: int) -> nn.Sequential:
-    layers = {"in_layer": nn.Linear(in_dim, hidden), "silu": nn.SiLU()}
-    return nn.Sequential(OrderedDict(layers, out_layer=nn.Linear(hidden, hidden)))
+    start = nn.Linear(in_dim, hidden)
+    return sequence(in_layer=start, silu=nn.SiLU(), out_layer=nn.Linear(hidden, hidden))
 
 
 def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
@@ -114,7 +118,7 @@ class FusedLinear(nn.Linear):
 
 
 class DoubleStreamBlock(nn.Module):
-    """Text and image have weights of their own and meet in one attention."""
+    """Text and image have their own weights and meet in one attention."""
 
     def __init__(self, hidden: int, heads: int, mlp_hidden: int):
         super().__init__()
@@ -203,8 +207,8 @@ class SingleStreamBlock(nn.Module):
         gate = vectors.chunk(3, dim=-1)[2]
         # Where tokens have vectors of their own, x may be the last of them alone.
         gate = gate[:, max(0, gate.shape[1] - x.shape[1]) :]
-        h = self.linear1(h, rows=slice(3 * x.shape[-1], None))
-        mlp = F.gelu(h, approximate="tanh")
+        # Nested, so that the layer's output is free when the next one begins.
+        mlp = F.gelu(self.linear1(h, rows=slice(3 * x.shape[-1], None)), approximate="tanh")
         attn = rearrange(attn, "B H L d -> B L (H d)")
         return x + gate * self.linear2(torch.cat([attn, mlp], dim=-1))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from model.layers import embedding, rms_norm
 
 linear = partial(nn.Linear, bias=False)
-MAX_DISTANCE = 128  # beyond it all distances are in the last bucket; the same in every T5
+MAX_DISTANCE = 128  # Beyond it all are in the last bucket.
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def relative_buckets(length: int, num_buckets: int) -> Tensor:
     half = num_buckets // 2
     exact = num_buckets // 4
     distance = relative.abs()
-    # It is float32 as everywhere else: the buckets' borders are part of the trained model.
+    # In float32: the buckets' borders are part of the trained model.
     log = torch.log(distance.clamp(min=1).float() / exact) / math.log(MAX_DISTANCE / exact)
     far = (exact + (log * (half - exact)).long()).clamp(max=half - 1)
     return torch.where(distance < exact, distance, far) + half * (relative > 0)
@@ -59,7 +59,7 @@ class SelfAttention(nn.Module):
         self.k = linear(p.d_model, inner)
         self.v = linear(p.d_model, inner)
         self.o = linear(inner, p.d_model)
-        if has_bias:  # only the first block's attention holds the table; all blocks use it
+        if has_bias:  # in the first block; all use it
             self.relative_attention_bias = embedding(p.num_buckets, p.num_heads)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:

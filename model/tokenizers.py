@@ -16,7 +16,7 @@ START = "<|startoftext|>"
 END = "<|endoftext|>"
 # Special tokens, English contractions, words, single digits, runs of anything else
 PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-# A prompt's ids without special tokens, and what gives the text from the n-th of them on
+# A prompt's ids without special tokens, and what gives the text from the n-th on
 Encoded = tuple[list[int], Callable[[int], str]]
 
 
@@ -42,11 +42,7 @@ class PromptTokenizer:
 
 
 class CLIPTokenizer(PromptTokenizer):
-    """Byte-level BPE of lower-cased text: START, the prompt, then END up to the length.
-
-    The folder holds CLIP's own vocab.json and merges.txt. Text is not repaired with ftfy, as
-    in today's transformers.
-    """
+    """Byte-level BPE of lower-cased text: START, the prompt, then END up to the length."""
 
     def __init__(self, folder: Path):
         file = folder / "vocab.json"
@@ -71,9 +67,8 @@ class CLIPTokenizer(PromptTokenizer):
 class T5Tokenizer(PromptTokenizer):
     """SentencePiece's unigrams: the prompt, `</s>`, then `<pad>` up to the length.
 
-    It reads tokenizer.json, or Google's spiece.model. Their ids differ for a few control and
-    combining characters, and for `</s>`, `<pad>` and `<extra_id_0>` in a prompt, which
-    tokenizer.json takes for special tokens and spiece.model for text.
+    It reads tokenizer.json, or Google's spiece.model, which differ for a few control and
+    combining characters, and for special tokens in a prompt: to spiece.model they are text.
     """
 
     def __init__(self, path: Path):
@@ -94,6 +89,8 @@ class T5Tokenizer(PromptTokenizer):
 
 def tokenizer_file(path: Path, parse: Callable[[bytes], Any]) -> Any:
     data = read_bytes(path, TOKENIZER)
+    if not data.strip():
+        raise InputError(path, MISSING, "not a tokenizer file, it is empty")
     return parsed(parse, data, path, "not a tokenizer file that can be read")
 
 

@@ -100,7 +100,7 @@ class Streams(nn.Module):
             vec = vec + self.guidance_in(scale)
         return vec
 
-    def modulation(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> list[Vectors]:
+    def modulation(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> list:
         """The vectors of each module in `modulated`. timesteps: (B,) in [0, 1]; y: (B, vec),
         the pooled CLIP embedding; guidance: (B,)."""
         vec = self.conditioning(timesteps, y, guidance)
@@ -110,7 +110,8 @@ class Streams(nn.Module):
         """`modulation` at all these times: each layer is fetched only once."""
         batches = [torch.full((len(y),), t, device=y.device) for t in times]
         vecs = [self.conditioning(t, y, guidance) for t in batches]
-        return [list(x) for x in zip(*(module.vectors(vecs) for module in self.modulated))]
+        by_module = [module.vectors(vecs) for module in self.modulated]
+        return [list(vectors) for vectors in zip(*by_module)]
 
     def positions(self, ids: Tensor, x: Tensor) -> Tensor:
         """Rotary embeddings of ids (B, L, 3), (B, L, d / 2, 2), where x is."""
@@ -122,8 +123,8 @@ class Streams(nn.Module):
         """What the first block takes, of the arguments of Flux.forward."""
         img = self.img_in(img)
         txt = self.txt_in(txt)
-        pe = torch.cat([self.positions(txt_ids, img), self.positions(img_ids, img)], dim=1)
-        return Hidden(img, txt, pe, img.shape[1])
+        pe = [self.positions(ids, img) for ids in (txt_ids, img_ids)]
+        return Hidden(img, txt, torch.cat(pe, dim=1), img.shape[1])
 
     def blocks(
         self, hidden: Hidden, modulation: list[Vectors], attention: Attention = plain_attention,
@@ -171,11 +172,10 @@ class Flux(Streams):
         img: (B, L_img, in_channels), packed latents.
         txt: (B, L_txt, context), T5's output.
         img_ids, txt_ids: (B, L, 3), positions.
-        join: (txt, img) -> the sequence of the single blocks, which ends with the image
-            tokens to decode. It is also called with the rotary embeddings, so it may only
-            repeat, drop and reorder rows (dimension 1).
-        after_block: (x, block) -> what replaces a block's output x: img in double blocks,
-            else the sequence.
+        join: (txt, img) -> the sequence of the single blocks, which ends with the tokens to
+            decode. It is also called with the rotary embeddings, so it may only repeat, drop
+            and reorder rows (dimension 1).
+        after_block: (x, block) -> what replaces a block's output: img, or the sequence.
         """
         hidden = self.embed(img, img_ids, txt, txt_ids)
         hidden = self.blocks(hidden, modulation, attention, join, after_block)

@@ -25,15 +25,12 @@ from torch import Tensor
 
 from model.attention import Block, plain_attention, text_then_image
 
-OPEN_BIT = 62  # of all image tokens, where they all see each other; regions have bits 0-61
+OPEN_BIT = 62  # of image tokens that all see each other; regions have bits 0-61
 
 
 def allowed(bits_q: Tensor, bits_k: Tensor) -> Tensor:
-    """Whether queries with these region bits see keys with those: the whole mask.
-
-    To try another rule, change it here and in kernel.py. A token without bits must see
-    nothing and be seen by nobody.
-    """
+    """Whether queries with these region bits see keys with those: the whole mask. Another
+    rule, here and in kernel.py, must allow a token without bits nothing either."""
     return (bits_q & bits_k) != 0
 
 
@@ -44,9 +41,7 @@ class Tokens(NamedTuple):
     base_row: (L,) int64, its row in the base branch's output, where it has one.
     base_weight: (L,) float32 or float64, the base branch's fraction of its result.
 
-    Strength and feather add log_weight[q, as_key[k]] + log_weight[k, as_query[q]] to a
-    score:
-
+    Strength and feather add log_weight[q, as_key[k]] + log_weight[k, as_query[q]] to scores:
     log_weight: (L, 1 + 2 R) float32, how image tokens weigh each region's prompt
         (columns 1 .. R) and its image tokens (R + 1 .. 2 R); column 0 is zero.
     as_key, as_query: (L,) int64, a token's column as a key and as a query.
@@ -116,8 +111,7 @@ def portable_attention(tokens: Tokens) -> MaskedAttention:
 
 
 def added_scores(tokens: Tokens, rows: Tensor, keys: Tensor) -> Tensor | None:
-    """The log-weights of these rows and keys, (rows, keys), or (1, keys) where the rows
-    do not differ. None where all are 0."""
+    """The log-weights of these rows and keys, one row if all are equal; None for zeros."""
     if tokens.log_weight is None:
         return None
     own = tokens.log_weight[rows]
@@ -133,10 +127,8 @@ def in_one_sequence(
     bits: Tensor, base_only: int, text_length: int, base_ratio: Tensor,
     log_weights: Tensor | None = None,
 ) -> Tokens:  # fmt: skip
-    """The tokens of [txt_1 .. txt_R, base_only tokens of the base branch alone, img].
-
-    bits: those of [txt_1 .. txt_R, img]. base_ratio: (L_img,). log_weights: (L_img, 2 R).
-    """
+    """The tokens of [txt_1 .. txt_R, base_only tokens of the base branch alone, img]. bits:
+    of [txt_1 .. txt_R, img]; base_ratio: (L_img,); log_weights: (L_img, 2 R)."""
     image_length = len(base_ratio)
     texts, image = bits.split([len(bits) - image_length, image_length])
     nothing = bits.new_zeros(base_only)
@@ -182,7 +174,7 @@ class RegionalAttention:
         log_weights: Tensor | None = None, shared: bool = False,
     ):  # fmt: skip
         device = bits.device
-        precise = torch.float32 if device.type == "mps" else torch.float64  # Apple lacks it
+        precise = torch.float32 if device.type == "mps" else torch.float64
         ratio = torch.as_tensor(base_ratio, dtype=precise, device=device)
         self.base_ratio = ratio.expand(image_length)
         self.log_weights = None if log_weights is None else log_weights.to(device)
@@ -191,7 +183,7 @@ class RegionalAttention:
         self.bits = bits
         self.text_length = text_length
         start = len(bits) - image_length
-        self.base = slice(start, start + text_length + image_length)  # in the sequence
+        self.base = slice(start, start + text_length + image_length)
         self.is_masked = is_masked
         self.streams = 1 + (self.has_base and not shared)  # in the single blocks
         self.made: dict[tuple[str, bool], MaskedAttention] = {}
@@ -202,7 +194,8 @@ class RegionalAttention:
             self.made[key] = self.make(self.tokens(*key))
         base = None
         if self.has_base:
-            base = plain_attention(*(x[:, :, self.base] for x in (q, k, v)), block)
+            own = (x[:, :, self.base] for x in (q, k, v))
+            base = plain_attention(*own, block)
         return self.made[key](q, k, v, base)
 
     def tokens(self, kind: str, is_masked: bool) -> Tokens:

@@ -10,8 +10,8 @@ from model.layers import Vectors
 
 
 class Conditioning(NamedTuple):
-    """The encoded prompts: txt (1, L_txt, context), the base prompt; regions (R, L_region, context)
-    or None; y (1, vec), the base prompt's pooled CLIP embedding, for rpg (1 + R, vec)."""
+    """The encoded prompts: txt (1, L_txt, context), the base prompt; regions (R, L_region,
+    context); y (1, vec), the base prompt's pooled CLIP embedding, for rpg (1 + R, vec)."""
 
     txt: Tensor
     regions: Tensor | None
@@ -19,8 +19,7 @@ class Conditioning(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """A forward pass, of which an extension may replace anything: the arguments of
-    Flux.forward, then what the modulation was computed from."""
+    """The arguments of Flux.forward, then what the modulation was computed from."""
 
     img: Tensor
     img_ids: Tensor
@@ -42,8 +41,7 @@ class Branches(NamedTuple):
     order: (L_img,), the image tokens' places in the image.
     text_length: the base prompt's tokens, or the region's. prompt: its row in y.
     has_base: these tokens are there, after the regions'.
-    streams: image streams in the single blocks.
-    The rest are RegionalAttention's.
+    streams: image streams in the single blocks. The rest are RegionalAttention's.
     """
 
     region_bits: Tensor

@@ -127,10 +127,10 @@ def regional_kernel(
     if full_begin == keys_end:  # tokens of the base branch alone
         store_blended(acc, o, base, blend, out_strides, head, rows, end, BASE)
         return
-    # The next tile's row is loaded one iteration ahead, so that no load of K waits for it.
+    # The next tile's row is loaded one iteration ahead: no load of K waits for it.
     start_n = tl.load(keys + 2 * full_begin)
     q_tile = load_tile(q, (q_b, q_h, q_l), head, start, L, BLOCK_M, D, TMA, RAGGED=True)
-    # Not -inf: a row without an allowed key so far keeps it, and exp2(-inf - m_i) is 0.
+    # Not -inf: rows without an allowed key so far keep it, and exp2(-inf - m_i) is 0.
     m_i = tl.full([BLOCK_M], -1e38, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
 
@@ -279,7 +279,7 @@ def launch_for(dtype: torch.dtype, capability: tuple[int, int], weighted: bool =
     if dtype == torch.float32:  # IEEE products, which the tensor cores do not have
         return Launch(32, 32, num_warps=8, num_stages=1, tma=False)
     mixed = 1 if weighted else 3  # Weights loaded stages ahead would not fit.
-    if (9, 0) <= capability < (12, 0):  # Hopper and newer, with 227 KB of shared memory
+    if (9, 0) <= capability < (12, 0):  # from Hopper on: 227 KB of shared memory
         return Launch(128, 128, num_warps=8, num_stages=3, tma=True, mixed_stages=mixed)
     return Launch(128, 64, num_warps=8, num_stages=3, tma=False, mixed_stages=mixed)
 
@@ -333,7 +333,7 @@ attend_op.register_fake(lambda q, *rest: empty_output(q, q.shape[2]))
 
 
 @register_flop_formula(torch.ops.regional.attend)
-def flops(q_shape, k_shape, v_shape, base_shape, plan, pairs, launch, **kwargs) -> int:
+def flops(q_shape, k_shape, v_shape, base_shape, plan, pairs, launch, **more) -> int:
     """An allowed pair of tokens costs two products of 2 D operations."""
     batch, heads, _, head_dim = q_shape
     return 4 * batch * heads * head_dim * pairs

@@ -13,7 +13,8 @@ from model.attention import Block
 
 MAX_REGIONS = 61
 SHAPES = ("box", "polygon", "mask", "color")
-MODES = {"canny": 0, "tile": 1, "depth": 2, "blur": 3, "pose": 4, "gray": 5, "lq": 6}  # of unions
+UNION_MODES = ("canny", "tile", "depth", "blur", "pose", "gray", "lq")
+MODES = {name: mode for mode, name in enumerate(UNION_MODES)}
 
 # Patterns end in $(?!\n), as $ alone lets a line break follow.
 PERCENT = r"0{0,6}(100(\.0{1,20})?|[0-9]{1,2}(\.[0-9]{1,20})?)%"  # at most 100%
@@ -39,11 +40,11 @@ Count = Index | Percent
 Text = Annotated[str, Meta(pattern=r"\S")]
 Overlap = Literal["share", "last", "first", "smallest"]
 Mode = Literal[tuple(MODES)]
-Blocks = tuple[Index, ...] | str  # with patterns in unions of text and lists msgspec crashes
+Blocks = tuple[Index, ...] | str  # With a pattern in such a union, msgspec crashes.
 Position = int | float | str  # pixels, or a percentage of the width or height
 Box = tuple[Position, Position, Position, Position]
 Points = Annotated[tuple[tuple[Position, Position], ...], Meta(min_length=3)]
-Polygon = Annotated[tuple[Any, ...], Meta(min_length=1)]  # the reader tells points from lists
+Polygon = Annotated[tuple[Any, ...], Meta(min_length=1)]  # points, or lists of them
 Byte = Annotated[int, Meta(ge=0, le=255)]
 RGB = Annotated[tuple[Byte, ...], Meta(min_length=3, max_length=3)]
 Color = Annotated[int, Meta(ge=0, lt=2**24)] | str | RGB

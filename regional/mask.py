@@ -1,7 +1,8 @@
 """Regions as one integer per token: bit i is set where region i covers it."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,34 +62,35 @@ class RegionTokens(NamedTuple):
         for shift in (1, 2, 4, 8, 16, 32):
             rank = rank ^ (rank >> shift)
         order = rank.argsort(stable=True)
-        return self._replace(image_bits=self.image_bits[order], cover=self.cover[:, order]), order
+        bits = self.image_bits[order]
+        return self._replace(image_bits=bits, cover=self.cover[:, order]), order
 
 
 def region_tokens(layout: Layout) -> RegionTokens:
     """Rasterize regions to the grid of (height / 16) x (width / 16) tokens."""
-    inside = []
+    cover = np.zeros((len(layout.regions) + 1, layout.height // 16, layout.width // 16), np.float32)
     warnings = []
     for i, region in enumerate(layout.regions):
         tokens = token_grid(region, layout)
         if not tokens.any():
             tokens = most_covered(region, layout)
-            problem = "covers no token's centre; it gets the one token it covers most."
+            problem = "covers no token's center; it gets the token it covers most."
             warnings.append(f"regions[{i}] {problem}")
-        inside.append(feathered(tokens, region.feather))
-    cover = np.stack(inside)
+        cover[i] = feathered(tokens, region.feather)
     if layout.overlap != "share":
-        order = list(range(len(cover)))
+        order = list(range(len(layout.regions)))
         if layout.overlap == "last":
             order.reverse()
         elif layout.overlap == "smallest":
             order.sort(key=lambda i: cover[i].sum())
-        for place, i in enumerate(order):  # The topmost comes first.
-            above = cover[order[:place]].sum(axis=0).clip(max=1)
-            cover[i] = np.minimum(cover[i], 1 - above)
+        above = np.zeros_like(cover[0])
+        for i in order:  # The topmost comes first.
+            cover[i] = np.minimum(cover[i], 1 - above.clip(max=1))
             cover[i][cover[i] < 1e-6] = 0
+            above += cover[i]
             if not cover[i].any():
                 hiding = f"{ABOVE[layout.overlap]} regions"
-                warnings.append(f"regions[{i}] lies under {hiding} and will not show.")
+                warnings.append(f"regions[{i}] lies wholly under {hiding} and will not show.")
     prompts = [region.prompt for region in layout.regions]
     strength = [region.strength for region in layout.regions]
     bits = list(range(len(prompts)))
@@ -97,7 +99,8 @@ def region_tokens(layout: Layout) -> RegionTokens:
         prompts.append(layout.background_prompt)
         strength.append(1.0)
         bits.append(BACKGROUND_BIT)
-        cover = np.concatenate([cover, np.where(rest > 1e-6, rest, 0)[None]])
+        cover[-1] = np.where(rest > 1e-6, rest, 0)
+    cover = cover[: len(bits)]
     image_bits = sum((c > 0).astype(np.int64) << bit for c, bit in zip(cover, bits))
     return RegionTokens(
         prompts=prompts,
@@ -112,13 +115,19 @@ def region_tokens(layout: Layout) -> RegionTokens:
 
 def regional_stages(layout: Layout, tokens: RegionTokens) -> list[tuple[int, Tensor]]:
     """The regional steps in stages of equal settings: where each ends, and the base branch's
-    weight for each image token, 1 where a region's steps are over."""
+    weight for each image token."""
+    return [(end, tokens.mean(ratios)) for end, ratios in stage_ratios(layout, tokens)]
+
+
+def stage_ratios(layout: Layout, tokens: RegionTokens) -> list[tuple[int, list[float]]]:
+    """Where each stage ends, and the base branch's weight for each region, 1 where its steps
+    are over."""
     parts = (*layout.regions, layout)[: len(tokens.prompts)]  # the layout is the background
     stages = []
     start = 0
     for end in sorted({part.mask_inject_steps for part in parts} - {0}):
         ratios = [part.base_ratio if start < part.mask_inject_steps else 1.0 for part in parts]
-        stages.append((end, tokens.mean(ratios)))
+        stages.append((end, ratios))
         start = end
     return stages
 
@@ -126,16 +135,19 @@ def regional_stages(layout: Layout, tokens: RegionTokens) -> list[tuple[int, Ten
 def feathered(tokens: np.ndarray, feather: float) -> np.ndarray:
     """The fraction of each token's surroundings, `feather` pixels wide and high, that is in
     the region. Beyond the image it goes on as at its edge."""
-    cover = tokens.astype(np.float32)
     width = max(feather / 16, 1)
     reach = math.ceil(width / 2 - 0.5)
-    distance = np.abs(np.arange(-reach, reach + 1))
-    window = np.clip(width / 2 + 0.5 - distance, 0, 1) / width
-    for axis in (0, 1):
-        size = cover.shape[axis]
-        around = [(reach, reach) if i == axis else (0, 0) for i in (0, 1)]
-        padded = np.pad(cover, around, mode="edge")
-        cover = sum(w * padded.take(range(i, i + size), axis) for i, w in enumerate(window))
+    if reach == 0:
+        return tokens.astype(np.float32)
+    outer = width / 2 + 0.5 - reach  # how much of the window's first and last token is in it
+    cover = tokens.astype(float)
+    for _ in range(2):  # rows, then columns; the sums are exact
+        padded = np.pad(cover, ((reach, reach), (0, 0)), mode="edge")
+        sums = padded.cumsum(axis=0)
+        between = sums[2 * reach - 1 : -1] - sums[: -2 * reach]
+        ends = padded[: -2 * reach] + padded[2 * reach :]
+        cover = (between + outer * ends).T
+    cover = cover / width**2
     return np.where(cover > 1e-6, cover.clip(max=1), 0).astype(np.float32)
 
 
@@ -162,16 +174,30 @@ def region_mask(region: Region, layout: Layout) -> np.ndarray:
     return read_mask(region.mask) if region.mask else read_color(layout.map, region.color)
 
 
-def in_polygons(polygons: tuple, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def in_polygons(polygons: Sequence, x: np.ndarray, y: np.ndarray, marks: Any = True) -> np.ndarray:
     """Even-odd, (len(y), len(x)) bool: rays from inside to the left cross an odd number of
-    edges. As in boxes, an edge holds its upper end, and a point on it lies to the right."""
-    flips = np.zeros((len(y), len(x) + 1), dtype=bool)  # where a row goes in or out
-    for points in polygons:
-        for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1]):
-            low, high = np.searchsorted(y, sorted((y0, y1)))
-            crossing = x0 + (y[low:high] - y0) * (x1 - x0) / (y1 - y0)
-            flips[np.arange(low, high), np.searchsorted(x, crossing)] ^= True
-    return np.logical_xor.accumulate(flips, axis=1)[:, :-1]
+    edges. As in boxes, an edge holds its upper end, and a point on it lies to the right.
+
+    x, y: evenly spaced. marks: an integer for each polygon, to have the XOR of those around.
+    """
+    starts = [point for points in polygons for point in points]
+    ends = [point for points in polygons for point in (*points[1:], points[0])]
+    x0, y0 = np.array(starts, dtype=float).T
+    x1, y1 = np.array(ends, dtype=float).T
+    low = np.minimum(y0, y1)
+    high = np.maximum(y0, y1)
+    marks = np.repeat(marks, [len(points) for points in polygons] if np.ndim(marks) else len(x0))
+    step = x[1] - x[0] if len(x) > 1 else 1
+    flips = np.zeros((len(y), len(x) + 1), dtype=marks.dtype)  # where a row goes in or out
+    rows = max(1, 2**18 // len(x0))  # at once, to bound the memory
+    for top in range(0, len(y), rows):
+        height = y[top : top + rows, None]
+        row, i = ((low <= height) & (height < high)).nonzero()
+        crossing = x0[i] + (height[row, 0] - y0[i]) * (x1 - x0)[i] / (y1 - y0)[i]
+        column = np.ceil((crossing - x[0]) / step).clip(0, len(x)).astype(int)
+        place = (top + row) * (len(x) + 1) + column
+        np.bitwise_xor.at(flips.reshape(-1), place, marks[i])
+    return np.bitwise_xor.accumulate(flips, axis=1, out=flips)[:, :-1]
 
 
 def most_covered(region: Region, layout: Layout) -> np.ndarray:
@@ -182,8 +208,16 @@ def most_covered(region: Region, layout: Layout) -> np.ndarray:
         x0, y0, x1, y1 = region.box
         area = np.outer(overlap(y0, y1, h), overlap(x0, x1, w))
     elif region.polygon:
-        fine = in_polygons(region.polygon, 4 * np.arange(4 * w) + 2, 4 * np.arange(4 * h) + 2)
-        area = fine.reshape(h, 4, w, 4).sum(axis=(1, 3))
+        points = np.array([point for points in region.polygon for point in points])
+        (left, top), (right, bottom) = points.min(axis=0) // 16, points.max(axis=0) // 16 + 1
+        columns = np.arange(min(left, w - 1), min(right, w), dtype=int)
+        rows = np.arange(min(top, h - 1), min(bottom, h), dtype=int)
+        x = np.arange(16 * columns[0] + 2, 16 * columns[-1] + 16, 4)
+        y = np.arange(16 * rows[0] + 2, 16 * rows[-1] + 16, 4)
+        fine = in_polygons(region.polygon, x, y).reshape(len(rows), 4, -1)
+        fine = fine.sum(axis=1, dtype=np.uint8).reshape(len(rows), -1, 4).sum(axis=2)
+        area = np.zeros((h, w), dtype=int)
+        area[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = fine
         if not area.any():  # It is smaller still: the token of its first point counts.
             x, y = region.polygon[0][0]
             area[min(int(y) // 16, h - 1), min(int(x) // 16, w - 1)] = 1

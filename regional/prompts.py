@@ -25,7 +25,7 @@ def encode_prompts(
     txt = encode("t5", base, ())
     states = []
     if prompts:
-        loras = [region.loras for region in layout.regions] + [()]  # The background has none.
+        loras = [region.loras for region in layout.regions] + [()]  # the background's
         ids = tokenize(t5, prompts, layout.region_max_sequence_length)
         # Each is encoded by itself: in a batch, rounding would depend on the others.
         states = [encode("t5", row[None], own) for row, own in zip(ids, loras)]

@@ -7,6 +7,7 @@ from torch import nn
 
 import weights
 from errors import info
+from formats.loader import FP8_LAYERS
 from formats.recognize import WHAT, Source
 from model.layers import Modulation
 from regional.layout import Layout
@@ -60,7 +61,7 @@ def group_bytes(source: Source, dtype: torch.dtype, fp8: bool = False) -> Counte
     """What weights take on the GPU, by `group_of`; blocks are in order."""
     sizes = Counter()
     for name, tensor in weights.on_meta(source).state_dict().items():
-        in_fp8 = fp8 and tensor.ndim == 2 and weights.FP8_LAYERS.search(name)
+        in_fp8 = fp8 and tensor.ndim == 2 and FP8_LAYERS.search(name)
         sizes[group_of(name)] += tensor.numel() * (1 if in_fp8 else dtype.itemsize)
     return sizes
 

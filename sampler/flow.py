@@ -30,7 +30,8 @@ def sigmas(steps: int, image_tokens: int, shift: bool) -> list[float]:
     if not shift:
         return linear
     mu = 0.5 + (image_tokens - 256) * (1.15 - 0.5) / (4096 - 256)
-    return [math.exp(mu) / (math.exp(mu) + 1 / t - 1) if t > 0 else 0.0 for t in linear]
+    e = math.exp(mu)
+    return [e / (e + 1 / t - 1) if t > 0 else 0.0 for t in linear]
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -419,7 +419,7 @@ def test_an_image_is_reproduced_from_its_metadata(run, golden, suffix):
     Path(layout).unlink()
     if suffix != ".json":  # the image has all that its .json has
         Path("x.json").unlink()
-    flags = ["--config-from-metadata", f"x{suffix}", "--save-latents", "y.safetensors"]
+    flags = ["--config-from-metadata", f"x{suffix}", "--save-latents", "y.safetensors", "--trust-metadata"]
     again = f"y{Path(image).suffix}"
     assert run(*flags, "--output", again, model=None)[:2] == (0, [again])
     assert torch.equal(*(load_file(f"{name}.safetensors")["latents"] for name in "yz"))
@@ -458,7 +458,7 @@ def test_a_model_of_several_files_is_found_again(run, model):
         own += [f"--{part}", f"{part}.safetensors"]
     flags = ["--layout", write("a.yaml", steps=1), "--output", "z.png"]
     assert run(*flags, *own).code == 0
-    again = ["--config-from-metadata", "z.png", "--output", "y.png"]
+    again = ["--config-from-metadata", "z.png", "--output", "y.png", "--trust-metadata"]
     assert run(*again, model=None).code == 0
     assert Path("z.png").read_bytes() == Path("y.png").read_bytes()
     for i in range(0, len(own), 2):  # each of the files made a difference
@@ -466,6 +466,28 @@ def test_a_model_of_several_files_is_found_again(run, model):
         assert Path("z.png").read_bytes() != Path("y.png").read_bytes(), own[i]
     assert run(*again, "--overwrite").code == 0  # --model replaces all recorded files
     assert settings_of("y.png")["given"] == {"model": model}
+
+
+STRANGERS = {
+    "model = 'evil/repo', which would be downloaded": {"given": {"model": "evil/repo"}},
+    "model = '/srv/model', which is in none": {"given": {"model": "/srv/model"}},
+    "ae = '../ae.safetensors', which is in none": {"given": {"model": "pocket", "ae": "../ae.safetensors"}},
+    "loras[0].file = 'evil/repo:x', which would be downloaded": {"loras": [{"file": "evil/repo:x"}]},
+    "regions[0].mask = '/etc/passwd', which is in none": {"regions": [{"prompt": "a", "mask": "/etc/passwd"}]},
+    "regions[0].loras[0].file = 'link/a/b', which is in none": {
+        "regions": [{"prompt": "a", "box": [0, 0, 64, 64], "loras": [{"file": "link/a/b"}]}]
+    },
+}
+
+
+@pytest.mark.parametrize("danger", STRANGERS)
+def test_what_a_strangers_image_names_is_not_used_without_consent(run, danger):
+    Path("x.json").write_text(json.dumps({**A, "model": "pocket", **STRANGERS[danger]}))
+    Path("link").symlink_to("/usr")
+    flags = ["--config-from-metadata", "x.json", "--output", "y.png"]
+    ran = run(*flags, model=None)
+    again = f"python generate.py {' '.join(flags)} --device cpu --trust-metadata."
+    assert ran.code == 2 and danger in ran.errors[0] and ran.errors[0].endswith(again)
 
 
 def test_flags_override_the_metadata(run):

@@ -48,13 +48,22 @@ def velocity(flux: Flux, side: int, regions: int) -> torch.Tensor:
     return tiny.velocity(flux, img, image_ids(pixels, pixels), txt, text_ids(length), one, y, one, **hooks)
 
 
-@torch.inference_mode()
-def test_new_layouts_and_sizes_compile_nothing_new(without_inductor):
+def eager_and_compiled(streamed: tuple[int, ...] = ()) -> tuple[Flux, Flux]:
     torch.manual_seed(0)
-    eager = Flux(tiny.FLUX)
-    compiled = Flux(tiny.FLUX)
+    eager, compiled = (Flux(tiny.FLUX).requires_grad_(False) for _ in range(2))
     compiled.load_state_dict(eager.state_dict())
+    blocks = [*compiled.double_blocks, *compiled.single_blocks]
+    if streamed:
+        Streamed([blocks[i] for i in streamed], torch.device("cpu"), pin=True)
     compiled.compile_blocks()
+    return eager, compiled
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("streamed", [(), (0, 2, 4)])
+def test_new_layouts_and_sizes_compile_nothing_new(without_inductor, streamed):
+    """Streamed blocks neither: their weights lie elsewhere in each of their turns, those of others never do."""
+    eager, compiled = eager_and_compiled(streamed)
     for side, regions in (5, 0), (5, 2):
         torch.testing.assert_close(velocity(compiled, side, regions), velocity(eager, side, regions))
     graphs = counters["stats"]["unique_graphs"]
@@ -67,67 +76,39 @@ def test_new_layouts_and_sizes_compile_nothing_new(without_inductor):
 
 
 @torch.inference_mode()
-def test_streamed_blocks_compile_nothing_more(without_inductor):
-    """A streamed block's weights lie elsewhere in each of its turns, those of others never do."""
-    torch.manual_seed(0)
-    eager = Flux(tiny.FLUX).requires_grad_(False)
-    compiled = Flux(tiny.FLUX).requires_grad_(False)
-    compiled.load_state_dict(eager.state_dict())
-    blocks = [*compiled.double_blocks, *compiled.single_blocks]
-    Streamed([blocks[i] for i in (0, 2, 4)], torch.device("cpu"), pin=True)
-    compiled.compile_blocks()
-    for side in 5, 6:
-        torch.testing.assert_close(velocity(compiled, side, 2), velocity(eager, side, 2))
-    assert 4 <= counters["stats"]["unique_graphs"] <= 6 and not counters["graph_break"]
-
-
-def in_slices(flux: Flux, at: int, *inputs: torch.Tensor) -> torch.Tensor:
-    *tokens, modulation = inputs
-    hidden = flux.blocks(flux.embed(*tokens), modulation, last=at)
-    return flux.decode(flux.blocks(hidden, modulation, first=at), modulation)
-
-
-@torch.inference_mode()
 @pytest.mark.parametrize("compiled", [False, True])
 def test_blocks_run_in_slices_are_forward_to_the_bit(without_inductor, compiled):
-    torch.manual_seed(0)
-    flux = Flux(tiny.FLUX)
-    if compiled:
-        flux.compile_blocks()
+    flux = eager_and_compiled()[compiled]
     modulation = flux.modulation(torch.ones(1), torch.randn(1, 48), torch.ones(1))
-    inputs = torch.randn(1, 25, 64), image_ids(80, 80), torch.randn(1, TEXT, 32), text_ids(TEXT), modulation
-    whole = flux(*inputs)
+    inputs = torch.randn(1, 25, 64), image_ids(80, 80), torch.randn(1, TEXT, 32), text_ids(TEXT)
+    whole = flux(*inputs, modulation)
     for at in (0, 1, 2, 4, 5):  # of 2 double and 3 single blocks
-        assert torch.equal(in_slices(flux, at, *inputs), whole)
+        hidden = flux.blocks(flux.embed(*inputs), modulation, last=at)
+        assert torch.equal(flux.decode(flux.blocks(hidden, modulation, first=at), modulation), whole)
     assert bool(counters["frames"]["ok"]) == compiled
 
 
-def generated(golden, folder, *flags, case="regional_3boxes_full"):
-    model, layout = golden / "models" / "flux-tiny-dev", golden / case / "layout.yaml"
-    flags = *flags, "--steps", 2
+def generated(folder, *flags):
+    """The latents of a run, or of what an image records."""
     out = ["--output", folder / "a.png", "--overwrite", "--save-latents", folder / "a.safetensors"]
-    args = ["--model", model, "--layout", layout, "--device", "cpu", *out, *flags]
-    assert generate.main([str(arg) for arg in args]) == 0
+    assert generate.main([str(arg) for arg in ("--device", "cpu", *out, *flags)]) == 0
     return load_file(folder / "a.safetensors")["latents"]
 
 
 def test_a_compiled_image_says_so_and_is_made_again_so(golden, tmp_path, without_inductor):
-    eager = generated(golden, tmp_path)
+    model, layout = golden / "models" / "flux-tiny-dev", golden / "regional_3boxes_full" / "layout.yaml"
+    flags = "--model", model, "--layout", layout, "--steps", 2
+    eager = generated(tmp_path, *flags)
     assert not counters["frames"]["ok"]
-    compiled = generated(golden, tmp_path, "--compile", "--metadata")
+    compiled = generated(tmp_path, *flags, "--compile", "--metadata")
     assert counters["frames"]["ok"] >= 4 and (compiled - eager).abs().max() < 1e-4
     assert json.loads((tmp_path / "a.json").read_text())["compile"] is True
+    (tmp_path / "a.png").rename(tmp_path / "compiled.png")
     for flags, frames in ((), range(4, 9)), (("--no-compile",), [0]):
         torch._dynamo.reset()
         counters.clear()
-        assert torch.equal(replay(tmp_path, *flags), compiled) and counters["frames"]["ok"] in frames
-
-
-def replay(folder, *flags):
-    latents = folder / "again.safetensors"
-    args = ["--config-from-metadata", folder / "a.png", "--device", "cpu", "--output", folder / "again.png"]
-    assert generate.main([str(arg) for arg in [*args, "--save-latents", latents, "--overwrite", *flags]]) == 0
-    return load_file(latents)["latents"]
+        again = generated(tmp_path, "--config-from-metadata", tmp_path / "compiled.png", *flags)
+        assert torch.equal(again, compiled) and counters["frames"]["ok"] in frames
 
 
 def test_regions_with_loras_run_uncompiled(without_inductor, capsys):

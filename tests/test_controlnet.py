@@ -155,7 +155,7 @@ WRONG = [
     ("controlnet_blocks.1.bias", (3,), r"x.safetensors: controlnet_blocks.1.bias has shape \(3,\)"),
     ("controlnet_blocks.2.bias", (64,), r"controlnet_blocks.2.bias, of shape \(64,\), is a key that does not belong"),
     ("controlnet_x_embedder.weight", (64, 68), r"x_embedder.weight has shape \(64, 68\), expected 64 columns; inpaint"),
-    ("controlnet_blocks.0.linear.weight", (4, 4), "is a Mistoline ControlNet, which is not supported"),
+    ("controlnet_blocks.0.linear.weight", (4, 4), "is a Mistoline ControlNet"),
     ("transformer_blocks.0.attn.to_q.lora_A.weight", (4, 64), "is a LoRA; those belong to --lora"),
 ]
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 
 from regional.mask import region_tokens
 from regional.reader import read_layout
-from tools.convert import FORMS, main
+from tools.convert import FORMS, main, overlapping
 
 
 @pytest.fixture(autouse=True)
@@ -267,7 +269,10 @@ def pair(**keys) -> dict:
 
 FROM_MISTAKES = [  # form and options, the file in.txt, words of the sentence
     ("published", [1, 2], "the file = [1, 2]: expected object"),
-    ("coco", "[" * 100000, "'[[[[[[[["),
+    ("coco", "[" * 100000, "it is neither JSON nor a Python literal"),
+    ("coco", "9" * 5000, "it is neither JSON nor a Python literal"),
+    ("published", "{'0': {1, 2}}", "it is neither JSON nor a Python literal"),
+    ("published", pair(mask=[1, 2, 3, 10**4000]), "1.mask[3] = "),
     ("published", pair(), "1 = {'description': 'a'}: object missing required field mask"),
     ("published", pair(mask=[1, 2, 3]), "1.mask = [1, 2, 3]: expected array of length 4"),
     ("published", PUBLISHED | {"image_width": "wide"}, "image_width = 'wide': expected int"),
@@ -276,17 +281,24 @@ FROM_MISTAKES = [  # form and options, the file in.txt, words of the sentence
     ("coco", COCO, "--image: 2 of the 2 images match"),
     ("coco --image 7", coco(segmentation={"counts": [3], "size": [9, 9]}), "annotations[0].segmentation: run-length"),
     ("coco --image 7", coco(segmentation=[[1, 2, 3]]), "annotations[0].segmentation = [[1.0, 2.0, 3.0]]: expected"),
+    ("coco --image 7", coco(segmentation=[[1, 2, 3, 4, 5, float("nan")]]), "annotations[0].segmentation = [["),
+    ("coco --image 7", coco(segmentation=[[1, 2] * 50000]), "in.txt: "),
     ("coco --image 7", coco(category_id=5), "annotations[0].category_id = 5: there is no such category"),
     ("coco --image 7", coco(bbox=None), "annotations[0].bbox = None: expected array"),
     ("coco", PANOPTIC, "map = 3.png: there is no such file"),
-    ("forge --beside gone.txt", FORGE, "gone.txt: cannot be read as a text file"),
+    ("forge --beside gone.txt", FORGE, "gone.txt: there is no such file"),
     ("forge", FORGE, "mapping: 3 boxes, for 1 prompts"),
     ("forge", [[0, 1.5, 0, 1, 1]], "mapping[0][1] = 1.5: expected float <= 1"),
     ("rpg", "Final split ratio: one;two\nRegional Prompt: a BREAK b", "split ratio = ' one;two': expected numbers"),
     ("rpg", "1,0\na BREAK b", "split ratio = '1,0': expected numbers above 0"),
     ("rpg", "1,1,1\na BREAK b", "split ratio: 3 boxes, for 2 prompts"),
+    ("rpg", f"1,{'9' * 5000}\na BREAK b", "split ratio = '1,99"),
+    ("rpg", "1," * 200, "it has more than 61 parts"),
+    ("rpg", "Final split ratio:" * 60000, "split ratio = 'Final split"),
+    ("rpg", f"1,1\na BREAK {'b ' * 200000}", "in.txt: 800,"),
     ("rpg", "1,1\na ADDCOL b", "Regional Prompt = 'ADDCOL': not read"),
     ("layoutsam", SAM | {"region_captions": "['a']"}, "bbox_list: 2 boxes, for 1 prompts"),
+    ("layoutsam", SAM | {"bbox_list": "[[0, 0, "}, "bbox_list is neither JSON nor"),
     ("layoutsam --image 5", [SAM], "--image 5: 0 of the 1 images match"),
     ("layoutsam", SAM | {"bbox_list": "['a']"}, "bbox_list[0] = 'a': expected array"),
     ("layoutsam --size 9 9", SAM, "--size [9, 9]: the file's own is 128 x 64"),
@@ -330,6 +342,14 @@ def test_a_mistake_in_a_form_gets_one_sentence_with_file_key_and_value(form, con
     is_refused(capsys, f"in.txt layout.yaml --from {form}", words)
 
 
+def test_only_files_that_end_are_read(capsys):
+    os.mkfifo("fifo")
+    put(**{"in": FORGE})
+    for command in ("coco /dev/zero a", "rpg fifo a", "forge --beside fifo in a", "gradio --beside fifo in a"):
+        assert convert(f"--from {command}") == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize("form, text, words", TO_MISTAKES)
 def test_what_a_form_cannot_hold_is_refused_in_one_sentence(form, text, words, capsys):
     put(in_txt=text)
@@ -344,15 +364,26 @@ def test_polygons_that_cover_each_other_are_read_with_a_warning(capsys):
         assert ("annotations[0].segmentation: its polygons overlap" in capsys.readouterr().err) == is_warned
 
 
+def test_many_large_polygons_are_tried_in_little_time_and_memory():
+    """One after the other as pixels, they took 7 GB."""
+    squares = [[[i, 0], [i + 100, 0], [i + 100, 8192], [i, 8192]] for i in range(0, 8000, 100)]
+    tracemalloc.start()
+    start = time.process_time()
+    assert not overlapping(squares, 8192, 8192)
+    assert overlapping([*squares, squares[3]], 8192, 8192)
+    assert time.process_time() - start < 2 and tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
+
+
 def test_a_file_that_exists_or_cannot_be_read_or_written_is_named(capsys):
     put(in_yaml=SPLIT, in_png=halves(RED, RED), out_txt="mine")
     messages = {
         "--to forge in.yaml out.json": "out.txt: exists already; --overwrite replaces it.",
         "--to coco in.yaml gone/out.json": "gone/out.json: there is no folder gone to write it to.",
         "--to seg2any in.yaml out.png": "out.png: a file next to it needs this name",
-        "--to coco gone.yaml out.json": "gone.yaml: there is no such layout file.",
-        "--from coco gone.json out.yaml": "gone.json: cannot be read as a text file",
-        "--from coco in.png out.yaml": "in.png: cannot be read as a text file",
+        "--to coco gone.yaml out.json": "gone.yaml: there is no such file.",
+        "--from coco gone.json out.yaml": "gone.json: there is no such file",
+        "--from coco in.png out.yaml": "in.png: cannot be read",
     }
     for command, message in messages.items():
         assert convert(command) == 2

@@ -172,7 +172,7 @@ HUGE = 2**62
 BAD = {
     "nothing but the magic": (b"GGUF", "its 4 bytes end inside the header"),
     "version 1": (header([], [], 1), "GGUF of version 1, expected 2 or 3"),
-    "too many tensors": (header([], [info("a", (4,))], claims=(HUGE, 0)), "'' is twice|end inside the header"),
+    "too many tensors": (header([], [info("a", (4,))], claims=(HUGE, 0)), "entries are more than 50,000"),
     "a key too long": (header([struct.pack("<Q", HUGE)], []), "end inside the header"),
     "a long array": (header([pair("a", 9, struct.pack("<IQ", 6, HUGE))], []), "end inside the header"),
     "a long vocabulary": (header([pair("a", 9, struct.pack("<IQ", 8, HUGE))], []), "end inside the header"),
@@ -207,7 +207,7 @@ def test_a_vocabulary_that_the_file_cannot_hold_is_not_walked(tmp_path):
     with open(tmp_path / "x.gguf", "r+b") as file:
         file.truncate(90_000_000)  # of zeros, 11 million empty strings
     start = time.monotonic()
-    refuse("x.gguf: cut off or damaged", load, "flux", tmp_path / "x.gguf")
+    refuse("x.gguf: .*cut off or damaged", load, "flux", tmp_path / "x.gguf")
     assert time.monotonic() - start < 1
 
 

@@ -69,3 +69,45 @@ def test_the_core_imports_what_can_be_skipped_in_three_files_alone():
     assert importing["weights.py"] == {"formats"}
     assert importing["pipeline.py"] == {"formats", "extensions", "runtime"}
     assert importing["generate.py"] <= {"formats", "tools"}
+
+
+# What opens or parses files, and the files in which it may: the gate, and those that read or write the program's own.
+READERS = {
+    "open": {"errors.py", "tools/metadata.py", "tools/jobs.py", "formats/hub.py", "generate.py"},
+    "json.loads": {"errors.py", "tools/convert.py", "tools/metadata.py"},
+    "json.load": set(),
+    "msgspec.json.decode": {"errors.py"},
+    "yaml.load": {"errors.py"},
+    "yaml.safe_load": set(),
+    "Image.open": {"errors.py"},
+    "mmap.mmap": {"errors.py"},
+    "safe_open": set(),
+    "load_file": set(),
+    "read_text": {"runtime/offload.py"},
+    "read_bytes": set(),
+}
+
+
+def calls_in(file: Path) -> set[str]:
+    """The functions and methods that a file calls or passes on, as they are written; of Path's the name."""
+    found = set()
+    for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(call, ast.Call):
+            used = [ast.unparse(node) for node in (call.func, *call.args)]
+            found |= {
+                name.rpartition(".")[2] if name.endswith((".read_text", ".read_bytes")) else name for name in used
+            }
+    return found
+
+
+def names_from_the_gate(file: Path) -> set[str]:
+    tree = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    froms = [node for node in tree if isinstance(node, ast.ImportFrom) and node.module == "errors"]
+    return {alias.name for node in froms for alias in node.names}
+
+
+def test_files_come_in_through_the_gate_alone():
+    for file in (file for place in MAY_IMPORT for file in files_in(place)):
+        name = str(file.relative_to(ROOT))
+        readers = calls_in(file) & READERS.keys() - names_from_the_gate(file)
+        assert all(name in READERS[reader] for reader in readers), (name, readers)

@@ -39,15 +39,12 @@ def test_a_layout_is_read_with_the_published_defaults(write):
     assert layout.regions[0].box == (0, 0, 64, 64) and layout.resolved(FLUX_DEV).regional_steps() == 10
 
 
-def test_the_size_is_the_models_where_the_layout_has_none(write):
-    assert read_layout(write("prompt: x"), {}, 256).width == 256
-    assert read_layout(write("prompt: x\nwidth: 512"), {}, 256).width == 512
-
-
-def test_the_command_line_takes_precedence(write):
+def test_the_command_line_takes_precedence_and_the_size_is_the_models_where_none_is_given(write):
     layout = read_layout(write(GOOD), {"prompt": "a village", "width": 256, "height": 128})
     assert (layout.prompt, layout.width) == ("a village", 256)
     assert read_layout(None, {"prompt": "a fox"}).regions == ()
+    assert read_layout(write("prompt: x"), {}, 256).width == 256
+    assert read_layout(write("prompt: x\nwidth: 512"), {}, 256).width == 512
 
 
 def test_paths_are_relative_to_the_layout_and_those_of_overrides_to_the_working_directory(write, tmp_path):
@@ -91,14 +88,13 @@ def test_a_resolved_layout_has_nothing_left_to_parse():
     assert found.resolved(FLUX_DEV) == found
 
 
-def test_a_16_bit_mask_is_inside_from_half_white_on(tmp_path):
-    Image.fromarray(np.array([[300, 32895], [32896, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
-    assert read_mask(str(tmp_path / "deep.png")).tolist() == [[False, False], [True, True]]
-
-
-def test_transparent_pixels_are_outside(tmp_path):
-    Image.fromarray(np.array([[[255, 255, 255, 0], [255] * 4]], dtype=np.uint8)).save(tmp_path / "a.png")
-    assert read_mask(str(tmp_path / "a.png")).tolist() == [[False, True]]
+def test_masks_of_16_bits_and_with_transparency(tmp_path):
+    """Inside is what is white from the half on, and not transparent."""
+    deep = np.array([[300, 32895], [32896, 65535]], dtype=np.uint16)
+    clear = np.array([[[255, 255, 255, 0], [255] * 4]], dtype=np.uint8)
+    for pixels, inside in (deep, [[False, False], [True, True]]), (clear, [[False, True]]):
+        Image.fromarray(pixels).save(tmp_path / "a.png")
+        assert read_mask(str(tmp_path / "a.png")).tolist() == inside
 
 
 def region(rest: str, prompt: str = "y") -> str:
@@ -130,10 +126,10 @@ MISTAKES = [  # YAML, and what its sentence has behind the file's name; {at} is 
     ("prompt: x\nregions: [{prompt: y}]", "regions[0]: no shape, a region needs exactly one of box, polygon, mask, co"),
     (region("mask: gone.png"), "regions[0].mask = {at}/gone.png: there is no such file."),
     (region("mask: text.png"), "regions[0].mask = {at}/text.png: not an image that can be read (cannot identify image"),
-    (region("mask: ."), "regions[0].mask = {at}: not an image that can be read (not a regular file)."),
+    (region("mask: ."), "regions[0].mask = {at}: cannot be read (Is a directory)."),
     (region("mask: square.png"), "regions[0].mask = {at}/square.png: aspect ratio 64 x 64 does not match 128 x 64."),
     (region("mask: gray.png"), "regions[0].mask = {at}/gray.png: nothing in it is white, no pixel reaches 128."),
-    (region('mask: "a\\0b.png"'), "a\\x00b.png': not an image that can be read (embedded null byte)."),
+    (region('mask: "a\\0b.png"'), "a\\x00b.png': cannot be read (embedded null byte)."),
     (region("color: 1"), "regions[0].color = 1: a color needs the layout's map, an image, and there is none."),
     (mapped("color: red"), "regions[0].color = 'red': expected \"#rrggbb\", [r, g, b] from 0 to 255, or an index."),
     (mapped("color: [0, 0, 256]"), "regions[0].color[2] = 256: expected int <= 255 (one of the layout's map"),
@@ -201,10 +197,10 @@ def test_up_to_ten_mistakes_are_found_at_once(write):
 
 
 def test_files_that_are_no_layouts_are_named(tmp_path):
-    with pytest.raises(InputError, match="gone.yaml: there is no such layout file.$"):
+    with pytest.raises(InputError, match="gone.yaml: there is no such file.$"):
         read_layout(tmp_path / "gone.yaml", {})
     Image.new("L", (9, 9)).save(tmp_path / "a.png")
-    with pytest.raises(InputError, match="a.png: cannot be read as YAML"):
+    with pytest.raises(InputError, match="a.png: cannot be read"):
         read_layout(tmp_path / "a.png", {})
 
 

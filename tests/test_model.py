@@ -31,34 +31,25 @@ def small_flux(params: FluxParams = SMALL, dtype: torch.dtype = torch.float64) -
     return Flux(params).to(dtype).requires_grad_(False)
 
 
-def inputs(dtype: torch.dtype = torch.float64, batch: int = 2) -> dict[str, Tensor]:
+def inputs(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(batch, *shape, generator=generator).to(dtype)
-
+    img, txt, y = (torch.randn(2, *shape, generator=generator) for shape in ((ROWS * COLUMNS, 8), (WORDS, 10), (6,)))
     image = torch.cartesian_prod(torch.arange(1), torch.arange(ROWS), torch.arange(COLUMNS)).float()
     return {
-        "img": normal(ROWS * COLUMNS, SMALL.in_channels),
-        "img_ids": image.expand(batch, -1, -1),
-        "txt": normal(WORDS, SMALL.context_in_dim),
-        "txt_ids": torch.zeros(batch, WORDS, 3),
-        "timesteps": torch.linspace(0.3, 0.9, batch),
-        "y": normal(SMALL.vec_in_dim),
-        "guidance": torch.full((batch,), 3.5),
-    }
+        "img": img.to(dtype), "img_ids": image.expand(2, -1, -1),
+        "txt": txt.to(dtype), "txt_ids": torch.zeros(2, WORDS, 3),
+        "timesteps": torch.tensor([0.3, 0.9]), "y": y.to(dtype), "guidance": torch.full((2,), 3.5),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "module, params, listed",
     [
-        (Flux, FluxParams(), "flux_dev_bfl"),
-        (Flux, FluxParams(guidance_embed=False), "flux_schnell_bfl"),
-        (AutoEncoder, AutoEncoderParams(), "autoencoder_bfl"),
-        (T5Encoder, T5Params(), "t5_v1_1_xxl_encoder_hf"),
+        (Flux, FluxParams(), "flux_dev_bfl"), (Flux, FluxParams(guidance_embed=False), "flux_schnell_bfl"),
+        (AutoEncoder, AutoEncoderParams(), "autoencoder_bfl"), (T5Encoder, T5Params(), "t5_v1_1_xxl_encoder_hf"),
         (CLIPTextEncoder, CLIPParams(), "clip_l_text_hf"),
     ],
-)
+)  # fmt: skip
 def test_our_parameters_are_those_of_the_published_checkpoint(module, params, listed):
     """With equal names and shapes, official files load without a mapping."""
     with gzip.open(KEYS / f"{listed}.json.gz", "rt") as file:
@@ -86,9 +77,8 @@ def test_attention_is_asked_by_every_block_in_order():
         return plain_attention(q, k, v, block)
 
     velocity(small_flux(), **inputs(), attention=recording)
-    blocks = [Block("double", 0), Block("double", 1)] + [Block("single", index) for index in range(3)]
-    shape = (2, 2, WORDS + ROWS * COLUMNS, 32)
-    assert asked == [(block, shape, shape, shape) for block in blocks]
+    blocks = [Block("double", index) for index in range(2)] + [Block("single", index) for index in range(3)]
+    assert asked == [(block, *[(2, 2, WORDS + ROWS * COLUMNS, 32)] * 3) for block in blocks]
 
 
 def test_the_fastest_backends_are_those_that_work():
@@ -116,18 +106,14 @@ def test_attention_written_out_is_plain_attention():
     """softmax(q k' / sqrt(d)) v, the definition, against the fused function; and every block uses what it is given."""
 
     def written_out(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
-        scores = q.double() @ k.double().transpose(-1, -2) / q.shape[-1] ** 0.5
-        weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
-        return (weights @ v.double()).type_as(v)
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).exp()
+        return weights / weights.sum(-1, keepdim=True) @ v
 
     flux = small_flux()
     plain = velocity(flux, **inputs())
     torch.testing.assert_close(velocity(flux, **inputs(), attention=written_out), plain, rtol=0, atol=1e-12)
     for chosen in [Block("double", 0), Block("double", 1), Block("single", 0), Block("single", 2)]:
-
-        def ours(q: Tensor, k: Tensor, v: Tensor, block: Block, chosen: Block = chosen) -> Tensor:
-            return v if block == chosen else plain_attention(q, k, v, block)
-
+        ours = lambda q, k, v, block: v if block == chosen else plain_attention(q, k, v, block)  # noqa: E731, B023
         assert not torch.allclose(velocity(flux, **inputs(), attention=ours), plain)
 
 
@@ -165,15 +151,12 @@ def test_join_may_repeat_the_image():
     torch.testing.assert_close(got, velocity(flux, **inputs()), rtol=0, atol=1e-12)
 
 
-def test_images_of_a_batch_do_not_meet():
+def test_images_of_a_batch_do_not_meet_and_guidance_may_be_none():
     both, flux = inputs(), small_flux()
     alone = velocity(flux, **{name: tensor[1:] for name, tensor in both.items()})
     torch.testing.assert_close(velocity(flux, **both)[1:], alone, rtol=0, atol=1e-12)
-
-
-def test_a_model_without_guidance_ignores_it():
-    flux, given = small_flux(replace(SMALL, guidance_embed=False)), inputs()
-    assert torch.equal(velocity(flux, **given), velocity(flux, **{**given, "guidance": None}))
+    flux = small_flux(replace(SMALL, guidance_embed=False))
+    assert torch.equal(velocity(flux, **both), velocity(flux, **{**both, "guidance": None}))
 
 
 def test_guidance_reaches_a_bfloat16_model_rounded_once():
@@ -197,10 +180,6 @@ def test_sinusoids_are_cosines_then_sines_of_a_thousand_t():
     assert embedding[0, 0].item() == pytest.approx(-1) and embedding[0, 128].item() == pytest.approx(0, abs=1e-6)
     assert embedding[0, 255].item() == pytest.approx(torch.pi * 10000 ** (-127 / 128), rel=1e-6)
     assert torch.equal(embedding[1], torch.cat([torch.ones(128), torch.zeros(128)]).double())
-
-
-def test_rope_axes_of_flux():
-    assert rope_axes(128) == (16, 56, 56) and rope_axes(32) == (4, 14, 14)
 
 
 def scores(q: Tensor, k: Tensor, ids: Tensor) -> Tensor:
@@ -251,23 +230,21 @@ def test_rope_rounds_its_halves_before_they_are_interleaved(dtype):
 
 def test_rope_is_exact_far_out():
     """Angles in float64: at row 4000 a float32 angle would be wrong in the fourth digit of its sine."""
+    assert rope_axes(128) == (16, 56, 56) and rope_axes(32) == (4, 14, 14)
     table = rope(torch.tensor([[[0.0, 4000.0, 0.0]]]), (16, 56, 56), 10_000)
-    assert table.dtype == torch.float32
-    angles = [4000 * 10_000 ** (-2 * i / 56) for i in range(28)]
-    angles = torch.tensor(angles, dtype=torch.float64)
+    angles = torch.tensor([4000 * 10_000 ** (-2 * i / 56) for i in range(28)], dtype=torch.float64)
     expected = torch.stack([angles.cos(), angles.sin()])
-    assert (table[0, 0, 8:36].T.double() - expected).abs().max() < 1e-7
+    assert table.dtype == torch.float32 and (table[0, 0, 8:36].T.double() - expected).abs().max() < 1e-7
 
 
 def test_the_autoencoder_changes_sizes_by_eight():
     small = AutoEncoder(AutoEncoderParams(ch=32)).requires_grad_(False)
-    picture = torch.zeros(1, 3, 32, 48)
-    latents = small.encode(picture)
-    assert latents.shape == (1, 16, 4, 6) and small.decode(latents).shape == picture.shape
+    latents = small.encode(torch.zeros(1, 3, 32, 48))
+    assert latents.shape == (1, 16, 4, 6) and small.decode(latents).shape == (1, 3, 32, 48)
 
 
 def test_images_are_clamped_and_rounded():
     values = torch.tensor([-2.0, -1.0, 0.0, 0.9955, 0.9965, 3.0])  # 254.43 and 254.55 in between
-    picture = to_uint8(values.expand(1, 3, 1, 6))
-    assert picture.shape == (1, 1, 6, 3) and picture.dtype == torch.uint8
-    assert picture[0, 0, :, 0].tolist() == [0, 0, 128, 254, 255, 255]
+    image = to_uint8(values.expand(1, 3, 1, 6))
+    assert image.shape == (1, 1, 6, 3) and image.dtype == torch.uint8
+    assert image[0, 0, :, 0].tolist() == [0, 0, 128, 254, 255, 255]

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import velocity
-from torch.utils._python_dispatch import TorchDispatchMode
+from tiny import Recorder, velocity
 
 from benchmarks.naive import Naive
 from model.attention import Block, plain_attention, rope, rope_axes
@@ -88,24 +87,13 @@ def test_background_is_what_no_region_covers():
     assert region_tokens(LAYOUTS["halves, no background"]).prompts == ["region 0", "region 1"]
 
 
-def test_the_later_region_takes_the_overlap_when_asked_and_a_hidden_one_is_reported():
-    bits = region_tokens(LAYOUTS["last wins"]).image_bits.reshape(4, 6)
-    assert bits[1, 2] == 0b10 and bits[0, 2] == 0b01
+def test_a_region_that_shows_nothing_is_reported():
+    """One that misses every token's center gets one token."""
     tokens = region_tokens(boxes((16, 16, 32, 32), (0, 0, 96, 64), overlap="last"))
     assert "regions[0]" in tokens.warnings[0]
-
-
-def test_a_region_that_misses_every_center_gets_one_token_and_a_warning():
     tokens = region_tokens(boxes((27, 30, 31, 40)))
     assert (tokens.image_bits == 1).sum() == 1 and tokens.image_bits.reshape(4, 6)[2, 1] == 1
     assert "regions[0]" in tokens.warnings[0]
-
-
-def test_a_mask_is_read_at_the_token_centres_from_half_white_on(tmp_path):
-    gray = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
-    gray[8, 8], gray[8, 24], gray[24, 8] = 128, 127, 255  # centre pixels of tokens (0, 0), (0, 1) and (1, 0)
-    Image.fromarray(gray).save(tmp_path / "mask.png")
-    assert inside(tmp_path / "mask.png") == [[0, 0], [1, 0]]
 
 
 def inside(mask: Path) -> list[list[int]]:
@@ -113,8 +101,12 @@ def inside(mask: Path) -> list[list[int]]:
     return (region_tokens(layout).image_bits.reshape(4, 6) == 1).nonzero().tolist()
 
 
-def test_a_mask_of_another_size_is_scaled(tmp_path):
-    Image.fromarray(np.array([[255, 0, 0], [0, 0, 255]], dtype=np.uint8)).save(tmp_path / "mask.png")
+def test_a_mask_is_read_at_the_token_centres_from_half_white_on(tmp_path):
+    gray = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    gray[8, 8], gray[8, 24], gray[24, 8] = 128, 127, 255  # centre pixels of tokens (0, 0), (0, 1) and (1, 0)
+    Image.fromarray(gray).save(tmp_path / "mask.png")
+    assert inside(tmp_path / "mask.png") == [[0, 0], [1, 0]]
+    Image.fromarray(np.array([[255, 0, 0], [0, 0, 255]], dtype=np.uint8)).save(tmp_path / "mask.png")  # scaled
     assert inside(tmp_path / "mask.png") == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 4], [2, 5], [3, 4], [3, 5]]
 
 
@@ -143,8 +135,8 @@ def test_masked_attention_is_softmax_over_the_allowed_keys(layout, implementatio
     bits = region_tokens(layout).bits(TEXT)
     q, k, v = random_qkv(len(bits))
     out = implementation(unblended(bits))(q, k, v)
-    for i in range(len(bits)):
-        keys = [j for j in range(len(bits)) if int(bits[i]) & int(bits[j])]
+    for i, bit in enumerate(bits.tolist()):
+        keys = [j for j, other in enumerate(bits.tolist()) if bit & other]
         weights = torch.softmax(torch.einsum("bhd,bhkd->bhk", q[:, :, i], k[:, :, keys]) / 4, dim=-1)
         expected = torch.einsum("bhk,bhkd->bhd", weights, v[:, :, keys])
         assert (out[:, :, i] - expected).abs().max() < 1e-12
@@ -194,9 +186,7 @@ def test_image_tokens_weigh_their_regions_texts(layout, implementation):
 
 @pytest.mark.parametrize("implementation", [dense_attention, portable_attention])
 def test_a_token_without_bits_gives_zeros(implementation):
-    bits = torch.tensor([1, 0, 3, 0, 2])
-    q, k, v = random_qkv(5)
-    out = implementation(unblended(bits))(q, k, v)
+    out = implementation(unblended(torch.tensor([1, 0, 3, 0, 2])))(*random_qkv(5))
     assert not out[:, :, [1, 3]].any() and out[:, :, [0, 2, 4]].all() and out.isfinite().all()
 
 
@@ -212,29 +202,15 @@ def test_the_blend_is_precise_in_bfloat16(implementation):
     assert (out == expected).double().mean() > 0.99  # a few lie halfway between two numbers
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the size of the largest tensor that any operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return out
-
-
 def test_portable_attention_never_makes_a_square_tensor():
     layout = boxes((0, 0, 256, 256), (128, 128, 512, 512), (256, 0, 512, 256), width=512, height=512)
     bits = region_tokens(layout).bits(64)
-    q, k, v = (torch.randn(1, 1, len(bits), 8) for _ in range(3))
-    with LargestTensor() as portable:
-        portable_attention(unblended(bits))(q, k, v)
-    with LargestTensor() as dense:
-        dense_attention(unblended(bits))(q, k, v)
-    assert dense.elements == len(bits) ** 2
-    assert portable.elements < len(bits) ** 2 / 8
+    largest = []
+    for attention in portable_attention, dense_attention:
+        with Recorder() as made:
+            attention(unblended(bits))(*torch.randn(3, 1, 1, len(bits), 8))
+        largest.append(max(tensor.numel() for tensor in made.tensors))
+    assert 8 * largest[0] < largest[1] == len(bits) ** 2
 
 
 # ------------------------------------------------------------------------------------------------ regional steps
@@ -249,11 +225,10 @@ def flux() -> Flux:
     return model.requires_grad_(False)
 
 
-def inputs(layout: Layout, seed: int = 0):
+def inputs(layout: Layout):
     """img, base text, region texts (R, TEXT, context) and pooled vector, in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    regions = len(region_tokens(layout).prompts)
-    shapes = (1, IMAGE, 64), (1, TEXT, 20), (regions, TEXT, 20), (1, 12)
+    generator = torch.Generator().manual_seed(0)
+    shapes = (1, IMAGE, 64), (1, TEXT, 20), (len(region_tokens(layout).prompts), TEXT, 20), (1, 12)
     return [torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in shapes]
 
 
@@ -261,13 +236,10 @@ def every(double: int, single: int):
     return lambda block: block.index % (double if block.kind == "double" else single) == 0
 
 
-def regional_velocity(flux, layout, img, txt, regions, y, masked=portable_attention, double=1, single=1, ratio=None):
-    ratio = layout.base_ratio if ratio is None else ratio
-    bits = region_tokens(layout).bits(TEXT)
-    attention = RegionalAttention(masked, bits, TEXT, IMAGE, ratio, every(double, single))
-    texts = regions.flatten(0, 1)[None]
-    texts = torch.cat([texts, txt], dim=1) if ratio else texts
-    return forward(flux, img, texts, y, attention=attention, join=attention.join)
+def regional_velocity(flux, layout, img, txt, regions, y, masked=portable_attention, double=1, single=1, ratio=0.3):
+    attention = RegionalAttention(masked, region_tokens(layout).bits(TEXT), TEXT, IMAGE, ratio, every(double, single))
+    texts = [regions.flatten(0, 1)[None]] + [txt] * (ratio > 0)
+    return forward(flux, img, torch.cat(texts, dim=1), y, attention=attention, join=attention.join)
 
 
 def forward(flux, img, txt, y, **hooks):
@@ -297,11 +269,10 @@ def test_one_regional_step_is_the_published_one_without_its_waste(flux, layout, 
 
 @LAYOUT
 def test_the_order_of_the_regions_has_no_effect_under_share(flux, layout):
-    if layout.overlap == "last":
-        layout = msgspec.structs.replace(layout, overlap="share")
+    layout = msgspec.structs.replace(layout, overlap="share")
     img, txt, regions, y = inputs(layout)
     written = len(layout.regions)
-    order = list(reversed(range(written))) + list(range(written, len(regions)))
+    order = [*reversed(range(written)), *range(written, len(regions))]
     turned = msgspec.structs.replace(layout, regions=tuple(reversed(layout.regions)))
     a = regional_velocity(flux, layout, img, txt, regions, y)
     b = regional_velocity(flux, turned, img, txt, regions[order], y)
@@ -327,10 +298,8 @@ def test_in_a_masked_block_a_region_reaches_no_token_outside_it(flux, layout, ki
     attention = RegionalAttention(portable_attention, tokens.bits(TEXT), TEXT, IMAGE, 0.3)
     regions = len(tokens.prompts)
     generator = torch.Generator().manual_seed(index)
-    txt, img, vec = (
-        torch.randn(*shape, 96, dtype=torch.float64, generator=generator)
-        for shape in ((1, regions * TEXT + TEXT), (1, IMAGE), (1,))
-    )
+    shapes = (1, regions * TEXT + TEXT, 96), (1, IMAGE, 96), (1, 96)
+    txt, img, vec = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in shapes)
     axes = rope_axes(32)
     txt_pe = rope(text_ids(txt.shape[1]), axes, 10_000, torch.float64)
     img_pe = rope(image_ids(WIDTH, HEIGHT), axes, 10_000, torch.float64)
@@ -361,12 +330,11 @@ def test_an_open_block_lets_regions_see_each_other():
     layout = LAYOUTS["halves, no background"]
     attention = RegionalAttention(portable_attention, region_tokens(layout).bits(TEXT), TEXT, IMAGE, 0.3, every(2, 2))
     q, k, v = random_qkv(3 * TEXT + IMAGE)
-    v2 = v.clone()
-    v2[:, :, :TEXT] += 1  # the first region's text
-    second = slice(TEXT, 2 * TEXT)
-    masked, masked2 = (attention(q, k, x, Block("double", 0))[:, :, second] for x in (v, v2))
-    opened, opened2 = (attention(q, k, x, Block("double", 1))[:, :, second] for x in (v, v2))
-    assert torch.equal(masked, masked2) and not torch.equal(opened, opened2)
+    other = v.clone()
+    other[:, :, :TEXT] += 1  # the first region's text
+    for block, is_seen in (Block("double", 0), False), (Block("double", 1), True):
+        outs = [attention(q, k, x, block)[:, :, TEXT : 2 * TEXT] for x in (v, other)]  # the second's
+        assert torch.equal(*outs) != is_seen
 
 
 def test_the_base_stream_of_the_single_blocks_is_never_blended():
@@ -382,13 +350,9 @@ def test_the_base_stream_of_the_single_blocks_is_never_blended():
 def test_without_a_base_branch_its_tokens_are_not_there(flux):
     """beta = 0 costs nothing: the attention gets region texts and image alone, in both kinds of block."""
     layout, seen = LAYOUTS["one box"], []
-    img, txt, regions, y = inputs(layout)
+    img, _, regions, y = inputs(layout)
     attention = RegionalAttention(portable_attention, region_tokens(layout).bits(TEXT), TEXT, IMAGE, 0.0)
-
-    def recording(q, k, v, block):
-        seen.append(q.shape[2])
-        return attention(q, k, v, block)
-
+    recording = lambda q, k, v, block: seen.append(q.shape[2]) or attention(q, k, v, block)  # noqa: E731
     forward(flux, img, regions.flatten(0, 1)[None], y, attention=recording, join=attention.join)
     assert seen == [2 * TEXT + IMAGE] * 5
 

@@ -89,12 +89,10 @@ def test_overlaps(tmp_path, overlap, counts):
 
 
 def test_feathered_neighbours_leave_no_gap_for_the_background():
-    left, right = (
-        Region(prompt="l", box=(0, 0, 128, 64), feather=64),
-        Region(prompt="r", box=(128, 0, 256, 64), feather=64),
-    )
+    boxes = {"l": (0, 0, 128, 64), "r": (128, 0, 256, 64)}
+    regions = tuple(Region(prompt=name, box=box, feather=64) for name, box in boxes.items())
     for overlap in ("share", "last", "first", "smallest"):
-        tokens = region_tokens(Layout(prompt="", width=256, height=64, regions=(left, right), overlap=overlap))
+        tokens = region_tokens(Layout(prompt="", width=256, height=64, regions=regions, overlap=overlap))
         assert tokens.prompts == ["l", "r"]
         assert torch.allclose(tokens.cover.sum(0), torch.ones(64))
         assert tokens.cover[0, :16].tolist() == pytest.approx([1] * 6 + [0.875, 0.625, 0.375, 0.125] + [0] * 6)
@@ -159,11 +157,9 @@ def test_the_control_preset_is_what_is_not_written(regions, steps):
 
 def test_open_images_see_each_other_and_not_others_texts():
     tokens = region_tokens(change(LAYOUT, image_attention="open"))
-    bits, texts = tokens.bits(2), 2 * len(tokens.prompts)
-    seen = (bits[:, None] & bits) != 0
-    isolated = region_tokens(LAYOUT).bits(2)
-    assert seen[texts:, texts:].all()
-    assert torch.equal(seen[:texts], ((isolated[:, None] & isolated) != 0)[:texts])
+    texts = 2 * len(tokens.prompts)
+    seen, isolated = ((x[:, None] & x) != 0 for x in (tokens.bits(2), region_tokens(LAYOUT).bits(2)))
+    assert seen[texts:, texts:].all() and torch.equal(seen[:texts], isolated[:texts])
 
 
 @pytest.mark.parametrize("masked", [dense_attention, portable_attention])

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.autoencoder import AutoEncoder, AutoEncoderParams
 from model.clip import CLIPParams, CLIPTextEncoder
@@ -195,6 +196,25 @@ def clip_to_openai(state: State) -> State:
             inner = inner.replace("fc1", "c_fc").replace("fc2", "c_proj")
             theirs[f"transformer.resblocks.{words[3]}.{inner}"] = tensor
     return theirs
+
+
+class Recorder(TorchDispatchMode):
+    """Records the operations within and the tensors that they give; bytes: of all memory that they take."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.tensors, self.bytes = [], [], 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        self.operations.append(operation)
+        inputs = [x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)]
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor):
+                self.tensors.append(tensor)  # kept, so that no later one gets its address
+                if tensor.untyped_storage().data_ptr() not in inputs:
+                    self.bytes += tensor.untyped_storage().nbytes()
+        return out
 
 
 PEAK = """

@@ -13,9 +13,9 @@ from regional.mask import region_tokens
 from settings import MODEL_KEYS
 from tools.flags import Command
 from tools.jobs import layout_files
+from tools.metadata import check_suffix, check_writable, write
 from tools.plan import plan, write_plan
 from tools.preview import preview, report
-from tools.writing import check_suffix, check_writable, write
 
 
 def run_dry(command: Command, read: Callable[..., Layout]) -> int:

@@ -24,8 +24,9 @@ import os
 import re
 import sys
 import tempfile
+from contextlib import suppress
 from fractions import Fraction
-from itertools import accumulate, groupby, product
+from itertools import accumulate, chain, groupby, product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
@@ -35,12 +36,24 @@ import yaml
 from msgspec import Meta
 from PIL import Image
 
-from errors import MISSING, InputError, info, warn
-from regional.images import opened, readable
-from regional.layout import FLUX_DEV, RGB, SHAPES, Layout, Region
+from errors import (
+    CONFIG,
+    LAYOUT,
+    MISSING,
+    SOURCE,
+    InputError,
+    info,
+    opened_image,
+    parsed,
+    read_text,
+    shown,
+    warn,
+)  # fmt: skip
+from regional.images import readable
+from regional.layout import FLUX_DEV, MAX_REGIONS, RGB, SHAPES, Layout, Region
 from regional.mask import in_polygons, pixels_inside
 from regional.reader import read_layout, value_at
-from tools.writing import check_writable
+from tools.metadata import check_writable
 
 Data = dict[str, Any]
 Files = dict[str, Any]  # by name: a text or an image; "" stands for TARGET
@@ -51,6 +64,8 @@ SIZE = {"width": Side | None, "height": Side | None}
 BOUNDS = ("x_min", "y_min", "x_max", "y_max")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 COLORS = [tuple(product((0, 85, 170, 255), repeat=3))[23 * i % 64] for i in range(64)]
+SAMPLES = 512
+FARTHEST = 10**6  # pixels; NaN is not nearer
 BLACK, *PALETTE = COLORS  # 63 colors that lie far apart
 
 
@@ -64,27 +79,29 @@ class Source(NamedTuple):
     size: list[int] | None
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(path, MISSING, f"cannot be read as a text file ({error})") from None
-
-
 def read_image(path: str | Path, key: str) -> Image.Image:
-    return readable(lambda file: opened(file).copy(), str(path), key)
+    def read(file: str) -> Image.Image:
+        with opened_image(file) as image:
+            return image.copy()
+
+    return readable(read, str(path), key)
 
 
-def parsed(text: Any) -> Any:
-    """The value that a text holds in JSON or as a Python literal; anything else as it is."""
+def data_in(text: Any, source: Source, key: str = "it") -> Any:
+    """What a text holds in JSON, NaN included, or as a Python literal of the same values, which
+    is shorter; anything else as it is."""
     if not isinstance(text, str):
         return text
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            return parse(text.strip())
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            pass
-    raise InputError("the text", text, "neither JSON nor a Python literal")
+    about = (source.path, f"{key} is neither JSON nor a Python literal")
+    try:
+        return parsed(json.loads, text, *about)
+    except InputError:
+        if len(text) > LAYOUT:
+            raise
+        with suppress(InputError):
+            literal = parsed(ast.literal_eval, text.strip(), *about)
+            return parsed(json.loads, parsed(json.dumps, literal, *about), *about)
+        raise
 
 
 def record(**kinds: Any) -> type[msgspec.Struct]:
@@ -97,7 +114,7 @@ def checked(value: Any, kind: Any, key: str = "") -> Any:
     """The value as this type. InputError names the culprit by its path, which begins with `key`."""
     try:
         return msgspec.convert(value, kind, strict=False)
-    except (msgspec.ValidationError, UnicodeError) as error:
+    except Exception as error:  # ValidationError; a RecursionError, or integers too large
         problem, _, path = str(error).replace("`", "").partition(" - at $")
     name = (key + path).lstrip(".") or "the file"
     raise InputError(name, value_at(value, path), problem[0].lower() + problem[1:])
@@ -161,11 +178,16 @@ def color_map(layout: Layout) -> Image.Image:
 
 
 def overlapping(polygons: Any, width: int, height: int) -> bool:
-    """Are pixels inside for COCO, in any polygon, but outside for layouts, by the even-odd rule?"""
-    x = np.arange(width)
-    y = np.arange(height)
-    covered = np.any([in_polygons([points], x, y) for points in polygons], axis=0)
-    return bool((covered != in_polygons(polygons, x, y)).any())
+    """Are pixels inside for COCO, in any polygon, but outside for layouts, by the even-odd rule?
+    Where there are 1,024 or more in a row or column, some of them are tried."""
+    if len(polygons) < 2:
+        return False
+    x = np.arange(0, width, max(1, width // SAMPLES))
+    y = np.arange(0, height, max(1, height // SAMPLES))
+    # Odd numbers at random: the XOR of those around is 0 outside, and even inside an even number.
+    marks = 2 * np.random.default_rng(0).integers(1, 2**62, len(polygons)) + 1
+    around = in_polygons(polygons, x, y, marks)
+    return bool(((around != 0) & (around % 2 == 0)).any())
 
 
 PUBLISHED = {
@@ -188,7 +210,7 @@ def from_published(data: Any, source: Source) -> Data:
         if theirs in data:
             layout[ours] = checked(data.pop(theirs), types[ours], theirs)
     if data:
-        warn(f"a layout has no place for {', '.join(sorted(data))}")
+        warn(f"a layout has no place for {shown(', '.join(sorted(data)))}")
     kind = record(description=str, mask=Box)
     pairs = [checked(pair, kind, key) for key, pair in checked(pairs, Data, "regions").items()]
     prompts = [pair.description for pair in pairs]
@@ -206,18 +228,19 @@ def to_published(layout: Layout, stem: str) -> Files:
 
 def from_coco(data: Any, source: Source) -> Data:
     """cocodataset.org, "data format": instances, or panoptic segments in an image of their ids."""
-    image = record(id=Any, file_name=str | None, width=Side, height=Side, caption=str | None)
+    image = record(id=int | str, file_name=str | None, width=Side, height=Side, caption=str | None)
     segments = list[record(id=int, category_id=int)]
     outline = {"bbox": Any | None, "segmentation": Any | None, "category_id": int | None}
     mapped = {"file_name": str | None, "segments_info": segments | None}
     data = checked(data, record(
         images=list[image],
-        annotations=list[record(image_id=Any, **outline, **mapped)],
+        annotations=list[record(image_id=int | str, **outline, **mapped)],
         categories=list[record(id=int, name=str)],
     ))  # fmt: skip
     image = chosen(data.images, [(each.id, each.file_name) for each in data.images], source)
     names = {category.id: category.name for category in data.categories}
     layout = {"prompt": image.caption, "width": image.width, "height": image.height, "regions": []}
+    shapes = {}
 
     def add(key: str, category: int | None, shape: Data) -> None:
         if category not in names:
@@ -229,7 +252,8 @@ def from_coco(data: Any, source: Source) -> Data:
         if entry.image_id != image.id:
             continue
         if entry.segments_info is None:
-            add(key, entry.category_id, coco_shape(entry, key, image, source.boxes))
+            shapes[key] = coco_shape(entry, key, source.boxes)
+            add(key, entry.category_id, shapes[key])
             continue
         name = entry.file_name or ""
         below = source.path.with_suffix("") / name  # a folder with the name of the file
@@ -237,10 +261,15 @@ def from_coco(data: Any, source: Source) -> Data:
         layout["map"] = str(source.beside or found)
         for j, part in enumerate(entry.segments_info):
             add(f"{key}.segments_info[{j}]", part.category_id, {"color": part.id})
+    check_size(layout, source)
+    for key, shape in shapes.items():
+        if overlapping(shape.get("polygon", []), image.width, image.height):
+            problem = "its polygons overlap; a layout leaves out what two of them cover"
+            warn(f"{key}.segmentation: {problem}")
     return layout
 
 
-def coco_shape(entry: Any, key: str, image: Any, boxes: bool) -> Data:
+def coco_shape(entry: Any, key: str, boxes: bool) -> Data:
     """The polygons of an annotation; its box where it has none, or where boxes are asked for."""
     if boxes or not entry.segmentation:
         x, y, w, h = checked(entry.bbox, Box, f"{key}.bbox")
@@ -249,12 +278,10 @@ def coco_shape(entry: Any, key: str, image: Any, boxes: bool) -> Data:
     if isinstance(entry.segmentation, dict):
         raise InputError(key, MISSING, "run-length encoding is not read; --boxes takes the boxes")
     outline = checked(entry.segmentation, list[list[float]], key)
-    if any(len(xy) < 6 or len(xy) % 2 for xy in outline):
+    is_good = all(len(xy) >= 6 and len(xy) % 2 == 0 for xy in outline)
+    if not (is_good and all(abs(value) <= FARTHEST for xy in outline for value in xy)):
         raise InputError(key, outline, "expected lists of x1, y1, x2, y2, x3, y3 and so on")
-    polygons = [[list(point) for point in zip(xy[::2], xy[1::2])] for xy in outline]
-    if overlapping(polygons, image.width, image.height):
-        warn(f"{key}: its polygons overlap; a layout leaves out what two of them cover")
-    return {"polygon": polygons}
+    return {"polygon": [[list(point) for point in zip(xy[::2], xy[1::2])] for xy in outline]}
 
 
 def to_coco(layout: Layout, stem: str) -> Files:
@@ -291,7 +318,8 @@ def from_forge(data: Any, source: Source) -> Data:
     """Rows of x0, x1, y0, y1, weight. A first one that is the whole image is the base prompt's."""
     mapping = checked(data, list[tuple[Unit, Unit, Unit, Unit, float]], "mapping")
     path = source.beside or source.path.with_suffix(".txt")
-    prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    lines = read_text(path, CONFIG).splitlines()
+    prompts = [line.strip() for line in lines if line.strip()]
     boxes = [(x0, y0, x1, y1) for x0, x1, y0, y1, _ in mapping]
     boxes = [[percent(Fraction(str(edge))) for edge in box] for box in boxes]
     layout = {"regions": boxed(prompts, boxes, "mapping")}
@@ -321,12 +349,16 @@ def from_rpg(data: Any, source: Source) -> Data:
     """RPG's plan, or the two lines of Regional Prompter. Rows of the split ratio end with ; and
     give their height, then their columns; without ; there are only columns. One prompt more than
     parts, the first, is the base prompt."""
-    plan = r"Final split ratio:([^\n]*).*?Regional Prompt:(.*)"
-    found = re.search(plan, data, re.DOTALL)
-    split, prompts = found.groups() if found else data.strip().partition("\n")[::2]
+    _, start, plan = data.partition("Final split ratio:")
+    split, end, prompts = plan.partition("Regional Prompt:")
+    if not (start and end):
+        split, _, prompts = data.strip().partition("\n")
+    split = split.partition("\n")[0]
+    if len(re.findall("[,;]", split)) > 2 * MAX_REGIONS:
+        raise InputError("split ratio", split, f"it has more than {MAX_REGIONS} parts")
     grid = [[number.strip() for number in row.split(",")] for row in split.strip("; ").split(";")]
-    for number in sum(grid, []):
-        if not (re.fullmatch(r"\d+(\.\d+)?", number) and float(number)):
+    for number in chain(*grid):
+        if not (re.fullmatch(r"\d{1,20}(\.\d{1,20})?", number) and float(number)):
             raise InputError("split ratio", split, "expected numbers above 0, with , and ; between")
     if command := re.search(r"\bADD(ROW|COL|COMM)\b", prompts):
         raise InputError("Regional Prompt", command[0], "not read, only BREAK and ADDBASE are")
@@ -378,9 +410,9 @@ def from_layoutsam(data: Any, source: Source) -> Data:
     row = chosen(data, [(i,) for i in range(len(data))], source)
     captions = {"region_captions": Any | None, "detail_region_captions": Any | None}
     row = checked(row, record(global_caption=str, **SIZE, bbox_list=Any, **captions))
-    boxes = checked(parsed(row.bbox_list), list[Box], "bbox_list")
-    prompts = parsed(row.detail_region_captions) or parsed(row.region_captions)
-    prompts = checked(prompts, list[str], "region_captions")
+    boxes = checked(data_in(row.bbox_list, source, "bbox_list"), list[Box], "bbox_list")
+    texts = row.detail_region_captions or row.region_captions
+    prompts = checked(data_in(texts, source, "region_captions"), list[str], "region_captions")
     layout = {"prompt": row.global_caption, "width": row.width, "height": row.height}
     return layout | {"regions": boxed(prompts, boxes, "bbox_list")}
 
@@ -473,11 +505,12 @@ FORMS = {  # reader, writer, and the keys that the form can hold, besides shapes
 
 def to_layout(source: Source, form: str, stem: str) -> Files:
     """The layout in YAML, and the images that it names."""
-    text = read_text(source.path)
-    found = FORMS[form][0](text if form == "rpg" else parsed(text), source)
+    text = read_text(source.path, SOURCE if form in ("coco", "layoutsam") else CONFIG)
+    found = FORMS[form][0](text if form == "rpg" else data_in(text, source), source)
     if not found.get("prompt"):
         found["prompt"] = ", ".join(region["prompt"] for region in found["regions"])
         warn("there is no base prompt; the prompts of the regions, joined, stand in for it")
+    check_size(found, source)
     size = [found.pop(side, None) for side in ("width", "height")]
     if None in size:
         size = source.size
@@ -497,6 +530,14 @@ def to_layout(source: Source, form: str, stem: str) -> Files:
     return {"": yaml.safe_dump(layout, **style), **files}
 
 
+def check_size(layout: Data, source: Source) -> None:
+    """Refuse what would be too large a layout, before it takes long; in YAML it is as long."""
+    size = len(json.dumps(layout, ensure_ascii=False))
+    if size > LAYOUT:
+        problem = f"{size:,} bytes for a layout, which has {LAYOUT:,} at most"
+        raise InputError(source.path, MISSING, problem)
+
+
 def fitted(layout: Data, stem: str) -> Files:
     """Scale a layout to multiples of 16, cut its shapes at the edges, and rename its images, all in
     place. Returns the images."""
@@ -508,15 +549,18 @@ def fitted(layout: Data, stem: str) -> Files:
     images = [(layout, "map", f"{stem}.map.png")]
     for i, region in enumerate(layout["regions"]):
         images.append((region, "mask", f"{stem}.{i}.png"))
+        cut = []
         for numbers in [*sum(region.get("polygon", []), []), region.get("box", [])]:
             for k, value in enumerate(numbers):
                 if not isinstance(value, (int, float)):  # in percent, or missing
                     continue
                 inside = min(max(value, 0), old[k % 2])
                 if inside != value:
-                    warn(f"regions[{i}]: {value:g} lies outside {old[0]} x {old[1]} and is cut off")
+                    cut.append(value)
                 scaled = round(inside * new[k % 2] / old[k % 2], 6)
                 numbers[k] = int(scaled) if scaled.is_integer() else scaled
+        if cut:
+            warn(f"regions[{i}]: {cut[0]:g} lies outside {old[0]} x {old[1]} and is cut off")
     files = {}
     for holder, key, name in images:
         if key in holder:

@@ -1,7 +1,10 @@
 """The command line: flags are the fields of Output, DryRun, Settings, Layout and Control."""
 
 import argparse
+import os
 import re
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +13,8 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 import msgspec
 from msgspec import Struct, inspect
 
-from errors import MISSING, InputError, flag
+from errors import MISSING, InputError, describe, flag
+from formats.hub import is_cached, is_repository
 from regional.layout import Control, Layout
 from settings import MODEL_KEYS, Name, Settings, invalid
 from tools.metadata import read_metadata, recorded
@@ -46,6 +50,7 @@ class Output(Struct, frozen=True, kw_only=True):
     metadata: Annotated[bool, "also write the metadata next to the image, .json"] = False
     no_metadata: Annotated[bool, "do not embed the metadata in the image"] = False
     config_from_metadata: Annotated[File, "repeat the run that an image records"] = None
+    trust_metadata: Annotated[bool, "whatever models and files the metadata name"] = False
     shard: Annotated[Name, "I/N: every N-th image from I; or torchrun's, SLURM's"] = None
 
 
@@ -116,8 +121,13 @@ def parse(argv: list[str] | None = None) -> Command:
     keys = None
     if file:
         metadata = read_metadata(file)
+        given = settings
         settings = repeated(metadata, settings, file)
         keys = {key: metadata[key] for key in Layout.__struct_fields__ if key in metadata}
+        if not output.trust_metadata:
+            named = {key: settings[key] for key in MODEL_KEYS if key in settings.keys() - given}
+            named |= {key: keys[key] for key in keys.keys() - overrides}
+            check_trust(file, named, argv)
     return Command(Settings(**settings), overrides, output, dry_run, keys)
 
 
@@ -132,6 +142,39 @@ def repeated(metadata: dict[str, Any], given: dict[str, Any], file: Path) -> dic
     for key in MODEL_KEYS if given.keys() & set(MODEL_KEYS) else ():
         settings.pop(key, None)  # Files of one model are not mixed with another's.
     return settings | given
+
+
+def check_trust(file: Path, named: dict[str, Any], argv: list[str] | None) -> None:
+    """InputError if an image's metadata, which may be a stranger's, name what is not here yet or
+    lies elsewhere than the image, the working directory and the program."""
+    folders = [file.resolve().parent, Path.cwd().resolve(), Path(__file__).resolve().parents[1]]
+    for key, name in names_in(named):
+        repository = name.partition(":")[0]
+        if is_repository(repository):
+            if is_cached(repository):
+                continue
+            danger = "would be downloaded"
+        else:
+            place = Path(os.path.realpath(name))
+            if name == "pocket" or any(place.is_relative_to(folder) for folder in folders):
+                continue
+            danger = "is in none of the image's folder, the current one and the program's"
+        again = shlex.join([*(sys.argv[1:] if argv is None else argv), "--trust-metadata"])
+        problem = f"its metadata name {key} = {describe(name)}, which {danger}"
+        raise InputError(file, MISSING, f"{problem}; to allow that: python generate.py {again}")
+
+
+def names_in(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """The models and files that a layout and settings name, by their keys."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            is_name = name in (*MODEL_KEYS, "map", "mask", "file", "image")
+            if is_name and isinstance(part, str):
+                yield f"{key}.{name}".lstrip("."), part
+            yield from names_in(part, f"{key}.{name}")
+    elif isinstance(value, list):
+        for i, part in enumerate(value):
+            yield from names_in(part, f"{key}[{i}]")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -5,20 +5,33 @@ import itertools
 import os
 import random
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import torch
 import yaml
+from PIL import Image
+from torch import Tensor
 
 from errors import MISSING, InputError, info, parse_yaml, print_error
 from regional.layout import Layout
+from regional.mask import RegionTokens
+from settings import Settings
 from tools.flags import Output
-from tools.metadata import Metadata, matches, metadata_in
-from tools.writing import check_suffix, check_writable
+from tools.metadata import (
+    Metadata,
+    check_suffix,
+    check_writable,
+    matches,
+    metadata_in,
+    save_image,
+    save_json,
+    save_tensor,
+)
 
 SWEPT = (
     "base_ratio", "mask_inject_steps", "double_inject_interval", "single_inject_interval",
@@ -64,6 +77,14 @@ class Failures:
                 raise
             print_error(error)
             self.count += 1
+
+
+def advice(error: BaseException, settings: Settings) -> str:
+    """What to do about a lack of memory."""
+    tips = ["--offload blocks"] if settings.offload != "blocks" else []
+    tips += ["--quantize fp8"] if settings.quantize != "fp8" else []
+    reason = " ".join(str(error).split())
+    return f"{reason} Try {' or '.join(tips) or 'a smaller image'}."
 
 
 def is_full(error: BaseException) -> bool:
@@ -262,6 +283,30 @@ def check_names(jobs: list[Job], layouts: list[Path | None]) -> None:
             problem = "an image or layout of this run has this name; put {name} or {seed} into it"
             raise InputError("--output", path, problem)
         taken.add(os.path.abspath(path))
+
+
+@cache  # It runs once.
+def report_first_step(start: float) -> None:
+    """start: of the program, by time.perf_counter()."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    info(f"the first step ended {time.perf_counter() - start:.1f} s after the start")
+
+
+def save(
+    job: Job, image: Image.Image, latents: Tensor, maps: Any, tokens: RegionTokens | None,
+    metadata: Metadata, is_embedded: bool,
+) -> None:  # fmt: skip
+    """Write the files of a job. The image is the last: where it is, the others are, too."""
+    if "latents" in job.files:
+        save_tensor("latents", latents, metadata, job.files["latents"])
+    if "metadata" in job.files:
+        save_json(metadata, job.files["metadata"])
+    if maps:
+        from tools.sheets import save_maps
+
+        save_maps(maps, job.files["maps"].with_suffix(""), image, tokens.prompts, metadata)
+    save_image(image, metadata if is_embedded else None, job.files["image"])
 
 
 def is_finished(job: Job, output: Output, metadata: Metadata | None) -> bool:

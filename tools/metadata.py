@@ -1,7 +1,14 @@
-"""The metadata of what a run writes: into images, latents and JSON, and out of them."""
+"""What a run writes: images with their metadata, and every file whole or not at all."""
 
+import glob
 import hashlib
 import json
+import os
+import re
+import socket
+import time
+import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -29,14 +36,68 @@ from errors import (
 )
 from regional.layout import Layout, Seed
 from settings import MODEL_KEYS
-from tools.writing import SUFFIXES, write
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"  # several may write to one folder
+DAY = 86400  # seconds
 EXIF_DESCRIPTION = 0x010E
 EXIF_SOFTWARE = 0x0131
 MAX_JPEG_EXIF = 65_000  # bytes: the segments of a JPEG file have 16-bit lengths
+CHECKSUM = "sha256"  # of a tensor, among the metadata of its file
 ANY_SIZE = 10**9  # pixels
 
 Metadata = dict[str, Any]
+
+
+def write(path: Path, save: Callable[[Path], Any]) -> None:
+    """Save under a temporary name, then rename: a file is whole or not there."""
+    unfinished = path.with_stem(f".{path.stem}.{HOST}-{os.getpid()}")
+    try:
+        save(unfinished)
+        with open(unfinished, "rb+") as file:  # or a power cut could leave an empty file
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what dead processes left of this file: those of this machine, and what is a day old."""
+    for file in path.parent.glob(f".{glob.escape(path.stem)}.*{path.suffix}"):
+        name = re.fullmatch(r"([0-9a-f]{8})-(\d+)", file.stem.removeprefix(f".{path.stem}."))
+        if name is None:  # .x.1.77.png is not x.png's
+            continue
+        with suppress(FileNotFoundError):  # Another process removes it, too, or has renamed it.
+            is_old = time.time() - file.stat().st_mtime > DAY
+            if is_old or (name[1] == HOST and not is_alive(int(name[2]))):
+                file.unlink()
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+def check_suffix(flag: str, name: str | Path, suffixes: tuple[str, ...] = SUFFIXES) -> None:
+    if Path(name).suffix.lower() not in suffixes:
+        raise InputError(flag, name, f"the suffix must be {' or '.join(suffixes)}")
+
+
+def check_writable(path: Path, overwrite: bool) -> None:
+    """InputError if the file can't be written, or exists and is not to be overwritten."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise InputError(path, MISSING, f"there is no folder {path.parent} to write it to")
+    name = os.fsencode(path.name)
+    if len(name) > 200 or path.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(path, MISSING, "no file of this name can be written there")
+    if path.exists() and not overwrite:
+        raise InputError(path, MISSING, "exists already; --overwrite replaces it")
 
 
 def run_metadata(pipeline: Any) -> Metadata:
@@ -120,7 +181,7 @@ def save_tensor(name: str, tensor: Tensor, metadata: Metadata, path: Path) -> No
     """A safetensors file with the metadata and a checksum of the numbers."""
     tensor = tensor.cpu().contiguous()
     checksum = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
-    data = save({name: tensor}, {"layout": json.dumps(metadata), "sha256": checksum})
+    data = save({name: tensor}, {"layout": json.dumps({**metadata, CHECKSUM: checksum})})
     write(path, partial(Path.write_bytes, data=data))
 
 
@@ -144,7 +205,8 @@ def read_metadata(path: Path) -> Metadata:
     if text is None:
         raise InputError(path, MISSING, "contains no generation metadata")
     metadata = parse_json(text, dict[str, Any], path)
-    converted(metadata, Recorded, path)
+    metadata.pop(CHECKSUM, None)
+    converted(metadata, Recorded, path, "contains no generation metadata")
     return metadata
 
 
@@ -183,7 +245,8 @@ def is_whole(path: Path) -> bool:
     """Can the image be decoded, or have the latents their checksum?"""
     if path.suffix.lower() == ".safetensors":
         with opened(path, CHECKPOINT) as file:
-            expected = header_of(path, file).metadata.get("sha256")
+            text = header_of(path, file).metadata["layout"]
+            expected = parse_json(text, dict[str, Any], path).get(CHECKSUM)
             return expected in (None, hashlib.file_digest(file, "sha256").hexdigest())
     with suppress(InputError):
         if path.suffix.lower() in SUFFIXES:

@@ -23,7 +23,7 @@ from formats.network import answer
 from regional.layout import MAX_REGIONS
 from regional.reader import read_layout
 from tools.flags import naming
-from tools.writing import check_writable, write
+from tools.metadata import check_writable, write
 
 INSTRUCTIONS = """You plan an image of {width} x {height} pixels for a text-to-image model that
 generates each region from a prompt of its own. Answer with one JSON object of the schema below and

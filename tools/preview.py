@@ -43,7 +43,7 @@ def preview(layout: Layout) -> Image.Image:
     cover = tokens.cover.numpy().reshape(-1, h, w)
     colors = COLORS[tokens.prompt_bits]
     several = cover[: len(layout.regions)].sum(axis=0) > 1.001
-    pixels = painted(cover / cover.sum(axis=0), several, colors, cell)
+    pixels = painted(cover, several, colors, cell)
     fine = replace(layout, width=layout.width * cell, height=layout.height * cell)
     for region, own in zip(layout.regions, colors):
         box = region.box and tuple(cell * value for value in region.box)
@@ -83,15 +83,23 @@ def enlarged(grid: np.ndarray, by: int) -> np.ndarray:
     return grid.repeat(by, axis=0).repeat(by, axis=1)
 
 
-def painted(parts: np.ndarray, several: np.ndarray, colors: np.ndarray, cell: int) -> np.ndarray:
-    """(h cell, w cell, 3). parts: the regions' fractions of the tokens, (P, h, w), which are the
-    widths of stripes where there are `several` (h, w); colors: (P, 3)."""
-    pixels = enlarged(np.tensordot(parts, colors, axes=(0, 0)), cell)
-    y, x = np.indices(pixels.shape[:2])
-    phase = (x + y) % STRIPES / STRIPES
-    ends = parts.cumsum(axis=0)[:-1]
-    stripe = sum((phase >= enlarged(end, cell)).astype(int) for end in ends)
-    pixels = np.where(enlarged(several, cell)[..., None], colors[stripe], pixels)
+def painted(cover: np.ndarray, several: np.ndarray, colors: np.ndarray, cell: int) -> np.ndarray:
+    """(h cell, w cell, 3). cover: how far each region covers each token, (P, h, w), which gives
+    stripes their widths where there are `several` (h, w); colors: (P, 3)."""
+    y, x = np.indices((several.shape[0] * cell, several.shape[1] * cell), sparse=True)
+    phase = ((x + y) % STRIPES / STRIPES).astype(np.float32)
+    stripe = np.zeros(phase.shape, dtype=np.uint8)
+    whole = cover.sum(axis=0)
+    mixed = np.zeros((*several.shape, 3))
+    end = np.zeros_like(whole)
+    for own, color in zip(cover, colors):  # one at a time: all would take much memory
+        mixed += (own / whole)[..., None] * color
+        end += own / whole
+        if several.any():
+            stripe += phase >= enlarged(end, cell)
+    stripe = stripe.clip(max=len(colors) - 1)
+    pixels = enlarged(mixed, cell)
+    np.copyto(pixels, colors[stripe], where=enlarged(several, cell)[..., None])
     if cell >= 6:
         pixels[(x % cell == 0) | (y % cell == 0)] *= 0.9
     return pixels
@@ -231,6 +239,7 @@ def doubts(layout: Layout, tokens: RegionTokens) -> list[str]:
     """What region_tokens does but may not be meant."""
     found = []
     inside = tokens.cover > 0
+    several = inside.sum(dim=0) > 1
     for i, region in enumerate(layout.regions):
         name = f"regions[{i}]"
         own = inside[i]
@@ -246,6 +255,6 @@ def doubts(layout: Layout, tokens: RegionTokens) -> list[str]:
         around = [j for j in others if not (own & ~inside[j]).any()]
         if around:
             found.append(f"{name} lies wholly in regions[{around[0]}]; both prompts count there.")
-        elif (inside[:, own].sum(dim=0) > 1).all():
+        elif several[own].all():
             found.append(f"{name} has no token of its own: each is shared with other regions.")
     return found

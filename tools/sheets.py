@@ -8,8 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from errors import info, opened_image
-from tools.metadata import ANY_SIZE, Metadata, save_image, save_tensor
-from tools.writing import write
+from tools.metadata import ANY_SIZE, Metadata, save_image, save_tensor, write
 
 GAP = 8  # pixels between images
 LINE = 18  # the height of a line of text

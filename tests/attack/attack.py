@@ -41,11 +41,12 @@ from errors import InputError  # noqa: E402
 from extensions import loading  # noqa: E402
 from extensions.lora_files import read_lora  # noqa: E402
 from model.tokenizers import CLIPTokenizer, T5Tokenizer  # noqa: E402
+from model.transformer import FluxParams  # noqa: E402
 from regional.layout import FLUX_DEV  # noqa: E402
 from regional.mask import region_tokens  # noqa: E402
 from regional.reader import read_layout  # noqa: E402
 from runtime.prompt_cache import cached  # noqa: E402
-from tools import convert, flags, metadata, plan  # noqa: E402
+from tools import convert, flags, metadata, plan, preview  # noqa: E402
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SECONDS = 2.0
@@ -87,6 +88,13 @@ def tokens_of(layout: Path) -> None:
     found.resolved(FLUX_DEV)
     if found.regions:
         region_tokens(found)
+
+
+def previewed(layout: Path) -> None:
+    """A layout in JSON: YAML takes the longer part of the time."""
+    found = read_layout(None, json.loads(layout.read_text()))
+    preview.preview(found)
+    preview.report(found, FluxParams(), None)
 
 
 def naming_image(text: str) -> Callable[[Path], None]:
@@ -206,6 +214,7 @@ def gguf_file(folder: Path) -> bytes:
 def conversions() -> dict[str, Kind]:
     """Each form that tools/convert.py reads, its examples made by the converter from a layout."""
     found = {}
+    literal = inputs.either_or_python
     layout = {"prompt": "a fox and a hen", "width": 128, "height": 128, "background_prompt": "a meadow", "regions": [
         {"prompt": "a fox", "box": [0, 0, 64, 128]}, {"prompt": "a hen", "box": [64, 0, 128, 128]}]}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -216,7 +225,7 @@ def conversions() -> dict[str, Kind]:
             with contextlib.redirect_stderr(io.StringIO()):
                 assert convert.main(["--to", form, str(file), str(target)]) == 0, form
             more = [] if form not in ("forge", "rpg") else ["--size", "128", "128"]
-            mutate = inputs.mutated_bytes if form == "rpg" else inputs.either
+            mutate = inputs.or_large(inputs.large_split, inputs.mutated_bytes) if form == "rpg" else literal
             beside = [(p.name, p.read_bytes()) for p in Path(folder).glob(f"{form}*") if p != target]
             example = (target.name, target.read_bytes())
             found[f"convert {form}"] = Kind([example], mutate, converted(form, *more), beside)
@@ -230,7 +239,9 @@ def conversions() -> dict[str, Kind]:
         ],
     }  # fmt: skip
     found["convert coco polygons"] = Kind(
-        [("coco.json", json.dumps(polygons).encode())], inputs.either, converted("coco")
+        [("coco.json", json.dumps(polygons).encode())],
+        inputs.or_large(inputs.large_annotations, inputs.either),
+        converted("coco"),
     )
     return found
 
@@ -243,6 +254,7 @@ def all_kinds(folder: Path) -> dict[str, Kind]:
     formats += [("x.png", inputs.image_bytes(image.convert(mode), "PNG")) for mode in ("L", "P", "LA", "RGBA", "1")]
     exact = [example for example, form in zip(formats, FORMATS) if form not in ("JPEG", "WEBP", "GIF")]
     carrier = [("x.png", inputs.image_bytes(image, "PNG", recorded.decode()))]
+    mutate_layout = inputs.or_large(inputs.large_layout, inputs.either)
     mutate_carrier = partial(inputs.mutated_carrier, recorded)
     layouts = [("x.yaml", json.dumps(LAYOUT).encode()), ("x.yaml", yaml.safe_dump(LAYOUT).encode())]
     layouts += [("x.yaml", file.read_bytes()) for file in sorted((ROOT / "examples").glob("*.yaml"))]
@@ -268,7 +280,8 @@ def all_kinds(folder: Path) -> dict[str, Kind]:
         {"prompt": "c", "box": {"x0": 0, "y0": 0, "x1": 50, "y1": 100}},
         {"prompt": "d", "box": {"x0": 50, "y0": 0, "x1": 100, "y1": 100}}]}  # fmt: skip
     kinds = {
-        "layout": Kind(layouts, inputs.either, tokens_of, pictures),
+        "layout": Kind(layouts, mutate_layout, tokens_of, pictures),
+        "preview": Kind(layouts[:1], lambda rng, _: inputs.costly_layout(rng).encode(), previewed),
         "mask": Kind(formats, inputs.mutated_bytes, naming_image("regions: [{prompt: b, mask: IMAGE}]")),
         "map": Kind(exact, inputs.mutated_bytes, naming_image("map: IMAGE\nregions: [{prompt: b, color: '#ff0000'}]")),
         "control image": Kind(formats, inputs.mutated_bytes, naming_image("controlnets: [{model: a/b, image: IMAGE}]")),

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -102,6 +103,92 @@ def either(rng: random.Random, data: bytes) -> bytes:
     if data[:1] in b"{[" and rng.random() < 0.7:
         return mutated_json(rng, data)
     return mutated_bytes(rng, data)
+
+
+def or_large(make: Callable[[random.Random], str], otherwise: Callable) -> Callable[[random.Random, bytes], bytes]:
+    """Now and then a file that is valid, or nearly, and as costly as its size allows."""
+    return lambda rng, data: make(rng).encode() if rng.random() < 0.05 else otherwise(rng, data)
+
+
+def points(rng: random.Random, count: int, side: int, shape: str) -> list[list[int]]:
+    """Points of a polygon whose edges go from top to bottom, from left to right, or anywhere."""
+    size = 16 if shape == "small" else side
+    found = [[rng.randrange(size), rng.randrange(size)] for _ in range(count)]
+    if shape in ("tall", "wide"):
+        for i, point in enumerate(found):
+            point[shape == "tall"] = i % 2 * side
+    return found
+
+
+def costly_layout(rng: random.Random) -> str:
+    """Many regions and points, large feathers, on a large image."""
+    side, count = rng.choice((1024, 8192)), rng.choice((1, 2, 61))
+    length = rng.choice((3, 100, 8000 // count, 14000 // count, 30000 // count))
+    shape = rng.choice(("tall", "wide", "small", "any"))
+    layout = {"prompt": "a", "width": side, "height": side, "overlap": rng.choice(("share", "smallest", "last"))}
+    regions = []
+    for i in range(count):
+        region = {"prompt": f"b{i}", "feather": rng.choice((0, 40, 8192, rng.uniform(0, 8192))), "mask_inject_steps": i}
+        polygon = points(rng, max(3, length), side, shape)
+        if rng.random() < 0.3:
+            polygon = [polygon[k : k + 3] for k in range(0, len(polygon) - 2, 3)]
+        if rng.random() < 0.3:
+            region["box"] = [rng.randrange(side // 2), 0, side, rng.uniform(1, side)]
+        else:
+            region["polygon"] = polygon
+        regions.append(region)
+    layout["regions"] = regions
+    return json.dumps(layout, separators=(",", ":"))
+
+
+def large_layout(rng: random.Random) -> str:
+    text = costly_layout(rng)
+    if rng.random() < 0.3:  # YAML, in which an alias stands for a point
+        side, length = rng.choice((1024, 8192)), rng.choice((100, 10000, 30000))
+        names = [f"&{chr(97 + i)} {[rng.randrange(side), i % 2 * side]}" for i in range(26)]
+        aliases = ",".join(f"*{chr(97 + rng.randrange(13) * 2 + i % 2)} " for i in range(length))
+        text = f"prompt: a\nwidth: {side}\nheight: {side}\nregions:\n- prompt: b\n"
+        text += f"  polygon: [{','.join(names)},{aliases}]\n"
+    return text
+
+
+def large_split(rng: random.Random) -> str:
+    """A plan of RPG that repeats something a thousand times or more."""
+    part = rng.choice(
+        ("Final split ratio:", "Regional Prompt:", "1,", "1;", "1.1;", "9", " BREAK ", "ADDCOL ", "\n", " ")
+    )
+    before, between = rng.choice(("", "Final split ratio: ", "1,1")), rng.choice(("", "\nRegional Prompt: a BREAK "))
+    return before + part * rng.choice((1000, 50000, 500000)) + between + part * rng.choice((0, 1000, 50000))
+
+
+def large_annotations(rng: random.Random) -> str:
+    """COCO's, many or with many polygons, of a large image."""
+    side, count = rng.choice((640, 8192, 16384)), rng.choice((1, 20, 61, 1000))
+    shape = rng.choice(("tall", "wide", "small", "any"))
+    annotations = []
+    for i in range(count):
+        polygons = [
+            points(rng, rng.choice((3, 5, 3000 // count + 3)), side, shape) for _ in range(rng.choice((1, 3, 20)))
+        ]
+        outline = [sum(polygon, []) for polygon in polygons]
+        annotations.append({"id": i, "image_id": 1, "category_id": 1, "segmentation": outline})
+    image = {"id": 1, "width": side, "height": side}
+    return json.dumps({"images": [image], "categories": [{"id": 1, "name": "a"}], "annotations": annotations})
+
+
+def as_python(rng: random.Random, data: bytes) -> bytes:
+    """JSON as a Python literal, sometimes with tuples, sets, and what JSON has not."""
+    text = repr(mutated(rng, json.loads(data)))
+    lists = r"\[([^][{}()]+)\]"
+    text = re.sub(lists, rng.choice((r"[\1]", r"(\1,)", r"{\1}")), text, count=rng.choice((1, 5)))
+    more = rng.choice(
+        ("", "", "nan", "{1, 2}", "...", "b'a'", "1j", "9" * 5000, "-" * 5000 + "1", "(" * 500, "1+" * 5000 + "1")
+    )
+    return text.replace(rng.choice("0123"), more or "7", 1).encode(errors="surrogatepass")
+
+
+def either_or_python(rng: random.Random, data: bytes) -> bytes:
+    return as_python(rng, data) if rng.random() < 0.2 else either(rng, data)
 
 
 def mutated_header(rng: random.Random, data: bytes) -> bytes:

@@ -28,11 +28,10 @@ import yaml
 from PIL import Image, PngImagePlugin
 
 import generate
-from errors import InputError
-from regional.images import MAX_PIXELS
+from errors import LAYOUT, MAX_PIXELS, InputError
 from regional.layout import FLUX_DEV, Control, Layout, Lora, Region, RegionLora
 from regional.mask import region_tokens
-from regional.reader import MAX_BYTES, read_layout
+from regional.reader import read_layout
 
 ROOT = Path(__file__).parents[2]
 LAYOUTS = [ROOT / "layout.yaml", *sorted((ROOT / "examples").glob("*.yaml"))]
@@ -280,6 +279,7 @@ def png(width: int, height: int, chunks: list[tuple[bytes, bytes]]) -> bytes:
     return data
 
 
+NO_FILE = "not a regular file|Is a directory|No such device"
 TEXTS = {  # name: YAML, and what its sentence says, None where it is a layout
     "billion laughs": (laughs("[lol]"), "too much text"),
     "a billion of a long text": (laughs("k" * 1000) + "\nprompt: *j", "too much text"),
@@ -291,15 +291,16 @@ TEXTS = {  # name: YAML, and what its sentence says, None where it is a layout
     "a list that holds itself": ("prompt: &a [*a]", "holds itself"),
     "a mapping merged into itself": ("prompt: x\nregions: [&a {<<: *a}]", "holds itself"),
     "a long chain of aliases": (
-        "prompt: [&a0 [], " + ", ".join(f"&a{i + 1} [*a{i}]" for i in range(30000)) + "]", "too much text|size"),
-    "a deep chain of aliases": ("prompt: [&a0 [], " + ", ".join(f"&a{i + 1} [*a{i}]" for i in range(900)) + "]", "str"),
+        "prompt: [&a0 [], " + ", ".join(f"&a{i + 1} [*a{i}]" for i in range(9000)) + "]", "too much text|size"),
+    "a deep chain of aliases": (
+        "prompt: [&a0 [], " + ", ".join(f"&a{i + 1} [*a{i}]" for i in range(900)) + "]", "str|too much text"),
     "10 ** 5000": ("prompt: x\nseed: 1" + "0" * 5000, "number of more than"),
-    "a hexadecimal number of 900 kB": ("prompt: x\nseed: 0x" + "f" * 900_000, "number of more than"),
-    "a sexagesimal number of 900 kB": ("prompt: x\nseed: 1" + ":59" * 300_000, "number of more than"),
-    "200 kB of values": ("prompt: [" + "a," * (MAX_BYTES // 10) + "]", "expected str"),
-    "1 MB of brackets": ("[" * MAX_BYTES, "recursion"),
-    "more than 1 MB": ("#" * (MAX_BYTES + 1), "bytes are more than"),
-    "a key of 900 kB": ("k" * 900_000 + ": x", "mapping|invalid key|expected"),
+    "a hexadecimal number of 190 kB": ("prompt: x\nseed: 0x" + "f" * 190_000, "number of more than"),
+    "a sexagesimal number of 190 kB": ("prompt: x\nseed: 1" + ":59" * 60_000, "number of more than"),
+    "20 kB of values": ("prompt: [" + "a," * (LAYOUT // 10) + "]", "expected str"),
+    "200 kB of brackets": ("[" * LAYOUT, "recursion"),
+    "more than 200 kB": ("#" * (LAYOUT + 1), "bytes are more than"),
+    "a key of 190 kB": ("k" * 190_000 + ": x", "mapping|invalid key|expected"),
     "half a surrogate as a number": ('prompt: x\nwidth: "\\ud800"', "surrogate"),
     "half a surrogate as a file": ('prompt: x\nloras: [{file: "\\ud800"}]', "surrogate"),
     "an emoji as JSON has it": ('{"prompt": "\\ud83e\\udd8a"}', None),
@@ -308,15 +309,15 @@ TEXTS = {  # name: YAML, and what its sentence says, None where it is a layout
     "a path of 100 kB": (layout_of("mask: " + "m" * 100_000), "too long"),
     "a LoRA of a path of 100 kB": ("prompt: x\nloras: [{file: " + "m/" * 50_000 + "}]", None),
     "a LoRA that is a pipe": ("prompt: x\nloras: [{file: pipe}]", "neither a file"),
-    "a mask that is a pipe": (layout_of("mask: pipe"), "not a regular file"),
-    "a mask that is a device": (layout_of("mask: /dev/zero"), "not a regular file"),
-    "a mask that is a socket": (layout_of("mask: socket"), "not a regular file"),
+    "a mask that is a pipe": (layout_of("mask: pipe"), NO_FILE),
+    "a mask that is a device": (layout_of("mask: /dev/zero"), NO_FILE),
+    "a mask that is a socket": (layout_of("mask: socket"), NO_FILE),
     "a mask that is a symlink to itself": (layout_of("mask: loop"), "symbolic links"),
     "a mask that is a symlink": (layout_of("mask: link.png"), None),
-    "an empty mask": (layout_of("mask: ''"), "not a regular file"),
+    "an empty mask": (layout_of("mask: ''"), NO_FILE),
     "a control image of broken EXIF data": (
         "prompt: x\ncontrolnets: [{model: a, image: exif.jpg}]", "not an image that can be read"),
-    "an empty map": ("prompt: x\nmap: ''", "not a regular file"),
+    "an empty map": ("prompt: x\nmap: ''", NO_FILE),
     "61 soft regions of a large size": (
         layout_of(*["polygon: [[0, 0], [4096, 0], [2000, 4096]], feather: 300"] * 61, side=4096, more="overlap: last"),
         None),
@@ -333,10 +334,10 @@ IMAGES = {  # what the sentence about such a mask says
     "a\nb.png": "no such file",
 }  # fmt: skip
 PATHS = {  # of layouts, and what is said of them
-    "3 GB": ("3 GB.yaml", "bytes are more than"), "a pipe": ("pipe", "not a regular file"),
-    "a device": ("/dev/zero", "not a regular file"), "a folder": (".", "not a regular file"),
+    "3 GB": ("3 GB.yaml", "bytes are more than"), "a pipe": ("pipe", NO_FILE),
+    "a device": ("/dev/zero", NO_FILE), "a folder": (".", NO_FILE),
     "a symlink to itself": ("loop", "symbolic links"), "a symlink": ("link.yaml", None),
-    "a name of two lines": ("a\nb.yaml", "no such layout"),
+    "a name of two lines": ("a\nb.yaml", "no such file"),
     "a name that is too long": ("n" * 300, "too long"),
 }  # fmt: skip
 
