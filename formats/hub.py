@@ -28,7 +28,7 @@ from huggingface_hub.utils import WeakFileLock, hf_raise_for_status
 from msgspec import Meta, Struct
 from tqdm import tqdm
 
-from errors import CONFIG, MISSING, InputError, info, parse_json
+from errors import CHECKPOINT, CONFIG, MISSING, InputError, info, opened, parse_json
 from formats.network import answer
 
 Name = str | Path | None
@@ -147,7 +147,7 @@ def is_chosen(name: str, patterns: list[str]) -> bool:
 
 
 def headers() -> dict[str, str]:
-    """The library's own tell of this machine and ask for names of variables to look up in it."""
+    """For these, the library would first ask which environment variables to look up, and tell."""
     token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else hub.get_token()
     login = {"Authorization": f"Bearer {token}"} if token else {}
     return {"User-Agent": f"hf_hub/{hub.__version__}", **login}
@@ -193,9 +193,10 @@ def download(repo: str, listing: Listing, files: list[File], purpose: str) -> Pa
 def announce(repo: str, files: list[File], blobs: Path, purpose: str) -> None:
     """Print how much is to be downloaded; InputError if there is no room for it."""
     cache = Path(constants.HF_HUB_CACHE)
-    begun = [blobs / f"{file.sum}.incomplete" for file in files]
     missing = sum(file.size for file in files)
-    missing -= sum(path.stat().st_size for path in begun if path.exists())
+    for file in files:
+        with suppress(FileNotFoundError):  # not begun, or another worker has just completed it
+            missing -= (blobs / f"{file.sum}.incomplete").stat().st_size
     place = next(folder for folder in (cache, *cache.parents) if folder.exists())
     free = shutil.disk_usage(place).free
     size = tqdm.format_sizeof(missing, "B")
@@ -245,9 +246,9 @@ def complete(repo: str, commit: str, file: File, blob: Path) -> None:
 
 
 def checksum(path: Path, file: File) -> str:
-    """By the hash that names it: git's of a blob, or that of the bytes alone."""
+    """By the hash that names it: of the bytes alone, or of a blob of git."""
     start = hashlib.sha256() if file.lfs else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-    with open(path, "rb") as data:
+    with opened(path, CHECKPOINT) as data:
         return hashlib.file_digest(data, lambda: start).hexdigest()
 
 

@@ -201,7 +201,9 @@ def test_after_bad_json_it_is_asked_again_with_the_reason_three_times_at_most(se
     assert len(server.asked) == 3 == len(ask.messages)
     assert [role for role, _ in contents(server, 2)] == ["system", "user"] + ["assistant", "user"] * 2
     assert "missing required field `prompt`" in contents(server, 2)[3][1]
-    assert message.startswith(f"{server.url}/chat/completions: no layout in three answers; the last: the JSON: not as")
+    assert message.startswith(
+        f"{server.url}/chat/completions: no layout in three answers; the last: the answer: damaged JSON"
+    )
 
 
 COVERED = "other regions cover all of it"

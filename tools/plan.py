@@ -190,12 +190,10 @@ def ask(url: str, body: dict[str, Any], timeout: float) -> str:
 
 def layout_of(answer: str, width: int, height: int) -> dict[str, Any]:
     """The layout's keys by the JSON in an answer; InputError if there is none that fits."""
-
-    def parse(text: str) -> Plan:
-        return msgspec.json.decode(text, type=Plan, strict=False)
-
     text = answer[answer.find("{") : answer.rfind("}") + 1]
-    found = parsed(parse, text, "the JSON", "not as asked for")
+    data = parse_json(text, Any, "the answer")
+    fit = partial(msgspec.convert, type=Plan, strict=False)
+    found = parsed(fit, data, "the answer", "not as asked for")
     if not found.prompt.strip() or not found.regions:
         raise InputError("prompt, regions", MISSING, "they must not be empty")
     if len(found.regions) > MAX_REGIONS:

@@ -7,7 +7,7 @@ Every field of every answer, of JSON and of headers, is replaced by each of some
 while the program downloads a model or asks for a plan; then come answers without end: bodies,
 headers, compressed bodies, and those that drip. The program may succeed, or raise InputError,
 within 5 s and 300 MB. What it prints must be printable and without secrets, no file may appear
-outside the cache, and what is downloaded must be what the hub states. Otherwise, the exit code is 1.
+outside the cache, and what is downloaded must be what the hub states. The exit code is 1 otherwise.
 """
 
 import argparse
@@ -396,7 +396,8 @@ def attack_planner() -> Counter:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("which", nargs="*", default=["hub", "plan"])
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--verbose", action="store_true")
