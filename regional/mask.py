@@ -144,8 +144,8 @@ def feathered(tokens: np.ndarray, feather: float) -> np.ndarray:
     between = window_sums(inside.astype(np.int16), reach)
     first, last = inside[: -2 * reach], inside[2 * reach :]
     # As a loop over the window would round its sum: one weight after the other is added.
-    sums = [np.cumsum([start, *inner])[between] for start in (0, outer)]
-    columns = np.where(first, sums[1], sums[0]) + outer * last
+    sums = np.concatenate([np.cumsum([start, *inner]) for start in (0, outer)])
+    columns = sums.take(between + 2 * reach * first) + outer * last
     return row_means(np.pad(columns, ((0, 0), (reach, reach)), mode="edge"), outer, inner)
 
 
@@ -156,8 +156,8 @@ def row_means(cover: np.ndarray, outer: float, inner: np.ndarray) -> np.ndarray:
     between = window_sums(np.rint(cover * 2.0**52).astype(np.int64).T, reach).T / 2.0**52
     near = between * inner[0] + outer * (cover[:, : -2 * reach] + cover[:, 2 * reach :])
     error = 1e-15 + 1e-15 * len(inner) * near
-    means = rounded(near)
-    row, column = (rounded(near - error) != rounded(near + error)).nonzero()
+    means = rounded(near - error)
+    row, column = (means != rounded(near + error)).nonzero()
     weights = [outer, *inner, outer]
     means[row, column] = rounded(sum(w * cover[row, column + j] for j, w in enumerate(weights)))
     return means

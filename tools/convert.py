@@ -316,7 +316,8 @@ def to_coco(layout: Layout, stem: str) -> Files:
 
 def from_forge(data: Any, source: Source) -> Data:
     """Rows of x0, x1, y0, y1, weight. A first one that is the whole image is the base prompt's."""
-    mapping = checked(data, list[tuple[Unit, Unit, Unit, Unit, float]], "mapping")
+    rows = list[tuple[Unit, Unit, Unit, Unit, float]]
+    mapping = checked(data, Annotated[rows, Meta(max_length=MAX_REGIONS + 1)], "mapping")
     path = source.beside or source.path.with_suffix(".txt")
     lines = read_text(path, CONFIG).splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
