@@ -11,8 +11,6 @@ import httpx2
 from huggingface_hub import get_session, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 
-from errors import shown
-
 MOST_ERROR = 100_000  # bytes of an error's or a redirection's body
 
 
@@ -46,7 +44,8 @@ def client() -> httpx2.Client:
 
 def printable(record: logging.LogRecord) -> bool:
     """The hub library logs warnings, which may quote a server."""
-    record.msg = shown(" ".join(record.getMessage().split()))
+    text = " ".join(record.getMessage().split())
+    record.msg = text if text.isprintable() else repr(text)[:1000]
     record.args = ()
     return True
 

@@ -51,7 +51,7 @@ MISTAKES = [
             "if start < part.mask_inject_steps", "if start <= part.mask_inject_steps",
             ("test_settings.py", "steps_and_ratios")),
     Mistake("feather weights", "regional/mask.py",
-            "width / 2 + 0.5 - distance", "width / 2 + 1 - distance",
+            "width / 2 + 0.5 - reach", "width / 2 + 1 - reach",
             ("test_settings.py", "feather")),
     Mistake("RPG composition", "regional/sampling.py",
             "(cover / cover.sum(0))", "cover",

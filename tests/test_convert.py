@@ -288,6 +288,7 @@ FROM_MISTAKES = [  # form and options, the file in.txt, words of the sentence
     ("coco", PANOPTIC, "map = 3.png: there is no such file"),
     ("forge --beside gone.txt", FORGE, "gone.txt: there is no such file"),
     ("forge", FORGE, "mapping: 3 boxes, for 1 prompts"),
+    ("forge", FORGE * 21, "expected array of length <= 62"),
     ("forge", [[0, 1.5, 0, 1, 1]], "mapping[0][1] = 1.5: expected float <= 1"),
     ("rpg", "Final split ratio: one;two\nRegional Prompt: a BREAK b", "split ratio = ' one;two': expected numbers"),
     ("rpg", "1,0\na BREAK b", "split ratio = '1,0': expected numbers above 0"),

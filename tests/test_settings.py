@@ -107,6 +107,20 @@ def test_a_feather_is_the_mean_over_its_window():
     assert np.array_equal(feathered(np.ones((4, 4), bool), 100), np.ones((4, 4)))  # beyond the image it continues
 
 
+@pytest.mark.parametrize("feather", [17, 40, 161.3, 1000, 8192])
+def test_a_feather_has_the_bits_of_a_loop_over_its_window(feather):
+    rng = np.random.default_rng(0)
+    inside = np.add.outer(rng.random(70), rng.random(50)) < 0.9
+    reach = np.ceil(feather / 32 - 0.5).astype(int)
+    window = np.clip(feather / 32 + 0.5 - np.abs(np.arange(-reach, reach + 1)), 0, 1) / (feather / 16)
+    cover = inside.astype(float)
+    for _ in range(2):
+        padded = np.pad(cover, ((reach, reach), (0, 0)), mode="edge")
+        cover = sum(w * padded[i : i + len(cover)] for i, w in enumerate(window)).T
+    expected = np.where(cover > 1e-6, cover.clip(max=1), 0).astype(np.float32)
+    assert np.array_equal(feathered(inside, feather), expected)
+
+
 REGIONS = (Region(prompt="a", box=(0, 0, 32, 64)), Region(prompt="b", box=(16, 0, 48, 64)))
 LAYOUT = Layout(prompt="", width=64, height=64, steps=10, base_ratio=0.2, mask_inject_steps=4, regions=REGIONS)
 change = msgspec.structs.replace

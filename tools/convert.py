@@ -66,7 +66,7 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 COLORS = [tuple(product((0, 85, 170, 255), repeat=3))[23 * i % 64] for i in range(64)]
 SAMPLES = 512
 FARTHEST = 10**6  # pixels; NaN is not nearer
-BLACK, *PALETTE = COLORS  # 63 colors that lie far apart
+PALETTE = COLORS[1:]  # 63 colors that lie far apart
 
 
 class Source(NamedTuple):
@@ -164,17 +164,19 @@ def pixels_of(region: Region, layout: Layout) -> np.ndarray:
 
 def color_map(layout: Layout) -> Image.Image:
     """One image of all regions, the i-th in PALETTE[i]."""
-    canvas = np.full((layout.height, layout.width, 3), BLACK, dtype=np.uint8)
+    owners = np.zeros((layout.height, layout.width), dtype=np.uint8)  # in COLORS; 0: none
     topmost_first = 1 if layout.overlap == "first" else -1
     for i, region in list(enumerate(layout.regions))[::topmost_first]:
         pixels = pixels_of(region, layout)
-        visible = pixels & (canvas == BLACK).all(axis=2)
+        visible = pixels & (owners == 0)
         if (pixels & ~visible).any() and layout.overlap not in ("first", "last"):
             raise InputError(f"regions[{i}]", MISSING, "it overlaps another, a pixel has one color")
         if not visible.any():
             raise InputError(f"regions[{i}]", MISSING, "it has no pixel, or lies under others")
-        canvas[visible] = PALETTE[i]
-    return Image.fromarray(canvas)
+        owners[visible] = i + 1
+    image = Image.fromarray(owners)
+    image.putpalette(bytes(chain(*COLORS)))
+    return image.convert("RGB")
 
 
 def overlapping(polygons: Any, width: int, height: int) -> bool:
@@ -316,7 +318,8 @@ def to_coco(layout: Layout, stem: str) -> Files:
 
 def from_forge(data: Any, source: Source) -> Data:
     """Rows of x0, x1, y0, y1, weight. A first one that is the whole image is the base prompt's."""
-    mapping = checked(data, list[tuple[Unit, Unit, Unit, Unit, float]], "mapping")
+    rows = list[tuple[Unit, Unit, Unit, Unit, float]]
+    mapping = checked(data, Annotated[rows, Meta(max_length=MAX_REGIONS + 1)], "mapping")
     path = source.beside or source.path.with_suffix(".txt")
     lines = read_text(path, CONFIG).splitlines()
     prompts = [line.strip() for line in lines if line.strip()]

@@ -128,11 +128,12 @@ def write_names(image: Image.Image, tokens: RegionTokens, cover: np.ndarray, cel
     draw = ImageDraw.Draw(image)
     zoom = 2 * (96 // max(cover.shape[1:])) + 1  # odd: a token has a middle
     regions = (cover > 0).sum(axis=0)
+    most = cover.max(axis=0)
     free = enlarged(regions >= 0, zoom)
     for name, own, edge in zip(names_of(tokens), cover, COLORS[tokens.prompt_bits]):
         if not own.any():  # it lies wholly under others
             continue
-        mine = (own > 0) & (own == cover.max(axis=0))
+        mine = (own > 0) & (own == most)
         mine = mine if mine.any() else own > 0
         mine = enlarged(mine & (regions == regions[mine].min()), zoom)
         place = innermost(mine & free if (mine & free).any() else mine)
@@ -240,6 +241,7 @@ def doubts(layout: Layout, tokens: RegionTokens) -> list[str]:
     found = []
     inside = tokens.cover > 0
     several = inside.sum(dim=0) > 1
+    shared = inside.float() @ inside.float().T  # tokens; whole numbers, as float32 holds them
     for i, region in enumerate(layout.regions):
         name = f"regions[{i}]"
         own = inside[i]
@@ -252,7 +254,7 @@ def doubts(layout: Layout, tokens: RegionTokens) -> list[str]:
             few = f"{counted(int(own.sum()))}, {fraction:.1%} of the image"
             found.append(f"{name} covers only {few}, and may not show.")
         others = [j for j in range(len(layout.regions)) if j != i]
-        around = [j for j in others if not (own & ~inside[j]).any()]
+        around = [j for j in others if shared[i, j] == shared[i, i]]
         if around:
             found.append(f"{name} lies wholly in regions[{around[0]}]; both prompts count there.")
         elif several[own].all():

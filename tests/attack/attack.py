@@ -42,7 +42,7 @@ from extensions import loading  # noqa: E402
 from extensions.lora_files import read_lora  # noqa: E402
 from model.tokenizers import CLIPTokenizer, T5Tokenizer  # noqa: E402
 from model.transformer import FluxParams  # noqa: E402
-from regional.layout import FLUX_DEV  # noqa: E402
+from regional.layout import FLUX_DEV, Layout  # noqa: E402
 from regional.mask import region_tokens  # noqa: E402
 from regional.reader import read_layout  # noqa: E402
 from runtime.prompt_cache import cached  # noqa: E402
@@ -90,11 +90,13 @@ def tokens_of(layout: Path) -> None:
         region_tokens(found)
 
 
-def previewed(layout: Path) -> None:
-    """A layout in JSON: YAML takes the longer part of the time."""
-    found = read_layout(None, json.loads(layout.read_text()))
-    preview.preview(found)
-    preview.report(found, FluxParams(), None)
+def costly(show: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """Shows a layout that is in JSON: YAML takes the longer part of the time."""
+    return lambda file: show(read_layout(None, json.loads(file.read_text())))
+
+
+def reported(layout: Layout) -> None:
+    preview.report(layout, FluxParams(), None)
 
 
 def naming_image(text: str) -> Callable[[Path], None]:
@@ -281,7 +283,10 @@ def all_kinds(folder: Path) -> dict[str, Kind]:
         {"prompt": "d", "box": {"x0": 50, "y0": 0, "x1": 100, "y1": 100}}]}  # fmt: skip
     kinds = {
         "layout": Kind(layouts, mutate_layout, tokens_of, pictures),
-        "preview": Kind(layouts[:1], lambda rng, _: inputs.costly_layout(rng).encode(), previewed),
+        **{
+            name: Kind(layouts[:1], lambda rng, _: inputs.costly_layout(rng).encode(), costly(show))
+            for name, show in {"preview": preview.preview, "report": reported}.items()
+        },
         "mask": Kind(formats, inputs.mutated_bytes, naming_image("regions: [{prompt: b, mask: IMAGE}]")),
         "map": Kind(exact, inputs.mutated_bytes, naming_image("map: IMAGE\nregions: [{prompt: b, color: '#ff0000'}]")),
         "control image": Kind(formats, inputs.mutated_bytes, naming_image("controlnets: [{model: a/b, image: IMAGE}]")),
