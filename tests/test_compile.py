@@ -107,7 +107,7 @@ def test_a_compiled_image_says_so_and_is_made_again_so(golden, tmp_path, without
     for flags, frames in ((), range(4, 9)), (("--no-compile",), [0]):
         torch._dynamo.reset()
         counters.clear()
-        again = generated(tmp_path, "--config-from-metadata", tmp_path / "compiled.png", *flags)
+        again = generated(tmp_path, "--config-from-metadata", tmp_path / "compiled.png", "--trust-metadata", *flags)
         assert torch.equal(again, compiled) and counters["frames"]["ok"] in frames
 
 
