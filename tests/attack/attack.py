@@ -51,6 +51,7 @@ from tools import convert, flags, metadata, plan, preview  # noqa: E402
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SECONDS = 2.0
 MEGABYTES = 300
+COSTLY = ("preview", "report")  # kinds that take a second for each input: they are read in one of 50 rounds
 File = tuple[str, bytes]
 Mutate = Callable[[random.Random, bytes], bytes]
 
@@ -385,7 +386,12 @@ def attack(seed: int, count: int | None, seconds: float | None, only: list[str],
         number = first
         while (count is None or sum(counts.values()) < count) and time.monotonic() < end:
             for name, kind in kinds.items():
-                wrong, is_refused = attack_one(kind, name, number, seed, Path(folder))
+                if name in COSTLY and number % 50 != first % 50:
+                    continue
+                for _ in range(3):  # The other programs of a machine can slow down one reading, not three.
+                    wrong, is_refused = attack_one(kind, name, number, seed, Path(folder))
+                    if not wrong.endswith("of CPU"):
+                        break
                 counts[name] += 1
                 refused[name] += is_refused
                 if wrong:

@@ -106,8 +106,8 @@ def either(rng: random.Random, data: bytes) -> bytes:
 
 
 def or_large(make: Callable[[random.Random], str], otherwise: Callable) -> Callable[[random.Random, bytes], bytes]:
-    """Now and then a file that is valid, or nearly, and as costly as its size allows."""
-    return lambda rng, data: make(rng).encode() if rng.random() < 0.05 else otherwise(rng, data)
+    """In one of 200 cases a file that is valid, or nearly, and as costly as its size allows."""
+    return lambda rng, data: make(rng).encode() if rng.random() < 0.005 else otherwise(rng, data)
 
 
 def points(rng: random.Random, count: int, side: int, shape: str) -> list[list[int]]:
