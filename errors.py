@@ -107,7 +107,9 @@ def flag(key: str) -> str:
 
 
 def info(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """A message, with characters that a terminal would act on escaped."""
+    safe = [x if x.isprintable() or x == "\n" else ascii(x)[1:-1] for x in text]
+    print("".join(safe), file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from errors import InputError, info, print_error
+from errors import InputError, info, print_error, shown
 from formats.hub import is_repository
 from pipeline import Pipeline, Prepared
 from regional.layout import FLUX_DEV, Layout
@@ -163,7 +163,7 @@ def prepare(group: list[Job], pipeline: Pipeline, output: Output) -> list[Ready]
         metadata = written.image_metadata(layout, job.seed, written.run_metadata(pipeline))
         if batch.is_finished(job, output, metadata):
             info(f"{job.files['image']}: exists already, made by the same settings; it is kept")
-            print(job.files["image"])
+            print(shown(job.files["image"]))
         else:
             missing.append((job, metadata))
     if not missing:
@@ -188,7 +188,7 @@ def make(
         return
     image = pipeline.decode(latents)
     batch.save(job, image, latents, maps, prepared.tokens, metadata, not command.output.no_metadata)
-    print(job.files["image"], flush=True)
+    print(shown(job.files["image"]), flush=True)
 
 
 if __name__ == "__main__":

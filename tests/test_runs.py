@@ -213,3 +213,9 @@ def test_job_streams_escape_what_they_cannot_show(capsys):
 
     stream = Ascii()
     assert jobs.Tolerant(stream).write("ä") == 1 and stream.how == "backslashreplace"
+
+
+def test_what_a_terminal_would_act_on_is_escaped(run, tmp_path):
+    ran = run("--layout", write("a.yaml", prompt="a \x1b[2J\u202e b " * 9), "--output", "\x1b[2J.png")
+    text = "".join(ran.errors + ran.made)
+    assert ran.code == 0 and text.isprintable() and "\\x1b[2J" in text and ran.made == ["'\\x1b[2J.png'"]

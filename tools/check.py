@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import weights
-from errors import InputError, print_error, warn
+from errors import InputError, print_error, shown, warn
 from formats.hub import is_repository
 from model.tokenizers import T5Tokenizer
 from model.transformer import FluxParams
@@ -28,7 +28,7 @@ def run_dry(command: Command, read: Callable[..., Layout]) -> int:
     size = [overrides.get(key, 1024) for key in ("width", "height")]
     found = plan(dry_run.plan, *size, dry_run.llm_url, dry_run.llm_model)
     write_plan(found, file, output.overwrite)
-    print(file)
+    print(shown(file))
     return 0
 
 
@@ -62,7 +62,7 @@ def check_layouts(command: Command, read: Callable[..., Layout]) -> int:
         check_suffix("--preview", path)
         check_writable(path, output.overwrite)
         write(path, preview(layout).save)
-        print(path)
+        print(shown(path))
     return 0 if len(layouts) == len(files) else 2
 
 

@@ -155,7 +155,7 @@ def check_trust(file: Path, named: dict[str, Any], argv: list[str] | None) -> No
                 continue
             danger = "would be downloaded"
         else:
-            place = Path(os.path.realpath(name))
+            place = Path(os.path.realpath(name.partition("\0")[0]))  # No file has a name with NUL.
             if name == "pocket" or any(place.is_relative_to(folder) for folder in folders):
                 continue
             danger = "is in none of the image's folder, the current one and the program's"

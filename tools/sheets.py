@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from errors import info, opened_image
+from errors import info, opened_image, shown
 from tools.metadata import ANY_SIZE, Metadata, save_image, save_tensor, write
 
 GAP = 8  # pixels between images
@@ -109,4 +109,4 @@ def write_sheets(jobs: list[Any], workers: int) -> None:
         images = {label: list(row.values()) for label, row in rows.items()}
         columns = list(next(iter(rows.values())))
         write(path, contact_sheet(images, columns).save)
-        print(path)
+        print(shown(path))
