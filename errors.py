@@ -167,8 +167,7 @@ def parsed(parse: Callable[[Any], Any], data: Any, file: str | Path, what: str) 
     except InputError:
         raise
     except Exception as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        reason = lines[0].rstrip(". ")
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
         raise InputError(Path(file), MISSING, f"{what} ({reason})") from None
 
 
@@ -199,8 +198,7 @@ def converted(value: Any, kind: Any, file: str | Path, what: str) -> Any:
 
 @contextmanager
 def opened_image(file: str | Path, most: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """The image, not yet decoded, of `most` pixels; InputError also for what goes wrong with
-    it inside the block."""
+    """The image, not yet decoded; InputError also for what goes wrong inside the block."""
     with opened(file, IMAGE) as data, warnings.catch_warnings(action="ignore"):
         try:
             with Image.open(data, formats=FORMATS) as image:

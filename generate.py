@@ -25,14 +25,11 @@ from regional.layout import FLUX_DEV, Layout
 from regional.reader import read_layout
 from settings import Settings
 from tools import jobs as batch
-from tools import metadata as written
-from tools.flags import Command, Output, naming, parse
+from tools.flags import Command, naming, parse
 from tools.jobs import Job, Stop
 from tools.metadata import Metadata, remove_unfinished
 
 CHUNK = 100  # layouts whose prompts are encoded together: some 2 GB of memory at full size
-Ready = tuple[Job, Prepared, Metadata]
-POCKET = "this is the built-in pocket model; FLUX.1-dev: --model black-forest-labs/FLUX.1-dev"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,11 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     layouts failed; 130 for Ctrl-C and SIGTERM."""
     streams = batch.Tolerant(sys.stdout), batch.Tolerant(sys.stderr)
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
-        return guarded(argv)
+        return run_with_messages(argv)
 
 
-def guarded(argv: list[str] | None) -> int:
-    """The program, with errors as messages."""
+def run_with_messages(argv: list[str] | None) -> int:
     start = time.perf_counter()
     settings = Settings()
     stop = Stop()
@@ -54,7 +50,7 @@ def guarded(argv: list[str] | None) -> int:
             settings = command.settings
             return run(command, stop, start)
     except (InputError, OSError) as error:
-        if is_first(settings):
+        if batch.is_first(settings):
             print_error(error)
         return 2 if isinstance(error, InputError) else 1
     except (MemoryError, RuntimeError) as error:
@@ -65,11 +61,6 @@ def guarded(argv: list[str] | None) -> int:
     except KeyboardInterrupt:
         info("generate.py: interrupted")
         return 130
-
-
-def is_first(settings: Settings) -> bool:
-    """Does this process print and write? Of a parallel run, one does."""
-    return not settings.parallel or os.environ.get("RANK", "0") == "0"
 
 
 def run(command: Command, stop: Stop, start: float) -> int:
@@ -85,7 +76,7 @@ def run(command: Command, stop: Stop, start: float) -> int:
     if dry_run.check or dry_run.preview or dry_run.plan is not None:
         from tools.check import run_dry
 
-        return run_dry(command, read) if is_first(settings) else 0
+        return run_dry(command, read) if batch.is_first(settings) else 0
     files = batch.layout_files(output)
     worker = batch.worker_of(output.shard, bool(settings.parallel))
     failures = batch.Failures(is_alone=len(files) == 1 or bool(settings.parallel))
@@ -99,20 +90,15 @@ def run(command: Command, stop: Stop, start: float) -> int:
     with contextlib.ExitStack() as stack:
         if pipeline.parallel:
             stack.callback(pipeline.parallel.close)
-        if not is_first(settings):
+        if not batch.is_first(settings):
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         if jobs is None or pipeline.defaults.size != FLUX_DEV.size:
             jobs = plan(pipeline.defaults.size)
-        if worker.count > 1:
-            info(f"worker {worker.index} of {worker.count}: {len(jobs)} images")
-        seeds = dict.fromkeys(str(job.seed) for job in jobs)
-        info(f"seed {', '.join(seeds)}")
-        if pipeline.checkpoint.name == "pocket":
-            info(POCKET)
+        batch.announce(jobs, worker, pipeline.checkpoint.name == "pocket")
         generate_all(pipeline, jobs, command, failures, stop, start)
-        if output.sweep and not failures.count and is_first(settings):
+        if output.sweep and not failures.count and batch.is_first(settings):
             from tools.sheets import write_sheets
 
             write_sheets(jobs, worker.count)
@@ -140,7 +126,10 @@ def generate_all(
         for group in by_layout[first : first + CHUNK]:
             check()
             with failures.caught(), naming(group[0].source, command.overrides):
-                ready += prepare(group, pipeline, command.output)
+                missing = batch.unfinished(group, pipeline, command.output)
+                if missing:
+                    prepared = pipeline.prepare(group[0].layout)
+                    ready += [(job, prepared, metadata) for job, metadata in missing]
         pipeline.drop("t5", "clip")
         if len(jobs) == 1:  # The VAE and the transformer may not fit together.
             pipeline.drop("ae")
@@ -151,27 +140,6 @@ def generate_all(
         pipeline.drop("flux")
 
 
-def prepare(group: list[Job], pipeline: Pipeline, output: Output) -> list[Ready]:
-    """The unfinished images of one layout."""
-    layout = group[0].layout.filled(pipeline.defaults)
-    missing = []
-    has_maps = group[0].layout.resolved(pipeline.defaults).regional_steps() > 0
-    for job in group:
-        if "maps" in job.files and not has_maps:
-            info(f"{job.files['image']}: no step of it is regional, so it has no attention maps")
-            del job.files["maps"]
-        metadata = written.image_metadata(layout, job.seed, written.run_metadata(pipeline))
-        if batch.is_finished(job, output, metadata):
-            info(f"{job.files['image']}: exists already, made by the same settings; it is kept")
-            print(shown(job.files["image"]))
-        else:
-            missing.append((job, metadata))
-    if not missing:
-        return []
-    prepared = pipeline.prepare(group[0].layout)
-    return [(job, prepared, metadata) for job, metadata in missing]
-
-
 def make(
     job: Job, prepared: Prepared, metadata: Metadata, pipeline: Pipeline, command: Command,
     stop: Stop, on_step: Callable[[], None], is_alone: bool,
@@ -179,12 +147,16 @@ def make(
     """Denoise, decode and write one image, and the other files of its job."""
     for file in job.files.values():
         remove_unfinished(file)
-    maps = pipeline.maps() if "maps" in job.files else None
+    maps = None
+    if "maps" in job.files:
+        from extensions.attention_maps import AttentionMaps
+
+        maps = AttentionMaps(pipeline.defaults.depth, pipeline.defaults.depth_single_blocks)
     with stop.drawing():
         latents = pipeline.denoise(prepared, job.seed, [maps.extend] if maps else [], on_step)
     if is_alone:
         pipeline.drop("flux")
-    if not is_first(command.settings):
+    if not batch.is_first(command.settings):
         return
     image = pipeline.decode(latents)
     batch.save(job, image, latents, maps, prepared.tokens, metadata, not command.output.no_metadata)

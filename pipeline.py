@@ -113,12 +113,6 @@ class Pipeline:
         if "t5" in names:
             self.embeddings.clear()
 
-    def maps(self) -> Any:
-        """An observer of the attention, whose `extend` is for `denoise`."""
-        from extensions.attention_maps import AttentionMaps
-
-        return AttentionMaps(self.defaults.depth, self.defaults.depth_single_blocks)
-
     @alone
     @torch.inference_mode()
     def prepare(self, layout: Layout) -> Prepared:

@@ -96,7 +96,8 @@ def read_header(path: Path) -> CheckpointFile:
         start = file.read(8)
         if start.startswith(MAGIC):
             with mapped(file) as data:
-                entries, metadata = parsed(read_gguf, data, path, "not a GGUF file that can be read")
+                what = "not a GGUF file that can be read"
+                entries, metadata = parsed(read_gguf, data, path, what)
             tensors = {key: Stored(path, key, *entry) for key, entry in entries.items()}
             return CheckpointFile(path, tensors, metadata)
         length = int.from_bytes(start, "little")
@@ -134,7 +135,8 @@ def stored(path: Path, key: str, entry: Entry, data: int) -> Stored:
     count = math.prod(entry.shape)
     fits = count * dtype.itemsize == end - begin if dtype else count <= 8 * (end - begin)
     if is_foreign or count == 0 or not fits:
-        raise wrong(path, f"the safetensors header is damaged, {key} is not of its shape's size; {AGAIN}")
+        problem = f"the safetensors header is damaged, {key} is not of its shape's size"
+        raise wrong(path, f"{problem}; {AGAIN}")
     return Stored(path, key, entry.dtype, tuple(entry.shape), data + begin, data + end)
 
 

@@ -74,8 +74,7 @@ def region_tokens(layout: Layout) -> RegionTokens:
         tokens = token_grid(region, layout)
         if not tokens.any():
             tokens = most_covered(region, layout)
-            problem = "covers no token's center; it gets the token it covers most."
-            warnings.append(f"regions[{i}] {problem}")
+            warnings.append(f"regions[{i}] covers no token center; it gets the one it covers most.")
         cover[i] = feathered(tokens, region.feather)
     if layout.overlap != "share":
         order = list(range(len(layout.regions)))
@@ -89,8 +88,8 @@ def region_tokens(layout: Layout) -> RegionTokens:
             cover[i][cover[i] < 1e-6] = 0
             above += cover[i]
             if not cover[i].any():
-                hiding = f"{ABOVE[layout.overlap]} regions"
-                warnings.append(f"regions[{i}] lies wholly under {hiding} and will not show.")
+                above_it = f"{ABOVE[layout.overlap]} regions"
+                warnings.append(f"regions[{i}] lies wholly under {above_it} and will not show.")
     prompts = [region.prompt for region in layout.regions]
     strength = [region.strength for region in layout.regions]
     bits = list(range(len(prompts)))
@@ -208,16 +207,8 @@ def most_covered(region: Region, layout: Layout) -> np.ndarray:
         x0, y0, x1, y1 = region.box
         area = np.outer(overlap(y0, y1, h), overlap(x0, x1, w))
     elif region.polygon:
-        points = np.array([point for points in region.polygon for point in points])
-        (left, top), (right, bottom) = points.min(axis=0) // 16, points.max(axis=0) // 16 + 1
-        columns = np.arange(min(left, w - 1), min(right, w), dtype=int)
-        rows = np.arange(min(top, h - 1), min(bottom, h), dtype=int)
-        x = np.arange(16 * columns[0] + 2, 16 * columns[-1] + 16, 4)
-        y = np.arange(16 * rows[0] + 2, 16 * rows[-1] + 16, 4)
-        fine = in_polygons(region.polygon, x, y).reshape(len(rows), 4, -1)
-        fine = fine.sum(axis=1, dtype=np.uint8).reshape(len(rows), -1, 4).sum(axis=2)
-        area = np.zeros((h, w), dtype=int)
-        area[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = fine
+        fine = in_polygons(region.polygon, np.arange(2, 16 * w, 4), np.arange(2, 16 * h, 4))
+        area = fine.reshape(h, 4, 4 * w).sum(axis=1, dtype=np.uint8).reshape(h, w, 4).sum(axis=2)
         if not area.any():  # It is smaller still: the token of its first point counts.
             x, y = region.polygon[0][0]
             area[min(int(y) // 16, h - 1), min(int(x) // 16, w - 1)] = 1

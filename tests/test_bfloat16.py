@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
-from tiny import Recorder
+from tiny import Recorder, maps_of
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -194,7 +194,7 @@ def test_a_control_lora_reads_its_image_as_in_float32(outline, tmp_path):
 
 
 def test_attention_maps_are_nearly_those_in_float32():
-    found = [pipeline(dtype).maps() for dtype in ("float32", "bfloat16")]
+    found = [maps_of(pipeline(dtype)) for dtype in ("float32", "bfloat16")]
     for dtype, maps in zip(("float32", "bfloat16"), found):
         pipeline(dtype).denoise(pipeline(dtype).prepare(layout()), 1, [maps.extend])
     exact, maps = (x.maps for x in found)

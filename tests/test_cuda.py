@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
+from tiny import maps_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -285,7 +286,7 @@ def test_a_region_changes_nothing_outside_itself_to_the_bit(edges, dtype):
 def test_attention_maps_are_those_of_the_cpu(dtype, limit):
     found = []
     for made in pipeline(dtype=dtype), on_cpu():
-        maps = made.maps()
+        maps = maps_of(made)
         made.denoise(made.prepare(layout()), 1, [maps.extend])
         found.append(maps.maps)
     assert found[0].shape == found[1].shape

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny import maps_of
 from torch.nn.attention import SDPBackend
 
 import generate
@@ -250,7 +251,7 @@ def test_attention_maps_are_fractions_inside_the_regions(run, layout):
 
 def test_a_region_without_strength_gets_no_attention(tiny_pipeline):
     layout = read_layout(None, A | {"regions": [{**BOAT, "strength": 0}, TOWER]})
-    maps = tiny_pipeline.maps()
+    maps = maps_of(tiny_pipeline)
     tiny_pipeline.denoise(tiny_pipeline.prepare(layout), 3, [maps.extend])
     assert not maps.maps[:, :, 0].any() and maps.maps[:, :, 1].any()
 

@@ -5,7 +5,7 @@ import pytest
 from measure_code import CORE, METHOD, ROOT, SKIPPABLE, lines_in
 
 # The core is to have 3,700 lines of 52 bytes. This is where it stands: limits only go down.
-CORE_LINES = 3750
+CORE_LINES = 3700
 CORE_BYTES = 52.5
 STARTER_FILES = 15
 

@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from extensions.attention_maps import AttentionMaps
 from model.autoencoder import AutoEncoder, AutoEncoderParams
 from model.clip import CLIPParams, CLIPTextEncoder
 from model.t5 import T5Encoder, T5Params
@@ -215,6 +217,10 @@ class Recorder(TorchDispatchMode):
                 if tensor.untyped_storage().data_ptr() not in inputs:
                     self.bytes += tensor.untyped_storage().nbytes()
         return out
+
+
+def maps_of(pipeline: Any) -> AttentionMaps:
+    return AttentionMaps(pipeline.defaults.depth, pipeline.defaults.depth_single_blocks)
 
 
 PEAK = """

@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from errors import MISSING, InputError, info, parse_yaml, print_error
+from errors import MISSING, InputError, info, parse_yaml, print_error, shown
 from regional.layout import Layout
 from regional.mask import RegionTokens
 from settings import Settings
@@ -26,13 +26,16 @@ from tools.metadata import (
     Metadata,
     check_suffix,
     check_writable,
+    image_metadata,
     matches,
     metadata_in,
+    run_metadata,
     save_image,
     save_json,
     save_tensor,
 )
 
+POCKET = "this is the built-in pocket model; FLUX.1-dev: --model black-forest-labs/FLUX.1-dev"
 SWEPT = (
     "base_ratio", "mask_inject_steps", "double_inject_interval", "single_inject_interval",
     "guidance", "steps", "method", "preset", "region_max_sequence_length",
@@ -115,8 +118,8 @@ class Tolerant:
 
 
 class Stop:
-    """Ctrl-C and SIGTERM: while an image is drawn, the first lets the running step finish; elsewhere,
-    and the second time, they interrupt."""
+    """Ctrl-C and SIGTERM: while an image is drawn, the first lets the running step finish.
+    Elsewhere, and the second time, they interrupt."""
 
     is_asked = False
     is_drawing = False
@@ -283,6 +286,39 @@ def check_names(jobs: list[Job], layouts: list[Path | None]) -> None:
             problem = "an image or layout of this run has this name; put {name} or {seed} into it"
             raise InputError("--output", path, problem)
         taken.add(os.path.abspath(path))
+
+
+def is_first(settings: Settings) -> bool:
+    """Does this process print and write? Of a parallel run, one does."""
+    return not settings.parallel or os.environ.get("RANK", "0") == "0"
+
+
+def announce(jobs: list[Job], worker: Worker, is_pocket: bool) -> None:
+    if worker.count > 1:
+        info(f"worker {worker.index} of {worker.count}: {len(jobs)} images")
+    seeds = dict.fromkeys(str(job.seed) for job in jobs)
+    info(f"seed {', '.join(seeds)}")
+    if is_pocket:
+        info(POCKET)
+
+
+def unfinished(group: list[Job], pipeline: Any, output: Output) -> list[tuple[Job, Metadata]]:
+    """The images of one layout that are to be made, with their metadata."""
+    layout = group[0].layout.filled(pipeline.defaults)
+    has_maps = group[0].layout.resolved(pipeline.defaults).regional_steps() > 0
+    missing = []
+    for job in group:
+        image = shown(job.files["image"])
+        if "maps" in job.files and not has_maps:
+            info(f"{image}: no step of it is regional, so it has no attention maps")
+            del job.files["maps"]
+        metadata = image_metadata(layout, job.seed, run_metadata(pipeline))
+        if is_finished(job, output, metadata):
+            info(f"{image}: exists already, made by the same settings; it is kept")
+            print(image)
+        else:
+            missing.append((job, metadata))
+    return missing
 
 
 @cache  # It runs once.

@@ -62,7 +62,7 @@ def write(path: Path, save: Callable[[Path], Any]) -> None:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what dead processes left of this file: those of this machine, and what is a day old."""
+    """Remove what dead processes of this machine left of this file, and what is a day old."""
     for file in path.parent.glob(f".{glob.escape(path.stem)}.*{path.suffix}"):
         name = re.fullmatch(r"([0-9a-f]{8})-(\d+)", file.stem.removeprefix(f".{path.stem}."))
         if name is None:  # .x.1.77.png is not x.png's
