@@ -82,7 +82,7 @@ def run(command: Command, stop: Stop, start: float) -> int:
     failures = batch.Failures(is_alone=len(files) == 1 or bool(settings.parallel))
 
     def plan(size: int) -> list[Job]:
-        return batch.plan_jobs(files, output, partial(read, size=size), worker, failures)
+        return batch.plan_jobs(files, command, partial(read, size=size), worker, failures)
 
     # Mistakes are found before a repository's gigabytes are downloaded.
     jobs = plan(FLUX_DEV.size) if is_repository(settings.model) else None

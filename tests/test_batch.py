@@ -63,7 +63,7 @@ def planned(flags: str) -> list[jobs.Job]:
     files = jobs.layout_files(command.output)
     worker = jobs.worker_of(command.output.shard, False)
     read = lambda file, swept: read_layout(file, command.overrides | swept, 64)  # noqa: E731
-    return jobs.plan_jobs(files, command.output, read, worker, jobs.Failures(len(files) == 1))
+    return jobs.plan_jobs(files, command, read, worker, jobs.Failures(len(files) == 1))
 
 
 def names_of(flags: str) -> list[str]:
@@ -131,7 +131,7 @@ a.yaml --sweep base_ratio: base_ratio
 a.yaml --sweep steps=[: steps
 a.yaml --sweep base_ratio=0,0.1 --sweep base-ratio=0.2: twice
 a.yaml --sweep steps=1,2 --output z.png: z_sheet.png
-c.json --output c.png --metadata --overwrite: {name}
+c.json --output c.png --metadata --overwrite: as a layout
 empty: --layout empty
 a.yaml other/a.yaml: {name}
 a.yaml b.yaml --output x_{seed}.png --seed 1 2: {name}

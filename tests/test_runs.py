@@ -219,3 +219,43 @@ def test_what_a_terminal_would_act_on_is_escaped(run, tmp_path):
     ran = run("--layout", write("a.yaml", prompt="a \x1b[2J\u202e b " * 9), "--output", "\x1b[2J.png")
     text = "".join(ran.errors + ran.made)
     assert ran.code == 0 and text.isprintable() and "\\x1b[2J" in text and ran.made == ["'\\x1b[2J.png'"]
+
+
+READ = [
+    "a.yaml",
+    "map.png",
+    "mask.png",
+    "edges.png",
+    "link.png",
+    "maps/x_step1.png",
+    "lora.safetensors",
+    "flux.safetensors",
+]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_a_run_reads_is_not_among_what_it_writes(run, name):
+    """Not even by --overwrite, and by whatever name it is called."""
+    Path("maps").mkdir()
+    for file in READ:
+        Image.new("RGB", (64, 64), "white").save(file, "PNG")
+    Path("link.png").unlink()
+    Path("link.png").symlink_to("mask.png")
+    regions = [{"prompt": "a", "mask": "maps/x_step1.png" if "maps" in name else "mask.png"}]
+    loras = [{"file": "lora.safetensors"}] if "lora" in name else []
+    controls = [{"model": "a/b", "image": "edges.png"}]
+    layout = write("a.yaml", map="map.png", regions=regions, controlnets=controls, loras=loras)
+    kind = "--save-latents" if "safetensors" in name else "--attention-maps" if "maps" in name else "--output"
+    flags = ["--layout", layout, "--overwrite", kind, "maps" if "maps" in name else name]
+    flags += ["--output", "maps/../x.png"] if kind != "--output" else []
+    flags += ["--flux", "flux.safetensors"] if "flux" in name else []
+    before = Path(name).read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "Pipeline", lambda *_: pytest.fail("nothing is loaded"))
+        patch.setattr(generate, "is_repository", lambda name: True)
+        ran = run(*flags)
+    expected = "this run reads that file" if name != "a.yaml" else "the suffix must be"
+    assert ran.code == 2 and expected in ran.errors[0] and Path(name).read_bytes() == before
+    if kind == "--output" and name.endswith("png"):
+        ran = run("--layout", layout, "--overwrite", "--preview", f"./{name}")
+        assert ran.code == 2 and expected in ran.errors[0] and Path(name).read_bytes() == before

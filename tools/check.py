@@ -12,7 +12,7 @@ from regional.layout import FLUX_DEV, Defaults, Layout
 from regional.mask import region_tokens
 from settings import MODEL_KEYS
 from tools.flags import Command
-from tools.jobs import layout_files
+from tools.jobs import check_output, inputs_of, layout_files
 from tools.metadata import check_suffix, check_writable, write
 from tools.plan import plan, write_plan
 from tools.preview import preview, report
@@ -55,11 +55,13 @@ def check_layouts(command: Command, read: Callable[..., Layout]) -> int:
             print(f"{file or 'the command line'}: valid", text, sep="\n")
             for warning in warnings:
                 warn(warning)
+    inputs = inputs_of(command, [layout for _, layout in layouts])
     for file, layout in layouts if dry_run.preview else ():
         path = dry_run.preview
         if len(layouts) > 1:
             path = path.with_stem(f"{path.stem}_{file.stem}")
         check_suffix("--preview", path)
+        check_output("--preview", path, inputs)
         check_writable(path, output.overwrite)
         write(path, preview(layout).save)
         print(shown(path))

@@ -172,7 +172,7 @@ def names_in(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             if is_name and isinstance(part, str):
                 yield f"{key}.{name}".lstrip("."), part
             yield from names_in(part, f"{key}.{name}")
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple):
         for i, part in enumerate(value):
             yield from names_in(part, f"{key}[{i}]")
 

@@ -4,24 +4,26 @@ import glob
 import itertools
 import os
 import random
+import re
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+import msgspec
 import torch
 import yaml
 from PIL import Image
 from torch import Tensor
 
-from errors import MISSING, InputError, info, parse_yaml, print_error, shown
+from errors import MISSING, InputError, flag, info, parse_yaml, print_error, shown
 from regional.layout import Layout
 from regional.mask import RegionTokens
-from settings import Settings
-from tools.flags import Output
+from settings import MODEL_KEYS, Settings
+from tools.flags import Command, Output, names_in
 from tools.metadata import (
     Metadata,
     check_suffix,
@@ -183,10 +185,11 @@ def device_of(name: str) -> str:
 
 
 def plan_jobs(
-    files: list[Path | None], output: Output, read: Reader, worker: Worker, failures: Failures
+    files: list[Path | None], command: Command, read: Reader, worker: Worker, failures: Failures
 ) -> list[Job]:  # fmt: skip
     """This worker's images. read: a file's layout with some keys overridden. InputError for
     what could not be written."""
+    output = command.output
     jobs = []
     for file in files:
         with failures.caught():
@@ -195,7 +198,7 @@ def plan_jobs(
                 labels = tuple(f"{key}={value}" for key, value in swept.items())
                 layouts[labels] = read(file, swept)
             jobs += jobs_of(file, layouts, output, worker, is_one=len(files) == 1)
-    check_names(jobs, files if output.layout else [])
+    check_names(jobs, inputs_of(command, {id(job.layout): job.layout for job in jobs}.values()))
     for sheet in {job.sheet for job in jobs} - {None}:
         check_writable(sheet, output.overwrite)
     jobs = jobs[worker.index :: worker.count]
@@ -278,14 +281,45 @@ def fill(name: str, sweep: Labels, seed: int | None, template: str, has_seeds: b
     return path.with_stem("_".join([path.stem, *rest]))
 
 
-def check_names(jobs: list[Job], layouts: list[Path | None]) -> None:
-    """InputError if a file would be written twice, or is a layout of this run."""
-    taken = {os.path.abspath(file) for file in layouts if file}
-    for path in (path for job in jobs for path in job.files.values()):
-        if os.path.abspath(path) in taken:
-            problem = "an image or layout of this run has this name; put {name} or {seed} into it"
-            raise InputError("--output", path, problem)
-        taken.add(os.path.abspath(path))
+def inputs_of(command: Command, layouts: Iterable[Layout]) -> dict[str, str]:
+    """What a run reads, by its real path, and how it is called."""
+    files = {file: "a layout" for file in layout_files(command.output) if file}
+    for key in MODEL_KEYS:
+        place = Path(getattr(command.settings, key) or "pocket")
+        files |= {file: f"a file of {flag(key)}" for file in (place, *place.glob("*"), *place.glob("*/*"))}
+    for layout in layouts:
+        files |= {name: key for key, name in names_in(msgspec.to_builtins(layout))}
+    return {os.path.realpath(file): what for file, what in files.items()}
+
+
+def check_output(key: str, path: Path, inputs: dict[str, str]) -> None:
+    """InputError for a file that the run reads; --overwrite must not destroy it."""
+    if what := inputs.get(os.path.realpath(path)):
+        raise InputError(key, path, f"this run reads that file, as {what}; choose another name")
+
+
+def check_names(jobs: list[Job], inputs: dict[str, str]) -> None:
+    """InputError if a file would be written twice, or is an input."""
+    taken = set()
+    for job in jobs:
+        for path in (*job.files.values(), *step_sheets(job, inputs), job.sheet):
+            if path:
+                check_output("--output", path, inputs)
+        for path in map(os.path.realpath, job.files.values()):
+            if path in taken:
+                problem = "several images would have this name; put {name} or {seed} into it"
+                raise InputError("--output", Path(path), problem)
+            taken.add(path)
+
+
+def step_sheets(job: Job, inputs: dict[str, str]) -> list[Path]:
+    """The inputs that lie where a job's attention maps are drawn."""
+    if "maps" not in job.files:
+        return []
+    folder = os.path.realpath(job.files["maps"].parent)
+    name = re.escape(job.files["maps"].stem) + r"_step\d+\.png"
+    found = [Path(path) for path in inputs if os.path.dirname(path) == folder]
+    return [path for path in found if re.fullmatch(name, path.name)]
 
 
 def is_first(settings: Settings) -> bool:
