@@ -27,7 +27,7 @@ from settings import Settings
 from tools import jobs as batch
 from tools.flags import Command, naming, parse
 from tools.jobs import Job, Stop
-from tools.metadata import Metadata, remove_unfinished
+from tools.metadata import Metadata
 
 CHUNK = 100  # layouts whose prompts are encoded together: some 2 GB of memory at full size
 
@@ -145,8 +145,6 @@ def make(
     stop: Stop, on_step: Callable[[], None], is_alone: bool,
 ) -> None:  # fmt: skip
     """Denoise, decode and write one image, and the other files of its job."""
-    for file in job.files.values():
-        remove_unfinished(file)
     maps = None
     if "maps" in job.files:
         from extensions.attention_maps import AttentionMaps

@@ -259,3 +259,16 @@ def test_what_a_run_reads_is_not_among_what_it_writes(run, name):
     if kind == "--output" and name.endswith("png"):
         ran = run("--layout", layout, "--overwrite", "--preview", f"./{name}")
         assert ran.code == 2 and expected in ran.errors[0] and Path(name).read_bytes() == before
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_a_sweep_is_resumed_and_extended_with_its_sheet(run, suffix):
+    flags = ["--layout", write("a.yaml"), "--output", f"{{sweep}}{suffix}", "--sweep"]
+    assert run(*flags, "base_ratio=0,0.3").code == 0
+    sheet = next(Path().glob("*sheet*"))
+    before = Image.open(sheet).size
+    assert run(*flags, "base_ratio=0,0.3").code == 0 and Image.open(sheet).size == before
+    assert run(*flags, "base_ratio=0,0.3,0.6").code == 0 and Image.open(sheet).width > before[0]
+    Image.new("RGB", (8, 8)).save(sheet)  # the user's own
+    ran = run(*flags, "base_ratio=0,0.3")
+    assert ran.code == 2 and "exists already" in ran.errors[0]

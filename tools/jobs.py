@@ -29,6 +29,7 @@ from tools.metadata import (
     check_suffix,
     check_writable,
     image_metadata,
+    is_sheet,
     matches,
     metadata_in,
     run_metadata,
@@ -200,7 +201,7 @@ def plan_jobs(
             jobs += jobs_of(file, layouts, output, worker, is_one=len(files) == 1)
     check_names(jobs, inputs_of(command, {id(job.layout): job.layout for job in jobs}.values()))
     for sheet in {job.sheet for job in jobs} - {None}:
-        check_writable(sheet, output.overwrite)
+        check_writable(sheet, output.overwrite or is_sheet(sheet))
     jobs = jobs[worker.index :: worker.count]
     for job in jobs if len(files) == 1 else ():
         is_finished(job, output, None)

@@ -43,6 +43,7 @@ DAY = 86400  # seconds
 EXIF_DESCRIPTION = 0x010E
 EXIF_SOFTWARE = 0x0131
 MAX_JPEG_EXIF = 65_000  # bytes: the segments of a JPEG file have 16-bit lengths
+SHEET = "contact sheet"
 CHECKSUM = "sha256"  # of a tensor, among the metadata of its file
 ANY_SIZE = 10**9  # pixels
 
@@ -51,6 +52,7 @@ Metadata = dict[str, Any]
 
 def write(path: Path, save: Callable[[Path], Any]) -> None:
     """Save under a temporary name, then rename: a file is whole or not there."""
+    remove_unfinished(path)
     unfinished = path.with_stem(f".{path.stem}.{HOST}-{os.getpid()}")
     try:
         save(unfinished)
@@ -148,6 +150,24 @@ def save_image(image: Image.Image, metadata: Metadata | None, path: Path) -> Non
     """Write PNG, JPEG or WebP with metadata: a line that other tools read, and all as JSON."""
     how = {} if metadata is None else embedded(metadata, path.suffix.lower())
     write(path, partial(image.save, quality=95, **how))
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """A contact sheet, which says what it is: it may be made again."""
+    how = {}
+    if path.suffix.lower() == ".png":
+        how["pnginfo"] = PngImagePlugin.PngInfo()
+        how["pnginfo"].add_text(SHEET, "of a sweep")
+    else:
+        how["exif"] = Image.Exif()
+        how["exif"][EXIF_SOFTWARE] = SHEET
+    write(path, partial(sheet.save, **how))
+
+
+def is_sheet(path: Path) -> bool:
+    with suppress(InputError), opened_image(path, ANY_SIZE) as image:
+        return SHEET in image.info or image.getexif().get(EXIF_SOFTWARE) == SHEET
+    return False
 
 
 def embedded(metadata: Metadata, suffix: str) -> dict[str, Any]:

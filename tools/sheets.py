@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from errors import info, opened_image, shown
-from tools.metadata import ANY_SIZE, Metadata, save_image, save_tensor, write
+from tools.metadata import ANY_SIZE, Metadata, save_image, save_sheet, save_tensor
 
 GAP = 8  # pixels between images
 LINE = 18  # the height of a line of text
@@ -108,5 +108,5 @@ def write_sheets(jobs: list[Any], workers: int) -> None:
             rows.setdefault(label, {})[column] = job.files["image"]
         images = {label: list(row.values()) for label, row in rows.items()}
         columns = list(next(iter(rows.values())))
-        write(path, contact_sheet(images, columns).save)
+        save_sheet(contact_sheet(images, columns), path)
         print(shown(path))
