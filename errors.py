@@ -1,7 +1,7 @@
-"""Bad input: how it is worded, and the gate through which every file and text from outside comes.
+"""Bad input: how it is worded, and the gate for every file and text from outside.
 
-A file must be a regular one, so that reading it ends, and no larger than its kind can be. What
-cannot be read or parsed is an InputError that names the file, whatever the library raised.
+A file must be regular, so that reading it ends, and no larger than its kind can be. What
+cannot be read or parsed is an InputError naming the file, whatever the library raised.
 """
 
 import mmap
@@ -23,15 +23,15 @@ LAYOUT = 200_000
 CONFIG = 10_000_000  # config.json, an index of shards, metadata beside an image
 HEADER = 100_000_000  # of a checkpoint: the limit of the safetensors format
 TOKENIZER = 50_000_000
-SOURCE = 500_000_000  # what a layout is converted from: COCO's annotations
+SOURCE = 500_000_000  # converted to a layout: COCO's annotations
 IMAGE = 200_000_000
 CHECKPOINT = 2**50
-MAX_PIXELS = 25_000_000  # of an image; reading so many takes up to 500 MB (WebP)
+MAX_PIXELS = 25_000_000  # of an image; reading them takes up to 500 MB (WebP)
 NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # for EPS, Pillow would run Ghostscript
-MISSING: Any = object()  # the value of an InputError that names none
-MOST = 10  # mistakes that are reported at once
+MISSING: Any = object()  # the value of an InputError without one
+MOST = 10  # mistakes reported at once
 
 
 class InputError(Exception):
@@ -58,7 +58,7 @@ class InputError(Exception):
         return f"{text}: {shown(' '.join(self.problem.split()))}."
 
     def within(self, source: str | Path | None) -> "InputError":
-        """The same error with its source, unless it has one or its key is a file or a flag."""
+        """The same error with its source, unless it has one or its key is a file or flag."""
         if not (isinstance(self.key, Path) or self.key.startswith("--")):
             self.source = self.source or source
         return self
@@ -107,7 +107,7 @@ def flag(key: str) -> str:
 
 
 def info(text: str) -> None:
-    """A message, with characters that a terminal would act on escaped."""
+    """Print a message, escaping what a terminal would act on."""
     safe = [x if x.isprintable() or x == "\n" else ascii(x)[1:-1] for x in text]
     print("".join(safe), file=sys.stderr, flush=True)
 
@@ -126,7 +126,7 @@ def print_error(error: BaseException) -> None:
 
 @contextmanager
 def opened(file: str | Path, most: int) -> Iterator[BinaryIO]:
-    """The file, to be read; InputError also for what goes wrong with it inside the block."""
+    """The file, to be read; InputError also for failures inside the block."""
     try:
         # Without O_NONBLOCK, opening a FIFO would wait for its writer.
         with open(file, "rb", opener=lambda name, how: os.open(name, how | NONBLOCK)) as found:
@@ -155,13 +155,13 @@ def read_text(file: str | Path, most: int) -> str:
 
 
 def mapped(file: BinaryIO, size: int = 0, offset: int = 0) -> mmap.mmap:
-    """`size` bytes of an opened file from `offset` on, all by default; changes are not written."""
+    """`size` bytes of an open file from `offset`, by default all; changes are not written."""
     return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=offset)
 
 
 def parsed(parse: Callable[[Any], Any], data: Any, file: str | Path, what: str) -> Any:
     """`parse(data)`, or InputError for whatever it raises: libraries raise bare Exceptions, and
-    RecursionError where lists are nested too deeply. what: damaged JSON, no layout."""
+    RecursionError for deep nesting. what: damaged JSON, no layout."""
     try:
         return parse(data)
     except InputError:
@@ -172,7 +172,7 @@ def parsed(parse: Callable[[Any], Any], data: Any, file: str | Path, what: str) 
 
 
 def parse_yaml(text: str, loader: type[yaml.SafeLoader], file: str | Path) -> Any:
-    """YAML that came from this file; a mistake has its line and column."""
+    """YAML from this file; mistakes have their line and column."""
 
     def load(text: str) -> Any:
         try:
@@ -187,18 +187,18 @@ def parse_yaml(text: str, loader: type[yaml.SafeLoader], file: str | Path) -> An
 
 
 def parse_json(data: bytes | str, kind: Any, file: str | Path) -> Any:
-    """JSON of this type, checked by msgspec, that came from this file."""
+    """JSON of this type from this file, checked by msgspec."""
     return parsed(lambda text: msgspec.json.decode(text, type=kind), data, file, "damaged JSON")
 
 
 def converted(value: Any, kind: Any, file: str | Path, what: str) -> Any:
-    """A value that was parsed, as this type. what: damaged header."""
+    """A parsed value as this type. what: damaged header."""
     return parsed(lambda value: msgspec.convert(value, kind), value, file, what)
 
 
 @contextmanager
 def opened_image(file: str | Path, most: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """The image, not yet decoded; InputError also for what goes wrong inside the block."""
+    """The image, not yet decoded; InputError also for failures inside the block."""
     with opened(file, IMAGE) as data, warnings.catch_warnings(action="ignore"):
         try:
             with Image.open(data, formats=FORMATS) as image:

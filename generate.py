@@ -2,8 +2,8 @@
 
     python generate.py --layout layout.yaml
 
-With many layouts all prompts are encoded first, and each image is written as soon as it is
-finished; the same command resumes a run.
+With many layouts, all prompts are encoded first and each image is written once finished;
+the same command resumes a run.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ from tools.flags import Command, naming, parse
 from tools.jobs import Job, Stop
 from tools.metadata import Metadata
 
-CHUNK = 100  # layouts whose prompts are encoded together: some 2 GB of memory at full size
+CHUNK = 100  # layouts prepared together, in some 2 GB of memory at full size
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0; 2 for bad input; 1 if the machine refuses or some of many
-    layouts failed; 130 for Ctrl-C and SIGTERM."""
+    layouts fail; 130 for Ctrl-C or SIGTERM."""
     streams = batch.Tolerant(sys.stdout), batch.Tolerant(sys.stderr)
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         return run_with_messages(argv)
@@ -84,7 +84,7 @@ def run(command: Command, stop: Stop, start: float) -> int:
     def plan(size: int) -> list[Job]:
         return batch.plan_jobs(files, command, partial(read, size=size), worker, failures)
 
-    # Mistakes are found before a repository's gigabytes are downloaded.
+    # Find mistakes before downloading a repository's gigabytes.
     jobs = plan(FLUX_DEV.size) if is_repository(settings.model) else None
     pipeline = Pipeline(msgspec.structs.replace(settings, device=batch.device_of(settings.device)))
     with contextlib.ExitStack() as stack:
@@ -109,7 +109,7 @@ def generate_all(
     pipeline: Pipeline, jobs: list[Job], command: Command, failures: batch.Failures, stop: Stop,
     start: float,
 ) -> None:  # fmt: skip
-    """Prepare up to CHUNK layouts at a time, then generate and write their images."""
+    """Prepare up to CHUNK layouts at a time, then write their images."""
     is_any = pipeline.parallel.is_any if pipeline.parallel else bool
 
     def check() -> None:
@@ -131,7 +131,7 @@ def generate_all(
                     prepared = pipeline.prepare(group[0].layout)
                     ready += [(job, prepared, metadata) for job, metadata in missing]
         pipeline.drop("t5", "clip")
-        if len(jobs) == 1:  # The VAE and the transformer may not fit together.
+        if len(jobs) == 1:  # VAE and transformer may not fit together.
             pipeline.drop("ae")
         for job, prepared, metadata in ready:
             check()
@@ -144,7 +144,13 @@ def make(
     job: Job, prepared: Prepared, metadata: Metadata, pipeline: Pipeline, command: Command,
     stop: Stop, on_step: Callable[[], None], is_alone: bool,
 ) -> None:  # fmt: skip
+<<<<<<< HEAD
     """Denoise, decode and write one image, and the other files of its job."""
+=======
+    """Denoise, decode and write an image and its job's other files."""
+    for file in job.files.values():
+        remove_unfinished(file)
+>>>>>>> words
     maps = None
     if "maps" in job.files:
         from extensions.attention_maps import AttentionMaps

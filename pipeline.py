@@ -3,8 +3,8 @@
     pipeline = Pipeline("black-forest-labs/FLUX.1-dev")
     image = pipeline(Layout(prompt="a harbor"), seed=1)
 
-A call is `prepare` (prompts and control images are encoded), `denoise` and `decode`.
-Components are loaded when they are needed and stay until `drop`. What not every image needs
+A call is `prepare` (encodes prompts and control images), `denoise` and `decode`.
+Components are loaded when needed and stay until `drop`. What not every image needs
 is imported where it is used. Threads need a pipeline each.
 """
 
@@ -42,7 +42,7 @@ NO_LORAS: Loras = {}
 
 
 class Prepared(NamedTuple):
-    """A resolved layout, and all that is encoded and read for it, once for all seeds.
+    """A resolved layout and all that is encoded and read for it, for every seed.
 
     controls: each ControlNet's file and its control image or packed latents.
     control_latents: a control LoRA's, (1, L_img, 64).
@@ -57,7 +57,7 @@ class Prepared(NamedTuple):
 
 
 def alone(method: Callable) -> Callable:
-    """A method of a pipeline for one thread at a time; RuntimeError for the others."""
+    """A pipeline's method for one thread at a time; RuntimeError for others."""
 
     @wraps(method)
     def checked(self: "Pipeline", *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +73,7 @@ def alone(method: Callable) -> Callable:
 
 class Pipeline:
     """A model and how it runs: Pipeline(settings), or Pipeline(model, ...) with the fields
-    of Settings. InputError for what this machine or the model's files do not allow."""
+    of Settings. InputError for what the machine or the files do not allow."""
 
     def __init__(self, model: Settings | str | Path | None = None, **settings: Any):
         given = model if isinstance(model, Settings) else Settings(model=model, **settings)
@@ -104,11 +104,11 @@ class Pipeline:
     @alone
     def __call__(self, layout: Layout, seed: int) -> Image.Image:
         prepared = self.prepare(layout)
-        self.embeddings.clear()  # Ever new prompts must not fill the memory.
+        self.embeddings.clear()  # New prompts must not fill the memory.
         return self.decode(self.denoise(prepared, seed))
 
     def drop(self, *names: str) -> None:
-        """Free components: t5, clip, flux, ae; with t5 the prompt embeddings."""
+        """Free t5, clip, flux or ae; with t5 also the prompt embeddings."""
         self.parts.drop(*names)
         if "t5" in names:
             self.embeddings.clear()
@@ -116,7 +116,7 @@ class Pipeline:
     @alone
     @torch.inference_mode()
     def prepare(self, layout: Layout) -> Prepared:
-        """Read and encode what a layout names; most errors come before any loading."""
+        """Read and encode what a layout names; most errors precede loading."""
         layout = layout.resolved(self.defaults)
         own = [lora for region in layout.regions for lora in region.loras]
         controls = []
@@ -152,8 +152,8 @@ class Pipeline:
         return choose_attention(self.settings.attention, self.device, self.dtype, verbose)
 
     def embedding(self, layout: Layout, name: str, ids: Tensor, own: Sequence[Any]) -> Tensor:
-        """What t5 or clip makes of a prompt's ids (1, L) with the layout's LoRAs and with
-        `own`, its region's; on the CPU, and cached."""
+        """t5's or clip's embedding of a prompt's ids (1, L) with the layout's LoRAs and
+        `own`, its region's; on the CPU, cached."""
         read = self.loras
         source = getattr(self.checkpoint, name)
         size = weights.KINDS[name].params(source).vocab_size
@@ -194,8 +194,8 @@ class Pipeline:
         self, prepared: Prepared, seed: int, extensions: Sequence[Extension] = (),
         on_step: Callable[[], None] = lambda: None,
     ) -> Tensor:  # fmt: skip
-        """Latents (1, 16, height / 8, width / 8), float32. extensions: further ones than the
-        layout's. on_step: called after every step."""
+        """Latents (1, 16, height / 8, width / 8), float32. extensions: besides the
+        layout's. on_step: called after each step."""
         layout = prepared.layout
         verbose = self.settings.verbose
         flux = self.parts.get("flux", layout, prepared.loras)
@@ -239,7 +239,7 @@ def changing(part: str, entries: Sequence[Any], loras: Loras) -> list[Any]:
 
 class Part(NamedTuple):
     """A loaded component. streamed: what is on the GPU only in turn. loras: files and scales
-    merged into it. room: bytes that were left free for working with it."""
+    merged into it. room: bytes left free to work with it."""
 
     module: nn.Module
     streamed: list[Any]
@@ -261,8 +261,8 @@ class Parts:
         self.modulated = (None, [])  # one layout's
 
     def get(self, name: str, layout: Layout | None = None, loras: Loras = NO_LORAS) -> nn.Module:
-        """t5, clip, flux or ae with the layout's LoRAs merged; it is loaded again for others,
-        and the transformer also for an image that needs more memory than it left free."""
+        """t5, clip, flux or ae with the layout's LoRAs merged; reloaded for others, and the
+        transformer also for an image that needs more memory than it left free."""
         used = changing(name, layout.loras, loras) if layout else []
         key = [(lora.file, lora.scale) for lora in used]
         room = self.room_for(layout) if name == "flux" else 0
@@ -279,7 +279,7 @@ class Parts:
         return part.module
 
     def room_for(self, layout: Layout) -> int:
-        """About how many bytes the transformer and the ControlNets work with on a GPU."""
+        """Roughly how many GPU bytes the transformer and ControlNets work with."""
         if self.device.type != "cuda" or self.settings.offload == "blocks":
             return 0
         from extensions.loading import controlnet_bytes
@@ -290,7 +290,7 @@ class Parts:
         return activations + controlnet_bytes(layout, self.dtype)
 
     def load(self, name: str, merges: weights.Merges, room: int) -> tuple[nn.Module, list[Any]]:
-        """A Part's module and streamed. room: bytes of the GPU to leave free."""
+        """A Part's module and streamed. room: GPU bytes to leave free."""
         source = getattr(self.checkpoint, name)
         offload = self.settings.offload
         where = (self.device, self.dtype)
@@ -312,14 +312,14 @@ class Parts:
         return module, streamed
 
     def modulation(self, flux: Flux, prepared: Prepared, y: Tensor) -> Modulations:
-        """The modulation of a layout's steps, once for all its seeds."""
+        """The modulation of a layout's steps, for all its seeds."""
         if self.modulated[0] is not prepared:
             self.modulated = (prepared, modulations(flux, prepared.layout, y))
             self.release()
         return self.modulated[1]
 
     def release(self) -> None:
-        """Free the GPU memory of weights that are there only in turn."""
+        """Free the GPU memory of streamed weights."""
         for part in self.loaded.values():
             for streamed in part.streamed:
                 streamed.release()
@@ -331,7 +331,7 @@ class Parts:
         if "flux" in names:
             self.controlnets.clear()
             self.modulated = (None, [])
-            if self.settings.compile:  # Compiled blocks hold references to themselves.
+            if self.settings.compile:  # Compiled blocks refer to themselves.
                 gc.collect()
         if self.device.type == "cuda":  # The next tensors are of other sizes.
             torch.cuda.empty_cache()

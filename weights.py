@@ -28,7 +28,7 @@ def flux_params(source: Source) -> FluxParams:
 
 
 def stream_sizes(source: Source) -> dict[str, Any]:
-    """The sizes that the transformer and its ControlNets share."""
+    """Sizes shared by the transformer and its ControlNets."""
     tensors = source.tensors
     block = "double_blocks.0"
     hidden, in_channels = source.shape("img_in.weight")
@@ -94,7 +94,7 @@ def clip_params(source: Source) -> CLIPParams:
 
 
 def ae_params(source: Source) -> AutoEncoderParams:
-    """What shapes do not tell is in config.json, or as in FLUX.1."""
+    """What shapes don't tell is in config.json, or FLUX.1's."""
     defaults = AutoEncoderParams
     number = partial(source.number, "config.json")
     levels = count(source.tensors, r"encoder\.down(?:_blocks)?\.(\d+)\.")
@@ -142,15 +142,15 @@ def load(
     on_host: Callable[[str], bool] = lambda name: False, fp8: bool = False,
     kind: Kind | None = None,
 ) -> nn.Module:  # fmt: skip
-    """The network of a source with its weights, frozen. On the CPU, a tensor stored in the
-    wanted dtype stays a view of its file. on_host: which tensors stay in host memory. fp8:
-    the layers of Flux's blocks become FP8. kind: the network, if it is no component."""
+    """A source's network with its weights, frozen. On the CPU, a tensor stored in this
+    dtype stays a view of its file. on_host: which tensors stay in host memory. fp8: the
+    layers of Flux's blocks become FP8. kind: the network, if it is no component."""
     module, recipe = check_loads(source, kind)
     loader = Loader(source.tensors, recipe, module.state_dict(), device, dtype, merges)
     in_fp8 = fp8_layers(module) if fp8 else set()
 
     def load_one(name: str) -> State:
-        """The tensor of this name, and its scales where it is a weight in FP8."""
+        """The tensor of this name, and its scales if it is an FP8 weight."""
         stays = on_host(name)
         layer = name.removesuffix(".weight")
         if layer not in in_fp8:
@@ -175,7 +175,7 @@ def on_meta(source: Source, kind: Kind | None = None) -> nn.Module:
 
 
 def check_loads(source: Source, kind: Kind | None = None) -> tuple[nn.Module, Recipe]:
-    """The module, on the meta device, and where its tensors are, each there and no more."""
+    """The module on the meta device and where its tensors are: all, and no others."""
     module = on_meta(source, kind)
     recipe = {}
     used = set()
@@ -204,8 +204,8 @@ def check_loads(source: Source, kind: Kind | None = None) -> tuple[nn.Module, Re
 
 
 class Checkpoint(NamedTuple):
-    """Where the components of a model are. name: what the user called it. clip_tokenizer:
-    a folder. t5_tokenizer: a tokenizer.json or a spiece.model."""
+    """Where a model's components are. name: what the user called it. clip_tokenizer:
+    a folder. t5_tokenizer: a tokenizer.json or spiece.model."""
 
     name: str
     flux: Source
@@ -219,8 +219,8 @@ class Checkpoint(NamedTuple):
 def find(
     model: Name = None, flux: Name = None, t5: Name = None, clip: Name = None, ae: Name = None,
 ) -> Checkpoint:  # fmt: skip
-    """The components of a model, from headers alone. model: a repository, a folder, an
-    all-in-one file, or "pocket", the default. The others override components."""
+    """A model's components, from headers alone. model: a repository, folder, all-in-one
+    file or "pocket", the default. The others override components."""
     given = {"flux": flux, "t5": t5, "clip": clip, "ae": ae}
     missing = [part for part in given if not given[part]]
     place = find_model(str(model or "pocket"), missing) if model or missing else None
@@ -231,7 +231,7 @@ def find(
     check_widths(**sources)
     for source in sources.values():  # before minutes of loading
         check_loads(source)
-    # The default model's tokenizers are for its own encoders alone.
+    # The default model's tokenizers fit only its own encoders.
     near = place if model or not clip else None
     files = [["vocab.json", "merges.txt"]]
     clip_folder = tokenizer_folder("tokenizer", files, sources["clip"], near)
@@ -244,7 +244,7 @@ def find(
 
 
 def check_widths(flux: Source, t5: Source, clip: Source, ae: Source) -> None:
-    """InputError if the transformer was trained with text encoders of another width."""
+    """InputError if the transformer expects text encoders of another width."""
     sizes = flux_params(flux)
     ae_params(ae)
     for source, width, expected in (

@@ -10,7 +10,7 @@ from regional.extension import Branches, Forward, Pass
 
 
 class AttentionMaps:
-    """The fraction of each image token's attention in the regional branch that goes to each
+    """The fraction of each image token's regional-branch attention that goes to each
     region's prompt, averaged over heads and thirds of the double and single blocks."""
 
     def __init__(self, depth: int, depth_single_blocks: int):

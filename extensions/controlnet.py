@@ -1,8 +1,8 @@
 """ControlNets and control LoRAs, as extensions of sampling.
 
 A ControlNet has FLUX.1's first blocks, reads the base prompt and gives residuals by a control
-image: InstantX's and Shakker-Labs' take its latents, XLabs' its pixels. Names are the files': the
-official ones for what FLUX has too, else diffusers' or XLabs'.
+image: InstantX's and Shakker-Labs' take its latents, XLabs' its pixels. Names are the files':
+official for what FLUX has too, else diffusers' or XLabs'.
 """
 
 import math

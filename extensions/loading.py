@@ -1,4 +1,4 @@
-"""The LoRAs and ControlNets that a layout names: found, read and checked."""
+"""A layout's LoRAs and ControlNets: found, read and checked."""
 
 import math
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ from regional.mask import region_tokens
 
 
 def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras) -> Loras:
-    """LoRAs by their names in the layout; those in `known` are not read again."""
+    """LoRAs by their names in the layout; those in `known` are not reread."""
     named = {f"loras[{i}].file": lora for i, lora in enumerate(layout.loras)}
     for i, region in enumerate(layout.regions):
         for j, lora in enumerate(region.loras):
@@ -129,7 +129,7 @@ def load_controls(
     nets: dict[Path, ControlNet],
 ) -> list[LoadedControl]:  # fmt: skip
     """found: by `plan_controls`, with packed latents (1, L_img, 64) unless the net reads pixels.
-    nets: those that are loaded; new ones are added."""
+    nets: the loaded ones; new ones are added."""
     controls = []
     for setting, (source, image) in zip(layout.controlnets, found):
         if source.path not in nets:
@@ -167,7 +167,7 @@ def extensions_of(
     own: Sequence[Extension],
 ) -> list[Extension]:  # fmt: skip
     """A layout's extensions and a call's own, the innermost first. Those before `parallel`
-    see a process's part of the tokens, the others see all. prepared: pipeline.Prepared."""
+    see a process's part of the tokens, the others all. prepared: pipeline.Prepared."""
     layout = prepared.layout
     where = (pipeline.device, pipeline.dtype)
     parallel = pipeline.parallel
@@ -210,6 +210,6 @@ def control_image(file: str, preprocess: str | None, layout: Layout) -> Tensor:
             raise InputError("preprocess", "canny", problem) from error
         edges = cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), 100, 200)
         pixels = np.stack([edges] * 3, axis=2)
-    # On CPUs, group norms over images that are channels-last lose digits.
+    # On CPUs, group norms over channels-last images lose digits.
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
     return image.float() / 127.5 - 1

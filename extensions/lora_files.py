@@ -16,7 +16,7 @@ from formats.key_names import flux_from_diffusers
 from formats.safetensors import FLOATS, FP8, Stored, read, read_header, wrong
 from model.layers import RMSNorm
 
-# What a key may begin with, before a module's name, dots written as underscores.
+# What a key may begin with, before a module's name, with _ for dots.
 PREFIX = re.compile(
     r"(base_model_model_|(model_)?diffusion_model_|lora_(unet|transformer|te\d?)_|lycoris_"
     r"|transformer_(?!blocks)|text_encoders?_(2_)?|clip_l_|t5xxl_)*"

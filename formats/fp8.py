@@ -1,6 +1,6 @@
-"""Linear layers in 8-bit floating point (float8_e4m3fn): half of bfloat16's memory, and twice its
-speed on GPUs that multiply in it. Value = number * scale; a weight has a scale for each output, an
-input one for each token, found anew each time.
+"""Linear layers in 8-bit floating point (float8_e4m3fn): half of bfloat16's memory, and twice
+its speed on GPUs that multiply in it. Value = number * scale; a weight has a scale for each
+output, an input one for each token, recomputed each time.
 """
 
 from functools import cache
@@ -23,7 +23,7 @@ def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 @cache
 def why_not(device: torch.device) -> str:
     """Why this device, with this build of torch, lacks the product that Fp8Linear needs; empty if
-    it has it, as GPUs from Ada and Hopper on do. It is tried at a size that a layer might have."""
+    it has it, as Ada, Hopper and newer do. It is tried at a plausible layer size."""
     x = torch.zeros(256, 256, device=device)
     try:
         scaled_product(*to_fp8(x), *to_fp8(x), x[0], torch.bfloat16)
@@ -44,8 +44,8 @@ def scaled_product(
 ) -> Tensor:
     """x (L, in) and weight (out, in) in float8_e4m3fn, with scales (L, 1) and (out, 1) -> (L, out).
 
-    It is an operator of its own because torch 2.13 cannot compile `scaled_mm` for a GPU if the bias
-    is a slice of a larger one, as that of `single_blocks.linear1` is.
+    It is its own operator because torch 2.13 cannot compile `scaled_mm` for a GPU if the bias
+    is a slice of a larger one, as in `single_blocks.linear1`.
     """
     on_gpu = x.is_cuda
     out_dtype = torch.bfloat16 if on_gpu else dtype  # a GPU has no other for scales by rows

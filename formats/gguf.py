@@ -1,8 +1,8 @@
 """GGUF files: what one stores, from its header alone, and the values of its quantized tensors.
 
 Types, block sizes and dequantization are the `gguf` package's, imported with the first such file.
-The header is parsed here: the package's reader trusts every count, and takes seconds for a
-vocabulary. What is wrong is a ValueError without the file's name.
+The header is parsed here: the package's reader trusts every count and takes seconds for a
+vocabulary. Errors are ValueErrors without the file's name.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 MAGIC = b"GGUF"
-QUANTIZED = "GGUF "  # begins the dtype of what has to be dequantized: "GGUF Q4_K"
+QUANTIZED = "GGUF "  # begins the dtype of what must be dequantized: "GGUF Q4_K"
 ALIGNMENT = 32  # of the data, unless the metadata specifies another
 HEADER = 100_000_000  # bytes; the limit of the safetensors format, too
 MAX_ENTRIES = 50_000  # of a table; FLUX.1 has 780 tensors
@@ -24,7 +24,7 @@ MAX_DIMS = 4  # ggml's limit
 SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd"))
 STRING = 8
 ARRAY = 9
-CHUNK = 1 << 16  # numbers dequantized at once; NumPy's intermediate results stay in the cache
+CHUNK = 1 << 16  # numbers dequantized at once; NumPy's intermediates stay in the cache
 Entry = tuple[str, tuple[int, ...], int, int]  # dtype, shape, and bytes [start, stop) of the file
 
 
@@ -55,7 +55,7 @@ def damaged(problem: str) -> ValueError:
 
 
 class Header:
-    """A position in a header, which advances by what is read, never past the end of the file."""
+    """A position in a header, advanced by reading, never past the end of the file."""
 
     def __init__(self, data: mmap.mmap):
         self.data = data
@@ -142,7 +142,7 @@ def entry(key: str, shape: tuple[int, ...], kind: int, offset: int, begin: int, 
     stop = start + math.prod(shape) // numbers * block
     if stop > size:
         raise damaged(f"cut off, {key} ends at byte {stop:,} of {size:,}")
-    # The package has a class for each type that it dequantizes, and for BF16, which torch has.
+    # The package has a class for each type it dequantizes, and for BF16, which torch has.
     is_quantized = hasattr(gguf.quants, kind.name) and kind.name != "BF16"
     return QUANTIZED * is_quantized + kind.name, shape, start, stop
 

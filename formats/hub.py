@@ -1,7 +1,7 @@
-"""From a name to files: a path, or a Hugging Face repository, downloaded unless it is in the cache.
+"""From a name to files: a path, or a Hugging Face repository, downloaded unless cached.
 
-huggingface_hub knows what is in its cache, and transfers the bytes. But its own download makes
-paths of answers it has not checked, verifies no checksum, and deletes what is unfinished.
+huggingface_hub knows what is in its cache and transfers the bytes. But its own download makes
+paths of unchecked answers, verifies no checksum and deletes what is unfinished.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 OFFLINE = hub.errors.OfflineModeIsEnabled
 UNREACHABLE = OFFLINE | TimeoutError | httpx2.ConnectError | httpx2.TimeoutException
 ELSEWHERE = "download it elsewhere and give its path"
-SECONDS = 60  # for the list of a repository's files
+SECONDS = 60  # for a repository's list of files
 
 
 class Large(Struct):
@@ -49,7 +49,7 @@ class Large(Struct):
 
 
 class File(Struct, rename={"name": "rfilename", "oid": "blobId"}):
-    """A file of a repository. oid: git's, of a pointer if the file is in git-lfs."""
+    """A repository's file. oid: git's, of a pointer if it is in git-lfs."""
 
     name: str
     size: Annotated[int, Meta(ge=0, le=2**50)]
@@ -70,7 +70,7 @@ class Listing(Struct, rename={"commit": "sha", "files": "siblings"}):
 
 
 def is_repository(name: Name) -> bool:
-    """Is it the name of a repository, org/name, and not of a path that exists?"""
+    """Is it a repository's name, org/name, and not an existing path?"""
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name))) and not Path(name).exists()
 
 
@@ -79,7 +79,7 @@ def is_optional(pattern: str) -> bool:
 
 
 def is_plain(name: str) -> bool:
-    """Does it name a file in the folder itself or one below, on any system?"""
+    """Does it name a file in or below the folder, on any system?"""
     has_dots = any(part.strip(". ") == "" for part in name.split("/"))  # or is empty
     return name.isprintable() and not has_dots and not re.search(r'[\\:*?"<>|]', name)
 
@@ -93,10 +93,10 @@ def is_cached(repo: str) -> bool:
 
 
 def locate(name: Name, choices: Choices, purpose: str) -> Path:
-    """The file or folder that a name means: a path, org/name, or org/name:file.
+    """The file or folder that a name means: a path, org/name or org/name:file.
 
-    Of a repository, the first of `choices` that is complete there is downloaded, where *.json are
-    optional; a named file replaces the patterns. With no choices a repository is an error.
+    Of a repository, the first complete one of `choices` is downloaded; *.json are optional,
+    and a named file replaces the patterns. Without choices a repository is an error.
     purpose: how messages begin.
     """
     path = Path(name).expanduser()
@@ -113,7 +113,7 @@ def locate(name: Name, choices: Choices, purpose: str) -> Path:
 
 
 def fetch(repo: str, choices: Choices, purpose: str) -> Path:
-    """A repository's folder in the cache with the files of the first complete choice."""
+    """A repository's cache folder with the files of the first complete choice."""
     needed = [[x for x in patterns if not is_optional(x)] for patterns in choices]
     try:
         for patterns, must in zip(choices, needed):
@@ -154,7 +154,7 @@ def headers() -> dict[str, str]:
 
 
 def listed(repo: str) -> Listing:
-    """The newest commit and its files, without those whose names would lead elsewhere."""
+    """The newest commit and its files, without names that lead elsewhere."""
     url = f"{constants.ENDPOINT}/api/models/{repo}/revision/main?blobs=True"
     response, body = answer("GET", url, SECONDS, CONFIG, headers=headers())
     hf_raise_for_status(response)
@@ -167,7 +167,7 @@ def listed(repo: str) -> Listing:
 
 
 def download(repo: str, listing: Listing, files: list[File], purpose: str) -> Path:
-    """The folder of links to these files, as the library makes it, when all have come."""
+    """The folder of links to these files, like the library's, once all are there."""
     storage = storage_of(repo)
     blobs = storage / "blobs"
     missing = {file.sum: file for file in files if not (blobs / file.sum).exists()}
@@ -175,7 +175,7 @@ def download(repo: str, listing: Listing, files: list[File], purpose: str) -> Pa
         announce(repo, list(missing.values()), blobs, purpose)
     for file in missing.values():
         complete(repo, listing.commit, file, blobs / file.sum)
-    tree = {}  # by which the library knows whether all files are there
+    tree = {}  # tells the library whether all files are there
     for file in listing.files:
         large = (file.sum, file.size) if file.lfs else ()
         tree[file.name] = TreeCacheEntry(file.size, file.oid, *large)
@@ -191,11 +191,11 @@ def download(repo: str, listing: Listing, files: list[File], purpose: str) -> Pa
 
 
 def announce(repo: str, files: list[File], blobs: Path, purpose: str) -> None:
-    """Print how much is to be downloaded; InputError if there is no room for it."""
+    """Print how much is to be downloaded; InputError if it does not fit."""
     cache = Path(constants.HF_HUB_CACHE)
     missing = sum(file.size for file in files)
     for file in files:
-        with suppress(FileNotFoundError):  # not begun, or another worker has just completed it
+        with suppress(FileNotFoundError):  # not begun, or just completed by another worker
             missing -= (blobs / f"{file.sum}.incomplete").stat().st_size
     place = next(folder for folder in (cache, *cache.parents) if folder.exists())
     free = shutil.disk_usage(place).free
@@ -222,7 +222,7 @@ class Limited(io.BufferedWriter):
 
 
 def complete(repo: str, commit: str, file: File, blob: Path) -> None:
-    """Download the rest of a file and make it a blob of the cache, named by its checksum."""
+    """Download the rest of a file and make it a cache blob, named by its checksum."""
     storage = blob.parents[1]
     lock = storage.parent / ".locks" / storage.name / f"{blob.name}.lock"  # the library's
     for folder in (blob.parent, lock.parent):
@@ -246,7 +246,7 @@ def complete(repo: str, commit: str, file: File, blob: Path) -> None:
 
 
 def checksum(path: Path, file: File) -> str:
-    """By the hash that names it: of the bytes alone, or of a blob of git."""
+    """By the hash that names it: of the bytes alone, or as a git blob."""
     start = hashlib.sha256() if file.lfs else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     with opened(path, CHECKPOINT) as data:
         return hashlib.file_digest(data, lambda: start).hexdigest()

@@ -177,7 +177,7 @@ def ae_from_diffusers(name: str, tensors: Tensors) -> list[Rows]:
 
 def count(tensors: Tensors, pattern: str) -> int:
     """How many blocks there are, numbered from 0, where `pattern` finds a key's number; at most
-    one for each tensor, because modules of that many blocks are made."""
+    one for each tensor, as modules of that many blocks are made."""
     found = [match for key in tensors if (match := re.match(pattern, key))]
     last = max((int(match[1][:9]) for match in found), default=-1)
     return min(1 + last, len(tensors))
@@ -199,7 +199,7 @@ KEY_NAMES = (
     KeyNames("controlnet", "diffusers", DIFFUSERS_CONTROLNET, controlnet_from_diffusers),
 )
 
-# Keys that a component's files may hold although its module has no use for them.
+# Keys that a component's files may hold but its module does not use.
 IGNORED = {
     "t5": r"encoder\.embed_tokens\.|decoder\.|lm_head\.|dec\.|output\.weight$",
     "clip": r"(embeddings\.)?position_ids$|text_projection|logit_scale$|vision_model\.|visual",

@@ -58,7 +58,7 @@ class Loader(NamedTuple):
         return tuple(torch.cat(parts) for parts in zip(*pieces))
 
     def stacked(self, name: str, device: Device, dtype: torch.dtype) -> Tensor:
-        """A tensor's rows, one piece below the other."""
+        """A tensor's rows, stacked."""
         rows = self.recipe[name]
         shape = self.module[name].shape
         if len(rows) == 1 and rows[0].stop is None:

@@ -59,7 +59,7 @@ Answer = tuple[httpx2.Response, bytes]
 
 
 def answer(method: str, url: str, seconds: float, most: int, **how: Any) -> Answer:
-    """A response and its whole body, decompressed, which must be there within so many seconds.
+    """A response and its whole body, decompressed, complete within so many seconds.
 
     It is read in a thread, as no timeout ends the wait for a name or for headers that drip.
     """

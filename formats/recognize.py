@@ -1,6 +1,6 @@
-"""What a checkpoint file is, by the names and shapes of its tensors, never by its own name.
+"""What a checkpoint file is, by its tensors' names and shapes, never by its own name.
 
-And where the components of a model are: in a file, a folder or a repository.
+And where a model's components are: in a file, folder or repository.
 """
 
 import re
@@ -44,10 +44,10 @@ SCHNELL = "black-forest-labs/FLUX.1-schnell"  # Apache-2.0, with all models' tok
 
 @dataclass(frozen=True)
 class Source:
-    """Where the tensors of a component are, a file or an index, and how its keys are named.
+    """Where a component's tensors are, a file or an index, and how its keys are named.
 
-    tensors: the header, without the `prefix` of its keys. config: the config.json next to the
-    weights, {} if there is none.
+    tensors: the header, keys without `prefix`. config: the config.json next to the weights,
+    {} if there is none.
     """
 
     part: str
@@ -59,7 +59,7 @@ class Source:
     config: dict = field(repr=False)
 
     def shape(self, name: str, dims: int = 2) -> tuple[int, ...]:
-        """The shape in the file of a module's tensor, which must have `dims` dimensions."""
+        """The stored shape of a module's tensor, which must have `dims` dimensions."""
         rows = self.key_names.rows(name, self.tensors)
         expected = f"{dims} dimensions"
         for row in rows:
@@ -83,7 +83,7 @@ class Source:
         return f"the rest looks like a {WHAT[self.part]} in {self.key_names.name} names"
 
     def number(self, where: str, key: str, default: float) -> float:
-        """A number of `where`, config.json or "the metadata", or else the default."""
+        """A number in `where`, config.json or "the metadata", else the default."""
         values = self.config if where == "config.json" else self.metadata
         value = default if values.get(key) is None else values[key]
         with suppress(TypeError, ValueError):
@@ -95,7 +95,7 @@ class Source:
 
 
 def stacked_shape(rows: list[Rows], tensors: Tensors) -> tuple[int, ...]:
-    """The shape of these rows, one piece below the other."""
+    """The shape of these rows, stacked."""
     shapes = [tensors[row.key].shape or (0,) for row in rows]
     lengths = [len(range(n)[row.start : row.stop]) for row, (n, *_) in zip(rows, shapes)]
     return (sum(lengths), *shapes[0][1:])
@@ -103,7 +103,7 @@ def stacked_shape(rows: list[Rows], tensors: Tensors) -> tuple[int, ...]:
 
 LORA = "a LoRA; those belong to --lora"
 CONTROLNET = "a ControlNet; those belong to --controlnet"
-# Other formats, by a key that identifies each, in this order: LoRAs and ControlNets can also have a
+# Other formats by an identifying key, in this order: LoRAs and ControlNets can also have a
 # transformer's keys.
 FOREIGN = {
     r"lora_(down|up|A|B|linear_layer)\b|_lora\d?\.(down|up)\.|\.lora\.|lokr_|hada_": LORA,
@@ -121,7 +121,7 @@ VARIANTS = {128: "FLUX.1 Canny or Depth", 384: "FLUX.1 Fill"}  # by the transfor
 
 
 def foreign_format(file: CheckpointFile, part: str) -> str | None:
-    """What a file is, in words that follow "is", if it can't be this component."""
+    """What a file is, to follow "is", if it can't be this component."""
     for pattern, name in FOREIGN.items():
         is_own = part == "controlnet" and name == CONTROLNET
         if not is_own and any(re.search(pattern, key) for key in file.tensors):
@@ -139,7 +139,7 @@ def foreign_format(file: CheckpointFile, part: str) -> str | None:
 
 
 def prefix_of(file: CheckpointFile, names: KeyNames) -> str | None:
-    """What stands before these names in the keys, such as `model.diffusion_model.`, or None."""
+    """What precedes these names in the keys, such as `model.diffusion_model.`, or None."""
     pattern = re.compile(rf"(?!.*(?:vision_model|visual)\.)((?:.*\.)?){names.pattern}")
     return next((found[1] for key in file.tensors if (found := pattern.match(key))), None)
 
@@ -170,8 +170,8 @@ class QuantizationMetadata(msgspec.Struct):
 def attach_scales(path: Path, tensors: Tensors, metadata: dict[str, str]) -> Tensors:
     """Give each FP8 weight its scale, `X.scale_weight` or `X.weight_scale`; drop descriptions.
 
-    Input scales are for products in FP8 and leave the weights as they are. Any other scale stays
-    among the tensors, where the strict check reports it.
+    Input scales are for FP8 products and do not change weights. Any other scale stays among
+    the tensors, where the strict check reports it.
     """
     text = metadata.get("_quantization_metadata", "{}")
     formats = dict(parse_json(text, QuantizationMetadata, path).layers)
@@ -219,7 +219,7 @@ def find_model(model: str, parts: list[str]) -> Path:
 
 
 def pick(part: str, flag: str, place: Path) -> Source:
-    """The one `part` in a file, or in a folder: at its top, or in diffusers' subfolder."""
+    """The one `part` in a file, or in a folder: at its top or in diffusers' subfolder."""
     what = WHAT[part]
     seen = []
     for spot in [place] if place.is_file() else [place, place / SUBFOLDER[part]]:
@@ -238,7 +238,7 @@ def pick(part: str, flag: str, place: Path) -> Source:
 
 
 def tokenizer_folder(name: str, choices: Choices, source: Source, place: Path | None) -> Path:
-    """The folder with all files of one choice: near the encoder, the model's, or the hub's."""
+    """A folder with all files of one choice: near the encoder, the model's or the hub's."""
     base = source.path.parent
     folders = [base / name, base, base.parent / name]
     if place:

@@ -1,7 +1,7 @@
 """What checkpoint files store, by their headers: safetensors, single or in shards, and GGUF.
 
-Headers are parsed here, not by safetensors' `safe_open`, so that all tensors share one mapping of
-their file and a problem is reported in one sentence. Pickles are never read.
+Headers are parsed here, not by safetensors' `safe_open`, so that all tensors share one mapping
+of their file and problems are reported in one sentence. Pickles are never read.
 """
 
 import math
@@ -179,7 +179,7 @@ MAPPED: WeakValueDictionary[tuple, mmap.mmap] = WeakValueDictionary()  # by file
 
 
 def view(tensor: Stored) -> Tensor:
-    """The tensor as it is stored, a copy-on-write view of its file, mapped once for all views."""
+    """The tensor as stored, a copy-on-write view of its file, mapped once for all views."""
     with opened(tensor.file, CHECKPOINT) as file:
         state = os.fstat(file.fileno())
         key = (tensor.file, state.st_ino, state.st_mtime_ns, state.st_size)
@@ -190,8 +190,8 @@ def view(tensor: Stored) -> Tensor:
 
 
 def read(tensor: Stored) -> Tensor:
-    """The tensor as it is stored, to be converted or moved: only its own pages are mapped, and
-    they are unmapped with it, so that it is never held in memory twice."""
+    """The tensor as stored, to be converted or moved: only its own pages are mapped, and
+    unmapped with it, so that it is never held in memory twice."""
     page = tensor.start - tensor.start % mmap.ALLOCATIONGRANULARITY
     with opened(tensor.file, CHECKPOINT) as file:
         data = mapped(file, tensor.stop - page, offset=page)
@@ -218,7 +218,7 @@ def values(tensor: Stored, device: torch.device | str, dtype: torch.dtype) -> Te
 
 
 def whole(tensor: Stored, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """All of a stored tensor; a view of its file where nothing has to be converted or moved."""
+    """All of a stored tensor; a view of its file if nothing has to be converted or moved."""
     is_ready = DTYPES.get(tensor.dtype) == dtype and tensor.scale is None
     if is_ready and torch.device(device).type == "cpu":
         return view(tensor)

@@ -52,8 +52,8 @@ def rope(
 
 def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
     """Rotate each pair (x[2i], x[2i+1]) by its angle: x (B, heads, L, head_dim), pe of `rope`."""
-    # It lies in memory as (B, L, heads, head_dim): attention then writes its output so too,
-    # and the projection that follows copies nothing.
+    # In memory it is (B, L, heads, head_dim): attention then writes its output so too,
+    # and the next projection copies nothing.
     pairs = x.transpose(1, 2).to(pe.dtype).unflatten(-1, (-1, 2))
     even, odd = pairs.unbind(-1)
     cos, sin = pe.unsqueeze(2).unbind(-1)

@@ -1,4 +1,4 @@
-"""Regional attention, which Flux.forward gets in place of plain attention, and its mask rule.
+"""Regional attention, which replaces plain attention in Flux.forward, and its mask rule.
 
 The two branches of arXiv 2411.02395:
 
@@ -87,7 +87,7 @@ def dense_attention(tokens: Tokens) -> MaskedAttention:
 
 def portable_attention(tokens: Tokens) -> MaskedAttention:
     """The same without an L x L tensor: for each value of the bits an unmasked attention
-    over the keys that it may see."""
+    over the keys it may see."""
     groups = []
     kinds = tokens.bits
     if tokens.log_weight is not None:  # rows that weigh their keys are apart
@@ -144,7 +144,7 @@ def in_one_sequence(
     regions = log_weights.shape[1] // 2
     columns = torch.arange(1, regions + 1, device=bits.device)
     of_text = columns.repeat_interleave(len(texts) // regions)
-    # An image token that is in one region alone has that region's column.
+    # An image token in one region alone has that region's column.
     is_alone = (image & ~(1 << OPEN_BIT))[:, None] == texts[:: len(texts) // regions]
     of_image = (is_alone * (regions + columns)).sum(dim=1)
     return tokens._replace(
@@ -157,13 +157,13 @@ def in_one_sequence(
 class RegionalAttention:
     """The attention function and the `join` hook of a regional step.
 
-    make: makes the masked attention of given tokens, when a block first asks for it.
-    bits: (L,) int64, those of [txt_1 .. txt_R, img].
-    text_length, image_length: how many tokens the base prompt and the image have.
+    make: makes the masked attention of tokens, when a block first needs it.
+    bits: (L,) int64, of [txt_1 .. txt_R, img].
+    text_length, image_length: how many tokens base prompt and image have.
     base_ratio: the base branch's weight, one or (L_img,). If it is 0 everywhere, there is
         no base branch: Flux's txt is then [txt_1 .. txt_R] alone.
     is_masked: in which blocks; in others all regions see each other.
-    log_weights: (L_img, 2 R), those of RegionTokens.
+    log_weights: (L_img, 2 R), of RegionTokens.
     shared: one image stream throughout.
     """
 

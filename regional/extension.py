@@ -19,7 +19,7 @@ class Conditioning(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """The arguments of Flux.forward, then what the modulation was computed from."""
+    """Flux.forward's arguments, then what the modulation was computed from."""
 
     img: Tensor
     img_ids: Tensor
@@ -35,7 +35,7 @@ class Pass(NamedTuple):
 
 
 class Branches(NamedTuple):
-    """What passes of one kind have in common: plain, regional, or by rpg one region's.
+    """What passes of one kind share: plain, regional, or by rpg one region's.
 
     region_bits: (L,) int64, of [txt_1 .. txt_R, img], in passes of one prompt of img alone.
     order: (L_img,), the image tokens' places in the image.

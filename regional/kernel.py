@@ -1,13 +1,13 @@
 """Regional attention as one Triton kernel: the mask is one integer per token, tested in-line.
 
 It is FlashAttention's online softmax (arXiv 2205.14135, 2307.08691) over lists of tiles:
-which tiles of keys a tile of queries sees in full, in part or not at all, which
-`tile_lists` finds once for all heads, blocks and steps. The kernel goes through the full
-tiles without any mask code, then through the partial ones, testing `bits_allowed`, and
-blends with the base branch as it writes. Tiles with weights count as partial.
+which key tiles a query tile sees in full, in part or not at all, found by `tile_lists`
+once for all heads, blocks and steps. The kernel goes through the full tiles without
+mask code, then through the partial ones, testing `bits_allowed`, and blends with the
+base branch as it writes. Tiles with weights count as partial.
 
-On Hopper and newer, tiles come through TMA descriptors, elsewhere through pointers; so
-also in Triton's interpreter (TRITON_INTERPRET=1: the CPU, no bfloat16).
+Hopper and newer load tiles by TMA descriptors, other GPUs by pointers, and so does
+Triton's interpreter (TRITON_INTERPRET=1: the CPU, no bfloat16).
 """
 
 import math
@@ -25,12 +25,12 @@ from regional.attention import MaskedAttention, Tokens, allowed
 
 INTERPRETED = triton.knobs.runtime.interpret
 MIXED_COST = 1.9  # a partial tile's instructions over a full one's on sm_90
-HEADS_TOGETHER = 8  # in the grid; K and V of more would not fit into the L2
+HEADS_TOGETHER = 8  # in the grid; K and V of more do not fit into L2
 
 
 @triton.jit
 def bits_allowed(bits_q, bits_k):
-    """This is the whole mask, as `allowed` in regional/attention.py."""
+    """The whole mask, as `allowed` in regional/attention.py."""
     return (bits_q & bits_k) != 0
 
 
@@ -165,7 +165,7 @@ def regional_kernel(
 
 
 class Plan(NamedTuple):
-    """What the kernel is told of a sequence's tokens, in the order of its arguments.
+    """What the kernel knows of a sequence's tokens, in its arguments' order.
 
     queries: (n, 5) int32, a tile's first row, the row after its last, and where in `keys`
         its full tiles begin, its partial tiles begin, and its tiles end; the longest lists
@@ -190,7 +190,7 @@ class Plan(NamedTuple):
 def cut(bits: Tensor, block: int) -> list[slice]:
     """Cut the sequence into tiles of at most `block` tokens. They end where a long run of
     equal bits does: across its border a tile would be partial with everything. Short runs
-    share tiles, as half-empty ones cost more."""
+    share tiles: half-empty ones cost more."""
     runs = bits.unique_consecutive(return_counts=True)[1].tolist()
     tiles = []
     start = end = 0
@@ -276,7 +276,7 @@ class Launch(NamedTuple):
 
 
 def launch_for(dtype: torch.dtype, capability: tuple[int, int], weighted: bool = False) -> Launch:
-    if dtype == torch.float32:  # IEEE products, which the tensor cores do not have
+    if dtype == torch.float32:  # IEEE products, which tensor cores lack
         return Launch(32, 32, num_warps=8, num_stages=1, tma=False)
     mixed = 1 if weighted else 3  # Weights loaded stages ahead would not fit.
     if (9, 0) <= capability < (12, 0):  # from Hopper on: 227 KB of shared memory

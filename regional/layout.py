@@ -1,5 +1,5 @@
-"""What a layout is: frozen structs. The reader checks them, `resolved` parses what is text;
-below that nobody checks or parses again."""
+"""What a layout is: frozen structs. The reader checks them, `resolved` parses text;
+below that nothing is checked or parsed again."""
 
 import re
 from collections.abc import Collection
@@ -162,7 +162,7 @@ class Layout(Part):
     regions: Annotated[Regions, f"at most {MAX_REGIONS}"] = ()
 
     def filled(self, defaults: Defaults) -> "Layout":
-        """The layout with what it leaves to the model; this is what metadata record."""
+        """The layout with the model's defaults filled in, as metadata record it."""
         length = self.max_sequence_length or defaults.max_sequence_length
         own = self.region_max_sequence_length or length
         if isinstance(own, str):
@@ -172,7 +172,7 @@ class Layout(Part):
 
     def resolved(self, defaults: Defaults) -> "Layout":
         """The filled layout with nothing left to parse: counts are ints, each region has its
-        own, and double_blocks and single_blocks are sets of the masked blocks' indices."""
+        own, and double_blocks and single_blocks are sets of masked blocks' indices."""
         layout = self.filled(defaults)
 
         def own(part: Any) -> Any:

@@ -18,7 +18,7 @@ ABOVE = {"last": "later", "first": "earlier", "smallest": "smaller"}
 
 
 class RegionTokens(NamedTuple):
-    """The regions on the token grid, P with the background, which is the last.
+    """The regions on the token grid, P with the background, the last.
 
     image_bits: (h w,) int64, the bits of the image tokens, row by row.
     cover: (P, h w) float32, how far each region covers each image token.
@@ -56,7 +56,7 @@ class RegionTokens(NamedTuple):
         return values @ cover / cover.sum(0)
 
     def sorted(self) -> tuple["RegionTokens", Tensor]:
-        """The same with image tokens of equal bits side by side, in the Gray code's order,
+        """The same with image tokens of equal bits side by side, in Gray code order,
         where neighbors differ little; and their old positions."""
         rank = self.image_bits
         for shift in (1, 2, 4, 8, 16, 32):
@@ -133,7 +133,7 @@ def stage_ratios(layout: Layout, tokens: RegionTokens) -> list[tuple[int, list[f
 
 def feathered(tokens: np.ndarray, feather: float) -> np.ndarray:
     """The fraction of each token's surroundings, `feather` pixels wide and high, that is in
-    the region. Beyond the image it goes on as at its edge."""
+    the region. Beyond the image, edge values repeat."""
     width = max(feather / 16, 1)
     reach = math.ceil(width / 2 - 0.5)
     if reach == 0:
@@ -200,7 +200,7 @@ def in_polygons(polygons: Sequence, x: np.ndarray, y: np.ndarray, marks: Any = T
 
 
 def most_covered(region: Region, layout: Layout) -> np.ndarray:
-    """The one token that a very small region covers most, (h, w) bool."""
+    """The one token that a tiny region covers most, (h, w) bool."""
     h = layout.height // 16
     w = layout.width // 16
     if region.box:
@@ -209,7 +209,7 @@ def most_covered(region: Region, layout: Layout) -> np.ndarray:
     elif region.polygon:
         fine = in_polygons(region.polygon, np.arange(2, 16 * w, 4), np.arange(2, 16 * h, 4))
         area = fine.reshape(h, 4, 4 * w).sum(axis=1, dtype=np.uint8).reshape(h, w, 4).sum(axis=2)
-        if not area.any():  # It is smaller still: the token of its first point counts.
+        if not area.any():  # Smaller still: the token of its first point.
             x, y = region.polygon[0][0]
             area[min(int(y) // 16, h - 1), min(int(x) // 16, w - 1)] = 1
     else:
@@ -221,6 +221,6 @@ def most_covered(region: Region, layout: Layout) -> np.ndarray:
 
 
 def overlap(low: float, high: float, tokens: int) -> np.ndarray:
-    """The pixels that each of a row of tokens shares with [low, high)."""
+    """How many pixels each token of a row shares with [low, high)."""
     start = 16 * np.arange(tokens)
     return np.clip(np.minimum(high, start + 16) - np.maximum(low, start), 0, None)

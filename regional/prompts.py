@@ -27,7 +27,7 @@ def encode_prompts(
     if prompts:
         loras = [region.loras for region in layout.regions] + [()]  # the background's
         ids = tokenize(t5, prompts, layout.region_max_sequence_length)
-        # Each is encoded by itself: in a batch, rounding would depend on the others.
+        # One at a time: in a batch, rounding would depend on the others.
         states = [encode("t5", row[None], own) for row, own in zip(ids, loras)]
     ids, cut = clip([layout.prompt] + prompts * (layout.method == "rpg"))
     if cut[0]:

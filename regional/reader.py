@@ -24,7 +24,7 @@ REPOSITORY = r"\w[\w.-]*/\w[\w.-]*(:.+)?"  # org/name, or one of its files
 
 
 def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024) -> Layout:
-    """A layout, with paths from the working directory. size: width and height by default.
+    """A layout, with paths from the working directory. size: default width and height.
 
     Raises InputError, or InputErrors with up to ten mistakes, each with its key.
     """
@@ -81,7 +81,7 @@ class Loader(yaml.SafeLoader):
 
 
 def check_node(node: yaml.Node) -> None:
-    """Refuse keys and types that a layout has not, and numbers that take long."""
+    """Refuse keys and types unknown to layouts, and numbers that take long."""
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for key, _ in node.value:
@@ -118,7 +118,7 @@ def fields_of(struct: type[Struct]) -> dict[str, tuple[Any, type[Struct] | None]
 
 
 def check_types(data: Any, struct: type[Struct], path: str, mistakes: InputErrors) -> None:
-    """Check the keys of a mapping one by one, for msgspec stops at its first mistake."""
+    """Check a mapping's keys one by one, as msgspec stops at the first mistake."""
     key = path.removesuffix(".") or "the layout"
     require(isinstance(data, dict), key, data, "expected a mapping of keys to values")
     for field in msgspec.structs.fields(struct):

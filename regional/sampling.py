@@ -1,6 +1,6 @@
-"""The denoising of one image: first the regional steps, then those of plain FLUX.
+"""The denoising of an image: first the regional steps, then plain FLUX.
 
-What an image can do without is an extension, a function that wraps the forward pass: see
+What is optional is an extension, a function that wraps the forward pass: see
 docs/extensions.md.
 """
 
@@ -34,7 +34,7 @@ def guidance_of(layout: Layout, device: torch.device) -> Tensor:
 
 
 def modulations(flux: Flux, layout: Layout, y: Tensor) -> Modulations:
-    """The modulation of all of the layout's steps; y: Conditioning's."""
+    """The modulation of all the layout's steps; y: Conditioning's."""
     levels = noise_levels(layout, flux.params)
     guidance = guidance_of(layout, y.device)
     found = []
@@ -56,7 +56,7 @@ def sample(
     modulation: Modulations | None = None,
 ) -> Tensor:
     """Latents (1, 16, height / 8, width / 8), float32. extensions: the first is the
-    innermost. modulation: `modulations`, if known; what it lacks is added to it."""
+    innermost. modulation: `modulations`, if known; what it lacks is added."""
     txt = conditioning.txt
     steps = layout.steps
     levels = noise_levels(layout, flux.params)
@@ -149,8 +149,8 @@ def regional(run: Run, base_ratio: Tensor, masked_attention: MakeAttention) -> V
 
 
 def composed(run: Run, base_ratio: Tensor, plain: Velocity) -> Velocity:
-    """The method rpg: the velocities of each region's prompt over the whole image, put
-    together, where regions overlap by cover, and blended with the base prompt's."""
+    """The method rpg: the velocities of each region's prompt over the whole image,
+    combined by cover and blended with the base prompt's."""
     regions = []
     for i, txt in enumerate(run.conditioning.regions):
         bits = torch.full_like(run.order, 1 << run.tokens.prompt_bits[i]).to(txt.device)
@@ -162,7 +162,7 @@ def composed(run: Run, base_ratio: Tensor, plain: Velocity) -> Velocity:
     has_base = bool(base_ratio.any())
 
     def velocity(img: Tensor, t: float, step: int) -> Tensor:
-        # The sum is float32, as img is, whatever the dtype of the velocities.
+        # The sum is float32, like img, whatever the velocities' dtype.
         mean = sum(f.to(img) * region(img, t, step) for f, region in zip(fractions, regions))
         if not has_base:
             return mean

@@ -141,6 +141,6 @@ def fastest_backends(q: Tensor) -> list[SDPBackend]:
                 seconds[backend] = timer.timeit(10).median
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # This GPU, or this build of torch, does not have it.
+        except RuntimeError:  # This GPU or this build of torch lacks it.
             continue
     return sorted(seconds, key=seconds.get)

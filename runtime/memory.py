@@ -13,9 +13,9 @@ from model.layers import Modulation
 from regional.layout import Layout
 from runtime.offload import MODULATION, Streamed, group_of
 
-# How many numbers a step, or a decoding, holds at its peak besides weights: counted on the meta
-# device (14.7, in FP8 25.7; for 1024 x 1024 and 2048 x 2048, 0 to 16 regions, and 769 prompt
-# tokens), and some more for the libraries' own.
+# How many numbers a step or a decoding holds at its peak besides weights: counted on the meta
+# device (14.7, in FP8 25.7; for 1024 x 1024 and 2048 x 2048, 0 to 16 regions, 769 prompt
+# tokens), plus some for the libraries' own.
 VALUES_PER_TOKEN = 18  # times the hidden size
 VALUES_PER_TOKEN_IN_FP8 = 30  # without torch.compile
 VALUES_PER_PIXEL = 1000
@@ -79,7 +79,7 @@ def working_bytes(hidden: int, layout: Layout, dtype: torch.dtype, fp8: bool) ->
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take on the GPU, within torch's limit."""
+    """GPU bytes that this process may still take, within torch's limit."""
     free, total = torch.cuda.mem_get_info(device)
     own = torch.cuda.memory_allocated(device)
     free += torch.cuda.memory_reserved(device) - own

@@ -1,7 +1,7 @@
 """Modules that run on a device with weights that stay in host memory, copied over in turn.
 
-The device holds those of two modules: of the running one, and of the next, which are copied
-meanwhile, also behind blocks that are not streamed. Results are the same to the bit.
+The device holds those of two modules: of the running one, and of the next, copied meanwhile,
+also behind blocks that are not streamed. Results are bit-identical.
 """
 
 import os
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from formats.recognize import Source
 
-ALIGNMENT = 256  # bytes, as torch's own allocations have it
+ALIGNMENT = 256  # bytes, like torch's allocations
 MODULATION = "modulation"
 FLUX_MODULATION = re.compile(r"\w+_blocks\.\d+\.(img_mod|txt_mod|modulation)\.")
 BLOCK = re.compile(r"((?:\w+_blocks|encoder\.block)\.\d+)\.(?!.*relative_attention)")
@@ -25,7 +25,7 @@ APART = re.compile(r"(img_mod|txt_mod|modulation)\.|.*relative_attention_bias\."
 
 def group_of(name: str) -> str | None:
     """What a weight is streamed with: its block, or FLUX.1's modulation layers, which run at
-    another time. T5's table of distances has none: all its blocks use it."""
+    another time. T5's distance table has none: all blocks use it."""
     if FLUX_MODULATION.match(name):
         return MODULATION
     found = BLOCK.match(name)
@@ -35,8 +35,8 @@ def group_of(name: str) -> str | None:
 class Streamed:
     """Streams modules that are called in this order, again and again.
 
-    pin: each one's weights move into one piece of memory, pinned for a GPU, so that one copy in
-    the background fetches them. It takes time and, for a while, a module's memory again.
+    pin: each one's weights move into one piece of memory, pinned for a GPU, so that one
+    background copy fetches them. It takes time and, for a while, a module's memory again.
     """
 
     def __init__(self, modules: list[nn.Module], device: torch.device, pin: bool = False):
@@ -107,14 +107,14 @@ class Streamed:
             self.put(self.running, self.weights[self.running])
 
     def release(self) -> None:
-        """Give the device's memory back, until the next turn."""
+        """Free the device's memory until the next turn."""
         self.put_back()
         self.wait()
         self.forget()
 
 
 def laid_out(buffer: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """Tensors of these shapes and dtypes, one behind the other in a buffer."""
+    """Tensors of these shapes and dtypes, one after another in a buffer."""
     sizes = [padded_size(x) for x in like]
     pieces = buffer[: sum(sizes)].split(sizes)
     return [piece[: x.nbytes].view(x.dtype).view(x.shape) for piece, x in zip(pieces, like)]

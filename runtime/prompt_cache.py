@@ -19,7 +19,7 @@ from formats.safetensors import read, read_header
 def cached(
     folder: Path, name: str, depends_on: list, device: torch.device, encode: Callable[[], Tensor]
 ) -> Tensor:  # fmt: skip
-    """What `encode` gives, from a file named by a hash of all that it depends on."""
+    """What `encode` gives, from a file named by a hash of all it depends on."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     depends_on = [*depends_on, where, torch.__version__, torch.get_num_threads()]
     text = json.dumps(depends_on, default=state_of).encode()
@@ -36,7 +36,7 @@ def cached(
 
 
 def state_of(files: Path | set[Path]) -> list[Any]:
-    """What tells whether a file, or any of several, was changed."""
+    """What tells whether a file, or one of several, changed."""
     if isinstance(files, set):
         return sorted(state_of(file) for file in files)
     about = files.stat()

@@ -1,7 +1,7 @@
 """One image on several GPUs: each process has some of the tokens, in attention of the heads.
 
-DeepSpeed-Ulysses (arXiv 2309.14509) as an extension of sampling: before attention the processes
-exchange q, k and v, so that each has all tokens of its heads, and after it back. Extensions before
+DeepSpeed-Ulysses (arXiv 2309.14509) as an extension of sampling: before attention processes
+exchange q, k and v, so that each has all tokens of its heads, then back. Extensions before
 it in the list see a process's `part` of the tokens, those after it all.
 """
 

@@ -69,7 +69,7 @@ def blend_kernel(
     store_blended(acc, o, base, (base_row, base_weight), strides, (b, h), rows, L, BASE)
 
 
-# An operator, so that torch.compile and the meta device know what it gives.
+# An operator, so that torch.compile and the meta device know it.
 @torch.library.custom_op("regional::blend", mutates_args=())
 def blend_op(
     regional: Tensor, row: Tensor, base: Tensor | None, base_row: Tensor, base_weight: Tensor

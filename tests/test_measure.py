@@ -6,7 +6,7 @@ from measure_code import CORE, METHOD, ROOT, SKIPPABLE, lines_in
 
 # The core is to have 3,700 lines of 52 bytes. This is where it stands: limits only go down.
 CORE_LINES = 3700
-CORE_BYTES = 52.5
+CORE_BYTES = 52.0
 STARTER_FILES = 15
 
 

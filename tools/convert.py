@@ -1,4 +1,4 @@
-"""Layouts from, and to, the forms that other programs have.
+"""Layouts from and to the forms of other programs.
 
     python -m tools.convert --from coco annotations.json layout.yaml --image 42
     python -m tools.convert --to forge layout.yaml couple.json
@@ -12,8 +12,8 @@ invokeai    width, height, positive_prompt, and regions with bounds or a mask
 gradio      what gradio_image_annotation returns: image, and boxes with a label
 seg2any     Seg2Any's caption and segments_info, with its color map in a .png of the same name
 
-Sizes become the nearest multiples of 16. Images and prompts that TARGET needs are written next to
-it. What the other form cannot hold is reported on stderr, or refused if the regions would change.
+Sizes become the nearest multiples of 16. Images and prompts TARGET needs are written next to it.
+What the other form cannot hold is reported on stderr, or refused if regions would change.
 """
 
 import argparse
@@ -56,7 +56,7 @@ from regional.reader import read_layout, value_at
 from tools.metadata import check_writable
 
 Data = dict[str, Any]
-Files = dict[str, Any]  # by name: a text or an image; "" stands for TARGET
+Files = dict[str, Any]  # by name: a text or an image; "" is TARGET
 Box = tuple[float, float, float, float]
 Side = Annotated[int, Meta(ge=1, le=16384)]
 Unit = Annotated[float, Meta(ge=0, le=1)]
@@ -66,11 +66,11 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 COLORS = [tuple(product((0, 85, 170, 255), repeat=3))[23 * i % 64] for i in range(64)]
 SAMPLES = 512
 FARTHEST = 10**6  # pixels; NaN is not nearer
-PALETTE = COLORS[1:]  # 63 colors that lie far apart
+PALETTE = COLORS[1:]  # 63 colors far apart
 
 
 class Source(NamedTuple):
-    """The file that becomes a layout, and what the flags state about it."""
+    """The file to convert, and what the flags state about it."""
 
     path: Path
     image: str | None
@@ -88,8 +88,8 @@ def read_image(path: str | Path, key: str) -> Image.Image:
 
 
 def data_in(text: Any, source: Source, key: str = "it") -> Any:
-    """What a text holds in JSON, NaN included, or as a Python literal of the same values, which
-    is shorter; anything else as it is."""
+    """A text's value: JSON, NaN included, or a Python literal of the same values, if it is not
+    too long; anything else as it is."""
     if not isinstance(text, str):
         return text
     about = (source.path, f"{key} is neither JSON nor a Python literal")
@@ -105,13 +105,13 @@ def data_in(text: Any, source: Source, key: str = "it") -> Any:
 
 
 def record(**kinds: Any) -> type[msgspec.Struct]:
-    """A type of mappings with these keys, among others; what may be None may be missing."""
+    """A type of mappings with at least these keys; what may be None may be missing."""
     fields = [(n, k, None) if type(None) in get_args(k) else (n, k) for n, k in kinds.items()]
     return msgspec.defstruct("Record", fields, kw_only=True)
 
 
 def checked(value: Any, kind: Any, key: str = "") -> Any:
-    """The value as this type. InputError names the culprit by its path, which begins with `key`."""
+    """The value as this type. InputError names the culprit's path, which begins with `key`."""
     try:
         return msgspec.convert(value, kind, strict=False)
     except Exception as error:  # ValidationError; a RecursionError, or integers too large
@@ -121,14 +121,14 @@ def checked(value: Any, kind: Any, key: str = "") -> Any:
 
 
 def boxed(prompts: list[str], boxes: list[Any], key: str) -> list[Data]:
-    """Regions from their prompts and boxes. key: that of the boxes."""
+    """Regions from their prompts and boxes. key: the boxes'."""
     if len(prompts) != len(boxes):
         raise InputError(key, MISSING, f"{len(boxes)} boxes, for {len(prompts)} prompts")
     return [{"prompt": prompt, "box": list(box)} for prompt, box in zip(prompts, boxes)]
 
 
 def chosen(entries: list[Any], names: list[tuple[Any, ...]], source: Source) -> Any:
-    """The entry one of whose names is --image, or the only one."""
+    """The entry that --image names, or the only one."""
     wanted = source.image
     found = [e for e, own in zip(entries, names) if wanted in (None, *map(str, own))]
     if len(found) != 1:
@@ -138,7 +138,7 @@ def chosen(entries: list[Any], names: list[tuple[Any, ...]], source: Source) -> 
 
 
 def percent(fraction: Fraction) -> str:
-    """1/4 -> 25%. Rounded down, so that a border stays on the same side of every pixel."""
+    """1/4 -> 25%. Rounded down, so borders stay on the same side of every pixel."""
     return f"{math.floor(fraction * 10**11) / 10**9:.9f}".rstrip("0").rstrip(".") + "%"
 
 
@@ -147,7 +147,7 @@ def boxes_of(layout: Layout, form: str) -> list[list[int]]:
 
 
 def pixel_box(region: Region, i: int, form: str) -> list[int]:
-    """The box of integers that holds the same pixels."""
+    """The integer box with the same pixels."""
     key = f"regions[{i}]"
     if region.shape != "box":
         raise InputError(key, MISSING, f"it has a {region.shape}, {form} has only boxes")
@@ -158,7 +158,7 @@ def pixel_box(region: Region, i: int, form: str) -> list[int]:
 
 
 def pixels_of(region: Region, layout: Layout) -> np.ndarray:
-    """All the pixels that lie in the region, (height, width) bool."""
+    """The region's pixels, (height, width) bool."""
     return pixels_inside(region, layout, np.arange(layout.width), np.arange(layout.height))
 
 
@@ -180,13 +180,13 @@ def color_map(layout: Layout) -> Image.Image:
 
 
 def overlapping(polygons: Any, width: int, height: int) -> bool:
-    """Are pixels inside for COCO, in any polygon, but outside for layouts, by the even-odd rule?
-    Where there are 1,024 or more in a row or column, some of them are tried."""
+    """Are pixels inside for COCO, in any polygon, but outside by layouts' even-odd rule?
+    Of 1,024 or more in a row or column, some are tried."""
     if len(polygons) < 2:
         return False
     x = np.arange(0, width, max(1, width // SAMPLES))
     y = np.arange(0, height, max(1, height // SAMPLES))
-    # Odd numbers at random: the XOR of those around is 0 outside, and even inside an even number.
+    # Random odd numbers: the XOR of those around is 0 outside, and even inside an even number.
     marks = 2 * np.random.default_rng(0).integers(1, 2**62, len(polygons)) + 1
     around = in_polygons(polygons, x, y, marks)
     return bool(((around != 0) & (around % 2 == 0)).any())
@@ -202,7 +202,7 @@ PUBLISHED = {
 
 
 def from_published(data: Any, source: Source) -> Data:
-    """The settings in infer_flux_regional.py, with regions by number, or in a dict of their own."""
+    """The settings in infer_flux_regional.py, with regions by number or in their own dict."""
     data = checked(data, Data)
     pairs = data.pop("regional_prompt_mask_pairs", None)
     pairs = pairs or {key: data.pop(key) for key in list(data) if key.isdigit()}
@@ -258,7 +258,7 @@ def from_coco(data: Any, source: Source) -> Data:
             add(key, entry.category_id, shapes[key])
             continue
         name = entry.file_name or ""
-        below = source.path.with_suffix("") / name  # a folder with the name of the file
+        below = source.path.with_suffix("") / name  # a folder named like the file
         found = below if below.is_file() else source.path.with_name(name)
         layout["map"] = str(source.beside or found)
         for j, part in enumerate(entry.segments_info):
@@ -272,7 +272,7 @@ def from_coco(data: Any, source: Source) -> Data:
 
 
 def coco_shape(entry: Any, key: str, boxes: bool) -> Data:
-    """The polygons of an annotation; its box where it has none, or where boxes are asked for."""
+    """An annotation's polygons; its box if it has none or boxes are asked for."""
     if boxes or not entry.segmentation:
         x, y, w, h = checked(entry.bbox, Box, f"{key}.bbox")
         return {"box": [x, y, x + w, y + h]}
@@ -317,7 +317,7 @@ def to_coco(layout: Layout, stem: str) -> Files:
 
 
 def from_forge(data: Any, source: Source) -> Data:
-    """Rows of x0, x1, y0, y1, weight. A first one that is the whole image is the base prompt's."""
+    """Rows of x0, x1, y0, y1, weight. If the first is the whole image, it is the base prompt's."""
     rows = list[tuple[Unit, Unit, Unit, Unit, float]]
     mapping = checked(data, Annotated[rows, Meta(max_length=MAX_REGIONS + 1)], "mapping")
     path = source.beside or source.path.with_suffix(".txt")
@@ -349,9 +349,9 @@ def to_forge(layout: Layout, stem: str) -> Files:
 
 
 def from_rpg(data: Any, source: Source) -> Data:
-    """RPG's plan, or the two lines of Regional Prompter. Rows of the split ratio end with ; and
-    give their height, then their columns; without ; there are only columns. One prompt more than
-    parts, the first, is the base prompt."""
+    """RPG's plan, or Regional Prompter's two lines. Rows of the split ratio end with ; and give
+    their height, then their columns; without ; there are only columns. With one prompt more than
+    parts, the first is the base prompt."""
     _, start, plan = data.partition("Final split ratio:")
     split, end, prompts = plan.partition("Regional Prompt:")
     if not (start and end):
@@ -494,7 +494,7 @@ def to_seg2any(layout: Layout, stem: str) -> Files:
 
 
 SIZED = {"prompt", "width", "height"}
-FORMS = {  # reader, writer, and the keys that the form can hold, besides shapes
+FORMS = {  # reader, writer, and the keys that the form holds besides shapes
     "published": (from_published, to_published, {*PUBLISHED.values()}),
     "coco": (from_coco, to_coco, SIZED),
     "forge": (from_forge, to_forge, {"prompt", "strength"}),
@@ -507,7 +507,7 @@ FORMS = {  # reader, writer, and the keys that the form can hold, besides shapes
 
 
 def to_layout(source: Source, form: str, stem: str) -> Files:
-    """The layout in YAML, and the images that it names."""
+    """The layout in YAML and its images."""
     text = read_text(source.path, SOURCE if form in ("coco", "layoutsam") else CONFIG)
     found = FORMS[form][0](text if form == "rpg" else data_in(text, source), source)
     if not found.get("prompt"):
@@ -534,7 +534,7 @@ def to_layout(source: Source, form: str, stem: str) -> Files:
 
 
 def check_size(layout: Data, source: Source) -> None:
-    """Refuse what would be too large a layout, before it takes long; in YAML it is as long."""
+    """Refuse too large a layout before it takes long; in YAML it is as long."""
     size = len(json.dumps(layout, ensure_ascii=False))
     if size > LAYOUT:
         problem = f"{size:,} bytes for a layout, which has {LAYOUT:,} at most"
@@ -542,7 +542,7 @@ def check_size(layout: Data, source: Source) -> None:
 
 
 def fitted(layout: Data, stem: str) -> Files:
-    """Scale a layout to multiples of 16, cut its shapes at the edges, and rename its images, all in
+    """Scale a layout to multiples of 16, cut its shapes at the edges and rename its images, in
     place. Returns the images."""
     old = (layout["width"], layout["height"])
     new = tuple(max(16, (side + 7) // 16 * 16) for side in old)
@@ -575,7 +575,7 @@ def fitted(layout: Data, stem: str) -> Files:
 
 
 def to_form(layout: Layout, form: str, stem: str) -> Files:
-    """The files of another form. What it has no place for is reported."""
+    """The files of another form; what it can't hold is reported."""
     _, convert, kept = FORMS[form]
     files = convert(layout, stem)
     parts = {"": layout} | {f"regions[{i}].": r for i, r in enumerate(layout.regions)}
@@ -593,7 +593,7 @@ def to_form(layout: Layout, form: str, stem: str) -> Files:
 
 
 def write(files: Files, target: Path, overwrite: bool, source: Path | None) -> None:
-    """Write all files or none. A layout, made from `source`, is read once before it is there."""
+    """Write all files or none. A layout made from `source` is first checked by reading it."""
     if target.name in files:
         raise InputError(target, MISSING, "a file next to it needs this name, choose another one")
     files = {name or target.name: content for name, content in files.items()}
@@ -618,7 +618,7 @@ def write(files: Files, target: Path, overwrite: bool, source: Path | None) -> N
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program; returns its exit code: 0, 2 for bad input, 1 for other failures."""
+    """Returns the exit code: 0, 2 for bad input, 1 for other failures."""
     parser = argparse.ArgumentParser("python -m tools.convert", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_mutually_exclusive_group(required=True).add_argument

@@ -132,7 +132,7 @@ def parse(argv: list[str] | None = None) -> Command:
 
 
 def repeated(metadata: dict[str, Any], given: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The settings that an image records, but for those that are given."""
+    """The settings that an image records, except those given."""
     settings = recorded(metadata)
     try:
         msgspec.convert(settings, Settings)

@@ -48,8 +48,8 @@ Reader = Callable[[Path | None, dict[str, Any]], Layout]
 
 
 class Job(NamedTuple):
-    """One image. source: its layout. files: those to write, by content; all hold the metadata.
-    sheet: the contact sheet of its sweep."""
+    """One image. source: its layout. files: to be written, by content; all hold the metadata.
+    sheet: its sweep's contact sheet."""
 
     source: Path | None
     layout: Layout
@@ -99,8 +99,8 @@ def is_full(error: BaseException) -> bool:
 
 
 class Tolerant:
-    """A text stream that never ends a run: what it can't take is lost, as if it were closed, and
-    characters that it can't show are escaped."""
+    """A text stream that never ends a run: what it can't take is lost, as if closed;
+    characters it can't show are escaped."""
 
     def __init__(self, stream: TextIO | None):
         self.stream = stream or open(os.devnull, "w")
@@ -179,7 +179,7 @@ def worker_of(shard: str | None, is_parallel: bool) -> Worker:
 
 
 def device_of(name: str) -> str:
-    """Of several GPUs, each process of torchrun or SLURM has its own."""
+    """Of several GPUs, each torchrun or SLURM process has its own."""
     own = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
     has_choice = name in ("auto", "cuda") and torch.cuda.device_count() > 1
     return f"cuda:{own}" if own and has_choice else name
@@ -209,7 +209,7 @@ def plan_jobs(
 
 
 def swept_settings(sweeps: Sequence[str]) -> list[dict[str, Any]]:
-    """The layout keys of each combination of the values in KEY=A,B, KEY=C,D ..."""
+    """The layout keys of each combination of KEY=A,B, KEY=C,D ..."""
     found = {}
     for text in sweeps:
         key, _, values = text.partition("=")
@@ -338,7 +338,7 @@ def announce(jobs: list[Job], worker: Worker, is_pocket: bool) -> None:
 
 
 def unfinished(group: list[Job], pipeline: Any, output: Output) -> list[tuple[Job, Metadata]]:
-    """The images of one layout that are to be made, with their metadata."""
+    """One layout's images still to be made, with their metadata."""
     layout = group[0].layout.filled(pipeline.defaults)
     has_maps = group[0].layout.resolved(pipeline.defaults).regional_steps() > 0
     missing = []
@@ -368,7 +368,7 @@ def save(
     job: Job, image: Image.Image, latents: Tensor, maps: Any, tokens: RegionTokens | None,
     metadata: Metadata, is_embedded: bool,
 ) -> None:  # fmt: skip
-    """Write the files of a job. The image is the last: where it is, the others are, too."""
+    """Write a job's files, the image last: where it is, the others are, too."""
     if "latents" in job.files:
         save_tensor("latents", latents, metadata, job.files["latents"])
     if "metadata" in job.files:

@@ -64,12 +64,12 @@ def write(path: Path, save: Callable[[Path], Any]) -> None:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what dead processes of this machine left of this file, and what is a day old."""
+    """Remove what this machine's dead processes left of this file, and what is a day old."""
     for file in path.parent.glob(f".{glob.escape(path.stem)}.*{path.suffix}"):
         name = re.fullmatch(r"([0-9a-f]{8})-(\d+)", file.stem.removeprefix(f".{path.stem}."))
         if name is None:  # .x.1.77.png is not x.png's
             continue
-        with suppress(FileNotFoundError):  # Another process removes it, too, or has renamed it.
+        with suppress(FileNotFoundError):  # Another process has removed or renamed it.
             is_old = time.time() - file.stat().st_mtime > DAY
             if is_old or (name[1] == HOST and not is_alive(int(name[2]))):
                 file.unlink()

@@ -1,6 +1,6 @@
-"""A layout from a long prompt, written by a language model behind an OpenAI-compatible endpoint.
+"""A layout from a long prompt, by a language model behind an OpenAI-compatible endpoint.
 
-The key comes from OPENAI_API_KEY alone: a stored token of the hub must not go to any other place.
+The key comes from OPENAI_API_KEY alone: a stored hub token must not go anywhere else.
 """
 
 import json
@@ -37,8 +37,8 @@ MOST_PROMPT = 20_000  # characters
 HINTS = {401: CHECK_KEY, 403: CHECK_KEY, 404: "; check --llm-url and --llm-model"}
 
 
-# The docstrings are for the language model. Percentages are easier for it than pixels, and hold for
-# any size. Edges have names, because strict schemas know no lengths of lists.
+# The docstrings are for the language model. Percentages are easier for it than pixels and fit
+# any size. Edges have names, as strict schemas have no list lengths.
 class Box(Struct, forbid_unknown_fields=True):
     """Left, upper, right and lower edge in whole percent, 0 to 100, of the image's size."""
 
@@ -74,7 +74,7 @@ class Choice(Struct):
 
 
 class Completion(Struct):
-    """What is used of an answer to /chat/completions."""
+    """What is used of a /chat/completions answer."""
 
     choices: Annotated[list[Choice], Meta(min_length=1)]
 
@@ -83,7 +83,7 @@ def plan(
     prompt: str, width: int, height: int, url: str | None = None, model: str | None = None,
     timeout: float = 120,
 ) -> dict[str, Any]:  # fmt: skip
-    """A layout's keys, with boxes in percent. What is no layout is asked for again, twice at most.
+    """A layout's keys, with boxes in percent. What is no layout is retried, twice at most.
     url: by default OPENAI_BASE_URL. timeout: seconds for an answer."""
     given = {"prompt": prompt, "width": width, "height": height}
     with naming(None, given):
@@ -96,7 +96,7 @@ def plan(
     url += "/v1" * (url.count("/") == 2) + "/chat/completions"
     _, parts = msgspec.json.schema_components([Plan], ref_template="#/$defs/{name}")
     schema = {**parts.pop("Plan"), "$defs": parts}
-    text = json.dumps(schema)  # for servers that ignore or refuse response_format
+    text = json.dumps(schema)  # for servers without response_format
     system = INSTRUCTIONS.format(width=width, height=height, most=MAX_REGIONS, schema=text)
     messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
     strict = {"name": "layout", "strict": True, "schema": schema}
@@ -127,7 +127,7 @@ def key() -> str:
 
 
 def hidden(text: str, url: str, least: int = 4) -> str:
-    """A text without the key and the URL's password, however a server has escaped them.
+    """A text without the key and the URL's password, however a server escaped them.
 
     least: shorter ones are no secrets; servers without keys take EMPTY or ollama.
     """
@@ -149,14 +149,14 @@ def any_form(c: str) -> str:
 
 
 def public(text: str, url: str, most: int = 200) -> str:
-    """A text from outside in one line that can be shown, without secrets. url: the server's."""
+    """A text from outside in one printable line, without secrets. url: the server's."""
     text = re.sub(r"(?<=://)[^/\s]*@", "", hidden(text, url))
     text = " ".join(text.split())[:most]
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)[:most]
 
 
 def ask(url: str, body: dict[str, Any], timeout: float) -> str:
-    """The model's answer without its thoughts. A schema that is refused is removed from `body`."""
+    """The model's answer without its thoughts. A refused schema is removed from `body`."""
     headers = {"Authorization": f"Bearer {key()}"} if key() else {}
     place = public(url, url)
     try:
@@ -189,7 +189,7 @@ def ask(url: str, body: dict[str, Any], timeout: float) -> str:
 
 
 def layout_of(answer: str, width: int, height: int) -> dict[str, Any]:
-    """The layout's keys by the JSON in an answer; InputError if there is none that fits."""
+    """The layout's keys from an answer's JSON; InputError if none fits."""
     text = answer[answer.find("{") : answer.rfind("}") + 1]
     data = parse_json(text, Any, "the answer")
     fit = partial(msgspec.convert, type=Plan, strict=False)
@@ -212,7 +212,7 @@ def layout_of(answer: str, width: int, height: int) -> dict[str, Any]:
 
 
 def check_boxes(boxes: list[tuple[int, int, int, int]]) -> None:
-    """Boxes in percent lie in the image, and each has a part that no other covers."""
+    """Boxes in percent lie in the image, each with a part that no other covers."""
     depth = np.zeros((100, 100), dtype=int)
     for i, (x0, y0, x1, y1) in enumerate(boxes):
         if not (0 <= x0 < x1 <= 100 and 0 <= y0 < y1 <= 100):

@@ -14,9 +14,9 @@ from regional.mask import BACKGROUND_BIT, RegionTokens, region_tokens, token_gri
 from tools.cost import cost, resolved
 from tools.sheets import fitting
 
-# The background's last. The first seven are Okabe and Ito's, a little lighter, which color-blind
-# people can tell apart; each further one lies farthest, in Oklab and as three kinds of eyes see
-# it, from those before it, gray and white.
+# The background's last. The first seven are Okabe and Ito's, a little lighter, which the
+# color-blind can tell apart; each further one is farthest, in Oklab and as three kinds of eyes
+# see it, from those before it, gray and white.
 COLORS = """
 338ec1 ebb233 33b18f d693b8 77c3ed dd7e33 f3e967 961e69 696900 3c4bb4 966978 782d00 5ae196 9696ff
 5a1e87 2d4b3c 6969d2 006996 c34b4b ff7878 a5ffa5 96d2c3 c369a5 a57800 b4d2ff 5a87f0 874b4b 5aa54b
@@ -25,7 +25,7 @@ b47878 875ab4 785a78 7896d2 698796 00e1e1 ffc3a5 e1c3e1 c39696 b4a5ff 3c785a b49
 f0b478 5a5a2d a5b44b 963c96 693c5a e4e4e4
 """
 COLORS = np.array([list(bytes.fromhex(color)) for color in COLORS.split()])
-SIZE = 1024  # pixels of the image's longer side; the others are pixels too
+SIZE = 1024  # the image's longer side, in pixels like the others
 STRIPES = 32
 COLUMN = 340  # of the legend
 LINE = 18
@@ -34,8 +34,8 @@ DEFAULT = Region(prompt="")
 
 
 def preview(layout: Layout) -> Image.Image:
-    """Tokens in their regions' colors, striped where they belong to several, graded at soft
-    edges; the shapes as lines; a legend."""
+    """Tokens in their regions' colors, striped if in several, graded at soft edges;
+    the shapes as lines; a legend."""
     h = layout.height // 16
     w = layout.width // 16
     cell = max(1, round(SIZE / max(h, w)))
@@ -61,7 +61,7 @@ def preview(layout: Layout) -> Image.Image:
 
 
 def grid_tokens(layout: Layout) -> RegionTokens:
-    """region_tokens; without regions everything is background."""
+    """region_tokens; without regions all is background."""
     if layout.regions:
         return region_tokens(layout)
     box = (0, 0, layout.width, layout.height)
@@ -84,15 +84,15 @@ def enlarged(grid: np.ndarray, by: int) -> np.ndarray:
 
 
 def painted(cover: np.ndarray, several: np.ndarray, colors: np.ndarray, cell: int) -> np.ndarray:
-    """(h cell, w cell, 3). cover: how far each region covers each token, (P, h, w), which gives
-    stripes their widths where there are `several` (h, w); colors: (P, 3)."""
+    """(h cell, w cell, 3). cover: each region's fraction of each token, (P, h, w), and of the
+    stripes where there are `several` (h, w); colors: (P, 3)."""
     y, x = np.indices((several.shape[0] * cell, several.shape[1] * cell), sparse=True)
     phase = ((x + y) % STRIPES / STRIPES).astype(np.float32)
     stripe = np.zeros(phase.shape, dtype=np.uint8)
     whole = cover.sum(axis=0)
     mixed = np.zeros((*several.shape, 3))
     end = np.zeros_like(whole)
-    for own, color in zip(cover, colors):  # one at a time: all would take much memory
+    for own, color in zip(cover, colors):  # one at a time, to save memory
         mixed += (own / whole)[..., None] * color
         end += own / whole
         if several.any():
@@ -124,14 +124,14 @@ def innermost(inside: np.ndarray) -> tuple[float, float, float]:
 
 
 def write_names(image: Image.Image, tokens: RegionTokens, cover: np.ndarray, cell: int) -> None:
-    """Names where fewest other regions are, beside other names if there is room."""
+    """Names where fewest other regions are, beside other names if possible."""
     draw = ImageDraw.Draw(image)
     zoom = 2 * (96 // max(cover.shape[1:])) + 1  # odd: a token has a middle
     regions = (cover > 0).sum(axis=0)
     most = cover.max(axis=0)
     free = enlarged(regions >= 0, zoom)
     for name, own, edge in zip(names_of(tokens), cover, COLORS[tokens.prompt_bits]):
-        if not own.any():  # it lies wholly under others
+        if not own.any():  # wholly under others
             continue
         mine = (own > 0) & (own == most)
         mine = mine if mine.any() else own > 0
@@ -166,7 +166,7 @@ def write_lines(draw: ImageDraw.ImageDraw, x: int, y: int, lines: list, width: i
 def with_legend(
     image: Image.Image, layout: Layout, tokens: RegionTokens, about: str
 ) -> Image.Image:  # fmt: skip
-    """The image under the base prompt and `about`; the regions at its side, or below if wide."""
+    """The image under the base prompt and `about`; regions beside it, or below if wide."""
     count = len(tokens.prompts)
     most = max(1, min(3, 32 // count))
     texts = [details(layout, tokens, i) for i in range(count)]
@@ -200,7 +200,7 @@ def with_legend(
 
 
 def details(layout: Layout, tokens: RegionTokens, i: int) -> str:
-    """A region's tokens and fraction of the image, and what was set for it alone."""
+    """A region's tokens, fraction of the image and own settings."""
     own = [*layout.regions, DEFAULT][i]
     cover = tokens.cover[i]
     found = [counted(int((cover > 0).sum())), f"{cover.mean():.1%}"]
@@ -212,8 +212,8 @@ def details(layout: Layout, tokens: RegionTokens, i: int) -> str:
 
 
 def report(layout: Layout, params: FluxParams, known: list[int] | None) -> tuple[str, list[str]]:
-    """What regions hold and an image costs; warnings, a sentence each. known: how many tokens
-    the base prompt and those of region_tokens have."""
+    """What regions hold and an image costs; warnings, a sentence each. known: the token counts
+    of the base prompt and region_tokens' prompts."""
     layout = resolved(layout, params)
     tokens = grid_tokens(layout)
     parts = [("base", layout.prompt, torch.ones(tokens.cover.shape[1]))]
@@ -241,14 +241,14 @@ def doubts(layout: Layout, tokens: RegionTokens) -> list[str]:
     found = []
     inside = tokens.cover > 0
     several = inside.sum(dim=0) > 1
-    shared = inside.float() @ inside.float().T  # tokens; whole numbers, as float32 holds them
+    shared = inside.float() @ inside.float().T  # tokens, exact in float32
     for i, region in enumerate(layout.regions):
         name = f"regions[{i}]"
         own = inside[i]
         fraction = tokens.cover[i].mean()
         if region.strength == 0:
             found.append(f"{name} has strength 0: its prompt is not read in the masked blocks.")
-        if not own.any():  # region_tokens has a warning for it
+        if not own.any():  # region_tokens warns of it
             continue
         if fraction < 0.02:
             few = f"{counted(int(own.sum()))}, {fraction:.1%} of the image"
