@@ -144,13 +144,7 @@ def make(
     job: Job, prepared: Prepared, metadata: Metadata, pipeline: Pipeline, command: Command,
     stop: Stop, on_step: Callable[[], None], is_alone: bool,
 ) -> None:  # fmt: skip
-<<<<<<< HEAD
-    """Denoise, decode and write one image, and the other files of its job."""
-=======
     """Denoise, decode and write an image and its job's other files."""
-    for file in job.files.values():
-        remove_unfinished(file)
->>>>>>> words
     maps = None
     if "maps" in job.files:
         from extensions.attention_maps import AttentionMaps
