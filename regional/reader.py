@@ -23,11 +23,12 @@ MAX_NUMBER = 100  # characters; a file full of 1:1:1:1... would take hours
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*(:.+)?"  # org/name, or one of its files
 
 
-def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024) -> Layout:
+def read_layout(file: str | Path | None, overrides: dict | None = None, size: int = 1024) -> Layout:
     """A layout, with paths from the working directory. size: default width and height.
 
     Raises InputError, or InputErrors with up to ten mistakes, each with its key.
     """
+    overrides = overrides or {}
     data = parse_yaml(read_text(file, LAYOUT), Loader, file) if file else {}
     if isinstance(data, dict):
         data |= overrides
@@ -40,7 +41,7 @@ def read_layout(file: Path | None, overrides: dict[str, Any], size: int = 1024) 
         layout = msgspec.convert(data, Layout)
         preset = PRESETS[layout.preset](len(layout.regions))
         missing = {key: value for key, value in preset.items() if key not in data}
-        folder = file.parent if file else Path()
+        folder = Path(file).parent if file else Path()
         layout = checked(replace(layout, **missing), folder, overrides, mistakes)
     if mistakes.errors:
         raise mistakes

@@ -222,3 +222,11 @@ def test_errors_are_worded_once():
     assert str(InputError(Path("a.png"), MISSING, "cut\n off").within("a.yaml")) == "a.png: cut off."
     with pytest.raises(InputError, match="^a.yaml: regions: bad.$"), naming(Path("a.yaml"), {}):
         raise InputError("regions", MISSING, "bad")
+
+
+def test_a_layout_is_read_by_its_name_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("layouts").mkdir()
+    Image.new("L", (64, 64), 255).save("layouts/mask.png")
+    Path("layouts/a.yaml").write_text("{prompt: a, width: 64, height: 64, regions: [{prompt: b, mask: mask.png}]}")
+    assert read_layout("layouts/a.yaml") == read_layout(Path("layouts/a.yaml"), {}, 128)
