@@ -463,7 +463,7 @@ def test_operations_of_a_full_size_step():
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, list[dict]]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    script = Path(__file__).parents[1] / "benchmarks" / "cross_compile.py"
+    script = Path(__file__).with_name("cross_compile.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

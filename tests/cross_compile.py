@@ -3,7 +3,7 @@
 Prints what the compiler made of each, lists of JSON objects. It runs with Triton 3.6 to 3.9, which
 bring ptxas and the disassembler along.
 
-    python benchmarks/cross_compile.py
+    python tests/cross_compile.py
 """
 
 import json
