@@ -140,12 +140,12 @@ def feathered(tokens: np.ndarray, feather: float) -> np.ndarray:
         return tokens.astype(np.float32)
     outer = width / 2 + 0.5 - reach  # how much of the window's first and last token is in it
     cover = tokens.astype(float)
-    for _ in range(2):  # rows, then columns; the sums are exact
-        padded = np.pad(cover, ((reach, reach), (0, 0)), mode="edge")
-        sums = padded.cumsum(axis=0)
-        between = sums[2 * reach - 1 : -1] - sums[: -2 * reach]
-        ends = padded[: -2 * reach] + padded[2 * reach :]
-        cover = (between + outer * ends).T
+    for _ in range(2):  # columns, then rows; the sums are exact
+        padded = np.pad(cover.T, ((0, 0), (reach, reach)), mode="edge")
+        sums = np.ascontiguousarray(padded).cumsum(axis=1)
+        between = sums[:, 2 * reach - 1 : -1] - sums[:, : -2 * reach]
+        ends = padded[:, : -2 * reach] + padded[:, 2 * reach :]
+        cover = between + outer * ends
     cover = cover / width**2
     return np.where(cover > 1e-6, cover.clip(max=1), 0).astype(np.float32)
 

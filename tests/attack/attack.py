@@ -331,7 +331,9 @@ def memory(name: str) -> int:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith(name))
 
 
-def attack_one(kind: Kind, name: str, number: int, seed: int, folder: Path) -> tuple[str, bool]:
+def attack_one(
+    kind: Kind, name: str, number: int, seed: int, folder: Path, limit: float = SECONDS
+) -> tuple[str, bool]:  # fmt: skip
     """What was wrong with the reading of one input, "" if nothing; and whether the input was refused."""
     rng = random.Random(f"{seed} {name} {number}")
     file_name, example = rng.choice(kind.examples)
@@ -362,14 +364,16 @@ def attack_one(kind: Kind, name: str, number: int, seed: int, folder: Path) -> t
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     seconds, more = time.process_time() - start, (memory("VmHWM") - before) / 1e6
-    if seconds > SECONDS:
+    if seconds > limit:
         wrong = wrong or f"{seconds:.1f} s of CPU"
     if more > MEGABYTES:
         wrong = wrong or f"{more:.0f} MB of memory"
     return wrong, is_refused
 
 
-def attack(seed: int, count: int | None, seconds: float | None, only: list[str], first: int) -> list[Failure]:
+def attack(
+    seed: int, count: int | None, seconds: float | None, only: list[str], first: int, limit: float
+) -> list[Failure]:  # fmt: skip
     def alarm(*_: object) -> None:
         raise TooLong
 
@@ -389,7 +393,7 @@ def attack(seed: int, count: int | None, seconds: float | None, only: list[str],
                 if name in COSTLY and number % 50 != first % 50:
                     continue
                 for _ in range(3):  # The other programs of a machine can slow down one reading, not three.
-                    wrong, is_refused = attack_one(kind, name, number, seed, Path(folder))
+                    wrong, is_refused = attack_one(kind, name, number, seed, Path(folder), limit)
                     if not wrong.endswith("of CPU"):
                         break
                 counts[name] += 1
@@ -409,9 +413,12 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--only", nargs="+", default=[])
     parser.add_argument("--first", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=SECONDS, help="seconds of CPU for an input; more if others run")
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
-    found = attack(args.seed, args.inputs, args.seconds or (None if args.inputs else 120), args.only, args.first)
+    found = attack(
+        args.seed, args.inputs, args.seconds or (None if args.inputs else 120), args.only, args.first, args.limit
+    )
     seen: Counter = Counter()
     for failure in found:
         what = f"{failure.kind}: {failure.what}"
