@@ -41,7 +41,7 @@ def rope(
     ids: Tensor, axes: tuple[int, ...], theta: float, dtype: torch.dtype = torch.float32
 ) -> Tensor:  # fmt: skip
     """ids (B, L, len(axes)) -> (B, L, head_dim / 2, 2), the cosine and sine of every angle,
-    in float64 on the CPU, as all devices shall get the same."""
+    in float64 on the CPU, so that all devices get the same."""
     angles = []
     for axis, dim in enumerate(axes):
         omega = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)

@@ -102,7 +102,7 @@ class Streams(nn.Module):
 
     def modulation(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> list:
         """The vectors of each module in `modulated`. timesteps: (B,) in [0, 1]; y: (B, vec),
-        the pooled CLIP embedding; guidance: (B,)."""
+        the pooled CLIP embedding; guidance: (B,), None for schnell."""
         vec = self.conditioning(timesteps, y, guidance)
         return [module.vectors([vec])[0] for module in self.modulated]
 

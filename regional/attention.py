@@ -29,8 +29,8 @@ OPEN_BIT = 62  # of image tokens that all see each other; regions have bits 0-61
 
 
 def allowed(bits_q: Tensor, bits_k: Tensor) -> Tensor:
-    """Whether queries with these region bits see keys with those: the whole mask. Another
-    rule, here and in kernel.py, must allow a token without bits nothing either."""
+    """Whether queries with these region bits see keys with those: the whole mask. To
+    try another, change kernel.py too; a token without bits must see and be seen by none."""
     return (bits_q & bits_k) != 0
 
 

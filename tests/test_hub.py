@@ -311,7 +311,7 @@ def test_what_is_not_as_stated_is_never_taken(fake, name, more):
 
 LIES = [
     {"lfs": {"sha256": "../../../../x", "size": 7}},
-    {"lfs": {"sha256": "/tmp/x", "size": 7}},
+    {"lfs": {"sha256": "/x", "size": 7}},
     {"lfs": {"sha256": "0" * 64 + "\n", "size": 7}},
     {"lfs": {"sha256": "0" * 64, "size": 0}},
     {"lfs": {"sha256": "0" * 64, "size": -1}},
@@ -329,7 +329,7 @@ def test_a_list_of_files_that_is_wrong_in_a_field_is_not_used(fake, lie):
 
 
 def test_names_that_lead_elsewhere_are_left_out(fake, tmp_path):
-    for name in "../x.json", "/tmp/x.json", "text_encoder/../../../x.json", "a\\..\\x.json", "C:x.json", "a\0.json":
+    for name in "../x.json", "/x.json", "text_encoder/../../../x.json", "a\\..\\x.json", "C:x.json", "a\0.json":
         assert not hub.is_plain(name)
         fake.described[SMALL] = {"rfilename": name}
         hub.locate(REPO, [[FLUX, "*.json", "*/*.json"]], "--model")

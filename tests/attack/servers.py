@@ -51,17 +51,18 @@ from formats import hub  # noqa: E402
 from tools.plan import plan  # noqa: E402
 
 SECONDS = 5
+HOSTILE = str(Path(tempfile.gettempdir(), "hostile"))  # where no answer may make a file
 MEGABYTES = 300
 MODEL = "flux1-dev.safetensors"
 FILES = {MODEL: b"weights" * 999, "config.json": b"{}"}
 BAD = [
-    None, True, -1, 0, 1.5, 2**70, "", "x" * 3000, "../../../../x", "/tmp/hostile", "\x1b[2J\n",
+    None, True, -1, 0, 1.5, 2**70, "", "x" * 3000, "../../../../x", HOSTILE, "\x1b[2J\n",
     "\u202e", [], [[]], {}, {"a": 1}, [None], "0" * 64, "0" * 40, "g" * 64, "..", ".", "a/b", "-",
     "NaN", inputs.DEEP, SECRET, KEY, PASSWORD, "a\\..\\b", "C:x", "a\0b", ["x"] * 9999,
 ]  # fmt: skip
 HEADERS = [
     "", "-1", "1e9", "x" * 3000, "../../x", '"../../../../x"', "\x1b[2J", "0", "99999999999999",
-    "http://[", "/tmp/hostile", f"{SECRET} {KEY}", None,
+    "http://[", HOSTILE, f"{SECRET} {KEY}", None,
 ]  # fmt: skip
 MORE_HEADERS = {  # that good answers have not
     "X-HF-Warning": "topic; \x1b[2J",
@@ -337,7 +338,7 @@ def attack_hub() -> Counter:
 
     def check() -> str:
         outside = [p for p in outer.rglob("*") if p.is_file() and not p.is_relative_to(cache)]
-        outside += [p for p in (Path("/tmp/hostile"),) if p.exists()]
+        outside += [p for p in (Path(HOSTILE),) if p.exists()]
         for file in outside:
             file.unlink()
         return f"a file outside of the cache: {outside}" if outside else ""
