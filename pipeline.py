@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import weights
 from errors import MISSING, InputError, info, warn
+from formats import components
 from formats.recognize import Source
 from model.autoencoder import to_uint8
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
@@ -89,13 +90,13 @@ class Pipeline:
             torch.backends.cudnn.allow_tf32 = False
         self.checkpoint = weights.find(*(getattr(settings, key) for key in MODEL_KEYS))
         flux = self.checkpoint.flux
-        self.defaults = Defaults(**weights.model_defaults(flux))
+        self.defaults = Defaults(**components.model_defaults(flux))
         self.fp8 = choose_fp8(settings.quantize, flux, self.device)
         self.parallel = None
         if settings.parallel:
             from runtime.ulysses import Ulysses
 
-            self.parallel = Ulysses(self.device, weights.flux_params(flux).num_heads)
+            self.parallel = Ulysses(self.device, components.flux_params(flux).num_heads)
         self.parts = Parts(self)
         self.lock = threading.RLock()
         self.embeddings: dict[str, Tensor] = {}
@@ -156,7 +157,7 @@ class Pipeline:
         `own`, its region's; on the CPU, cached."""
         read = self.loras
         source = getattr(self.checkpoint, name)
-        size = weights.KINDS[name].params(source).vocab_size
+        size = components.KINDS[name].params(source).vocab_size
         if ids.max() >= size:
             problem = f"its ids don't match the {size} tokens of {source.path}"
             raise InputError(getattr(self.checkpoint, f"{name}_tokenizer"), MISSING, problem)
@@ -270,7 +271,7 @@ class Parts:
         if part is None or part.loras != key or part.room < room:
             room = max(room, part.room if part else 0)
             self.drop(name)
-            merges = weights.NOTHING
+            merges = components.NOTHING
             if used:
                 from extensions.loading import merges_of
 
@@ -285,11 +286,11 @@ class Parts:
         from extensions.loading import controlnet_bytes
         from runtime.memory import working_bytes
 
-        hidden = weights.flux_params(self.checkpoint.flux).hidden_size
+        hidden = components.flux_params(self.checkpoint.flux).hidden_size
         activations = working_bytes(hidden, layout, self.dtype, self.fp8)
         return activations + controlnet_bytes(layout, self.dtype)
 
-    def load(self, name: str, merges: weights.Merges, room: int) -> tuple[nn.Module, list[Any]]:
+    def load(self, name: str, merges: components.Merges, room: int) -> tuple[nn.Module, list[Any]]:
         """A Part's module and streamed. room: GPU bytes to leave free."""
         source = getattr(self.checkpoint, name)
         offload = self.settings.offload
@@ -302,7 +303,7 @@ class Parts:
 
             module, streamed = load_placed(source, *where, merges, offload, fp8, room)
         else:
-            module = weights.load(source, *where, merges)
+            module = components.load(source, *where, merges)
         if name == "t5" and "flux" not in self.loaded and self.checkpoint.name != "pocket":
             from runtime.offload import read_ahead
 

@@ -90,7 +90,7 @@ PHASES = {
     "check": (["--check"], "import tools.check as m; m.report = wait"),
     "preview": (["--preview", "p.png"], "import tools.check as m; m.preview = wait"),
     "download": (["--model", "org/name"], ""),
-    "loading": ([], "import weights as m; m.load = wait"),
+    "loading": ([], "from formats import components as m; m.load = wait"),
     "encoding": ([], "import pipeline as m; m.encode_prompts = wait"),
     "steps": (["--steps", "5000"], ""),
     "decoding": ([], "import pipeline as m; m.Pipeline.decode = wait"),

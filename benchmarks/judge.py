@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import weights  # noqa: E402
 from benchmarks.intervals import mean_of  # noqa: E402
+from formats import components  # noqa: E402
 from model.autoencoder import to_uint8  # noqa: E402
 from pocket.detect import LEAST_FIT, see, shape_fits  # noqa: E402
 from pocket.judge import drawn, judge, random_case  # noqa: E402
@@ -145,7 +146,7 @@ def passing(radius: int, tries: int = 30) -> list[str]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    model = weights.load(weights.find("pocket").ae, "cpu", torch.float32)
+    model = components.load(weights.find("pocket").ae, "cpu", torch.float32)
     text = [
         "# What the judge reads of drawn truth", "",
         f"`python benchmarks/judge.py`: {len(SEEDS)} layouts of boxes a row, drawn as asked for; means over",

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import weights  # noqa: E402
+from formats import components  # noqa: E402
 from formats import key_names as namings  # noqa: E402
 from model.transformer import Flux, FluxParams  # noqa: E402
 
@@ -77,7 +78,7 @@ def write_shards(folder: Path, shapes: Shapes) -> int:
 
 
 def load_ours(path: Path) -> Flux:
-    return weights.load(weights.pick("flux", "--flux", path), "cpu", torch.bfloat16)
+    return components.load(weights.pick("flux", "--flux", path), "cpu", torch.bfloat16)
 
 
 def load_rival(path: Path) -> Flux:

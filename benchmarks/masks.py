@@ -25,6 +25,7 @@ import pipeline  # noqa: E402
 import weights  # noqa: E402
 from extensions.lora import Change, Lora, LowRank  # noqa: E402
 from extensions.region_lora import region_loras  # noqa: E402
+from formats import components  # noqa: E402
 from model.transformer import Flux, FluxParams  # noqa: E402
 from regional.layout import FLUX_DEV, Layout, Region, RegionLora  # noqa: E402
 from regional.mask import region_tokens  # noqa: E402
@@ -73,7 +74,7 @@ def random_lora(flux: Flux, rank: int) -> Lora:
 def measure(masks: int, method: str, full: bool, region_length: int, repeats: int, rank: int) -> dict[str, float]:
     """In this process: seconds a picture, and the peak memory in bytes beyond the model."""
     device = torch.device("cuda" if full else "cpu")
-    flux = random_full_size(device) if full else weights.load(weights.find("pocket").flux, device, torch.float32)
+    flux = random_full_size(device) if full else components.load(weights.find("pocket").flux, device, torch.float32)
     size, text_length = (1024, 512) if full else (256, 64)
     loras = {"random": random_lora(flux, rank)} if method.endswith("LoRAs") else {}
     method = method.split()[0]

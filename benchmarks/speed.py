@@ -129,7 +129,7 @@ def compiled(flux: Flux) -> Flux:
 
 
 def in_fp8(flux: Flux) -> Flux:
-    """A second module whose blocks' matrices are in 8 bits, as weights.load makes them; the rest is shared."""
+    """A second module whose blocks' matrices are in 8 bits, as the loader makes them; the rest is shared."""
     other = twin(flux)
     for name, layer in list(other.named_modules()):
         if isinstance(layer, nn.Linear) and FP8_LAYERS.search(name):

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import weights
 from errors import MISSING, InputError, warn
 from extensions.controlnet import (
     ControlNet,
@@ -23,8 +22,9 @@ from extensions.controlnet import (
 from extensions.lora import Loras, can_be_regional, merge
 from extensions.lora_files import lora_file, read_lora
 from extensions.region_lora import region_loras
+from formats import components
 from formats.hub import locate
-from formats.recognize import CONTROLNET_FILES, Source
+from formats.recognize import CONTROLNET_FILES, Source, pick
 from formats.safetensors import wrong
 from model.transformer import Flux
 from regional.extension import Conditioning, Extension
@@ -33,15 +33,16 @@ from regional.layout import Control, Layout
 from regional.mask import region_tokens
 
 
-def read_loras(layout: Layout, checkpoint: weights.Checkpoint, known: Loras) -> Loras:
-    """LoRAs by their names in the layout; those in `known` are not reread."""
+def read_loras(layout: Layout, checkpoint: Any, known: Loras) -> Loras:
+    """LoRAs by their names in the layout; those in `known` are not reread. checkpoint:
+    weights.Checkpoint."""
     named = {f"loras[{i}].file": lora for i, lora in enumerate(layout.loras)}
     for i, region in enumerate(layout.regions):
         for j, lora in enumerate(region.loras):
             named[f"regions[{i}].loras[{j}].file"] = lora
     if not named:
         return {}
-    modules = {x: weights.on_meta(getattr(checkpoint, x)) for x in ("flux", "t5", "clip")}
+    modules = {x: components.on_meta(getattr(checkpoint, x)) for x in ("flux", "t5", "clip")}
     loras = {}
     for key, entry in named.items():
         where = f"{key} = {entry.file}"
@@ -71,7 +72,7 @@ def control_of(layout: Layout) -> Tensor | None:
     return control_image(files[0], None, layout) if files else None
 
 
-def merges_of(layout: Layout, loras: Loras, part: str) -> weights.Merges:
+def merges_of(layout: Layout, loras: Loras, part: str) -> components.Merges:
     """By tensor, what merges the LoRAs for the whole image."""
     changes = {}
     for entry in layout.loras:
@@ -101,8 +102,8 @@ def plan_controls(layout: Layout, flux: Source) -> list[tuple[Source, Tensor]]:
 
 def find_controlnet(name: str, flag: str = "--controlnet") -> Source:
     place = locate(name, CONTROLNET_FILES, f"{flag} {name}")
-    source = weights.pick("controlnet", flag, place)
-    weights.check_loads(source, CONTROLNET)
+    source = pick("controlnet", flag, place)
+    components.check_loads(source, CONTROLNET)
     return source
 
 
@@ -115,7 +116,7 @@ def controlnet_bytes(layout: Layout, dtype: torch.dtype) -> int:
 
 def check_base(controlnet: Source, flux: Source) -> None:
     own = controlnet_params(controlnet)
-    base = weights.flux_params(flux)
+    base = components.flux_params(flux)
     for key in ("hidden_size", "in_channels", "context_in_dim", "vec_in_dim"):
         found = getattr(own, key)
         expected = getattr(base, key)
@@ -133,7 +134,7 @@ def load_controls(
     controls = []
     for setting, (source, image) in zip(layout.controlnets, found):
         if source.path not in nets:
-            nets[source.path] = weights.load(source, device, dtype, kind=CONTROLNET)
+            nets[source.path] = components.load(source, device, dtype, kind=CONTROLNET)
         net = nets[source.path]
         image = image.to(device, dtype)
         tokens = net.read(image) if net.params.hint_width else image
@@ -144,7 +145,7 @@ def load_controls(
 
 def controlnet_params(source: Source) -> ControlNetParams:
     """Sizes from the header's shapes; a config.json would add nothing."""
-    sizes = weights.stream_sizes(source)
+    sizes = components.stream_sizes(source)
     x_embedder = "controlnet_x_embedder.weight"
     modes = "controlnet_mode_embedder.weight"
     channels = sizes["in_channels"]
@@ -159,7 +160,7 @@ def controlnet_params(source: Source) -> ControlNetParams:
     return ControlNetParams(**sizes)
 
 
-CONTROLNET = weights.Kind(ControlNet, controlnet_params)
+CONTROLNET = components.Kind(ControlNet, controlnet_params)
 
 
 def extensions_of(

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import weights
 from extensions.controlnet import ControlNet, ControlNetParams, residual_after
+from formats import components
 from formats import key_names as namings
 from model.attention import Block, rope_axes
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
@@ -167,12 +168,12 @@ class Model:
 
     def __init__(self):
         found, cpu = weights.find("pocket"), torch.device("cpu")
-        self.flux: Flux = weights.load(found.flux, cpu, torch.float32)
+        self.flux: Flux = components.load(found.flux, cpu, torch.float32)
         self.t5, self.clip = (
-            weights.load(found.t5, cpu, torch.float32),
-            weights.load(found.clip, cpu, torch.float32),
+            components.load(found.t5, cpu, torch.float32),
+            components.load(found.clip, cpu, torch.float32),
         )
-        self.autoencoder = weights.load(found.ae, cpu, torch.float32)
+        self.autoencoder = components.load(found.ae, cpu, torch.float32)
         self.t5_tokenizer, self.clip_tokenizer = T5Tokenizer(found.t5_tokenizer), CLIPTokenizer(found.clip_tokenizer)
 
     def encode(self, pictures: Iterable[np.ndarray]) -> Tensor:

@@ -5,8 +5,8 @@ from collections import Counter
 import torch
 from torch import nn
 
-import weights
 from errors import info
+from formats import components
 from formats.loader import FP8_LAYERS
 from formats.recognize import WHAT, Source
 from model.layers import Modulation
@@ -60,7 +60,7 @@ def fewest_blocks(blocks: dict[str, int], excess: int) -> list[str]:
 def group_bytes(source: Source, dtype: torch.dtype, fp8: bool = False) -> Counter[str | None]:
     """What weights take on the GPU, by `group_of`; blocks are in order."""
     sizes = Counter()
-    for name, tensor in weights.on_meta(source).state_dict().items():
+    for name, tensor in components.on_meta(source).state_dict().items():
         in_fp8 = fp8 and tensor.ndim == 2 and FP8_LAYERS.search(name)
         sizes[group_of(name)] += tensor.numel() * (1 if in_fp8 else dtype.itemsize)
     return sizes
@@ -88,13 +88,13 @@ def free_memory(device: torch.device) -> int:
 
 
 def load_placed(
-    source: Source, device: torch.device, dtype: torch.dtype, merges: weights.Merges, offload: str,
-    fp8: bool, room: int,
+    source: Source, device: torch.device, dtype: torch.dtype, merges: components.Merges,
+    offload: str, fp8: bool, room: int,
 ) -> tuple[nn.Module, list[Streamed]]:  # fmt: skip
     """The transformer or T5, its weights where `place` has them, and what is streamed of it.
     room: `working_bytes`, 0 for T5."""
     placed = place(source, offload, device, dtype, fp8, room or WORKING_T5)
-    module = weights.load(source, device, dtype, merges, lambda x: group_of(x) in placed, fp8)
+    module = components.load(source, device, dtype, merges, lambda x: group_of(x) in placed, fp8)
     streamed = []
     if blocks := [module.get_submodule(name) for name in placed if name != MODULATION]:
         streamed.append(Streamed(blocks, device, pin=True))

@@ -20,7 +20,7 @@ from tiny import Recorder, maps_of
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-import weights
+from formats import components
 from formats.recognize import POCKET
 from pipeline import Pipeline
 from regional.layout import Control, Layout, Lora, Region, RegionLora
@@ -178,7 +178,7 @@ def test_a_controlnet_acts_as_in_float32(outline, method, keys):
 
 
 def test_a_control_lora_reads_its_image_as_in_float32(outline, tmp_path):
-    hidden = weights.flux_params(pipeline("float32").checkpoint.flux).hidden_size
+    hidden = components.flux_params(pipeline("float32").checkpoint.flux).hidden_size
     generator = torch.Generator().manual_seed(0)
     down, up = (0.2 * torch.randn(shape, generator=generator) for shape in ((4, 128), (hidden, 4)))
     file, black = str(tmp_path / "control.safetensors"), str(tmp_path / "black.png")

@@ -23,6 +23,7 @@ from errors import InputError
 from extensions import loading
 from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl, controlnets, residual_after
 from extensions.loading import CONTROLNET, control_image, find_controlnet, scale_of
+from formats import components
 from model.attention import Block, plain_attention
 from model.transformer import Flux, FluxParams, as_it_is, text_then_image
 from pipeline import Pipeline
@@ -90,8 +91,8 @@ def test_files_from_diffusers_give_its_residuals_and_its_velocity(
     their_flux = randomized(diffusers.FluxTransformer2DModel(**THEIRS, **blocks), seed=7)
     tiny.save(tmp_path / "control" / "model.safetensors", theirs.state_dict())
     tiny.save(tmp_path / "flux.safetensors", their_flux.state_dict())
-    ours = weights.load(find_controlnet(str(tmp_path / "control")), "cpu", F64, kind=CONTROLNET)
-    flux = weights.load(weights.pick("flux", "--flux", tmp_path / "flux.safetensors"), "cpu", F64)
+    ours = components.load(find_controlnet(str(tmp_path / "control")), "cpu", F64, kind=CONTROLNET)
+    flux = components.load(weights.pick("flux", "--flux", tmp_path / "flux.safetensors"), "cpu", F64)
     params = ours.params
     assert (params.modes, params.hint_width, params.guidance_embed) == (modes or 0, hint or 0, guided)
     x = INPUTS
@@ -144,7 +145,7 @@ def test_every_spelling_is_read_without_a_config_and_is_no_transformer(tmp_path,
     for place in (path, tmp_path):
         source = find_controlnet(str(place))
         assert loading.controlnet_params(source) == params
-        found = weights.load(source, "cpu", torch.float32, kind=CONTROLNET).state_dict()
+        found = components.load(source, "cpu", torch.float32, kind=CONTROLNET).state_dict()
         assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
     message = "no FLUX.1 transformer in it: any-name.safetensors is a ControlNet"
     refuse(message, weights.pick, "flux", "--flux", path)
@@ -353,7 +354,7 @@ def test_every_method_takes_a_controlnet_for_one_region(latents, method):
 
 
 def test_an_xlabs_controlnet_reads_the_image_itself(latents, pipeline):
-    flux = weights.flux_params(pipeline.checkpoint.flux)
+    flux = components.flux_params(pipeline.checkpoint.flux)
     sizes = {key: getattr(flux, key) for key in SIZES}
     control = ControlNet(ControlNetParams(**sizes, depth=2, depth_single_blocks=0, hint_width=16))
     tiny.save(Path("xlabs.safetensors"), xlabs_names(randomized(control).float().state_dict()))

@@ -23,7 +23,7 @@ from tiny import maps_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import weights
+from formats import components
 from formats.fp8 import Fp8Linear, can_multiply, to_fp8
 from formats.recognize import POCKET
 from model.attention import Block
@@ -355,7 +355,7 @@ def test_what_does_not_fit_is_streamed_and_the_same_bits(how, fraction, monkeypa
     given = made.prepare(layout()).layout
     source, size = made.checkpoint.flux, 1 if made.fp8 else made.dtype.itemsize
     parameters = sum(np.prod(tensor.shape) for tensor in source.tensors.values())
-    hidden = weights.flux_params(source).hidden_size
+    hidden = components.flux_params(source).hidden_size
     free = memory.working_bytes(hidden, given, made.dtype, made.fp8)
     free += int(fraction * parameters * size)
     monkeypatch.setattr(memory, "free_memory", lambda device: free)

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import weights
 from errors import InputError
 from extensions.lora import Change, LowRank, added, hooks_for, merge
-from formats import recognize
+from formats import components, recognize
 from formats.fp8 import Fp8Linear, can_multiply, scaled_product, to_fp8, why_not
 from runtime import choose
 from runtime.choose import choose_fp8
@@ -93,8 +93,8 @@ def source_of(tmp_path, state) -> recognize.Source:
     return weights.pick("flux", "--flux", tiny.save(tmp_path / "flux.safetensors", state))
 
 
-def load(source: recognize.Source, merges: weights.Merges = weights.NOTHING, fp8: bool = True):
-    return weights.load(source, "cpu", torch.float32, merges, fp8=fp8)
+def load(source: recognize.Source, merges: components.Merges = components.NOTHING, fp8: bool = True):
+    return components.load(source, "cpu", torch.float32, merges, fp8=fp8)
 
 
 def fp8_layers(flux) -> dict[str, Fp8Linear]:

@@ -15,6 +15,7 @@ from test_weights import assert_same, load, refuse
 import weights
 from errors import InputError
 from extensions.lora_files import read_lora
+from formats import components
 from formats import safetensors as files
 from formats.gguf import CHUNK
 from model.t5 import T5Encoder, T5Params
@@ -127,9 +128,9 @@ def test_t5_in_llama_cpps_names_computes_what_the_safetensors_do(tmp_path, kind)
     decoder = dict.fromkeys(["dec.blk.0.attn_q.weight", "output.weight"], (np.zeros((2, 32), np.float32), Type.F32))
     path = save(tmp_path / "t5.gguf", to_llama_cpp(stored, 2) | decoder)
     source = weights.pick("t5", "--t5", path)
-    assert weights.t5_params(source) == params and source.key_names.name == "llama.cpp"
+    assert components.t5_params(source) == params and source.key_names.name == "llama.cpp"
     ids = torch.arange(96).reshape(2, 48)
-    ours = weights.load(source, "cpu", torch.float32)
+    ours = components.load(source, "cpu", torch.float32)
     assert_same(ours, numbers(stored))
     assert torch.equal(ours(ids), load("t5", tiny.save(tmp_path / "t5.safetensors", numbers(stored)))(ids))
 
@@ -141,8 +142,8 @@ def test_a_model_may_be_made_of_gguf_files(tmp_path):
     t5_file = save(tmp_path / "t5" / "t5.gguf", to_llama_cpp(t5, 2))
     for places in {"flux": flux_file, "t5": t5_file}, {"flux": tmp_path, "t5": tmp_path / "t5"}:
         found = weights.find(model, **places)
-        assert_same(weights.load(found.flux, "cpu", torch.float32), numbers(flux))
-        assert_same(weights.load(found.t5, "cpu", torch.float32), numbers(t5))
+        assert_same(components.load(found.flux, "cpu", torch.float32), numbers(flux))
+        assert_same(components.load(found.t5, "cpu", torch.float32), numbers(t5))
     flux_file.rename(model / "flux.gguf")
     refuse("flux.gguf and flux1-dev.safetensors could each be", weights.find, model)
     (model / "flux1-dev.safetensors").unlink()

@@ -1,4 +1,4 @@
-"""Imports point one way, late ones too: tools > pipeline > extensions, runtime > weights > formats > model."""
+"""Imports point one way, late ones too: tools > pipeline > weights, extensions, runtime > formats > model."""
 
 import ast
 from pathlib import Path
@@ -16,8 +16,8 @@ MAY_IMPORT = {
     "regional": {"errors", "model", "sampler"},
     "formats": {"errors", "model"},
     "weights.py": {"errors", "model", "formats"},
-    "extensions": {"errors", "model", "sampler", "regional", "formats", "weights"},
-    "runtime": {"errors", "model", "regional", "formats", "weights", "settings"},
+    "extensions": {"errors", "model", "sampler", "regional", "formats"},
+    "runtime": {"errors", "model", "regional", "formats", "settings"},
     "pipeline.py": {"errors", "settings", "model", "sampler", "regional", "weights"} | (OPTIONAL - {"tools"}),
     "tools": {"errors", "settings", "model", "regional", "formats", "weights"},
     "generate.py": {"errors", "settings", "regional", "pipeline"} | OPTIONAL,

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import weights
-from formats import key_names, recognize
+from formats import components, key_names, recognize
 from formats import safetensors as files
 from model.layers import Modulation
 from model.transformer import Flux, FluxParams
@@ -199,7 +199,7 @@ def test_modulation_is_made_once_for_all_seeds_of_a_layout(spy):
 def full_size():
     """FLUX.1-dev's transformer and T5 as headers would give them."""
     with torch.device("meta"):
-        modules = {"flux": Flux(FluxParams()), "t5": tiny.T5Encoder(weights.T5Params())}
+        modules = {"flux": Flux(FluxParams()), "t5": tiny.T5Encoder(components.T5Params())}
     found = {}
     for part, module in modules.items():
         names = next(names for names in key_names.KEY_NAMES if names.part == part)

@@ -16,6 +16,7 @@ from benchmarks.judge import decoded
 from extensions import loading
 from extensions.lora_files import read_lora
 from extensions.region_lora import can_be_regional
+from formats import components
 from pocket.adapters import draw_edges, draw_looks
 from pocket.detect import borders_agree, detect, look_of
 from pocket.judge import KINDS, drawn, judge, random_case
@@ -52,7 +53,7 @@ def read_objects(change, seed: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def through_the_autoencoder():
     """A picture as it is after encoding and decoding."""
-    model = weights.load(weights.find("pocket").ae, "cpu", torch.float32)
+    model = components.load(weights.find("pocket").ae, "cpu", torch.float32)
     return partial(decoded, model=model)
 
 
@@ -101,7 +102,7 @@ def test_the_checkpoint_and_its_adapters_are_small_and_in_official_layouts():
     assert sum(file.stat().st_size for file in CHECKPOINT.rglob("*") if file.is_file()) < 12e6
     assert base.flux.key_names.name == "BFL" and base.ae.key_names.name == "diffusers"
     assert "decoder.mid_block.attentions.0.to_q.weight" in safe_open(base.ae.path, "pt").keys()
-    parts = {part: weights.on_meta(getattr(base, part)) for part in ("flux", "t5", "clip")}
+    parts = {part: components.on_meta(getattr(base, part)) for part in ("flux", "t5", "clip")}
     for look in LOOKS:
         lora = read_lora(ADAPTERS / f"{look}.safetensors", parts)
         assert lora.changes["flux"] and not lora.unknown and all(map(can_be_regional, lora.changes["flux"]))

@@ -1,4 +1,4 @@
-"""weights.py on small random checkpoints in every format, full-size headers, and foreign files."""
+"""weights.py and formats/ on small random checkpoints in every format, full-size headers, and foreign files."""
 
 import gzip
 import json
@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 import weights
 from errors import InputError
+from formats import components, key_names, recognize
 from formats import hub as hub_files
-from formats import key_names, recognize
 from formats import safetensors as files
 from model.autoencoder import AutoEncoder, AutoEncoderParams
 from model.clip import CLIPTextEncoder
@@ -29,7 +29,7 @@ STATE = {"flux": tiny.flux_state, "t5": tiny.t5_state, "clip": tiny.clip_state, 
 
 
 def load(part, path, dtype=F32):
-    return weights.load(weights.pick(part, f"--{part}", Path(path)), CPU, dtype)
+    return components.load(weights.pick(part, f"--{part}", Path(path)), CPU, dtype)
 
 
 def flux_file(tmp_path, tensors=None, metadata=None, name="flux"):
@@ -63,8 +63,8 @@ PUBLISHED = {
     "flux_schnell_diffusers": (key_names.flux_from_diffusers, Flux, FluxParams(guidance_embed=False)),
     "autoencoder_bfl": (key_names.same_name, AutoEncoder, AutoEncoderParams()),
     "autoencoder_diffusers": (key_names.ae_from_diffusers, AutoEncoder, AutoEncoderParams()),
-    "t5_v1_1_xxl_encoder_hf": (key_names.t5_from_hf, T5Encoder, weights.T5Params()),
-    "clip_l_text_hf": (key_names.same_name, CLIPTextEncoder, weights.CLIPParams()),
+    "t5_v1_1_xxl_encoder_hf": (key_names.t5_from_hf, T5Encoder, components.T5Params()),
+    "clip_l_text_hf": (key_names.same_name, CLIPTextEncoder, components.CLIPParams()),
 }
 
 
@@ -87,28 +87,28 @@ def test_names_and_shapes_are_those_of_the_published_checkpoints(name):
 def test_both_formats_of_a_model_give_its_weights_and_sizes(tmp_path, save, names):
     found = weights.find(save(tmp_path / "model"))
     for part in STATE:
-        module = weights.load(getattr(found, part), CPU, F32)
+        module = components.load(getattr(found, part), CPU, F32)
         assert_same(module, STATE[part]())
         assert not module.training and not any(p.requires_grad for p in module.parameters())
     assert found.flux.key_names.name == found.ae.key_names.name == names
-    assert weights.flux_params(found.flux) == tiny.FLUX
-    assert weights.t5_params(found.t5) == tiny.T5
-    assert weights.clip_params(found.clip) == tiny.CLIP
-    assert weights.ae_params(found.ae) == tiny.AE
+    assert components.flux_params(found.flux) == tiny.FLUX
+    assert components.t5_params(found.t5) == tiny.T5
+    assert components.clip_params(found.clip) == tiny.CLIP
+    assert components.ae_params(found.ae) == tiny.AE
 
 
 def test_schnell_and_metadata_have_defaults_of_their_own(tmp_path):
     sizes = {"steps": 24, "max_sequence_length": 512, "size": 1024, "depth": 2, "depth_single_blocks": 3}
     metadata = {"theta": "500", "sample_size": "256", "max_sequence_length": "64"}
     source = weights.pick("flux", "--flux", flux_file(tmp_path, None, metadata))
-    assert weights.flux_params(source).theta == 500
-    assert weights.model_defaults(source) == sizes | {"size": 256, "max_sequence_length": 64}
-    assert weights.model_defaults(weights.pick("flux", "--flux", flux_file(tmp_path))) == sizes
+    assert components.flux_params(source).theta == 500
+    assert components.model_defaults(source) == sizes | {"size": 256, "max_sequence_length": 64}
+    assert components.model_defaults(weights.pick("flux", "--flux", flux_file(tmp_path))) == sizes
     state = {key: t for key, t in tiny.flux_state().items() if not key.startswith("guidance_in.")}
     for tensors in state, tiny.flux_to_diffusers(state):
         source = weights.pick("flux", "--flux", flux_file(tmp_path, tensors))
-        assert weights.model_defaults(source) == sizes | {"steps": 4, "max_sequence_length": 256}
-        module = weights.load(source, CPU, F32)
+        assert components.model_defaults(source) == sizes | {"steps": 4, "max_sequence_length": 256}
+        module = components.load(source, CPU, F32)
         assert not module.params.guidance_embed
         assert_same(module, state)
 
@@ -137,7 +137,7 @@ def test_clip_loads_in_all_its_spellings(tmp_path):
         module = load("clip", tiny.save(tmp_path / str(i) / "clip.safetensors", tensors, config=config))
         assert module.params == tiny.CLIP
         assert_same(module, state)
-    state = tiny.state(CLIPTextEncoder(weights.CLIPParams(90, 128, 96, 2, 1)))  # without a config, heads of 64
+    state = tiny.state(CLIPTextEncoder(components.CLIPParams(90, 128, 96, 2, 1)))  # without a config, heads of 64
     assert load("clip", tiny.save(tmp_path / "clip.safetensors", state)).params.num_heads == 2
 
 
@@ -246,7 +246,7 @@ def test_any_missing_key_is_named_with_its_file_and_shape(tmp_path, names):
     for key in state:
         tensors = {other: t for other, t in source.tensors.items() if other != key}
         match = f"x.safetensors: {key} is missing.*FLUX.1 transformer in {names} names"
-        refuse(match, weights.check_loads, replace(source, tensors=tensors))
+        refuse(match, components.check_loads, replace(source, tensors=tensors))
     for part in "t5", "clip", "ae":
         *state, (key, _) = STATE[part]().items()
         path = tiny.save(tmp_path / "y.safetensors", dict(state), config=tiny.AE_CONFIG)
@@ -387,7 +387,7 @@ def test_what_is_not_there_or_does_not_fit_is_named_with_its_flag(tmp_path):
     model = tiny.save_model(tmp_path / "model")
     for part in STATE:
         refuse(f"--{part} /nowhere: there is no such", weights.find, model, **{part: "/nowhere"})
-    wide = tiny.state(T5Encoder(weights.T5Params(96, 40, 80, 8, 3, 1)))
+    wide = tiny.state(T5Encoder(components.T5Params(96, 40, 80, 8, 3, 1)))
     path = tiny.save(tmp_path / "wide" / "t5.safetensors", wide)
     refuse("t5.safetensors: this T5 encoder is 40 wide, but .* expects 32.*--t5", weights.find, model, t5=path)
 

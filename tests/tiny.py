@@ -106,7 +106,7 @@ def save_encoders(folder: Path) -> None:
 
 
 def flux_to_diffusers(state: State) -> State:
-    """A transformer's tensors under diffusers' names: the way opposite to weights.py's, and written apart from it."""
+    """A transformer's tensors under diffusers' names: the way opposite to the program's, and written apart from it."""
     theirs: State = {}
     for key, tensor in state.items():
         stem, suffix = key.rsplit(".", 1)
@@ -225,15 +225,16 @@ def maps_of(pipeline: Any) -> AttentionMaps:
 
 PEAK = """
 import sys, torch, generate, weights
+from formats import components
 from pathlib import Path
 
 def status(name):
     return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if name in line).split()[1])
 
 small, source = (weights.pick("flux", "--flux", Path(name)) for name in sys.argv[1:])
-weights.load(small, "cpu", torch.bfloat16)  # what is needed once; too small to leave room for the other
+components.load(small, "cpu", torch.bfloat16)  # what is needed once; too small to leave room for the other
 before = status("VmRSS")
-model = weights.load(source, "cpu", torch.bfloat16)
+model = components.load(source, "cpu", torch.bfloat16)
 for tensor in model.parameters():
     tensor.flatten().view(torch.uint8)[::4096].sum()
 print(1024 * (status("VmHWM") - before), *sys.modules)

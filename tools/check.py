@@ -5,6 +5,7 @@ from pathlib import Path
 
 import weights
 from errors import InputError, print_error, shown, warn
+from formats import components
 from formats.hub import is_repository
 from model.tokenizers import T5Tokenizer
 from model.transformer import FluxParams
@@ -39,8 +40,8 @@ def check_layouts(command: Command, read: Callable[..., Layout]) -> int:
     checkpoint = None  # A repository's headers may not be at hand.
     if not is_repository(settings.model):
         checkpoint = weights.find(*(getattr(settings, key) for key in MODEL_KEYS))
-    params = weights.flux_params(checkpoint.flux) if checkpoint else FluxParams()
-    defaults = Defaults(**weights.model_defaults(checkpoint.flux)) if checkpoint else FLUX_DEV
+    params = components.flux_params(checkpoint.flux) if checkpoint else FluxParams()
+    defaults = Defaults(**components.model_defaults(checkpoint.flux)) if checkpoint else FLUX_DEV
     layouts = []
     for file in files:
         try:

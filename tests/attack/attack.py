@@ -40,6 +40,7 @@ import weights  # noqa: E402
 from errors import InputError  # noqa: E402
 from extensions import loading  # noqa: E402
 from extensions.lora_files import read_lora  # noqa: E402
+from formats import components  # noqa: E402
 from model.tokenizers import CLIPTokenizer, T5Tokenizer  # noqa: E402
 from model.transformer import FluxParams  # noqa: E402
 from regional.layout import FLUX_DEV, Layout  # noqa: E402
@@ -143,7 +144,7 @@ def converted(form: str, *more: str) -> Callable[[Path], None]:
 def loaded(part: str) -> Callable[[Path], None]:
     def read(file: Path) -> None:
         source = weights.pick(part, f"--{part}", file)
-        weights.check_loads(source, loading.CONTROLNET if part == "controlnet" else None)
+        components.check_loads(source, loading.CONTROLNET if part == "controlnet" else None)
 
     return read
 
@@ -153,7 +154,7 @@ def beside(part: str) -> Callable[[Path], None]:
 
     def read(file: Path) -> None:
         source = weights.pick(part, f"--{part}", file.parent)
-        weights.check_loads(source)
+        components.check_loads(source)
 
     return read
 
@@ -264,7 +265,9 @@ def all_kinds(folder: Path) -> dict[str, Kind]:
     pictures = [(file.name, file.read_bytes()) for file in sorted((ROOT / "examples").glob("*.png"))]
     with torch.device("meta"):
         MODULES.update(
-            flux=weights.Flux(tiny.FLUX), t5=weights.T5Encoder(tiny.T5), clip=weights.CLIPTextEncoder(tiny.CLIP)
+            flux=components.Flux(tiny.FLUX),
+            t5=components.T5Encoder(tiny.T5),
+            clip=components.CLIPTextEncoder(tiny.CLIP),
         )
     latents = save({"latents": torch.zeros(1, 16, 2, 2)}, {"layout": json.dumps(RECORDED)})
     states = {"flux": tiny.flux_state(), "t5": tiny.t5_state(), "clip": tiny.clip_state(), "ae": tiny.ae_state()}
