@@ -83,8 +83,8 @@ READERS = {
     "mmap.mmap": {"errors.py"},
     "safe_open": set(),
     "load_file": set(),
-    "read_text": {"runtime/offload.py"},
-    "read_bytes": set(),
+    "read_text": {"runtime/offload.py", "tools/package.py"},
+    "read_bytes": {"tools/package.py"},
 }
 
 
