@@ -37,6 +37,13 @@ def golden(tmp_path_factory) -> Path:
     return root
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Attacks run only if -m names them, whatever else it asks for."""
+    if "attack" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[x for x in items if x.get_closest_marker("attack")])
+        items[:] = [x for x in items if not x.get_closest_marker("attack")]
+
+
 class Ran(NamedTuple):
     """What a run of generate.py gave: its exit code, the images it printed, the lines of stderr."""
 

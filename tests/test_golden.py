@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import generate
 
+pytestmark = pytest.mark.published
 LATENTS = load_file(GOLDEN / "latents.safetensors")
 
 

@@ -372,6 +372,7 @@ def cost(bits: torch.Tensor, block_m: int = 128, block_n: int = 128) -> float:
     return float(full + 2.1 * partial) * block_m * block_n / pairs
 
 
+@pytest.mark.published
 @pytest.mark.parametrize("size", [(1024, 1024), (1280, 768)])
 @pytest.mark.parametrize("block_n", [128, 64])
 def test_tiles_cost_little_more_than_the_allowed_pairs(size, block_n):
@@ -395,6 +396,7 @@ def test_neighbours_in_gray_code_are_cheaper():
     assert (work.diff() <= 0).all() and work[0] > work[-1]
 
 
+@pytest.mark.published
 def test_the_predicted_times_are_those_on_record():
     """The kernel is in us, tiles or 8 heads fastest, by an earlier simulation; steps are in ms."""
     recorded = {"R = 4, quadrants": (289, 281), "3 strips": (351, 344), "one box and background": (448, 443)}
@@ -434,6 +436,7 @@ def test_no_square_tensor_and_no_memory_beyond_the_two_outputs(kind, monkeypatch
     assert sum(x.nbytes for x in plan_of(bits, 128, 128)) < 2**20
 
 
+@pytest.mark.published
 def test_operations_of_a_full_size_step():
     """FLUX.1-dev at 1024 x 1024 on the meta device, in 10^12: plain, and disjoint regions."""
     with torch.device("meta"):

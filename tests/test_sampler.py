@@ -11,6 +11,7 @@ from sampler.flow import denoise, image_ids, noise, pack, sigmas, text_ids, unpa
 SCHEDULES = json.loads((Path(__file__).parent / "fixtures" / "schedules.json").read_text())
 
 
+@pytest.mark.published
 @pytest.mark.parametrize("case", SCHEDULES, ids=lambda c: f"{c['model']}-{c['steps']}-{c['width']}x{c['height']}")
 def test_schedule_is_that_of_the_published_pipelines(case):
     ours = sigmas(case["steps"], case["tokens"], shift=case["model"] == "dev")
@@ -18,6 +19,7 @@ def test_schedule_is_that_of_the_published_pipelines(case):
     assert max(abs(a - b) for a, b in zip(ours, case["sigmas"])) < 1e-6
 
 
+@pytest.mark.published
 def test_mu_is_not_clamped():
     """Above 4096 and below 256 tokens the line goes on: t = 1/2 becomes e^mu / (e^mu + 1)."""
     for tokens in (16, 256, 4096, 6400):

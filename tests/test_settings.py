@@ -133,6 +133,7 @@ def stages(layout: Layout) -> list[tuple[int, dict[int, float]]]:
     return [(end, dict(zip(bits, ratio.tolist()))) for end, ratio in regional_stages(layout.resolved(FLUX_DEV), tokens)]
 
 
+@pytest.mark.published
 def test_regions_have_steps_and_ratios_of_their_own():
     background = 1 << BACKGROUND_BIT
     assert stages(LAYOUT) == [(4, {1: 0.2, 3: 0.2, 2: 0.2, background: 0.2})]
