@@ -198,27 +198,27 @@ BAD = {
 def test_a_bad_header_is_one_sentence_and_soon(tmp_path, name):
     content, match = BAD[name]
     (tmp_path / "x.gguf").write_bytes(content)
-    start = time.monotonic()
+    start = time.process_time()
     refuse(f"x.gguf.*({match})", load, "flux", tmp_path / "x.gguf")
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_a_vocabulary_that_the_file_cannot_hold_is_not_walked(tmp_path):
     (tmp_path / "x.gguf").write_bytes(header([pair("a", 9, struct.pack("<IQ", 8, HUGE))], []))
     with open(tmp_path / "x.gguf", "r+b") as file:
         file.truncate(90_000_000)  # of zeros, 11 million empty strings
-    start = time.monotonic()
+    start = time.process_time()
     refuse("x.gguf: .*cut off or damaged", load, "flux", tmp_path / "x.gguf")
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_a_block_of_any_number_is_refused_soon(tmp_path):
     for number in "999999999", "9" * 5000:
         extra = {f"double_blocks.{number}.img_attn.qkv.bias": (np.zeros(4, np.float32), Type.F32)}
         path = save(tmp_path / "flux.gguf", quantized(tiny.flux_state(), Type.Q8_0) | extra)
-        start = time.monotonic()
+        start = time.process_time()
         refuse("flux.gguf: double_blocks.2.* is missing", load, "flux", path)
-        assert time.monotonic() - start < 10
+        assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize("kind", [Type.Q8_K, Type.Q8_1, Type.I8], ids=lambda kind: kind.name)
@@ -257,12 +257,12 @@ def test_damaged_files_are_refused_or_loaded(tmp_path, seed):
         for at in random.integers(0, length if i % 5 else len(whole), random.integers(1, 4)):
             content[at : at + 8] = random.choice([0, 1, 255, random.integers(256)], 8).astype(np.uint8).tobytes()
         path.write_bytes(content[: random.integers(len(content))] if i % 4 == 0 else content)
-        start = time.monotonic()
+        start = time.process_time()
         try:
             load("flux", path)
         except InputError as error:
             refused += "x.gguf" in str(error)
-        assert time.monotonic() - start < 5
+        assert time.process_time() - start < 5
     assert refused > 25
 
 

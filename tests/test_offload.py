@@ -1,6 +1,7 @@
 """Weights in host memory: streamed blocks give the same bits; free memory decides what stays."""
 
 import threading
+import time
 import weakref
 from functools import partial
 from pathlib import Path
@@ -353,6 +354,7 @@ def test_files_are_read_ahead_if_they_fit(tmp_path, monkeypatch):
 
 
 def test_the_time_to_the_first_step_is_printed_once(run):
+    start = time.perf_counter()
     done = run("--prompt", "x", "--width", 64, "--height", 64, "--steps", 1, "--seed", 1, 2)
     (line,) = [line for line in done.errors if "first step ended" in line]
-    assert 0 < float(line.split()[4]) < 600
+    assert 0 < float(line.split()[4]) < time.perf_counter() - start + 0.1
