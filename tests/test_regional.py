@@ -165,6 +165,7 @@ WEIGHED = {
 }
 
 
+@published
 @pytest.mark.parametrize("implementation", [dense_attention, portable_attention])
 @pytest.mark.parametrize("layout", WEIGHED.values(), ids=WEIGHED)
 def test_image_tokens_weigh_their_regions_texts(layout, implementation):

@@ -15,7 +15,9 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 ROOT = Path(__file__).parents[1]
 PACKAGE = "regional_flux"
 FOLDERS = ("model", "sampler", "regional", "formats", "extensions", "runtime", "tools")
-MODULES = [path for place in ("", *FOLDERS) for path in sorted((ROOT / place).glob("*.py"))]
+MODULES = sorted(ROOT.glob("*.py"))
+for folder in FOLDERS:
+    MODULES += sorted((ROOT / folder).rglob("*.py"))
 OURS = {*FOLDERS, *(path.stem for path in MODULES if path.parent == ROOT)}
 INIT = """from regional_flux.pipeline import Pipeline
 from regional_flux.regional.layout import Layout, Region
