@@ -421,6 +421,7 @@ def test_three_spellings_give_the_same_image_and_so_does_the_flag(latents, golde
     assert torch.equal(load_file("z.safetensors")["latents"], latents([], loras=entries[:1]))
 
 
+@pytest.mark.published
 def test_outside_its_region_nothing_changes_to_the_bit(latents, lora):
     small = {}  # of rank 2, of attention alone
     for key, x in load_file(lora).items():
@@ -495,6 +496,7 @@ def test_what_cannot_be_regional_is_left_out_with_a_warning(latents, capsys):
         assert words in warnings
 
 
+@pytest.mark.published
 def test_a_t5_part_changes_its_regions_prompt_alone(latents):
     save_file(low_rank("lora_te3_encoder_block_0_layer_0_SelfAttention_q", 64, 64)[0], "t5.safetensors")
     found, without = latents([left(("t5.safetensors", 1.0)), right()]), latents([left(), right()])

@@ -34,6 +34,7 @@ print(*sorted(name for name in sys.modules if "." not in name))
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
     """The folder that pip installed the package to."""
+    pytest.importorskip("pip")
     target = tmp_path_factory.mktemp("installed")
     flags = ["--no-index", "--no-deps", "--quiet", "--disable-pip-version-check", "--target", target]
     before = sorted(path.name for path in ROOT.iterdir())
