@@ -10,6 +10,8 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from model.attention import Block
+from sampler.samplers import SAMPLERS
+from sampler.schedules import SCHEDULES
 
 MAX_REGIONS = 61
 SHAPES = ("box", "polygon", "mask", "color")
@@ -141,6 +143,8 @@ class Layout(Part):
     width: Annotated[Pixels, "in pixels, a multiple of 16"] = 1024
     height: Annotated[Pixels, "in pixels, a multiple of 16"] = 1024
     steps: Annotated[Steps | None, "denoising steps; default: the model's"] = None
+    sampler: Annotated[Literal[tuple(SAMPLERS)], "a step of heun costs two"] = "euler"
+    schedule: Annotated[Literal[tuple(SCHEDULES)], "noise levels; flux: published"] = "flux"
     guidance: Annotated[Guidance, "guidance of FLUX.1-dev"] = 3.5
     seed: Annotated[Seed | None, "of the noise; default: random"] = None
     base_ratio: Annotated[Ratio, "weight of the base-prompt branch in the blend"] = 0.3

@@ -1,15 +1,8 @@
-"""Rectified flow: noise, its levels, how latents become tokens, and the Euler loop."""
-
-import math
-from collections.abc import Callable
+"""The noise, how latents become tokens, and the tokens' positions."""
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
-
-# (img (B, L_img, 64), t, step) -> (B, L_img, 64). t, in [0, 1], is where the velocity is
-# asked for; the step's index only selects what is scheduled.
-Velocity = Callable[[Tensor, float, int], Tensor]
 
 
 def noise(width: int, height: int, seed: int) -> Tensor:
@@ -17,21 +10,6 @@ def noise(width: int, height: int, seed: int) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(seed)
     shape = (1, 16, height // 8, width // 8)
     return torch.randn(shape, generator=generator, dtype=torch.float32)
-
-
-def sigmas(steps: int, image_tokens: int, shift: bool) -> list[float]:
-    """`steps + 1` noise levels from 1 to 0.
-
-    With `shift` (FLUX.1-dev, not schnell) large images spend more steps at high noise: t
-    becomes e^mu / (e^mu + 1 / t - 1), mu linear in the image tokens, through (256, 0.5)
-    and (4096, 1.15).
-    """
-    linear = [1 - i / steps for i in range(steps + 1)]
-    if not shift:
-        return linear
-    mu = 0.5 + (image_tokens - 256) * (1.15 - 0.5) / (4096 - 256)
-    e = math.exp(mu)
-    return [e / (e + 1 / t - 1) if t > 0 else 0.0 for t in linear]
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -57,19 +35,3 @@ def image_ids(width: int, height: int) -> Tensor:
 def text_ids(length: int) -> Tensor:
     """Positions of text tokens, all zero: (1, length, 3)."""
     return torch.zeros(1, length, 3, dtype=torch.long)
-
-
-def denoise(
-    velocity: Velocity,
-    img: Tensor,
-    sigmas: list[float],
-    steps: range,
-    callback: Callable[[Tensor], None] = lambda img: None,
-) -> Tensor:
-    """Euler's method: step i leads img (B, L, 64), float32, from sigmas[i] to sigmas[i + 1].
-    It has no memory: two calls may split the steps. callback: called after each."""
-    for step in steps:
-        t = sigmas[step]
-        img = img + (sigmas[step + 1] - t) * velocity(img, t, step).float()
-        callback(img)
-    return img
