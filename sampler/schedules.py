@@ -29,11 +29,11 @@ def beta(steps: int, image_tokens: int, shift: bool) -> list[float]:
 
 
 def shifted(levels: list[float], mu: float) -> list[float]:
-    """Each t becomes e^mu / (e^mu + 1 / t - 1)."""
+    """Each t becomes e^mu / (e^mu + 1 / t - 1); 0 and 1 stay exactly."""
     if mu == 0:
         return levels
     e = math.exp(mu)
-    return [e / (e + 1 / t - 1) if t > 0 else 0.0 for t in levels]
+    return [e / (e + 1 / t - 1) if 0 < t < 1 else t for t in levels]
 
 
 def beta_quantile(p: float, a: float = 0.6) -> float:

@@ -21,6 +21,16 @@ def test_schedule_is_that_of_the_published_pipelines(case):
     assert max(abs(a - b) for a, b in zip(ours, case["sigmas"])) < 1e-6
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES.values())
+def test_levels_fall_from_exactly_one_to_zero(schedule):
+    """At 1 the log-SNR is infinite; a level a rounding error below would have one."""
+    for tokens in 16, 256, 1024, 3840, 4096:
+        for shift in True, False:
+            levels = schedule(28, tokens, shift)
+            assert levels[0] == 1 and levels[-1] == 0 and len(levels) == 29
+            assert sorted(set(levels), reverse=True) == levels
+
+
 def test_mu_is_not_clamped():
     """Above 4096 and below 256 tokens the line goes on: t = 1/2 becomes e^mu / (e^mu + 1)."""
     for tokens in (16, 256, 4096, 6400):
