@@ -44,7 +44,7 @@ EXIF_DESCRIPTION = 0x010E
 EXIF_SOFTWARE = 0x0131
 MAX_JPEG_EXIF = 65_000  # bytes: the segments of a JPEG file have 16-bit lengths
 SHEET = "contact sheet"
-NAMES = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}  # in other programs
+SAMPLERS = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}  # in other programs
 CHECKSUM = "sha256"  # of a tensor, among the metadata of its file
 ANY_SIZE = 10**9  # pixels
 
@@ -174,11 +174,12 @@ def is_sheet(path: Path) -> bool:
 
 def embedded(metadata: Metadata, suffix: str) -> dict[str, Any]:
     """Pillow's arguments."""
+    sampler = metadata.get("sampler", "euler")
     line = (
         "Steps: {steps}, Sampler: {name}, CFG scale: 1, Distilled CFG Scale: {guidance}, "
         "Seed: {seed}, Size: {width}x{height}, Model: {model}, Base ratio: {base_ratio}, "
         "Mask inject steps: {mask_inject_steps}"
-    ).format_map(metadata | {"name": NAMES.get(metadata["sampler"], metadata["sampler"])})
+    ).format_map(metadata | {"name": SAMPLERS.get(sampler, sampler)})
     if suffix == ".png":
         info = PngImagePlugin.PngInfo()
         info.add_text("parameters", f"{metadata['prompt']}\n{line}")
