@@ -77,7 +77,8 @@ class Pipeline:
     InputError for what the machine or the files do not allow."""
 
     def __init__(self, model: Settings | str | Path | None = None, **settings: Any):
-        self.attention = settings.pop("attention") if callable(settings.get("attention")) else None
+        is_function = callable(settings.get("attention"))
+        self.attention = settings.pop("attention") if is_function else None
         given = model if isinstance(model, Settings) else Settings(model=model, **settings)
         values = msgspec.to_builtins(given, enc_hook=str)  # paths as text
         try:

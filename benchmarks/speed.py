@@ -60,8 +60,7 @@ from regional.mask import RegionTokens, region_tokens  # noqa: E402
 from regional.sampling import Conditioning, guidance_of, noise_levels, sample  # noqa: E402
 from runtime.choose import choose_attention, fastest_backends  # noqa: E402
 from runtime.offload import FLUX_MODULATION  # noqa: E402
-from sampler.flow import image_ids, noise, pack, text_ids, unpack  # noqa: E402
-from sampler.samplers import euler  # noqa: E402
+from sampler.flow import euler, image_ids, noise, pack, text_ids, unpack  # noqa: E402
 
 GRIDS = {1: (1, 1), 4: (2, 2), 16: (4, 4)}
 REGIONAL, LATE = 10, 14  # steps of a whole run

@@ -18,9 +18,7 @@ from regional.attention import MaskedAttention, RegionalAttention, Tokens
 from regional.extension import Branches, Conditioning, Extension, Pass
 from regional.layout import Layout
 from regional.mask import RegionTokens, regional_stages
-from sampler.flow import image_ids, noise, pack, text_ids, unpack
-from sampler.samplers import SAMPLERS, Velocity
-from sampler.schedules import SCHEDULES
+from sampler.flow import SAMPLERS, SCHEDULES, Velocity, image_ids, noise, pack, text_ids, unpack
 
 MakeAttention = Callable[[Tokens], MaskedAttention]
 Modulations = list[dict[float, list[Vectors]]]  # by the prompt's row in y and by t

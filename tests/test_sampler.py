@@ -7,16 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from sampler.flow import image_ids, noise, pack, text_ids, unpack
-from sampler.samplers import SAMPLERS, dpmpp_2m, euler, heun
-from sampler.schedules import SCHEDULES, beta, beta_quantile, flux, simple
+from sampler import flow
+from sampler.flow import SAMPLERS, SCHEDULES, euler, image_ids, noise, pack, text_ids, unpack
 
 PUBLISHED = json.loads((Path(__file__).parent / "fixtures" / "schedules.json").read_text())
 
 
 @pytest.mark.parametrize("case", PUBLISHED, ids=lambda c: f"{c['model']}-{c['steps']}-{c['width']}x{c['height']}")
 def test_schedule_is_that_of_the_published_pipelines(case):
-    ours = flux(case["steps"], case["tokens"], shift=case["model"] == "dev")
+    ours = flow.flux(case["steps"], case["tokens"], shift=case["model"] == "dev")
     assert len(ours) == case["steps"] + 1
     assert max(abs(a - b) for a, b in zip(ours, case["sigmas"])) < 1e-6
 
@@ -35,7 +34,7 @@ def test_mu_is_not_clamped():
     """Above 4096 and below 256 tokens the line goes on: t = 1/2 becomes e^mu / (e^mu + 1)."""
     for tokens in (16, 256, 4096, 6400):
         mu = torch.tensor(0.5 + (tokens - 256) * 0.65 / 3840)
-        assert flux(2, tokens, shift=True)[1] == pytest.approx(torch.sigmoid(mu).item(), abs=1e-6)
+        assert flow.flux(2, tokens, shift=True)[1] == pytest.approx(torch.sigmoid(mu).item(), abs=1e-6)
 
 
 def test_noise_depends_on_the_seed_alone():
@@ -66,30 +65,30 @@ def test_simple_takes_entries_of_comfyuis_tables():
     """sigmas[-(1 + int(x * len(sigmas) / steps))] of ModelSamplingFlux's, and for schnell of
     ModelSamplingDiscreteFlow's, in float32; the image's size has no part in it."""
     expected = [1.0, 0.949895, 0.88759, 0.808141, 0.703169, 0.558266, 0.344928, 0.0]
-    assert simple(7, 64, True) == simple(7, 4096, True) == pytest.approx(expected, abs=1e-6)
-    assert simple(7, 64, False) == pytest.approx([1.0, 0.858, 0.715, 0.572, 0.429, 0.286, 0.143, 0.0])
-    assert simple(4, 64, False) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert flow.simple(7, 64, True) == flow.simple(7, 4096, True) == pytest.approx(expected, abs=1e-6)
+    assert flow.simple(7, 64, False) == pytest.approx([1.0, 0.858, 0.715, 0.572, 0.429, 0.286, 0.143, 0.0])
+    assert flow.simple(4, 64, False) == [1.0, 0.75, 0.5, 0.25, 0.0]
 
 
 def test_beta_is_diffusers():
     """FlowMatchEulerDiscreteScheduler(use_beta_sigmas=True), a dev image of 512 x 512 and schnell; scipy's ppf."""
     dev = [1.0, 0.9106363, 0.7363176, 0.5366857, 0.362367, 0.2730033, 0.0]
     schnell = [1.0, 0.8975652, 0.6977492, 0.4689175, 0.2691015, 0.1666667, 0.0]
-    assert beta(6, 1024, True) == pytest.approx(dev, abs=1e-7)
-    assert beta(6, 1024, False) == pytest.approx(schnell, abs=1e-7)
-    assert beta(1, 1024, True) == [1.0, 0.0] and beta(2, 64, False) == [1.0, 0.5, 0.0]
+    assert flow.beta(6, 1024, True) == pytest.approx(dev, abs=1e-7)
+    assert flow.beta(6, 1024, False) == pytest.approx(schnell, abs=1e-7)
+    assert flow.beta(1, 1024, True) == [1.0, 0.0] and flow.beta(2, 64, False) == [1.0, 0.5, 0.0]
     quantiles = {
         0.0: 0.0, 1e-6: 1.8558824624053043e-10, 0.001: 1.855873851745199e-05, 0.25: 0.17568037865269498,
         0.4999: 0.49986127490549975, 0.7: 0.7659829961247643, 0.9999: 0.9999996001622842, 1.0: 1.0,
     }  # fmt: skip
     for p, x in quantiles.items():
-        assert beta_quantile(p) == pytest.approx(x, rel=1e-12)
+        assert flow.beta_quantile(p) == pytest.approx(x, rel=1e-12)
 
 
 def test_a_sampler_forgets_between_calls():
     """ "Regional for the first T steps" rests on it. Euler and Heun have no memory, so two slices are one;
     the multistep method begins the second slice as Euler does."""
-    levels = flux(6, 64, shift=True)
+    levels = flow.flux(6, 64, shift=True)
     img = torch.randn(1, 4, 64)
 
     def velocity(img, t, step):
@@ -101,9 +100,9 @@ def test_a_sampler_forgets_between_calls():
         *_, half = sampler(velocity, img, levels, range(3))
         assert torch.equal(half, first[2])
         second = list(sampler(velocity, half, levels, range(3, 6)))
-        assert torch.equal(second[-1], whole) == (sampler is not dpmpp_2m)
+        assert torch.equal(second[-1], whole) == (sampler is not flow.dpmpp_2m)
         begins_as_euler = torch.equal(second[0], next(euler(velocity, half, levels, range(3, 6))))
-        assert begins_as_euler == (sampler is not heun)
+        assert begins_as_euler == (sampler is not flow.heun)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -156,14 +155,14 @@ def test_samplers_are_diffusers(name, steps):
 @pytest.mark.parametrize("sampler", SAMPLERS.values())
 def test_latents_accumulate_in_float32(sampler):
     """Steps of 1/1000 of a bfloat16 velocity would be lost if the sum were bfloat16 too."""
-    start, levels = torch.full((1, 4, 64), 8.0), flux(1000, 64, False)
+    start, levels = torch.full((1, 4, 64), 8.0), flow.flux(1000, 64, False)
     *_, end = sampler(lambda img, t, step: torch.ones_like(img).bfloat16(), start, levels, range(1000))
     assert end.dtype == torch.float32 and torch.allclose(end, torch.tensor(7.0), atol=1e-3)
 
 
 def test_more_steps_than_a_table_has_levels_are_finite():
     """Of ComfyUI's 1,000 levels some come twice."""
-    levels = simple(1500, 64, False)
+    levels = flow.simple(1500, 64, False)
     assert len(set(levels)) == 1001
     for sampler in SAMPLERS.values():
         *_, end = sampler(lambda img, t, step: img.sin(), torch.ones(1, 4, 64), levels, range(1500))
