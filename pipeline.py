@@ -74,9 +74,12 @@ def alone(method: Callable) -> Callable:
 
 class Pipeline:
     """A model and how it runs: Pipeline(settings), or Pipeline(model, ...) with the fields
-    of Settings. InputError for what the machine or the files do not allow."""
+    of Settings; attention may also be a function like `portable_attention`.
+    InputError for what the machine or the files do not allow."""
 
     def __init__(self, model: Settings | str | Path | None = None, **settings: Any):
+        is_function = callable(settings.get("attention"))
+        self.attention = settings.pop("attention") if is_function else None
         given = model if isinstance(model, Settings) else Settings(model=model, **settings)
         values = msgspec.to_builtins(given, enc_hook=str)  # paths as text
         try:
@@ -150,7 +153,8 @@ class Pipeline:
     def masked_attention(self, layout: Layout, verbose: bool = False) -> MakeAttention:
         if layout.method != "regional" or not layout.regional_steps():
             return portable_attention
-        return choose_attention(self.settings.attention, self.device, self.dtype, verbose)
+        how = (self.settings.attention, self.device, self.dtype, verbose)
+        return self.attention or choose_attention(*how)
 
     def embedding(self, layout: Layout, name: str, ids: Tensor, own: Sequence[Any]) -> Tensor:
         """t5's or clip's embedding of a prompt's ids (1, L) with the layout's LoRAs and

@@ -60,7 +60,7 @@ from regional.mask import RegionTokens, region_tokens  # noqa: E402
 from regional.sampling import Conditioning, guidance_of, noise_levels, sample  # noqa: E402
 from runtime.choose import choose_attention, fastest_backends  # noqa: E402
 from runtime.offload import FLUX_MODULATION  # noqa: E402
-from sampler.flow import denoise, image_ids, noise, pack, text_ids, unpack  # noqa: E402
+from sampler.flow import euler, image_ids, noise, pack, text_ids, unpack  # noqa: E402
 
 GRIDS = {1: (1, 1), 4: (2, 2), 16: (4, 4)}
 REGIONAL, LATE = 10, 14  # steps of a whole run
@@ -308,8 +308,8 @@ class Naive(Participant):
             given = torch.full((1,), t, device=txt.device), y, scene.guidance
             return steps.late_step(img.to(txt.dtype), txt, *given)
 
-        img = denoise(regional, scene.img, levels, range(REGIONAL))
-        img = denoise(late, img, levels, range(REGIONAL, REGIONAL + LATE))
+        *_, img = euler(regional, scene.img, levels, range(REGIONAL))
+        *_, img = euler(late, img, levels, range(REGIONAL, REGIONAL + LATE))
         _, order = scene.tokens.sorted()
         return unpack(img[:, order.argsort()], scene.layout.width, scene.layout.height)
 

@@ -22,7 +22,7 @@ class AttentionMaps:
                 self.group_of |= {Block(kind, int(i)): group for i in blocks}
                 last = f"-{blocks[-1]}" if len(blocks) > 1 else ""
                 self.groups.append(f"{kind} {blocks[0]}{last}")
-        self.steps = []
+        self.steps = {}
 
     def extend(self, forward: Forward, branches: Branches) -> Forward:
         if branches.base_ratio is None:
@@ -38,8 +38,9 @@ class AttentionMaps:
         every = torch.arange(len(bits))
 
         def watched(given: Pass, step: int) -> Tensor:
-            maps = torch.zeros(len(self.groups), prompts, length)
-            self.steps.append(maps)
+            if step in self.steps:  # Heun's second evaluation
+                return forward(given, step)
+            maps = self.steps[step] = torch.zeros(len(self.groups), prompts, length)
 
             def attention(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
                 group, blocks = self.group_of[block]
@@ -65,4 +66,4 @@ class AttentionMaps:
     @property
     def maps(self) -> Tensor:
         """(regional steps, groups, R, L_img) float32, row by row."""
-        return torch.stack(self.steps)
+        return torch.stack(list(self.steps.values()))

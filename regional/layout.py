@@ -10,6 +10,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from model.attention import Block
+from sampler.flow import SAMPLERS, SCHEDULES
 
 MAX_REGIONS = 61
 SHAPES = ("box", "polygon", "mask", "color")
@@ -38,6 +39,8 @@ Percent = Annotated[str, Meta(pattern=rf"^{PERCENT}$(?!\n)")]
 SomePercent = Annotated[str, Meta(pattern=rf"^(?![0.]*%){PERCENT}$(?!\n)")]
 Count = Index | Percent
 Text = Annotated[str, Meta(pattern=r"\S")]
+Sampler = Literal[tuple(SAMPLERS)]
+Schedule = Literal[tuple(SCHEDULES)]
 Overlap = Literal["share", "last", "first", "smallest"]
 Mode = Literal[tuple(MODES)]
 Blocks = tuple[Index, ...] | str  # With a pattern in such a union, msgspec crashes.
@@ -141,6 +144,8 @@ class Layout(Part):
     width: Annotated[Pixels, "in pixels, a multiple of 16"] = 1024
     height: Annotated[Pixels, "in pixels, a multiple of 16"] = 1024
     steps: Annotated[Steps | None, "denoising steps; default: the model's"] = None
+    sampler: Annotated[Sampler, "a step of heun costs two"] = "euler"
+    schedule: Annotated[Schedule, "noise levels; flux: published"] = "flux"
     guidance: Annotated[Guidance, "guidance of FLUX.1-dev"] = 3.5
     seed: Annotated[Seed | None, "of the noise; default: random"] = None
     base_ratio: Annotated[Ratio, "weight of the base-prompt branch in the blend"] = 0.3

@@ -18,7 +18,7 @@ from regional.attention import MaskedAttention, RegionalAttention, Tokens
 from regional.extension import Branches, Conditioning, Extension, Pass
 from regional.layout import Layout
 from regional.mask import RegionTokens, regional_stages
-from sampler.flow import Velocity, denoise, image_ids, noise, pack, sigmas, text_ids, unpack
+from sampler.flow import SAMPLERS, SCHEDULES, Velocity, image_ids, noise, pack, text_ids, unpack
 
 MakeAttention = Callable[[Tokens], MaskedAttention]
 Modulations = list[dict[float, list[Vectors]]]  # by the prompt's row in y and by t
@@ -26,7 +26,7 @@ Modulations = list[dict[float, list[Vectors]]]  # by the prompt's row in y and b
 
 def noise_levels(layout: Layout, params: FluxParams) -> list[float]:
     image_tokens = layout.width * layout.height // 256
-    return sigmas(layout.steps, image_tokens, shift=params.guidance_embed)
+    return SCHEDULES[layout.schedule](layout.steps, image_tokens, params.guidance_embed)
 
 
 def guidance_of(layout: Layout, device: torch.device) -> Tensor:
@@ -34,12 +34,13 @@ def guidance_of(layout: Layout, device: torch.device) -> Tensor:
 
 
 def modulations(flux: Flux, layout: Layout, y: Tensor) -> Modulations:
-    """The modulation of all the layout's steps; y: Conditioning's."""
-    levels = noise_levels(layout, flux.params)
+    """The modulation at all levels that the sampler asks for; y: Conditioning's."""
+    levels = noise_levels(layout, flux.params)[:-1]
+    own = layout.regional_steps() + (layout.sampler == "heun")
     guidance = guidance_of(layout, y.device)
     found = []
     for i in range(len(y) if layout.method == "rpg" else 1):
-        times = levels[: layout.regional_steps()] if i else levels[:-1]
+        times = levels[:own] if i else levels
         found.append(dict(zip(times, flux.modulations(times, y[i : i + 1], guidance))))
     return found
 
@@ -60,6 +61,7 @@ def sample(
     txt = conditioning.txt
     steps = layout.steps
     levels = noise_levels(layout, flux.params)
+    denoise = SAMPLERS[layout.sampler]
     img = pack(noise(layout.width, layout.height, seed))
     img = img.to(txt.device, txt.dtype).float()
     order = torch.arange(img.shape[1])
@@ -74,19 +76,18 @@ def sample(
     img = img[:, order]
     start = 0
     with tqdm(total=steps, desc=f"seed {seed}", disable=None) as bar:
-
-        def after_step(img: Tensor) -> None:
-            bar.update()
-            on_step()
-
-        for end, ratio in stages:
-            if layout.method == "rpg":
+        for end, ratio in [*stages, (steps, None)]:
+            if ratio is None:
+                velocity = plain
+            elif layout.method == "rpg":
                 velocity = composed(run, ratio[order].to(txt.device), plain)
             else:
                 velocity = regional(run, ratio[order], masked_attention)
-            img = denoise(velocity, img, levels, range(start, end), after_step)
+            for latest in denoise(velocity, img, levels, range(start, end)):
+                img = latest
+                bar.update()
+                on_step()
             start = end
-        img = denoise(plain, img, levels, range(start, steps), after_step)
     return unpack(img[:, order.argsort()], layout.width, layout.height)
 
 

@@ -549,6 +549,33 @@ def test_the_parameters_are_those_that_other_tools_read(run):
     assert {key: float(found[key]) for key in numbers} == numbers and found["Size"] == "64x64"
 
 
+@pytest.mark.parametrize("sampler, name", [("heun", "Heun"), ("dpmpp_2m", "DPM++ 2M")])
+def test_a_sampler_is_named_as_in_other_programs_and_replayed(run, sampler, name):
+    """Metadata without the keys, as of older versions, mean Euler and the published schedule."""
+    flags = ["--steps", 5, "--mask-inject-steps", 1]
+    layout = write("a.yaml", sampler=sampler, schedule="simple")
+    assert run("--layout", layout, *flags, "--output", "x.png").code == 0
+    assert f", Sampler: {name}, CFG" in Image.open("x.png").text["parameters"]
+    again = ["--config-from-metadata", "x.png", "--output", "y.png"]
+    assert run(*again).code == 0
+    assert Path("y.png").read_bytes() == Path("x.png").read_bytes()
+    found = settings_of("x.png")
+    old = {key: value for key, value in found.items() if key not in ("sampler", "schedule")}
+    Path("old.json").write_text(json.dumps(old))
+    assert run("--config-from-metadata", "old.json", "--output", "old.png").code == 0
+    default = ["--sampler", "euler", "--schedule", "flux", "--output", "default.png"]
+    assert run("--layout", layout, *flags, *default).code == 0
+    assert Path("old.png").read_bytes() == Path("default.png").read_bytes() != Path("x.png").read_bytes()
+
+
+def test_samplers_and_schedules_can_be_swept(run):
+    ran = run("--layout", write("a.yaml"), "--sweep", "sampler=euler,heun", "--sweep", "schedule=flux,simple")
+    assert ran.code == 0 and len(ran.made) == 5
+    assert len({Image.open(name).tobytes() for name in ran.made}) == 5
+    ran = run("--layout", write("b.yaml", sampler="dpm"))
+    assert ran.code == 2 and "b.yaml: sampler = 'dpm'" in ran.errors[-1]
+
+
 @pytest.fixture
 def encode(model, tmp_path):
     """encode(cache, **changes): the prompt embeddings of A with changes, by a new pipeline."""

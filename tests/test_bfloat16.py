@@ -77,6 +77,9 @@ OWN_STEPS = replaced(LEFT, base_ratio=0.1, mask_inject_steps=1)
 SETTINGS = {
     "the default": layout(),
     "plain": layout(method="plain"),
+    "heun": layout(sampler="heun", schedule="simple"),
+    "composition by heun": layout(method="rpg", sampler="heun"),
+    "dpmpp_2m": layout(sampler="dpmpp_2m", schedule="beta", steps=6, mask_inject_steps=3),
     "composition": layout(method="rpg"),
     "composition without a base branch": layout(method="rpg", base_ratio=0.0),
     "composition with soft edges": layout(*SOFT, method="rpg"),

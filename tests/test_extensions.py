@@ -121,6 +121,59 @@ def test_heun_takes_the_modulation_by_its_timestep(flux, ratio):
     assert asked == [step for step in range(STEPS) for _ in range(2)] and list(known[0]) == levels
 
 
+def recorded(flux: Flux, layout: Layout) -> tuple[list, Tensor]:
+    """Each pass of a run, as (its branches, step, what it was given, the velocity), and the latents."""
+    passes = []
+
+    def extend(forward, branches):
+        def kept(given, step):
+            passes.append((branches, step, given, forward(given, step)))
+            return passes[-1][-1]
+
+        return kept
+
+    conditioning = CONDITIONING._replace(y=random(4, 48, seed=3)) if layout.method == "rpg" else CONDITIONING
+    return passes, sample(flux, layout, TOKENS, conditioning, 1, portable_attention, [extend])
+
+
+STAGED = {"steps": 9, "mask_inject_steps": 6, "regions": (replace(REGIONS[0], mask_inject_steps=3), REGIONS[1])}
+
+
+@pytest.mark.parametrize("method", ["regional", "rpg", "plain"])
+def test_both_velocities_of_a_heun_step_are_of_its_kind_and_their_own_level(flux, method, spy):
+    """The modulation of both is made before the first step: by then its weights are streamed away."""
+    late = spy(Flux, "modulation")
+    layout = Layout(prompt="p", width=64, height=64, **STAGED, sampler="heun", method=method).resolved(DEFAULTS)
+    passes, _ = recorded(flux, layout)
+    assert late == []
+    levels = torch.tensor(noise_levels(layout, flux.params)).tolist()
+    expected = [(step, t) for step in range(9) for t in levels[step : step + 2] if t > 0]
+    many = 4 if method == "rpg" else 1
+    split = 2 * layout.regional_steps()
+    times = [time for time in expected[:split] for _ in range(many)] + expected[split:]
+    assert [(step, given.timesteps.item()) for _, step, given, _ in passes] == times
+    plain = passes[-1][0]
+    assert all(branches is plain for branches, *_ in passes[split * many :])
+    if method == "regional":
+        stages = [id(branches) for branches, *_ in passes]
+        assert [stages.count(x) for x in dict.fromkeys(stages)] == [6, 6, 5]
+    for *_, given, _ in passes:
+        fresh = flux.modulation(given.timesteps, given.y, GUIDANCE)
+        assert all(torch.equal(x, y) for own, other in zip(given.modulation, fresh) for x, y in zip(own, other))
+
+
+def test_a_multistep_method_forgets_where_the_kind_of_step_changes(flux):
+    """There, as at t = 1 whose log-SNR is infinite, it steps as Euler does."""
+    layout = Layout(prompt="p", width=64, height=64, **STAGED, sampler="dpmpp_2m").resolved(DEFAULTS)
+    passes, _ = recorded(flux, layout)
+    as_euler = []
+    for (_, step, given, velocity), (*_, after, _) in zip(passes, passes[1:]):
+        end = given.img + (after.timesteps - given.timesteps) * velocity
+        if difference(end, after.img) < 1e-5:
+            as_euler.append(step)
+    assert as_euler == [0, 1, 3, 6]
+
+
 def true_cfg(flux: Flux, txt: Tensor, y: Tensor, scale: float):
     """From the velocity by a negative prompt, away to that by the prompt."""
 

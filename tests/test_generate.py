@@ -180,6 +180,26 @@ def test_the_kernel_generates_what_the_portable_attention_does(tiny_pipeline, mo
     assert 0 < distance(other.denoise(prepared, 1), tiny_pipeline.denoise(prepared, 1)) < 1e-5
 
 
+def test_attention_may_be_a_function(model, tiny_pipeline):
+    """It makes the masked attention of tokens, as portable_attention does; images record its name."""
+    made = []
+
+    def mine(tokens):
+        made.append(len(tokens.bits))
+        return dense_attention(tokens)
+
+    own = pipeline.Pipeline(model, device="cpu", attention=mine)
+    dense = pipeline.Pipeline(model, device="cpu", attention="dense")
+    prepared = tiny_pipeline.prepare(read_layout(None, A))
+    assert torch.equal(own.denoise(prepared, 1), dense.denoise(prepared, 1))
+    assert made == [3 * 32 + 32 + 24, 3 * 32 + 32 + 2 * 24]  # in double blocks, in single blocks
+    assert run_metadata(own)["attention"].endswith("test_attention_may_be_a_function.<locals>.mine")
+    assert own.settings.attention == "auto" and "attention" not in run_metadata(tiny_pipeline)
+    assert pipeline.Pipeline(Settings(model=model, device="cpu"), attention=mine).attention is mine
+    with pytest.raises(InputError, match="--attention mine: expected one of auto"):
+        pipeline.Pipeline(model, attention="mine")
+
+
 def test_which_attention_is_chosen(monkeypatch, kernel):
     def chosen(name: str, device: str):
         return choose.choose_attention(name, torch.device(device), torch.bfloat16, False)
@@ -247,6 +267,18 @@ def test_attention_maps_are_fractions_inside_the_regions(run, layout):
     assert run(*flags, "--output", "a.png").code == 2 and not Path("a.png").exists()
     ran = run(*flags, "--output", "b.png", "--method", "plain")
     assert ran.code == 0 and "no attention maps" in ran.errors[1] and not Path("maps/b.safetensors").exists()
+
+
+def test_attention_maps_have_one_entry_for_a_step_of_two_evaluations(tiny_pipeline):
+    """That of the first."""
+    found = []
+    for sampler in "euler", "heun":
+        maps = maps_of(tiny_pipeline)
+        prepared = tiny_pipeline.prepare(read_layout(None, A | {"sampler": sampler}))
+        tiny_pipeline.denoise(prepared, 3, [maps.extend])
+        found.append(maps.maps)
+    assert found[0].shape == found[1].shape == (2, 5, 3, 24)
+    assert torch.equal(found[0][0], found[1][0]) and not torch.equal(found[0][1], found[1][1])
 
 
 def test_a_region_without_strength_gets_no_attention(tiny_pipeline):

@@ -23,7 +23,7 @@ from regional.layout import Layout
 from regional.mask import region_tokens
 from regional.reader import read_layout
 from regional.sampling import Conditioning, sample
-from tools.cost import forward_flops, plain_flops, resolved, stages
+from tools.cost import evaluations, forward_flops, plain_flops, resolved, stages
 from tools.preview import COLORS, GAP, LINE, details, grid_tokens, innermost, preview, report
 from tools.schema import json_schema
 
@@ -186,6 +186,8 @@ RUNS = {
     "soft and weighed": run({"feather": 48, "strength": 0}),
     "own steps": run({"mask_inject_steps": 1}, {"mask_inject_steps": "80%"}, base_ratio=0),
     "own ratios": run({"base_ratio": 0}, {"base_ratio": 1}),
+    "heun": run(sampler="heun"), "heun to the end": run(sampler="heun", mask_inject_steps=5),
+    "composition by heun": run(sampler="heun", method="rpg"), "multistep": run(sampler="dpmpp_2m"),
     "covering": run(second={"box": [64, 0, 128, 128]}),
 }  # fmt: skip
 
@@ -205,18 +207,24 @@ def counted_flops(of: Layout, params: FluxParams = tiny.FLUX) -> int:
     return counter.get_total_flops()
 
 
+MODULATION = forward_flops(tiny.FLUX, text=0, image=0, pairs=0)
+
+
 def total_flops(of: Layout, params: FluxParams) -> int:
     found = stages(resolved(of, params), params, grid_tokens(of))
     assert found[-1][1] == plain_flops(params, 12, 64)
     starts = [0, *(end for end, *_ in found)]
-    return sum((end - start) * flops for start, (end, flops, _) in zip(starts, found))
+    return sum(evaluations(of, start, end) * flops for start, (end, flops, _) in zip(starts, found))
 
 
 @pytest.mark.parametrize("of", RUNS.values(), ids=RUNS)
 def test_the_expected_work_is_that_of_a_run(of):
     counted = counted_flops(of)
     if of is RUNS["composition alone"]:  # its base prompt's modulation is made for all steps
-        counted -= resolved(of, tiny.FLUX).regional_steps() * forward_flops(tiny.FLUX, text=0, image=0, pairs=0)
+        counted -= resolved(of, tiny.FLUX).regional_steps() * MODULATION
+    if of.sampler == "heun":  # neighboring steps share a modulation; rpg's prompts do in the regional steps
+        T = resolved(of, tiny.FLUX).regional_steps()
+        counted += (4 + (3 * (T - 1) if of.method == "rpg" else 0)) * MODULATION
     # Ratios of tokens are a matrix product too.
     assert total_flops(of, tiny.FLUX) == pytest.approx(counted, rel=1e-5)
     ratio = counted / counted_flops(RUNS["plain"])

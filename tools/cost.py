@@ -7,7 +7,7 @@ from regional.attention import allowed
 from regional.layout import FLUX_DEV, Layout
 from regional.mask import RegionTokens, stage_ratios
 
-Stage = tuple[int, int, str]  # its last step, the FLOPs of each of its steps, its name
+Stage = tuple[int, int, str]  # its last step, the FLOPs of an evaluation, its name
 MOST_BITS = 2048  # distinct ones of which all pairs are counted; of more, a sample
 
 
@@ -24,10 +24,12 @@ def cost(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[str]:
     lines = []
     start = total = 0
     for end, flops, what in found:
+        count = evaluations(layout, start, end)
         if end > start:
-            each = f"{amount(flops)} each, {flops / plain:.2f} times a plain step"
+            mean = count * flops / (end - start)
+            each = f"{amount(mean)} each, {mean / plain:.2f} times a plain step"
             lines.append(f"steps {start + 1} to {end}: {what}, {each}")
-        total += (end - start) * flops
+        total += count * flops
         start = end
     times = f"{total / (start * plain):.2f} times plain FLUX.1"
     lines.append(f"altogether: {amount(total)}, {times}")
@@ -36,7 +38,14 @@ def cost(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[str]:
     return lines
 
 
-def amount(flops: int) -> str:
+def evaluations(layout: Layout, start: int, end: int) -> int:
+    """How often steps ask for the velocity: Heun's twice, but for the image's last."""
+    if layout.sampler != "heun":
+        return end - start
+    return 2 * (end - start) - (start < end == layout.steps)
+
+
+def amount(flops: float) -> str:
     if flops >= 1e12:
         return f"{flops / 1e12:,.1f} TFLOP"
     return f"{flops / 1e9:,.1f} GFLOP"

@@ -41,7 +41,7 @@ from tools.metadata import (
 POCKET = "this is the built-in pocket model; FLUX.1-dev: --model black-forest-labs/FLUX.1-dev"
 SWEPT = (
     "base_ratio", "mask_inject_steps", "double_inject_interval", "single_inject_interval",
-    "guidance", "steps", "method", "preset", "region_max_sequence_length",
+    "guidance", "steps", "method", "preset", "region_max_sequence_length", "sampler", "schedule",
 )  # fmt: skip
 Labels = tuple[str, ...]  # of swept settings, each key=value
 Reader = Callable[[Path | None, dict[str, Any]], Layout]

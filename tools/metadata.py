@@ -44,6 +44,7 @@ EXIF_DESCRIPTION = 0x010E
 EXIF_SOFTWARE = 0x0131
 MAX_JPEG_EXIF = 65_000  # bytes: the segments of a JPEG file have 16-bit lengths
 SHEET = "contact sheet"
+SAMPLERS = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}  # in other programs
 CHECKSUM = "sha256"  # of a tensor, among the metadata of its file
 ANY_SIZE = 10**9  # pixels
 
@@ -107,6 +108,7 @@ def run_metadata(pipeline: Any) -> Metadata:
     settings = pipeline.settings
     checkpoint = pipeline.checkpoint
     given = {key: getattr(settings, key) for key in MODEL_KEYS}
+    attention = pipeline.attention or settings.attention.replace("auto", "")
     found = {
         "model": checkpoint.name,
         "files": {part: str(getattr(checkpoint, part).path) for part in MODEL_KEYS[1:]},
@@ -115,7 +117,7 @@ def run_metadata(pipeline: Any) -> Metadata:
         "fp8": pipeline.fp8,
         "compile": settings.compile,
         "processes": pipeline.parallel and pipeline.parallel.size,
-        "attention": settings.attention.replace("auto", ""),
+        "attention": getattr(attention, "__qualname__", str(attention)),
     }
     found = {key: value for key, value in found.items() if value}
     return found | {"given": {key: value for key, value in given.items() if value}}
@@ -172,11 +174,12 @@ def is_sheet(path: Path) -> bool:
 
 def embedded(metadata: Metadata, suffix: str) -> dict[str, Any]:
     """Pillow's arguments."""
+    sampler = metadata.get("sampler", "euler")
     line = (
-        "Steps: {steps}, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: {guidance}, "
+        "Steps: {steps}, Sampler: {name}, CFG scale: 1, Distilled CFG Scale: {guidance}, "
         "Seed: {seed}, Size: {width}x{height}, Model: {model}, Base ratio: {base_ratio}, "
         "Mask inject steps: {mask_inject_steps}"
-    ).format_map(metadata)
+    ).format_map(metadata | {"name": SAMPLERS.get(sampler, sampler)})
     if suffix == ".png":
         info = PngImagePlugin.PngInfo()
         info.add_text("parameters", f"{metadata['prompt']}\n{line}")
