@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from model.attention import Block
 
 MAX_REGIONS = 61
-SHAPES = ("box", "polygon", "mask", "color")
+SHAPES = ("box", "ellipse", "polygon", "mask", "color")
 UNION_MODES = ("canny", "tile", "depth", "blur", "pose", "gray", "lq")
 MODES = {name: mode for mode, name in enumerate(UNION_MODES)}
 
@@ -49,6 +49,8 @@ Byte = Annotated[int, Meta(ge=0, le=255)]
 RGB = Annotated[tuple[Byte, ...], Meta(min_length=3, max_length=3)]
 Color = Annotated[int, Meta(ge=0, lt=2**24)] | str | RGB
 
+STYLE = "appended to every prompt, after a comma"
+ORDER = "where regions overlap, the highest is on top; of equal ones as overlap says"
 FILE_OR_REPOSITORY = "a path, or a repository, org/name or org/name:file"
 MODE = f"a union's mode, a number or {', '.join(MODES)}"
 RESIDUALS = "published: none of the single blocks' for the base branch, as in the paper's code"
@@ -112,13 +114,15 @@ class Control(Part):
 
 
 class Region(Part):
-    """A region: its prompt, and exactly one shape, a box, polygon, mask or color."""
+    """A region: its prompt, and exactly one shape, a box, ellipse, polygon, mask or color."""
 
     prompt: Annotated[Text, "what the region shows, in words"]
     box: Annotated[Box | None, "x0, y0, x1, y1, half-open, in pixels or 25%"] = None
+    ellipse: Annotated[Box | None, "inscribed in the box x0, y0, x1, y1"] = None
     polygon: Annotated[Polygon | None, "points [x, y], or lists of them (even-odd)"] = None
     mask: Annotated[str | None, "an image; pixels >= 128 are inside"] = None
     color: Annotated[Color | None, COLOR] = None
+    order: Annotated[int, ORDER] = 0
     strength: Annotated[Strength, "attention weight of its prompt; published: 1"] = 1.0
     feather: Annotated[Feather, "over how many pixels its edge is soft"] = 0.0
     mask_inject_steps: Annotated[Count | None, "its own steps, a count or 40%"] = None
@@ -133,13 +137,14 @@ class Region(Part):
 Regions = Annotated[tuple[Region, ...], Meta(max_length=MAX_REGIONS)]
 
 
-class Layout(Part):
+class Layout(Part, dict=True):
     """One image. A key that is null takes the model's default; for the seed, a random number."""
 
     prompt: Annotated[str, "the base prompt; enough for an image without a layout"]
     background_prompt: Annotated[str, "the prompt where there is no region"] = "a photo"
-    width: Annotated[Pixels, "in pixels, a multiple of 16"] = 1024
-    height: Annotated[Pixels, "in pixels, a multiple of 16"] = 1024
+    style: Annotated[str, STYLE] = ""
+    width: Annotated[Pixels | None, "in pixels, a multiple of 16"] = None
+    height: Annotated[Pixels | None, "in pixels, a multiple of 16"] = None
     steps: Annotated[Steps | None, "denoising steps; default: the model's"] = None
     guidance: Annotated[Guidance, "guidance of FLUX.1-dev"] = 3.5
     seed: Annotated[Seed | None, "of the noise; default: random"] = None
@@ -168,12 +173,23 @@ class Layout(Part):
         if isinstance(own, str):
             own = max(2, count_of(own, length))
         lengths = {"max_sequence_length": length, "region_max_sequence_length": own}
-        return replace(self, steps=self.steps or defaults.steps, **lengths)
+        size = {"width": self.width or defaults.size, "height": self.height or defaults.size}
+        return replace(self, steps=self.steps or defaults.steps, **lengths, **size)
+
+    def styled(self) -> "Layout":
+        """The layout with its style in all prompts."""
+
+        def full(part: Any, key: str = "prompt") -> Any:
+            text = ", ".join(filter(None, (getattr(part, key), self.style)))
+            return replace(part, **{key: text})
+
+        layout = full(full(self), "background_prompt")
+        return replace(layout, regions=tuple(map(full, self.regions)), style="")
 
     def resolved(self, defaults: Defaults) -> "Layout":
-        """The filled layout with nothing left to parse: counts are ints, each region has its
-        own, and double_blocks and single_blocks are sets of masked blocks' indices."""
-        layout = self.filled(defaults)
+        """The filled layout with nothing left to parse: prompts have the style, counts are
+        ints, each region has its own, double_blocks and single_blocks are sets of indices."""
+        layout = self.styled().filled(defaults)
 
         def own(part: Any) -> Any:
             ratio = self.base_ratio if part.base_ratio is None else part.base_ratio
@@ -192,7 +208,7 @@ class Layout(Part):
         controls = (replace(x, mode=MODES.get(x.mode, x.mode)) for x in self.controlnets)
         return replace(
             own(layout),
-            regions=tuple(map(own, self.regions)),
+            regions=tuple(map(own, layout.regions)),
             double_blocks=masked("double", defaults.depth),
             single_blocks=masked("single", defaults.depth_single_blocks),
             controlnets=tuple(controls),

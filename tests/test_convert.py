@@ -316,7 +316,7 @@ FROM_MISTAKES = [  # form and options, the file in.txt, words of the sentence
 HOLE = "prompt: y, polygon: [[[0, 0], [60, 0], [60, 40]], [[30, 10], [50, 10], [50, 30]]]"
 BOXES_ONLY = [form for form in FORMS if form not in ("coco", "invokeai", "seg2any")]
 TO_MISTAKES = [
-    *((form, POLYGONS, f"regions[0]: it has a polygon, {form} has only boxes") for form in BOXES_ONLY),
+    *((form, POLYGONS, f"regions[0]: {form} has only boxes, no polygon") for form in BOXES_ONLY),
     ("rpg", OVERLAPPING, "regions: their boxes form no split"),
     ("rpg", SPLIT.replace("[72, 24, 112, 48]", "[80, 24, 112, 48]"), "regions: their boxes form no split"),
     ("rpg", SPLIT.replace("a tree", "a BREAK tree"), "prompt = 'BREAK': it is a keyword in rpg"),
