@@ -49,7 +49,7 @@ Byte = Annotated[int, Meta(ge=0, le=255)]
 RGB = Annotated[tuple[Byte, ...], Meta(min_length=3, max_length=3)]
 Color = Annotated[int, Meta(ge=0, lt=2**24)] | str | RGB
 
-STYLE = "appended to every prompt, after a comma"
+STYLE = "appended to every prompt after a comma, or a text with {prompt} in it"
 ORDER = "where regions overlap, the highest is on top; of equal ones as overlap says"
 FILE_OR_REPOSITORY = "a path, or a repository, org/name or org/name:file"
 MODE = f"a union's mode, a number or {', '.join(MODES)}"
@@ -177,11 +177,13 @@ class Layout(Part, dict=True):
         return replace(self, steps=self.steps or defaults.steps, **lengths, **size)
 
     def styled(self) -> "Layout":
-        """The layout with its style in all prompts."""
+        """The layout with its style in all prompts, by the rule of AUTOMATIC1111's styles."""
 
         def full(part: Any, key: str = "prompt") -> Any:
-            text = ", ".join(filter(None, (getattr(part, key), self.style)))
-            return replace(part, **{key: text})
+            prompt = getattr(part, key)
+            if "{prompt}" in self.style:
+                return replace(part, **{key: self.style.replace("{prompt}", prompt)})
+            return replace(part, **{key: ", ".join(filter(None, (prompt, self.style)))})
 
         layout = full(full(self), "background_prompt")
         return replace(layout, regions=tuple(map(full, self.regions)), style="")

@@ -26,7 +26,7 @@ def main() -> int:
         print(f'- {{color: "{color}", prompt: }}  # {fraction:.1%}')
     if len(found) == MAX_REGIONS:
         rest = 1 - sum(fraction for _, fraction in found)
-        print(f"# {rest:.1%} have other colors")
+        print(f"# {rest:.1%} of the pixels have other colors")
     return 0
 
 

@@ -587,12 +587,12 @@ def fitted(layout: Data, stem: str) -> Files:
 def to_form(layout: Layout, form: str, stem: str) -> Files:
     """The files of another form; what it can't hold is reported."""
     _, convert, kept = FORMS[form]
-    layout = layout.styled()
-    files = convert(layout, stem)
+    files = convert(layout.styled(), stem)
     parts = {"": layout} | {f"regions[{i}].": r for i, r in enumerate(layout.regions)}
     lost = []
+    held_by_all = {"regions", "map", "preset", "style"}
     for start, part in parts.items():
-        held = {*kept, "regions", "map", "preset"} if part is layout else {*kept, "prompt", *SHAPES}
+        held = {*kept, *held_by_all} if part is layout else {*kept, "prompt", *SHAPES}
         default = type(part)(prompt="")
         keys = [key for key in part.__struct_fields__ if key not in held]
         lost += [start + key for key in keys if getattr(part, key) != getattr(default, key)]
