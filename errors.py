@@ -180,8 +180,8 @@ def parse_yaml(text: str, loader: type[yaml.SafeLoader], file: str | Path) -> An
             return yaml.load(text, loader)
         except yaml.YAMLError as error:
             problem = getattr(error, "problem", None) or str(error)
-            if re.match("mapping values|expected (the node content|',')", problem):
-                problem += "; quote text with a colon or a #"
+            if re.match("mapping values|expected (the node content|',|<block end>)", problem):
+                problem += "; quote text with : or # or {"
             if mark := getattr(error, "problem_mark", None):
                 problem = f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
             raise InputError(Path(file), MISSING, problem) from None

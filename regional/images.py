@@ -36,28 +36,23 @@ def read_color(file: str, color: Any) -> np.ndarray:
     COCO's panoptic images.
     """
     with opened_image(file) as image:
-        is_gray = image.mode in ("1", "L", "P") or image.mode.startswith("I")
-        if is_gray and isinstance(color, int):
+        is_index = isinstance(color, int)
+        if is_index and image.mode in ("1", "L", "P") or image.mode.startswith("I"):
             return np.asarray(image) == color
-        if isinstance(color, str):
+        if is_index:
+            color = (color & 255, color >> 8 & 255, color >> 16)
+        elif isinstance(color, str):
             color = bytes.fromhex(color[1:])
-        number = color if isinstance(color, int) else int.from_bytes(color, "little")
-        return color_numbers(image) == number
+        bands = image.convert("RGB").split()
+        same = [np.asarray(band) == value for band, value in zip(bands, color)]
+        return np.logical_and.reduce(same)
 
 
-def color_numbers(image: Image.Image) -> np.ndarray:
-    """R + 256 G + 65536 B of each pixel."""
-    rgba = image.convert("RGB").convert("RGBA")
-    return np.asarray(rgba).view("<u4")[..., 0] & 0xFFFFFF
-
-
-def colors_in(file: str, most: int) -> list[tuple[str, float]]:
-    """A map's most frequent colors: "#rrggbb", and its fraction of the pixels."""
+def colors_in(file: str) -> list[tuple[int, tuple[int, ...]]]:
+    """How many pixels each color of a map has, the most frequent first; [] if too many."""
     with opened_image(file) as image:
-        numbers, counts = np.unique(color_numbers(image), return_counts=True)
-    order = np.argsort(-counts, kind="stable")[:most]
-    colors = [f"#{number.to_bytes(3, 'little').hex()}" for number in numbers[order].tolist()]
-    return list(zip(colors, counts[order] / counts.sum()))
+        found = image.convert("RGB").getcolors(2**16)
+    return sorted(found or [], reverse=True)
 
 
 def read_image(file: str) -> Image.Image:

@@ -60,13 +60,13 @@ def read_layout(file: str | Path | None, overrides: dict | None = None, size: in
 
 
 def checked_in_code(layout: Layout, size: int) -> Layout:
-    """A layout made in code, checked as a file's keys are; one that was read, as it is.
-    Keys with their default count as not written, so a preset fills them."""
+    """A layout made in code, checked like a file; keys with their default count as unset."""
     if "is_checked" in layout.__dict__:
         return layout
-    data = msgspec.to_builtins(layout, enc_hook=lambda x: getattr(x, "tolist", x.__str__)())
     unset = msgspec.to_builtins(Layout(prompt=None))
-    return read_layout(None, {key: data[key] for key in data if data[key] != unset[key]}, size)
+    data = msgspec.to_builtins(layout, enc_hook=lambda x: getattr(x, "tolist", x.__str__)())
+    data = {key: value for key, value in data.items() if value != unset[key]}
+    return read_layout(None, data, size)
 
 
 TAG = "tag:yaml.org,2002:"
@@ -270,9 +270,9 @@ def checked_region(region: Region, layout: Layout, folder: Path, path: str) -> R
     if layout.map and not shapes:
         problem += '; "#rrggbb" needs its quotes'
     require(len(shapes) == 1, path, MISSING, problem)
-    is_stacked = layout.overlap != "share" or region.order == 0
+    is_good = not region.order or layout.overlap != "share"
     problem = "with overlap: share none is on top; write overlap: last"
-    require(is_stacked, f"{path}.order", region.order, problem)
+    require(is_good, f"{path}.order", region.order, problem)
     key = f"{path}.{region.shape}"
     shape = getattr(region, region.shape)
     if region.box or region.ellipse:
@@ -281,7 +281,7 @@ def checked_region(region: Region, layout: Layout, folder: Path, path: str) -> R
         shape = polygons_in_pixels(shape, layout, key)
     elif region.mask is not None:
         shape = str(folder / shape)
-        empty = "nothing in it is white, no opaque pixel reaches 128; transparent ones are outside"
+        empty = "nothing in it is white, no opaque pixel reaches 128"
         check_mask(readable(read_mask, shape, key), layout, key, Path(shape), empty)
     else:
         check_color(shape, layout, key)
@@ -291,7 +291,7 @@ def checked_region(region: Region, layout: Layout, folder: Path, path: str) -> R
 def box_in_pixels(box: tuple, layout: Layout, key: str) -> tuple[float, ...]:
     sides = (layout.width, layout.height) * 2
     edges = [pixels(edge, sides[i], f"{key}[{i}]") for i, edge in enumerate(box)]
-    problem = "less than a pixel; of fractions write the percentages, 50% for 0.5"
+    problem = "smaller than a pixel; write fractions as percentages, 50% for 0.5"
     require(max(edges) > 1, key, box, problem)
     x, y, width, height = edges
     hint = ""
@@ -341,8 +341,9 @@ def check_color(color: Any, layout: Layout, key: str) -> None:
     inside = readable(partial(read_color, color=color), layout.map, key)
     empty = ""
     if not inside.any():
-        colors = ", ".join(name for name, _ in colors_in(layout.map, 8))
-        empty = f"nothing in the map is of this color, most is {colors}"
+        found = [f"#{bytes(rgb).hex()}" for _, rgb in colors_in(layout.map)]
+        listed = ", ".join(found[:8]) or "too many colors"
+        empty = f"nothing in the map is of this color; it has {listed}"
         if layout.map.lower().endswith((".jpg", ".jpeg")):
             empty += "; a JPEG's are inexact, use a PNG"
     check_mask(inside, layout, key, color, empty)

@@ -17,16 +17,14 @@ def main() -> int:
         return 2
     file = sys.argv[1]
     try:
-        found = colors_in(file, MAX_REGIONS)
+        found = colors_in(file)
     except InputError as error:
         info(f"colors: {error}")
         return 2
-    print(f"map: {file!r}\nregions:")
-    for color, fraction in found:
-        print(f'- {{color: "{color}", prompt: }}  # {fraction:.1%}')
-    if len(found) == MAX_REGIONS:
-        rest = 1 - sum(fraction for _, fraction in found)
-        print(f"# {rest:.1%} of the pixels have other colors")
+    pixels = sum(count for count, _ in found)
+    print(f"# {len(found) or 'too many'} colors\nmap: {file!r}\nregions:")
+    for count, color in found[:MAX_REGIONS]:
+        print(f'- {{color: "#{bytes(color).hex()}", prompt: }}  # {count / pixels:.1%}')
     return 0
 
 
