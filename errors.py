@@ -6,7 +6,6 @@ cannot be read or parsed is an InputError naming the file, whatever the library 
 
 import mmap
 import os
-import re
 import stat
 import sys
 import warnings
@@ -180,7 +179,7 @@ def parse_yaml(text: str, loader: type[yaml.SafeLoader], file: str | Path) -> An
             return yaml.load(text, loader)
         except yaml.YAMLError as error:
             problem = getattr(error, "problem", None) or str(error)
-            if re.match("mapping values|expected (the node content|',|<block end>)", problem):
+            if problem.startswith(("mapping values", "expected")):
                 problem += "; quote text with : or # or {"
             if mark := getattr(error, "problem_mark", None):
                 problem = f"line {mark.line + 1}, column {mark.column + 1}: {problem}"

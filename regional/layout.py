@@ -50,16 +50,16 @@ RGB = Annotated[tuple[Byte, ...], Meta(min_length=3, max_length=3)]
 Color = Annotated[int, Meta(ge=0, lt=2**24)] | str | RGB
 
 STYLE = "appended to every prompt after a comma, or a text with {prompt} in it"
-ORDER = "where regions overlap, the highest is on top; of equal ones as overlap says"
+ORDER = "where regions overlap, the highest is on top"
 FILE_OR_REPOSITORY = "a path, or a repository, org/name or org/name:file"
 MODE = f"a union's mode, a number or {', '.join(MODES)}"
 RESIDUALS = "published: none of the single blocks' for the base branch, as in the paper's code"
 WHICH_BLOCKS = 'which are masked, in place of the interval: "every 2", "0-18", "0-4, 8" or a list'
 COLOR = 'one of the layout\'s map: "#rrggbb", [r, g, b] or an index'
 OPEN = "open: all image tokens see each other"
-SHARED = "shared: one image stream in the single blocks too; cheaper, not the published method"
+SHARED = "shared: one image stream in single blocks too; cheaper, not as published"
 REGION_TOKENS = "text tokens of each region, a count or 25% of max_sequence_length"
-PRESET = "control: defaults that suit many regions; keys that are set take precedence"
+PRESET = "control: other defaults, which suit many regions"
 METHOD = "rpg: blend whole images, the paper's baseline; plain: unmodified FLUX"
 
 
@@ -114,7 +114,7 @@ class Control(Part):
 
 
 class Region(Part):
-    """A region: its prompt, and exactly one shape, a box, ellipse, polygon, mask or color."""
+    """A region: its prompt, and exactly one shape."""
 
     prompt: Annotated[Text, "what the region shows, in words"]
     box: Annotated[Box | None, "x0, y0, x1, y1, half-open, in pixels or 25%"] = None
@@ -138,7 +138,7 @@ Regions = Annotated[tuple[Region, ...], Meta(max_length=MAX_REGIONS)]
 
 
 class Layout(Part, dict=True):
-    """One image. A key that is null takes the model's default; for the seed, a random number."""
+    """One image. Null stands for the model's default, and for a random seed."""
 
     prompt: Annotated[str, "the base prompt; enough for an image without a layout"]
     background_prompt: Annotated[str, "the prompt where there is no region"] = "a photo"
@@ -177,20 +177,22 @@ class Layout(Part, dict=True):
         return replace(self, steps=self.steps or defaults.steps, **lengths, **size)
 
     def styled(self) -> "Layout":
-        """The layout with its style in all prompts, by the rule of AUTOMATIC1111's styles."""
+        """The layout with its style in all prompts."""
 
         def full(part: Any, key: str = "prompt") -> Any:
-            prompt = getattr(part, key)
+            text = getattr(part, key)
             if "{prompt}" in self.style:
-                return replace(part, **{key: self.style.replace("{prompt}", prompt)})
-            return replace(part, **{key: ", ".join(filter(None, (prompt, self.style)))})
+                text = self.style.replace("{prompt}", text)
+            else:
+                text = ", ".join(filter(None, (text, self.style)))
+            return replace(part, **{key: text})
 
         layout = full(full(self), "background_prompt")
         return replace(layout, regions=tuple(map(full, self.regions)), style="")
 
     def resolved(self, defaults: Defaults) -> "Layout":
-        """The filled layout with nothing left to parse: prompts have the style, counts are
-        ints, each region has its own, double_blocks and single_blocks are sets of indices."""
+        """The filled layout with nothing left to parse: counts are ints, each region has its
+        own, blocks are sets of indices, prompts have the style."""
         layout = self.styled().filled(defaults)
 
         def own(part: Any) -> Any:

@@ -106,7 +106,7 @@ def region_tokens(layout: Layout) -> RegionTokens:
 
 
 def topmost_first(layout: Layout, areas: Sequence[float]) -> list[int]:
-    """The regions' indices, as `order` and then `overlap` stack them."""
+    """The regions' indices: `order` counts before `overlap`."""
     indices = list(range(len(layout.regions)))
     if layout.overlap == "last":
         indices.reverse()

@@ -22,12 +22,10 @@ from regional.layout import BLOCKS, HEX, PERCENT, PRESETS, SHAPES, Control, Layo
 MAX_NUMBER = 100  # characters; a file full of 1:1:1:1... would take hours
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*(:.+)?"  # org/name, or one of its files
 SYNONYMS = {
-    "cfg": "guidance", "cfg_scale": "guidance", "num_inference_steps": "steps",
-    "caption": "prompt", "weight": "strength", "circle": "ellipse", "z_index": "order",
-}  # fmt: skip
-ABSENT = {  # by how they begin
-    "negative": "FLUX.1-dev has no negative prompt",
-    "denois": "an image begins as noise alone",
+    "cfg": "guidance",
+    "cfg_scale": "guidance",
+    "weight": "strength",
+    "circle": "ellipse",
 }
 
 
@@ -60,7 +58,7 @@ def read_layout(file: str | Path | None, overrides: dict | None = None, size: in
 
 
 def checked_in_code(layout: Layout, size: int) -> Layout:
-    """A layout made in code, checked like a file; keys with their default count as unset."""
+    """A layout made in code, checked like a file; defaults count as unset."""
     if "is_checked" in layout.__dict__:
         return layout
     unset = msgspec.to_builtins(Layout(prompt=None))
@@ -161,7 +159,10 @@ def check_type(value: Any, struct: type[Struct], key: str, path: str) -> type[St
     if key not in known:
         close = difflib.get_close_matches(SYNONYMS.get(key, key), known, 1)
         hint = f"did you mean {close[0]}" if close else f"known keys are {', '.join(known)}"
-        hint = next((why for start, why in ABSENT.items() if key.startswith(start)), hint)
+        if key.startswith("negative"):
+            hint = "FLUX.1-dev has no negative prompt"
+        if key.startswith("denois"):
+            hint = "an image begins as noise alone"
         raise InputError(path + key, value, f"no such key, {hint}")
     kind, entry = known[key]
     inner = ""
@@ -186,7 +187,7 @@ def check_type(value: Any, struct: type[Struct], key: str, path: str) -> type[St
             problem += "; write it in quotes"
         elif "count" in meaning and re.fullmatch(r"0?\.[0-9]{1,9}|1\.0", str(value)):
             problem += f"; write {100 * float(value):.9g}%"
-        elif "expected int" in problem and isinstance(value, float) and value.is_integer():
+        elif "expected int" in problem and isinstance(value, float) and not value % 1:
             problem += f"; write {value:.0f}"
     raise InputError(path + key + inner, value, problem)
 
@@ -271,7 +272,7 @@ def checked_region(region: Region, layout: Layout, folder: Path, path: str) -> R
         problem += '; "#rrggbb" needs its quotes'
     require(len(shapes) == 1, path, MISSING, problem)
     is_good = not region.order or layout.overlap != "share"
-    problem = "with overlap: share none is on top; write overlap: last"
+    problem = "overlap: share has no order; write overlap: last"
     require(is_good, f"{path}.order", region.order, problem)
     key = f"{path}.{region.shape}"
     shape = getattr(region, region.shape)
@@ -291,7 +292,7 @@ def checked_region(region: Region, layout: Layout, folder: Path, path: str) -> R
 def box_in_pixels(box: tuple, layout: Layout, key: str) -> tuple[float, ...]:
     sides = (layout.width, layout.height) * 2
     edges = [pixels(edge, sides[i], f"{key}[{i}]") for i, edge in enumerate(box)]
-    problem = "smaller than a pixel; write fractions as percentages, 50% for 0.5"
+    problem = "smaller than a pixel; write 50% for 0.5"
     require(max(edges) > 1, key, box, problem)
     x, y, width, height = edges
     hint = ""
@@ -341,11 +342,11 @@ def check_color(color: Any, layout: Layout, key: str) -> None:
     inside = readable(partial(read_color, color=color), layout.map, key)
     empty = ""
     if not inside.any():
-        found = [f"#{bytes(rgb).hex()}" for _, rgb in colors_in(layout.map)]
-        listed = ", ".join(found[:8]) or "too many colors"
-        empty = f"nothing in the map is of this color; it has {listed}"
+        colors = [f"#{bytes(rgb).hex()}" for _, rgb in colors_in(layout.map)]
+        has = ", ".join(colors[:8]) or "too many colors"
+        empty = f"nothing in the map is of this color; it has {has}"
         if layout.map.lower().endswith((".jpg", ".jpeg")):
-            empty += "; a JPEG's are inexact, use a PNG"
+            empty += "; a JPEG's are inexact"
     check_mask(inside, layout, key, color, empty)
 
 

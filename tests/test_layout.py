@@ -179,7 +179,7 @@ MISTAKES = [  # YAML, and what its sentence has behind the file's name; {at} is 
     (region("ellipse: [9, 40, 90, 20]"), "ellipse = [9, 40, 90, 20]: the box is empty, y0 must be smaller than "
      "y1; did you mean [9, 40, 99, 60]."),
     (region("box: [9, 40, 90, 30]"), "y0 must be smaller than y1."),
-    (region("box: [0, 0, 0.5, 1]"), "regions[0].box = [0, 0, 0.5, 1]: smaller than a pixel; write fractions as p"),
+    (region("box: [0, 0, 0.5, 1]"), "regions[0].box = [0, 0, 0.5, 1]: smaller than a pixel; write 50% for 0.5."),
     (region("ellipse: [0, 0, 129, 9]"), "regions[0].ellipse[2] = 129: outside the image, expected 0 to 128 pixels."),
     (region("box: [0, 0, 64]"), "regions[0].box = [0, 0, 64]: expected array of length 4, got 3 (x0, y0, x1, y1"),
     (region("box: [0, 0, .nan, 64]"), "regions[0].box[2] = nan: outside the image"),
@@ -222,7 +222,7 @@ MISTAKES = [  # YAML, and what its sentence has behind the file's name; {at} is 
     ("prompt: x\nmask_inject_steps: 10.0", "a count or 40%); write 10."),
     ("prompt: x\nsteps: 20.0", "expected int, got float (denoising steps; default: the model's); write 20."),
     ("prompt: x\nsteps: 20.5", "default: the model's)."),
-    (region("box: [0, 0, 9, 9], order: 1"), "regions[0].order = 1: with overlap: share none is on top; write overlap"),
+    (region("box: [0, 0, 9, 9], order: 1"), "regions[0].order = 1: overlap: share has no order; write overlap: last."),
     ("prompt: style: a fox", "line 1, column 14: mapping values are not allowed here; quote text with : or # or {."),
     ("prompt: x\nstyle: {prompt} in ink", "expected <block end>, but found '<scalar>'; quote text with : or # or {."),
     (region("box: [0, 0, 9, 9]", "style: a fox"), "expected ',' or '}', but got ':'; quote text with : or # or {."),
