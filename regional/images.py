@@ -49,7 +49,7 @@ def read_color(file: str, color: Any) -> np.ndarray:
 
 
 def colors_in(file: str) -> list[tuple[int, tuple[int, ...]]]:
-    """A map's colors: how many pixels, and (r, g, b); by frequency; [] if too many."""
+    """The pixels of each color (r, g, b), the most frequent first; [] if too many."""
     with opened_image(file) as image:
         found = image.convert("RGB").getcolors(2**16)
     return sorted(found or [], reverse=True)

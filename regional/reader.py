@@ -292,8 +292,7 @@ def checked_region(region: Region, layout: Layout, folder: Path, path: str) -> R
 def box_in_pixels(box: tuple, layout: Layout, key: str) -> tuple[float, ...]:
     sides = (layout.width, layout.height) * 2
     edges = [pixels(edge, sides[i], f"{key}[{i}]") for i, edge in enumerate(box)]
-    problem = "smaller than a pixel; write 50% for 0.5"
-    require(max(edges) > 1, key, box, problem)
+    require(max(edges) > 1, key, box, "smaller than a pixel; write 50% for 0.5")
     x, y, width, height = edges
     hint = ""
     if 0 < width <= layout.width - x and 0 < height <= layout.height - y:
