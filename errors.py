@@ -179,6 +179,8 @@ def parse_yaml(text: str, loader: type[yaml.SafeLoader], file: str | Path) -> An
             return yaml.load(text, loader)
         except yaml.YAMLError as error:
             problem = getattr(error, "problem", None) or str(error)
+            if problem.startswith(("mapping values", "expected")):
+                problem += "; quote text with : or # or {"
             if mark := getattr(error, "problem_mark", None):
                 problem = f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
             raise InputError(Path(file), MISSING, problem) from None

@@ -33,6 +33,7 @@ from regional.extension import Conditioning, Extension
 from regional.layout import Defaults, Layout
 from regional.mask import RegionTokens, region_tokens
 from regional.prompts import encode_prompts
+from regional.reader import checked_in_code
 from regional.sampling import MakeAttention, Modulations, modulations, sample
 from runtime.choose import choose_attention, choose_device, choose_fp8, library_attention
 from sampler.flow import pack
@@ -121,7 +122,7 @@ class Pipeline:
     @torch.inference_mode()
     def prepare(self, layout: Layout) -> Prepared:
         """Read and encode what a layout names; most errors precede loading."""
-        layout = layout.resolved(self.defaults)
+        layout = checked_in_code(layout, self.defaults.size).resolved(self.defaults)
         own = [lora for region in layout.regions for lora in region.loras]
         controls = []
         loras: Loras = {}

@@ -48,6 +48,13 @@ def read_color(file: str, color: Any) -> np.ndarray:
         return np.logical_and.reduce(same)
 
 
+def colors_in(file: str) -> list[tuple[int, tuple[int, ...]]]:
+    """The pixels of each color (r, g, b), the most frequent first; [] if too many."""
+    with opened_image(file) as image:
+        found = image.convert("RGB").getcolors(2**16)
+    return sorted(found or [], reverse=True)
+
+
 def read_image(file: str) -> Image.Image:
     """A control image as RGB, upright; of 16 bits the upper 8."""
     with opened_image(file) as image:

@@ -13,7 +13,7 @@ from model.attention import Block
 from sampler.flow import SAMPLERS, SCHEDULES
 
 MAX_REGIONS = 61
-SHAPES = ("box", "polygon", "mask", "color")
+SHAPES = ("box", "ellipse", "polygon", "mask", "color")
 UNION_MODES = ("canny", "tile", "depth", "blur", "pose", "gray", "lq")
 MODES = {name: mode for mode, name in enumerate(UNION_MODES)}
 
@@ -52,15 +52,17 @@ Byte = Annotated[int, Meta(ge=0, le=255)]
 RGB = Annotated[tuple[Byte, ...], Meta(min_length=3, max_length=3)]
 Color = Annotated[int, Meta(ge=0, lt=2**24)] | str | RGB
 
+STYLE = "appended to every prompt after a comma, or a text with {prompt} in it"
+ORDER = "where regions overlap, the highest is on top"
 FILE_OR_REPOSITORY = "a path, or a repository, org/name or org/name:file"
 MODE = f"a union's mode, a number or {', '.join(MODES)}"
 RESIDUALS = "published: none of the single blocks' for the base branch, as in the paper's code"
 WHICH_BLOCKS = 'which are masked, in place of the interval: "every 2", "0-18", "0-4, 8" or a list'
 COLOR = 'one of the layout\'s map: "#rrggbb", [r, g, b] or an index'
 OPEN = "open: all image tokens see each other"
-SHARED = "shared: one image stream in the single blocks too; cheaper, not the published method"
+SHARED = "shared: one image stream in single blocks too; cheaper, not as published"
 REGION_TOKENS = "text tokens of each region, a count or 25% of max_sequence_length"
-PRESET = "control: defaults that suit many regions; keys that are set take precedence"
+PRESET = "control: other defaults, which suit many regions"
 METHOD = "rpg: blend whole images, the paper's baseline; plain: unmodified FLUX"
 
 
@@ -115,13 +117,15 @@ class Control(Part):
 
 
 class Region(Part):
-    """A region: its prompt, and exactly one shape, a box, polygon, mask or color."""
+    """A region: its prompt, and exactly one shape."""
 
     prompt: Annotated[Text, "what the region shows, in words"]
     box: Annotated[Box | None, "x0, y0, x1, y1, half-open, in pixels or 25%"] = None
+    ellipse: Annotated[Box | None, "inscribed in the box x0, y0, x1, y1"] = None
     polygon: Annotated[Polygon | None, "points [x, y], or lists of them (even-odd)"] = None
     mask: Annotated[str | None, "an image; pixels >= 128 are inside"] = None
     color: Annotated[Color | None, COLOR] = None
+    order: Annotated[int, ORDER] = 0
     strength: Annotated[Strength, "attention weight of its prompt; published: 1"] = 1.0
     feather: Annotated[Feather, "over how many pixels its edge is soft"] = 0.0
     mask_inject_steps: Annotated[Count | None, "its own steps, a count or 40%"] = None
@@ -136,13 +140,14 @@ class Region(Part):
 Regions = Annotated[tuple[Region, ...], Meta(max_length=MAX_REGIONS)]
 
 
-class Layout(Part):
-    """One image. A key that is null takes the model's default; for the seed, a random number."""
+class Layout(Part, dict=True):
+    """One image. Null stands for the model's default, and for a random seed."""
 
     prompt: Annotated[str, "the base prompt; enough for an image without a layout"]
     background_prompt: Annotated[str, "the prompt where there is no region"] = "a photo"
-    width: Annotated[Pixels, "in pixels, a multiple of 16"] = 1024
-    height: Annotated[Pixels, "in pixels, a multiple of 16"] = 1024
+    style: Annotated[str, STYLE] = ""
+    width: Annotated[Pixels | None, "in pixels, a multiple of 16"] = None
+    height: Annotated[Pixels | None, "in pixels, a multiple of 16"] = None
     steps: Annotated[Steps | None, "denoising steps; default: the model's"] = None
     sampler: Annotated[Sampler, "a step of heun costs two"] = "euler"
     schedule: Annotated[Schedule, "noise levels; flux: published"] = "flux"
@@ -173,12 +178,27 @@ class Layout(Part):
         if isinstance(own, str):
             own = max(2, count_of(own, length))
         lengths = {"max_sequence_length": length, "region_max_sequence_length": own}
-        return replace(self, steps=self.steps or defaults.steps, **lengths)
+        size = {"width": self.width or defaults.size, "height": self.height or defaults.size}
+        return replace(self, steps=self.steps or defaults.steps, **lengths, **size)
+
+    def styled(self) -> "Layout":
+        """The layout with its style in all prompts."""
+
+        def full(part: Any, key: str = "prompt") -> Any:
+            text = getattr(part, key)
+            if "{prompt}" in self.style:
+                text = self.style.replace("{prompt}", text)
+            else:
+                text = ", ".join(filter(None, (text, self.style)))
+            return replace(part, **{key: text})
+
+        layout = full(full(self), "background_prompt")
+        return replace(layout, regions=tuple(map(full, self.regions)), style="")
 
     def resolved(self, defaults: Defaults) -> "Layout":
         """The filled layout with nothing left to parse: counts are ints, each region has its
-        own, and double_blocks and single_blocks are sets of masked blocks' indices."""
-        layout = self.filled(defaults)
+        own, blocks are sets of indices, prompts have the style."""
+        layout = self.styled().filled(defaults)
 
         def own(part: Any) -> Any:
             ratio = self.base_ratio if part.base_ratio is None else part.base_ratio
@@ -197,7 +217,7 @@ class Layout(Part):
         controls = (replace(x, mode=MODES.get(x.mode, x.mode)) for x in self.controlnets)
         return replace(
             own(layout),
-            regions=tuple(map(own, self.regions)),
+            regions=tuple(map(own, layout.regions)),
             double_blocks=masked("double", defaults.depth),
             single_blocks=masked("single", defaults.depth_single_blocks),
             controlnets=tuple(controls),

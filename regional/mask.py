@@ -14,7 +14,6 @@ from regional.images import read_color, read_mask
 from regional.layout import Layout, Region
 
 BACKGROUND_BIT = 61  # the written regions have bits 0-60
-ABOVE = {"last": "later", "first": "earlier", "smallest": "smaller"}
 
 
 class RegionTokens(NamedTuple):
@@ -77,19 +76,13 @@ def region_tokens(layout: Layout) -> RegionTokens:
             warnings.append(f"regions[{i}] covers no token center; it gets the one it covers most.")
         cover[i] = feathered(tokens, region.feather)
     if layout.overlap != "share":
-        order = list(range(len(layout.regions)))
-        if layout.overlap == "last":
-            order.reverse()
-        elif layout.overlap == "smallest":
-            order.sort(key=lambda i: cover[i].sum())
         above = np.zeros_like(cover[0])
-        for i in order:  # The topmost comes first.
+        for i in topmost_first(layout, [own.sum() for own in cover]):
             cover[i] = np.minimum(cover[i], 1 - above.clip(max=1))
             cover[i][cover[i] < 1e-6] = 0
             above += cover[i]
             if not cover[i].any():
-                above_it = f"{ABOVE[layout.overlap]} regions"
-                warnings.append(f"regions[{i}] lies wholly under {above_it} and will not show.")
+                warnings.append(f"regions[{i}] lies wholly under others and will not show.")
     prompts = [region.prompt for region in layout.regions]
     strength = [region.strength for region in layout.regions]
     bits = list(range(len(prompts)))
@@ -110,6 +103,16 @@ def region_tokens(layout: Layout) -> RegionTokens:
         open_images=layout.image_attention == "open",
         warnings=warnings,
     )
+
+
+def topmost_first(layout: Layout, areas: Sequence[float]) -> list[int]:
+    """The regions' indices: `order` counts before `overlap`."""
+    indices = list(range(len(layout.regions)))
+    if layout.overlap == "last":
+        indices.reverse()
+    elif layout.overlap == "smallest":
+        indices.sort(key=lambda i: areas[i])
+    return sorted(indices, key=lambda i: -layout.regions[i].order)
 
 
 def regional_stages(layout: Layout, tokens: RegionTokens) -> list[tuple[int, Tensor]]:
@@ -162,6 +165,11 @@ def pixels_inside(region: Region, layout: Layout, x: np.ndarray, y: np.ndarray) 
     if region.box:
         x0, y0, x1, y1 = region.box
         return ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
+    if region.ellipse:
+        x0, y0, x1, y1 = region.ellipse
+        across = (2 * x - x0 - x1) * (y1 - y0)
+        down = (2 * y - y0 - y1) * (x1 - x0)
+        return across**2 + down[:, None] ** 2 < ((x1 - x0) * (y1 - y0)) ** 2
     if region.polygon:
         return in_polygons(region.polygon, x, y)
     mask = region_mask(region, layout)
@@ -206,6 +214,10 @@ def most_covered(region: Region, layout: Layout) -> np.ndarray:
     if region.box:
         x0, y0, x1, y1 = region.box
         area = np.outer(overlap(y0, y1, h), overlap(x0, x1, w))
+    elif region.ellipse:  # the token of its center
+        x0, y0, x1, y1 = region.ellipse
+        area = np.zeros((h, w))
+        area[min(int(y0 + y1) // 32, h - 1), min(int(x0 + x1) // 32, w - 1)] = 1
     elif region.polygon:
         fine = in_polygons(region.polygon, np.arange(2, 16 * w, 4), np.arange(2, 16 * h, 4))
         area = fine.reshape(h, 4, 4 * w).sum(axis=1, dtype=np.uint8).reshape(h, w, 4).sum(axis=2)

@@ -16,11 +16,17 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from errors import LAYOUT, MISSING, InputError, InputErrors, describe, parse_yaml, read_text
-from regional.images import read_color, read_image, read_mask, readable
+from regional.images import colors_in, read_color, read_image, read_mask, readable
 from regional.layout import BLOCKS, HEX, PERCENT, PRESETS, SHAPES, Control, Layout, Points, Region
 
 MAX_NUMBER = 100  # characters; a file full of 1:1:1:1... would take hours
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*(:.+)?"  # org/name, or one of its files
+SYNONYMS = {
+    "cfg": "guidance",
+    "cfg_scale": "guidance",
+    "weight": "strength",
+    "circle": "ellipse",
+}
 
 
 def read_layout(file: str | Path | None, overrides: dict | None = None, size: int = 1024) -> Layout:
@@ -29,11 +35,12 @@ def read_layout(file: str | Path | None, overrides: dict | None = None, size: in
     Raises InputError, or InputErrors with up to ten mistakes, each with its key.
     """
     overrides = overrides or {}
+    if file and Path(file).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+        problem = "an image, not a layout; --config-from-metadata repeats its run"
+        raise InputError(Path(file), MISSING, problem)
     data = parse_yaml(read_text(file, LAYOUT), Loader, file) if file else {}
     if isinstance(data, dict):
         data |= overrides
-        data.setdefault("width", size)
-        data.setdefault("height", size)
     mistakes = InputErrors(file)
     with mistakes.caught():
         check_types(data, Layout, "", mistakes)
@@ -41,11 +48,23 @@ def read_layout(file: str | Path | None, overrides: dict | None = None, size: in
         layout = msgspec.convert(data, Layout)
         preset = PRESETS[layout.preset](len(layout.regions))
         missing = {key: value for key, value in preset.items() if key not in data}
+        missing |= {side: getattr(layout, side) or size for side in ("width", "height")}
         folder = Path(file).parent if file else Path()
         layout = checked(replace(layout, **missing), folder, overrides, mistakes)
     if mistakes.errors:
         raise mistakes
+    layout.__dict__["is_checked"] = True  # `replace` forgets it
     return layout
+
+
+def checked_in_code(layout: Layout, size: int) -> Layout:
+    """A layout made in code, checked like a file; defaults count as unset."""
+    if "is_checked" in layout.__dict__:
+        return layout
+    unset = msgspec.to_builtins(Layout(prompt=None))
+    data = msgspec.to_builtins(layout, enc_hook=lambda x: getattr(x, "tolist", x.__str__)())
+    data = {key: value for key, value in data.items() if value != unset[key]}
+    return read_layout(None, data, size)
 
 
 TAG = "tag:yaml.org,2002:"
@@ -138,8 +157,12 @@ def check_type(value: Any, struct: type[Struct], key: str, path: str) -> type[St
     """InputError for a value not of its key's type; returns the type of its entries."""
     known = fields_of(struct)
     if key not in known:
-        close = difflib.get_close_matches(key, known, 1)
+        close = difflib.get_close_matches(SYNONYMS.get(key, key), known, 1)
         hint = f"did you mean {close[0]}" if close else f"known keys are {', '.join(known)}"
+        if key.startswith("negative"):
+            hint = "FLUX.1-dev has no negative prompt"
+        if key.startswith("denois"):
+            hint = "an image begins as noise alone"
         raise InputError(path + key, value, f"no such key, {hint}")
     kind, entry = known[key]
     inner = ""
@@ -151,7 +174,8 @@ def check_type(value: Any, struct: type[Struct], key: str, path: str) -> type[St
     except UnicodeEncodeError:
         problem = "invalid Unicode (unpaired surrogate)"
     except msgspec.ValidationError as error:
-        problem, _, inner = str(error).replace("`", "").partition(" - at $")
+        problem = re.sub(r"`| \| null", "", str(error))
+        problem, _, inner = problem.partition(" - at $")
         value = value_at(value, inner)
         meaning = kind.__metadata__[-1]
         if "regex" in problem or problem.startswith("Invalid enum"):
@@ -161,6 +185,10 @@ def check_type(value: Any, struct: type[Struct], key: str, path: str) -> type[St
             problem = f"{problem[0].lower()}{problem[1:]} ({meaning})"
         if "expected str" in problem and isinstance(value, (bool, int, float)):
             problem += "; write it in quotes"
+        elif "count" in meaning and re.fullmatch(r"0?\.[0-9]{1,9}|1\.0", str(value)):
+            problem += f"; write {100 * float(value):.9g}%"
+        elif "expected int" in problem and isinstance(value, float) and not value % 1:
+            problem += f"; write {value:.0f}"
     raise InputError(path + key + inner, value, problem)
 
 
@@ -240,16 +268,21 @@ def checked_region(region: Region, layout: Layout, folder: Path, path: str) -> R
     shapes = [key for key in SHAPES if getattr(region, key) is not None]
     has = " and ".join(shapes) or "no shape"
     problem = f"{has}, a region needs exactly one of {', '.join(SHAPES)}"
+    if layout.map and not shapes:
+        problem += '; "#rrggbb" needs its quotes'
     require(len(shapes) == 1, path, MISSING, problem)
+    is_good = not region.order or layout.overlap != "share"
+    problem = "overlap: share has no order; write overlap: last"
+    require(is_good, f"{path}.order", region.order, problem)
     key = f"{path}.{region.shape}"
     shape = getattr(region, region.shape)
-    if region.box:
+    if region.box or region.ellipse:
         shape = box_in_pixels(shape, layout, key)
     elif region.polygon:
         shape = polygons_in_pixels(shape, layout, key)
     elif region.mask is not None:
         shape = str(folder / shape)
-        empty = "nothing in it is white, no pixel reaches 128"
+        empty = "nothing in it is white, no opaque pixel reaches 128"
         check_mask(readable(read_mask, shape, key), layout, key, Path(shape), empty)
     else:
         check_color(shape, layout, key)
@@ -259,8 +292,13 @@ def checked_region(region: Region, layout: Layout, folder: Path, path: str) -> R
 def box_in_pixels(box: tuple, layout: Layout, key: str) -> tuple[float, ...]:
     sides = (layout.width, layout.height) * 2
     edges = [pixels(edge, sides[i], f"{key}[{i}]") for i, edge in enumerate(box)]
+    require(max(edges) > 1, key, box, "smaller than a pixel; write 50% for 0.5")
+    x, y, width, height = edges
+    hint = ""
+    if 0 < width <= layout.width - x and 0 < height <= layout.height - y:
+        hint = f"; did you mean [{x:g}, {y:g}, {x + width:g}, {y + height:g}]"
     for axis, low, high in zip("xy", edges, edges[2:]):
-        problem = f"the box is empty, {axis}0 must be smaller than {axis}1"
+        problem = f"the box is empty, {axis}0 must be smaller than {axis}1{hint}"
         require(low < high, key, box, problem)
     return tuple(edges)
 
@@ -301,7 +339,14 @@ def check_color(color: Any, layout: Layout, key: str) -> None:
     is_good = not isinstance(color, str) or re.search(HEX, color)
     require(is_good, key, color, 'expected "#rrggbb", [r, g, b] from 0 to 255, or an index')
     inside = readable(partial(read_color, color=color), layout.map, key)
-    check_mask(inside, layout, key, color, "nothing in the map is of this color")
+    empty = ""
+    if not inside.any():
+        colors = [f"#{bytes(rgb).hex()}" for _, rgb in colors_in(layout.map)]
+        has = ", ".join(colors[:8]) or "too many colors"
+        empty = f"nothing in the map is of this color; it has {has}"
+        if layout.map.lower().endswith((".jpg", ".jpeg")):
+            empty += "; a JPEG's are inexact"
+    check_mask(inside, layout, key, color, empty)
 
 
 def check_mask(inside: np.ndarray, layout: Layout, key: str, value: Any, empty: str) -> None:

@@ -220,6 +220,7 @@ POLYGONS = layout_of(
     "prompt: trees, polygon: [[[0, 8], [40, 48], [0, 48]], [[112, 8], [112, 48], [72, 48]]]",
     "prompt: a house, box: [40, 41, 72, 48]",
 )
+ELLIPSES = layout_of("prompt: the sun, ellipse: [3.5, 0, 61, 47]", "prompt: a pond, ellipse: [60%, 25%, 100%, 100%]")
 IMAGES = layout_of(
     "prompt: a sphere, mask: disc.png", "prompt: a field, color: [0, 128, 0]", 'prompt: a barn, color: "#800000"',
     "prompt: a kite, polygon: [[0, 0], [64, 0], [64, 31]]",
@@ -232,6 +233,7 @@ BOXED = ("published", "coco", "forge", "layoutsam", "invokeai", "gradio")
     "form, text",
     [(form, text) for form in BOXED for text in (SPLIT, OVERLAPPING)]
     + [("rpg", SPLIT), ("seg2any", SPLIT), ("coco", POLYGONS), ("invokeai", POLYGONS), ("seg2any", POLYGONS)]
+    + [(form, ELLIPSES) for form in ("coco", "invokeai", "seg2any")]
     + [(form, IMAGES % rule) for form in ("coco", "invokeai", "seg2any") for rule in ("first", "last")],
 )
 def test_regions_survive_from_a_layout_to_a_form_and_back(form, text):
@@ -246,6 +248,14 @@ def test_regions_survive_from_a_layout_to_a_form_and_back(form, text):
         rule = read("layout.yaml").overlap
         Path("back.yaml").write_text(Path("back.yaml").read_text() + f"overlap: {rule}\n")
     assert regions_of("back.yaml") == regions_of("layout.yaml")
+
+
+def test_a_form_gets_prompts_with_the_style_and_a_map_the_highest_order_on_top(capsys):
+    regions = "prompt: a, box: [0, 0, 80, 48], order: 1", "prompt: b, box: [40, 0, 112, 48]"
+    put(layout_yaml=layout_of(*regions, head="width: 112\nheight: 48\noverlap: last\nstyle: ink"))
+    assert convert("--to seg2any layout.yaml there.json") == convert("--from seg2any there.json back.yaml") == 0
+    assert regions_of("back.yaml") == ([("a, ink", 1), ("b, ink", 1)], regions_of("layout.yaml")[1])
+    assert capsys.readouterr().err == ""
 
 
 def test_forms_that_hold_all_of_a_layout_come_back_word_for_word():
@@ -316,12 +326,12 @@ FROM_MISTAKES = [  # form and options, the file in.txt, words of the sentence
 HOLE = "prompt: y, polygon: [[[0, 0], [60, 0], [60, 40]], [[30, 10], [50, 10], [50, 30]]]"
 BOXES_ONLY = [form for form in FORMS if form not in ("coco", "invokeai", "seg2any")]
 TO_MISTAKES = [
-    *((form, POLYGONS, f"regions[0]: it has a polygon, {form} has only boxes") for form in BOXES_ONLY),
+    *((form, POLYGONS, f"regions[0]: {form} has only boxes, no polygon") for form in BOXES_ONLY),
     ("rpg", OVERLAPPING, "regions: their boxes form no split"),
     ("rpg", SPLIT.replace("[72, 24, 112, 48]", "[80, 24, 112, 48]"), "regions: their boxes form no split"),
     ("rpg", SPLIT.replace("a tree", "a BREAK tree"), "prompt = 'BREAK': it is a keyword in rpg"),
     ("forge", SPLIT.replace("a town", "''"), "prompt = '': forge's first line"),
-    ("seg2any", OVERLAPPING, "regions[0]: it overlaps another"),
+    ("seg2any", OVERLAPPING, "regions[1]: it overlaps another"),
     ("seg2any", OVERLAPPING.replace("[0, 0, 112, 40.5]", "[8, 9, 30, 40]") + "overlap: last", "regions[0]: it has no"),
     ("coco", layout_of(HOLE), "regions[0].polygon: coco fills holes"),
     ("invokeai", layout_of("prompt: y, box: [1.2, 0, 1.6, 9]"), "regions[0].box = [1.2, 0.0, 1.6, 9.0]: there is no"),

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from errors import MISSING, InputError, InputErrors
+from pipeline import Pipeline
 from regional.images import read_mask
 from regional.layout import FLUX_DEV, Control, Layout, Region
-from regional.reader import read_layout
+from regional.reader import checked_in_code, read_layout
 from tools.flags import naming
 
 GOOD = "prompt: a city\nwidth: 128\nheight: 64\nregions:\n- {prompt: a house, box: [0, 0, 64, 64]}\n"
@@ -88,6 +89,56 @@ def test_a_resolved_layout_has_nothing_left_to_parse():
     assert found.resolved(FLUX_DEV) == found
 
 
+def test_a_style_is_appended_to_all_prompts_once():
+    layout = Layout(prompt="", background_prompt="fog", style="a sketch", regions=(REGION,))
+    assert layout.filled(FLUX_DEV).style == "a sketch" and layout.filled(FLUX_DEV).regions == (REGION,)
+    for found in (layout.resolved(FLUX_DEV), layout.resolved(FLUX_DEV).resolved(FLUX_DEV)):
+        prompts = found.prompt, found.background_prompt, found.regions[0].prompt
+        assert prompts == ("a sketch", "fog, a sketch", "r, a sketch")
+    layout = Layout(prompt="a {b}", style="{prompt} in {prompt}", regions=(REGION,)).styled()
+    assert (layout.prompt, layout.regions[0].prompt, layout.style) == ("a {b} in a {b}", "r in r", "")
+
+
+IN_CODE = [  # what is not as in a file, and its sentence
+    ({"width": 250}, "width = 250: not a multiple of 16, the nearest are 240 and 256."),
+    ({"method": "magic"}, "method = 'magic': expected regional, rpg, plain."),
+    ({"regions": [Region(prompt="r", box=(0, 0, "half", 9))]}, "regions[0].box[2] = 'half': expected pixels, or"),
+    ({"regions": [Region(prompt="r")]}, "regions[0]: no shape, a region needs exactly one of box"),
+    ({"regions": [Region(prompt="r", mask=Path("gone.png"))]}, "regions[0].mask = gone.png: there is no such file."),
+    ({"mask_inject_steps": 0.4}, "mask_inject_steps = 0.4: expected int | str, got float (regional steps, a cou"),
+    ({"preset": "contrl"}, "preset = 'contrl': expected published, control."),
+]
+
+
+@pytest.mark.parametrize("keys, sentence", IN_CODE, ids=[sentence[:20] for _, sentence in IN_CODE])
+def test_a_layout_made_in_code_gets_the_sentences_of_a_file(keys, sentence):
+    with pytest.raises(InputErrors) as caught:
+        checked_in_code(Layout(prompt="x", **keys), 256)
+    assert str(caught.value).startswith(sentence)
+
+
+def test_a_layout_made_in_code_is_read_like_a_file_and_a_file_once(write, monkeypatch):
+    box = np.array([0, 16, 64, 32])
+    regions = [Region(prompt="r", box=("50%", 0, "100%", "25%")), Region(prompt="s", box=box)]
+    found = checked_in_code(Layout(prompt="x", preset="control", regions=regions), 256)
+    assert (found.width, found.height, found.base_ratio, found.mask_inject_steps) == (256, 256, 0.1, "40%")
+    assert [region.box for region in found.regions] == [(128, 0, 256, 64), (0, 16, 64, 32)]
+    assert checked_in_code(Layout(prompt="x", preset="control", base_ratio=0.2, width=64), 256).base_ratio == 0.2
+    assert checked_in_code(found, 512) is found
+    layout = read_layout(write(region("mask: white.png")))
+    monkeypatch.setattr("regional.reader.read_mask", None)  # it would be read again
+    assert checked_in_code(layout, 512) is layout
+
+
+def test_a_pipeline_checks_layouts_and_gives_them_its_models_size():
+    pipeline = Pipeline("pocket", device="cpu")
+    layout = Layout(prompt="a red circle", preset="control", style="{prompt} on a gray background")
+    found = pipeline.prepare(layout).layout
+    assert (found.width, found.base_ratio, found.prompt) == (256, 0.1, "a red circle on a gray background")
+    with pytest.raises(InputError, match="^width = 250: not a multiple of 16, the nearest are 240 and 256.$"):
+        pipeline.prepare(Layout(prompt="a red circle", width=250))
+
+
 def test_masks_of_16_bits_and_with_transparency(tmp_path):
     """Inside is what is white from the half on, and not transparent."""
     deep = np.array([[300, 32895], [32896, 65535]], dtype=np.uint16)
@@ -108,7 +159,12 @@ def mapped(rest: str) -> str:
 ONE = "{prompt: y, box: [0, 0, 64, 64]}, "
 MISTAKES = [  # YAML, and what its sentence has behind the file's name; {at} is the folder
     ("prompt: x\npromt: x", "promt = 'x': no such key, did you mean prompt."),
-    (region("box: [0, 0, 9, 9], weight: 2"), "regions[0].weight = 2: no such key, known keys are prompt, box, polygon"),
+    (region("box: [0, 0, 9, 9], weight: 2"), "regions[0].weight = 2: no such key, did you mean strength."),
+    (region("box: [0, 0, 9, 9], blink: 2"), "regions[0].blink = 2: no such key, known keys are prompt, box, ellipse"),
+    ("prompt: x\nweight: 2", "weight = 2: no such key, known keys are prompt, background_prompt"),
+    ("prompt: x\ncfg: 7", "cfg = 7: no such key, did you mean guidance."),
+    ("prompt: x\nnegative_prompt: bad", "negative_prompt = 'bad': no such key, FLUX.1-dev has no negative prompt."),
+    ("prompt: x\ndenoising_strength: 0.4", "no such key, an image begins as noise alone."),
     ("width: 64", "prompt: missing."),
     ("prompt: x\nregions:\n- box: [0, 0, 9, 9]", "regions[0].prompt: missing."),
     (region("box: [0, 0, 9, 9]", "' '"), "regions[0].prompt = ' ': expected what the region shows, in words."),
@@ -119,23 +175,31 @@ MISTAKES = [  # YAML, and what its sentence has behind the file's name; {at} is 
     (region("box: [0, 0, 140, 64]"), "regions[0].box[2] = 140: outside the image, expected 0 to 128 pixels."),
     (region("box: [-1, 0, 40, 64]"), "regions[0].box[0] = -1: outside the image"),
     (region("box: [40, 0, 40, 64]"), "regions[0].box = [40, 0, 40, 64]: the box is empty, x0 must be smaller"),
+    (region("box: [50%, 20, 50%, 40]"), "x0 must be smaller than x1; did you mean [64, 20, 128, 60]."),
+    (region("ellipse: [9, 40, 90, 20]"), "ellipse = [9, 40, 90, 20]: the box is empty, y0 must be smaller than "
+     "y1; did you mean [9, 40, 99, 60]."),
+    (region("box: [9, 40, 90, 30]"), "y0 must be smaller than y1."),
+    (region("box: [0, 0, 0.5, 1]"), "regions[0].box = [0, 0, 0.5, 1]: smaller than a pixel; write 50% for 0.5."),
+    (region("ellipse: [0, 0, 129, 9]"), "regions[0].ellipse[2] = 129: outside the image, expected 0 to 128 pixels."),
     (region("box: [0, 0, 64]"), "regions[0].box = [0, 0, 64]: expected array of length 4, got 3 (x0, y0, x1, y1"),
     (region("box: [0, 0, .nan, 64]"), "regions[0].box[2] = nan: outside the image"),
     (region("box: [0, 0, a, 64]"), "regions[0].box[2] = 'a': expected pixels, or a percentage such as 25%."),
-    (region("box: [0, 0, 9, 9], mask: white.png"), "regions[0]: box and mask, a region needs exactly one of box, poly"),
-    ("prompt: x\nregions: [{prompt: y}]", "regions[0]: no shape, a region needs exactly one of box, polygon, mask, co"),
+    (region("box: [0, 0, 9, 9], mask: white.png"), "regions[0]: box and mask, a region needs exactly one of box, elli"),
+    (mapped("color: #ffffff}"), "expected the node content, but found '<stream end>'; quote text"),
+    (mapped("color: null"), 'exactly one of box, ellipse, polygon, mask, color; "#rrggbb" needs its quotes.'),
+    ("prompt: x\nregions: [{prompt: y}]", "regions[0]: no shape, a region needs exactly one of box, ellipse, poly"),
     (region("mask: gone.png"), "regions[0].mask = {at}/gone.png: there is no such file."),
     (region("mask: text.png"), "regions[0].mask = {at}/text.png: not an image that can be read (cannot identify image"),
     (region("mask: ."), "regions[0].mask = {at}: cannot be read (Is a directory)."),
     (region("mask: square.png"), "regions[0].mask = {at}/square.png: aspect ratio 64 x 64 does not match 128 x 64."),
-    (region("mask: gray.png"), "regions[0].mask = {at}/gray.png: nothing in it is white, no pixel reaches 128."),
+    (region("mask: gray.png"), "regions[0].mask = {at}/gray.png: nothing in it is white, no opaque pixel reaches 128."),
     (region('mask: "a\\0b.png"'), "a\\x00b.png': cannot be read (embedded null byte)."),
     (region("color: 1"), "regions[0].color = 1: a color needs the layout's map, an image, and there is none."),
     (mapped("color: red"), "regions[0].color = 'red': expected \"#rrggbb\", [r, g, b] from 0 to 255, or an index."),
     (mapped("color: [0, 0, 256]"), "regions[0].color[2] = 256: expected int <= 255 (one of the layout's map"),
     (mapped("color: [0, 0]"), "regions[0].color = [0, 0]: expected array of length >= 3 (one of the layout's map"),
     (mapped("color: 16777216"), "regions[0].color = 16777216: expected int <= 16777215 ("),
-    (mapped("color: [9, 9, 9]"), "regions[0].color = [9, 9, 9]: nothing in the map is of this color."),
+    (mapped("color: [9, 9, 9]"), "regions[0].color = [9, 9, 9]: nothing in the map is of this color; it has #ffffff."),
     ("map: none.png\n" + GOOD, "map = {at}/none.png: there is no such file."),
     (region("polygon: [[0, 0], [9, 9]]"), "polygon = [[0, 0], [9, 9]]: expected at least three points [x, y], or li"),
     (region("polygon: [[0, 0], [9, 9], [65, 65]]"), "regions[0].polygon[2] = 65: outside the image, expected 0 to 64"),
@@ -151,6 +215,17 @@ MISTAKES = [  # YAML, and what its sentence has behind the file's name; {at} is 
     ("prompt: x\nsteps: 0", "steps = 0: expected int >= 1 ("),
     ("prompt: x\nbase_ratio: 2", "base_ratio = 2: expected float <= 1.0 ("),
     ("prompt: x\nmask_inject_steps: '40'", "mask_inject_steps = '40': expected regional steps, a count or 40%."),
+    ("prompt: x\nmask_inject_steps: 0.4", "mask_inject_steps = 0.4: expected int | str, got float (regional steps, a "
+     "count or 40%); write 40%."),
+    ("prompt: x\nmask_inject_steps: '.125'", "a count or 40%; write 12.5%."),
+    ("prompt: x\nregion_max_sequence_length: 1.0", "write 100%."),
+    ("prompt: x\nmask_inject_steps: 10.0", "a count or 40%); write 10."),
+    ("prompt: x\nsteps: 20.0", "expected int, got float (denoising steps; default: the model's); write 20."),
+    ("prompt: x\nsteps: 20.5", "default: the model's)."),
+    (region("box: [0, 0, 9, 9], order: 1"), "regions[0].order = 1: overlap: share has no order; write overlap: last."),
+    ("prompt: style: a fox", "line 1, column 14: mapping values are not allowed here; quote text with : or # or {."),
+    ("prompt: x\nstyle: {prompt} in ink", "expected <block end>, but found '<scalar>'; quote text with : or # or {."),
+    (region("box: [0, 0, 9, 9]", "style: a fox"), "expected ',' or '}', but got ':'; quote text with : or # or {."),
     ("prompt: x\nmask_inject_steps: 140%", "mask_inject_steps = '140%': expected regional steps, a count or 40%."),
     ('prompt: x\nmask_inject_steps: "40%\\n"', "mask_inject_steps = '40%\\n': expected regional steps"),
     ("prompt: x\nmask_inject_steps: -1", "mask_inject_steps = -1: expected int >= 0 ("),
@@ -190,6 +265,12 @@ def test_up_to_ten_mistakes_are_found_at_once(write):
     lines = str(caught.value).split("\n")
     keys = "prompt", "promt", "width", "regions[0].prompt", "regions[0].box", "regions[1].boks"
     assert [line.removeprefix(f"{file}: ").split(": ")[0].split(" = ")[0] for line in lines] == list(keys)
+    shapes = "box: [0, 0, 1, 1]", "ellipse: [9, 9, 9, 9]", "box: [0, 0, 9, 9], order: 2", "mask: gray.png"
+    file = write("prompt: x\nwidth: 128\nheight: 64\nregions:\n" + "".join(f"- {{prompt: y, {x}}}\n" for x in shapes))
+    with pytest.raises(InputErrors) as caught:
+        read_layout(file, {})
+    keys = ["regions[0].box", "regions[1].ellipse", "regions[2].order", "regions[3].mask"]
+    assert [error.key for error in caught.value.errors] == keys
     file = write(f"prompt: x\nregions: [{'{prompt: y, box: [9, 9, 9, 9]}, ' * 61}]")
     with pytest.raises(InputErrors) as caught:
         read_layout(file, {})
@@ -200,7 +281,7 @@ def test_files_that_are_no_layouts_are_named(tmp_path):
     with pytest.raises(InputError, match="gone.yaml: there is no such file.$"):
         read_layout(tmp_path / "gone.yaml", {})
     Image.new("L", (9, 9)).save(tmp_path / "a.png")
-    with pytest.raises(InputError, match="a.png: cannot be read"):
+    with pytest.raises(InputError, match="a.png: an image, not a layout; --config-from-metadata"):
         read_layout(tmp_path / "a.png", {})
 
 

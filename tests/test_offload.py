@@ -262,7 +262,9 @@ def test_the_room_that_is_counted_on_is_what_a_step_takes(monkeypatch, regions, 
 
 
 FOUR = tuple(Region(prompt="r", box=(x, y, x + 512, y + 512)) for x in (0, 512) for y in (0, 512))
-DEV = Layout(prompt="p", steps=24, max_sequence_length=512, region_max_sequence_length=512, regions=FOUR)
+DEV = Layout(
+    prompt="p", width=1024, height=1024, steps=24, max_sequence_length=512, region_max_sequence_length=512, regions=FOUR
+)
 
 
 @pytest.mark.parametrize("offload, times", [("auto", 2), ("none", 2), ("blocks", 1)])

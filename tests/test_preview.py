@@ -76,6 +76,14 @@ def test_each_token_has_the_color_of_its_region_and_the_rest_is_gray():
     assert edge.tolist() == [26, 27]  # 23 / 16 tokens of 64 pixels: the edge ends after pixel 92 = 64 + 28
 
 
+def test_an_ellipse_is_drawn_in_its_box_with_its_tokens_inside():
+    drawn = canvas(layout({"ellipse": [32, 0, 224, 128]}, style="ink"))
+    dark = [int(0.45 * value) for value in COLOR[0]]
+    rows, columns = (drawn.swapaxes(1, 2).reshape(1024, 1024, 3) == dark).all(axis=-1).nonzero()
+    assert [rows.min(), rows.max(), columns.min(), columns.max()] == pytest.approx([0, 511, 128, 895], abs=2)
+    assert most(drawn[4, 3]) == most(drawn[1, 7]) == COLOR[0] and most(drawn[0, 2]) == most(drawn[7, 13]) == GRAY
+
+
 def test_overlaps_are_striped_in_the_colors_of_all_their_regions_unless_the_last_one_hides_the_others():
     boxes = ({"box": [0, 0, 160, 256]}, {"box": [96, 0, 256, 256]})
     drawn = canvas(layout(*boxes))
@@ -272,7 +280,7 @@ WARNINGS = [
     (layout(HALF, {"box": [160, 0, 208, 32]}), ""),
     (layout(HALF, {"box": [0, 0, 64, 128]}), "regions[1] lies wholly in regions[0];"),
     (layout({"box": [0, 0, 64, 128]}, HALF), "regions[0] lies wholly in regions[1];"),
-    (layout({"box": [0, 0, 64, 64]}, HALF, overlap="last"), "regions[0] lies wholly under later"),
+    (layout({"box": [0, 0, 64, 64]}, HALF, overlap="last"), "regions[0] lies wholly under others"),
     (layout(HALF, RIGHT, MIDDLE), "regions[2] has no token of its own"),
     (layout(HALF, {"box": [161, 1, 163, 3]}), "regions[1] covers no token;regions[1] covers only 1"),
     (layout({**HALF, "strength": 0}), "regions[0] has strength 0:"),
@@ -327,6 +335,8 @@ TAKEN = [
     changed(max_sequence_length=64, region_max_sequence_length="0.5%"),
     changed({"loras": [{"file": "a/b", "plain_steps": True}]}, loras=[{"file": "a/b", "scale": -1}]),
     changed(controlnets=[CONTROL | {"mode": "canny", "region": 0}]),
+    shaped({"ellipse": [0, "2.5%", 64, 48.5]}), changed({"order": 0}), changed({"order": -2}, overlap="smallest"),
+    changed(style="a sketch"), changed(width=None, height=128),
 ]  # fmt: skip
 REFUSED = [  # keys, shapes and prompts
     {"width": 64}, changed(strenght=1), changed({"weight": 1}), changed(loras=[{"file": "a/b", "weight": 1}]),
@@ -346,6 +356,8 @@ REFUSED = [  # keys, shapes and prompts
     changed(mask_inject_steps=-1), changed({"mask_inject_steps": "100.5%"}), changed(mask_inject_steps="half"),
     changed(region_max_sequence_length="0.0%"), changed(max_sequence_length=1), changed(double_blocks="every 0"),
     changed(single_blocks="all"), changed(single_blocks=[-1]), changed(double_inject_interval=0),
+    changed({"order": 1}), changed({"order": 1}, overlap="share"), changed({"order": 0.5}, overlap="last"),
+    changed({"ellipse": [0, 0, 9, 9]}), shaped({"ellipse": [0, 0, 9]}), changed(style=None),
     changed(overlap="mix"), changed(controlnets=[CONTROL | {"mode": "edges"}]), changed(controlnets=[{"model": "a/b"}]),
 ]  # fmt: skip
 

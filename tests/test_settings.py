@@ -6,13 +6,22 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image, ImageDraw
 
 from model.attention import Block
 from regional.attention import RegionalAttention, dense_attention, portable_attention
 from regional.layout import FLUX_DEV, Layout, Region, blocks_of
-from regional.mask import BACKGROUND_BIT, feathered, in_polygons, region_tokens, regional_stages
+from regional.mask import (
+    BACKGROUND_BIT,
+    feathered,
+    in_polygons,
+    pixels_inside,
+    region_tokens,
+    regional_stages,
+)
 from regional.reader import read_layout
+from tools import colors
 
 
 def tokens_of(folder: Path, regions: str, more: str = "") -> list[np.ndarray]:
@@ -57,6 +66,28 @@ def test_polygons_are_even_odd():
     assert np.array_equal(in_polygons((triangle,), centres, centres), drawn) and drawn.any() and not drawn.all()
 
 
+@pytest.mark.parametrize("box", [(0, 0, 160, 96), (13.5, 7.25, 150.75, 90), (16, 0, 144, 32), (0, 36, 160, 76)])
+def test_an_ellipse_is_a_polygon_of_many_corners(box):
+    x0, y0, x1, y1 = box
+    turn = np.linspace(0, 2 * np.pi, 5000)
+    corners = zip((x0 + x1 + (x1 - x0) * np.cos(turn)) / 2, (y0 + y1 + (y1 - y0) * np.sin(turn)) / 2)
+    x, y = np.arange(160), np.arange(96)
+    layout = Layout(prompt="", width=160, height=96)
+    drawn = pixels_inside(Region(prompt="a", ellipse=box), layout, x, y)
+    across, down = (x - (x0 + x1) / 2) / (x1 - x0), (y - (y0 + y1) / 2) / (y1 - y0)
+    is_clear = abs(4 * np.add.outer(down**2, across**2) - 1) > 1e-5
+    expected = in_polygons([tuple(corners)], x, y)
+    assert np.array_equal(drawn & is_clear, expected & is_clear) and is_clear.mean() > 0.99
+    tokens = region_tokens(change(layout, regions=(Region(prompt="a", ellipse=box),))).cover[0].reshape(6, 10)
+    assert np.array_equal(tokens > 0, drawn[8::16, 8::16]) and drawn[8::16, 8::16].any()
+
+
+@pytest.mark.parametrize("box, y, x", [([33, 17, 36, 20], 1, 2), ([0, 15, 64, 18], 1, 2), ([62, 62, 64, 64], 3, 3)])
+def test_a_tiny_ellipse_gets_the_token_of_its_center(tmp_path, box, y, x):
+    cell, *_ = tokens_of(tmp_path, f"- {{prompt: a, ellipse: {box}}}")
+    assert cell.sum() == 1 and cell[y, x]
+
+
 def test_a_tiny_polygon_gets_its_token(tmp_path):
     cell, *_ = tokens_of(tmp_path, "- {prompt: a, polygon: [[33, 17], [36, 17], [36, 20]]}")
     assert cell.sum() == 1 and cell[1, 2]
@@ -76,6 +107,23 @@ def test_colors_of_a_map(tmp_path, color, kind):
     assert red[:, :2].all() and not red[:, 2:].any()
 
 
+def test_a_maps_colors_are_listed_as_regions(tmp_path, monkeypatch, capsys):
+    image = Image.new("RGB", (40, 10), (0, 128, 255))
+    image.paste((255, 0, 0), (0, 0, 10, 10))
+    for kind in (image, image.quantize(2)):
+        kind.save(tmp_path / "map.png")
+        monkeypatch.setattr("sys.argv", ["colors", str(tmp_path / "map.png")])
+        assert colors.main() == 0
+        text = capsys.readouterr().out
+        assert '{color: "#0080ff", prompt: }  # 75.0%\n- {color: "#ff0000", prompt: }  # 25.0%\n' in text
+        keys = yaml.safe_load(text.replace("prompt: ", "prompt: a")) | {"prompt": "b", "width": 64, "height": 16}
+        assert region_tokens(read_layout(None, keys)).cover.sum(1).tolist() == [3, 1]
+    Image.fromarray(np.arange(4800, dtype=np.uint8).reshape(40, 40, 3)).save(tmp_path / "map.png")
+    assert colors.main() == 0 and "# 256 colors\n" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["colors", "gone.png"])
+    assert colors.main() == 2 and "colors: gone.png: there is no such file." in capsys.readouterr().err
+
+
 NESTED = "- {prompt: a, box: [0, 0, 64, 32]}\n- {prompt: b, box: [0, 0, 32, 64]}\n- {prompt: c, box: [0, 0, 16, 16]}"
 
 
@@ -86,6 +134,16 @@ NESTED = "- {prompt: a, box: [0, 0, 64, 32]}\n- {prompt: b, box: [0, 0, 32, 64]}
 def test_overlaps(tmp_path, overlap, counts):
     """Of 4 x 4 tokens; equal areas lie as `first` has them."""
     assert [int(t.sum()) for t in tokens_of(tmp_path, NESTED, f"overlap: {overlap}")[:3]] == counts
+
+
+@pytest.mark.parametrize(
+    "overlap, orders, counts",
+    [("last", [1, 0, 0], [8, 4, 0]), ("last", [0, 0, -1], [4, 8, 0]), ("first", [0, 0, 7], [7, 4, 1]),
+     ("smallest", [5, 5, 0], [8, 4, 0]), ("first", [2, 2, 2], [8, 4, 0])],
+)  # fmt: skip
+def test_the_highest_order_is_on_top(tmp_path, overlap, orders, counts):
+    lines = [line.replace("}", f", order: {order}}}") for line, order in zip(NESTED.splitlines(), orders)]
+    assert [int(t.sum()) for t in tokens_of(tmp_path, "\n".join(lines), f"overlap: {overlap}")[:3]] == counts
 
 
 def test_feathered_neighbours_leave_no_gap_for_the_background():

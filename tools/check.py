@@ -51,7 +51,7 @@ def check_layouts(command: Command, read: Callable[..., Layout]) -> int:
             continue
         layouts.append((file, layout))
         if dry_run.check:
-            lengths = prompt_lengths(layout, checkpoint.t5_tokenizer) if checkpoint else None
+            lengths = prompt_lengths(layout.styled(), checkpoint.t5_tokenizer) if checkpoint else None
             text, warnings = report(layout, params, lengths)
             print(f"{file or 'the command line'}: valid", text, sep="\n")
             for warning in warnings:

@@ -51,7 +51,7 @@ from errors import (
 )  # fmt: skip
 from regional.images import readable
 from regional.layout import FLUX_DEV, MAX_REGIONS, RGB, SHAPES, Layout, Region
-from regional.mask import in_polygons, pixels_inside
+from regional.mask import in_polygons, pixels_inside, topmost_first
 from regional.reader import read_layout, value_at
 from tools.metadata import check_writable
 
@@ -150,7 +150,7 @@ def pixel_box(region: Region, i: int, form: str) -> list[int]:
     """The integer box with the same pixels."""
     key = f"regions[{i}]"
     if region.shape != "box":
-        raise InputError(key, MISSING, f"it has a {region.shape}, {form} has only boxes")
+        raise InputError(key, MISSING, f"{form} has only boxes, no {region.shape}")
     x0, y0, x1, y1 = map(math.ceil, region.box)
     if x0 == x1 or y0 == y1:
         raise InputError(f"{key}.box", list(region.box), "there is no pixel in it")
@@ -162,12 +162,22 @@ def pixels_of(region: Region, layout: Layout) -> np.ndarray:
     return pixels_inside(region, layout, np.arange(layout.width), np.arange(layout.height))
 
 
+def polygons_of(region: Region) -> tuple:
+    """A region's polygons; for an ellipse one of 64 corners."""
+    if not region.ellipse:
+        return region.polygon or ()
+    x0, y0, x1, y1 = region.ellipse
+    turn = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+    x = (x0 + x1 + (x1 - x0) * np.cos(turn)) / 2
+    y = (y0 + y1 + (y1 - y0) * np.sin(turn)) / 2
+    return (tuple(zip(x.round(3).tolist(), y.round(3).tolist())),)
+
+
 def color_map(layout: Layout) -> Image.Image:
     """One image of all regions, the i-th in PALETTE[i]."""
     owners = np.zeros((layout.height, layout.width), dtype=np.uint8)  # in COLORS; 0: none
-    topmost_first = 1 if layout.overlap == "first" else -1
-    for i, region in list(enumerate(layout.regions))[::topmost_first]:
-        pixels = pixels_of(region, layout)
+    for i in topmost_first(layout, [0] * len(layout.regions)):
+        pixels = pixels_of(layout.regions[i], layout)
         visible = pixels & (owners == 0)
         if (pixels & ~visible).any() and layout.overlap not in ("first", "last"):
             raise InputError(f"regions[{i}]", MISSING, "it overlaps another, a pixel has one color")
@@ -303,7 +313,7 @@ def to_coco(layout: Layout, stem: str) -> Files:
         return {"": data, name: color_map(layout)}
     data["annotations"] = []
     for i, region in enumerate(layout.regions):
-        polygons = region.polygon or ()
+        polygons = polygons_of(region)
         if polygons and overlapping(polygons, layout.width, layout.height):
             raise InputError(f"regions[{i}].polygon", MISSING, "coco fills holes and overlaps")
         x, y = zip(*(sum(polygons, ()) or (region.box[:2], region.box[2:])))
@@ -502,7 +512,7 @@ FORMS = {  # reader, writer, and the keys that the form holds besides shapes
     "layoutsam": (from_layoutsam, to_layoutsam, SIZED),
     "invokeai": (from_invokeai, to_invokeai, SIZED),
     "gradio": (from_gradio, to_gradio, {"width", "height"}),
-    "seg2any": (from_seg2any, to_seg2any, {*SIZED, "seed", "overlap"}),
+    "seg2any": (from_seg2any, to_seg2any, {*SIZED, "seed", "overlap", "order"}),
 }
 
 
@@ -577,11 +587,12 @@ def fitted(layout: Data, stem: str) -> Files:
 def to_form(layout: Layout, form: str, stem: str) -> Files:
     """The files of another form; what it can't hold is reported."""
     _, convert, kept = FORMS[form]
-    files = convert(layout, stem)
+    files = convert(layout.styled(), stem)
     parts = {"": layout} | {f"regions[{i}].": r for i, r in enumerate(layout.regions)}
     lost = []
+    held_by_all = {"regions", "map", "preset", "style"}
     for start, part in parts.items():
-        held = {*kept, "regions", "map", "preset"} if part is layout else {*kept, "prompt", *SHAPES}
+        held = {*kept, *held_by_all} if part is layout else {*kept, "prompt", *SHAPES}
         default = type(part)(prompt="")
         keys = [key for key in part.__struct_fields__ if key not in held]
         lost += [start + key for key in keys if getattr(part, key) != getattr(default, key)]

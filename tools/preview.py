@@ -47,14 +47,17 @@ def preview(layout: Layout) -> Image.Image:
     fine = replace(layout, width=layout.width * cell, height=layout.height * cell)
     for region, own in zip(layout.regions, colors):
         box = region.box and tuple(cell * value for value in region.box)
+        ellipse = region.ellipse and tuple(cell * value for value in region.ellipse)
         polygons = region.polygon or ()
         polygons = [[(cell * x, cell * y) for x, y in points] for points in polygons]
-        region = replace(region, box=box, polygon=polygons or None)
+        region = replace(region, box=box, ellipse=ellipse, polygon=polygons or None)
         shape = token_grid(region, fine)  # a token for each pixel
         pixels[shape & ~peeled(peeled(shape))] = 0.45 * own
     image = Image.fromarray(pixels.astype(np.uint8))
     write_names(image, tokens, cover, cell)
     about = f"{layout.width} x {layout.height} pixels, {w} x {h} tokens"
+    if layout.style:
+        about += f"; style: {layout.style}"
     if several.any():
         about += f"; striped: {counted(several.sum())} in several regions at once"
     return with_legend(image, layout, tokens, about)

@@ -27,6 +27,7 @@ LIMITS = {
     "color": {"string": {"pattern": HEX}},
     "map": {"string": {"minLength": 1}},
     "box": {"array": {"prefixItems": [POSITION] * 4}},
+    "ellipse": {"array": {"prefixItems": [POSITION] * 4}},
     "polygon": {"array": {"anyOf": [POINTS, {"items": POINTS}]}},
     "mask": {"string": {"minLength": 1}},
 }
@@ -48,11 +49,16 @@ def json_schema() -> dict[str, Any]:
     def needs(key: str, schema: dict[str, Any]) -> dict[str, Any]:
         return {"required": [key], "properties": {key: schema}}
 
-    there = {"not": {"type": "null"}}
-    parts["Region"]["oneOf"] = [needs(key, there) for key in SHAPES]
+    parts["Region"]["oneOf"] = [needs(key, {"not": {"type": "null"}}) for key in SHAPES]
     whole = parts.pop("Layout") | {"title": "Regional FLUX layout"}
-    whole["if"] = needs("regions", {"contains": needs("color", there)})
-    whole["then"] = needs("map", there)
+
+    def implied(key: str, value: Any, other: str, then: Any) -> dict[str, Any]:
+        some = needs("regions", {"contains": needs(key, {"not": value})})
+        return {"if": some, "then": needs(other, {"not": then})}
+
+    null = {"type": "null"}
+    stacked = implied("order", {"const": 0}, "overlap", {"const": "share"})
+    whole["allOf"] = [implied("color", null, "map", null), stacked]
     draft = "https://json-schema.org/draft/2020-12/schema"
     return {"$schema": draft, **whole, "$defs": parts}
 

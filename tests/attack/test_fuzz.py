@@ -91,7 +91,8 @@ def folder(tmp_path_factory) -> Path:
 # ---------------------------------------------------------------------------------- near validity
 
 SHAPES = [
-    {"box": [0, 0, 16, 16]}, {"box": ["0%", 3, "50.5%", 15.9]}, {"box": [-0.0, 0.0, 1e-300, 1]},
+    {"box": [0, 0, 16, 16]}, {"box": ["0%", 3, "50.5%", 15.9]}, {"box": [-0.0, 0.0, 1e-300, 1.1]},
+    {"ellipse": ["0%", 0, 16, 16]}, {"ellipse": [-0.0, 2, 1e-300, 3.5]},
     {"polygon": [[0, 0], [16, 0], ["50%", 16]]}, {"polygon": [[0, 0], [16, 16], [16, 0], [0, 16]]},
     {"polygon": [[7, 7], [7, 7], [7, 7]]}, {"polygon": [[[0, 0], [16, 0], [0, 16]], [[1, 1], [9, 1], [1, 9]]]},
     {"polygon": [[8 + 7 * np.cos(i).item(), 8 + 7 * np.sin(2.4 * i).item()] for i in range(25)]},
@@ -101,9 +102,11 @@ WORDS = ["a fox", "a\x00b", "\U0001f98a", "a: [b", "- c\n\td", "% 'q' \"r\"", "\
 GOOD_REGION = {
     "strength": [0, 1, 5e-324, 100, -0.0], "feather": [0, 16, 40.5, 8192, 1e-300], "base_ratio": [0, 1, 0.5, None],
     "mask_inject_steps": [0, "0%", "33.333333333333336%", 10**18, None], "loras": [[], [{"file": "gone", "scale": -1}]],
+    "order": [0],
 }  # fmt: skip
 GOOD = {
     "width": [16, 64, 272], "background_prompt": ["", "grey"], "seed": [0, 2**63 - 1, None], "steps": [1, 10000],
+    "style": ["", "in {prompt}", "\u2028"],
     "guidance": [0, 1e-300, 1000.0], "base_ratio": [0, 1, 0.5], "mask_inject_steps": [0, 10**18, "100%", "0.1%"],
     "double_inject_interval": [1, 10**18], "single_inject_interval": [2], "double_blocks": ["every 2", [], [3]],
     "single_blocks": ["0", "9-1", None, [10**18]], "image_attention": ["open"], "base_stream": ["shared"],
@@ -164,7 +167,7 @@ def nasty(rng: random.Random) -> Any:
 
 def near_validity(rng: random.Random) -> tuple[dict[str, Any], int]:
     """A layout, and in how many ways it may be invalid."""
-    keys = sorted({*GOOD, *GOOD_REGION, "prompt", "box", "polygon", "mask", "color", "image", "map"})
+    keys = sorted({*GOOD, *GOOD_REGION, "prompt", "box", "ellipse", "polygon", "mask", "color", "image", "map"})
     keys += ["height", "promt", "weight", "0", "a.b", "\xfc", "\ud800"]
     layout = {"prompt": rng.choice(WORDS), "map": "halves.png", "width": 64}
     layout |= some_of(GOOD, rng)
