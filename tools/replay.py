@@ -1,0 +1,118 @@
+"""From the metadata of a file to settings and a layout: where its models and pictures are now,
+whether they are to be trusted, and whether they are still the same."""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from errors import MISSING, InputError, describe, warn
+from formats.hub import is_cached, is_repository
+from regional.layout import Layout
+from settings import MODEL_KEYS, Settings, invalid
+from tools.metadata import Metadata, checksum, names_in, read_metadata, with_names
+
+
+def replayed(
+    file: Path, given: dict[str, Any], overrides: dict[str, Any], again: list[str] | None,
+    is_layout: bool,
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """The settings, except those given, and the layout's keys that a file records. again: the
+    command line, to be repeated with --trust-metadata; None if it has that. is_layout: the
+    layout is needed, too, and not the settings alone."""
+    metadata = located(read_metadata(file), file.parent)
+    settings = repeated(metadata, given, file)
+    keys = {key: metadata[key] for key in Layout.__struct_fields__ if key in metadata}
+    own = {key: keys[key] for key in keys.keys() - overrides} if is_layout else {}
+    if again is not None:
+        named = {key: settings[key] for key in MODEL_KEYS if key in settings.keys() - given}
+        check_trust(file, named | own, again)
+    check_inputs(file, metadata, own)
+    return settings, keys
+
+
+def located(metadata: Metadata, folder: Path) -> Metadata:
+    """Metadata of a file in this folder with paths from the working directory. Earlier versions
+    recorded those, but the pictures may have moved together with the image."""
+    is_portable = "inputs" in metadata
+
+    def change(key: str, name: str) -> str:
+        place = folder / name
+        if name == "pocket" or not (name.startswith(".") if is_portable else os.path.exists(place)):
+            return name
+        is_plain = place.is_absolute() or str(place).startswith(".")
+        return str(place) if is_plain else f"./{place}"  # never taken for a repository
+
+    return with_names(metadata, change)
+
+
+def recorded(metadata: Metadata) -> dict[str, Any]:
+    """The settings in an image's metadata, unchecked; the reverse of `run_metadata`."""
+    given = metadata.get("given")
+    files = given if isinstance(given, dict) else {"model": metadata["model"]}
+    dtype = str(metadata.get("dtype", "auto"))
+    return {
+        **{key: str(value) for key, value in files.items() if key in MODEL_KEYS},
+        "dtype": dtype.removeprefix("torch."),
+        "attention": metadata.get("attention", "auto"),
+        "quantize": "fp8" if metadata.get("fp8") is True else "none",
+        "compile": metadata.get("compile") is True,
+    }
+
+
+def repeated(metadata: Metadata, given: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The settings that an image records, except those given."""
+    settings = recorded(metadata)
+    try:
+        msgspec.convert(settings, Settings)
+    except msgspec.ValidationError as error:
+        problem = f"in its metadata, {invalid(settings, error)}"
+        raise InputError(file, MISSING, problem) from None
+    for key in MODEL_KEYS if given.keys() & set(MODEL_KEYS) else ():
+        settings.pop(key, None)  # Files of one model are not mixed with another's.
+    return settings | given
+
+
+def check_trust(file: Path, named: dict[str, Any], again: list[str]) -> None:
+    """InputError if an image's metadata, which may be a stranger's, name what is not here yet or
+    lies elsewhere than the image, the working directory and the program."""
+    folders = [file.resolve().parent, Path.cwd().resolve(), Path(__file__).resolve().parents[1]]
+    for key, name in names_in(named):
+        repository = name.partition(":")[0]
+        if is_repository(repository):
+            if is_cached(repository):
+                continue
+            danger = "would be downloaded"
+        else:
+            place = Path(os.path.realpath(name.partition("\0")[0]))  # No file has a name with NUL.
+            if name == "pocket" or any(place.is_relative_to(folder) for folder in folders):
+                continue
+            danger = "is in none of the image's folder, the current one and the program's"
+        command = shlex.join([*again, "--trust-metadata"])
+        problem = f"its metadata name {key} = {describe(name)}, which {danger}"
+        raise InputError(file, MISSING, f"{problem}; to allow that: python generate.py {command}")
+
+
+def check_inputs(file: Path, metadata: Metadata, named: dict[str, Any]) -> None:
+    """InputError for a picture or a model that is gone or changed since the image was made."""
+    sums = metadata.get("inputs", metadata.get("pictures"))
+    for key, name in names_in(named) if isinstance(sums, dict) else ():
+        if name not in sums:
+            continue
+        problem = "is not there any more"
+        if os.path.exists(name):
+            if checksum(key, name)[:16] == str(sums[name])[:16]:
+                continue
+            problem = "has changed since the image was made"
+        raise InputError(file, MISSING, f"it was made with {key} = {describe(name)}, which {problem}")
+
+
+def check_model(file: Path, run: Metadata) -> None:
+    """Warn if a replayed image was made by other weights. run: `run_metadata`."""
+    sums = read_metadata(file).get("inputs")
+    sums = sums if isinstance(sums, dict) else {}
+    other = [part for part, own in run["inputs"].items() if sums.get(part, own) != own]
+    if other:
+        warn(f"{file} was made by other weights: {', '.join(other)}")
