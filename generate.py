@@ -11,20 +11,18 @@ import os
 import sys
 import time
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from errors import InputError, info, print_error
 from formats.hub import is_repository
 from pipeline import Pipeline
-from regional.layout import FLUX_DEV, Layout
-from regional.reader import read_layout
+from regional.layout import FLUX_DEV
 from settings import Settings
 from tools import jobs as batch
-from tools.flags import Command, naming, parse
+from tools.flags import Command, parse
 from tools.metadata import run_metadata
+from tools.replay import replayed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,7 +39,7 @@ def run_with_messages(argv: list[str] | None) -> int:
     stop = batch.Stop()
     try:
         with stop.handled():
-            command = parse(argv)
+            command = parse(argv, replayed)
             settings = command.settings
             return run(command, stop, start)
     except (InputError, OSError) as error:
@@ -59,32 +57,22 @@ def run_with_messages(argv: list[str] | None) -> int:
 
 
 def run(command: Command, stop: batch.Stop, start: float) -> int:
-    settings, overrides, output, dry_run, recorded = command
-
-    def read(file: Path | None, swept: dict[str, Any], size: int) -> Layout:
-        given = overrides | swept
-        with naming(file, given):
-            if recorded is None:
-                return read_layout(file, given, size)
-            return read_layout(None, recorded | given, size)  # by the image `file`
-
+    settings = command.settings
+    output = command.output
+    dry_run = command.dry_run
     if dry_run.check or dry_run.preview or dry_run.plan is not None:
         from tools.check import run_dry
 
+        read = partial(batch.read, command)
         return run_dry(command, read) if batch.is_first(settings) else 0
-    files = batch.layout_files(output)
-    worker = batch.worker_of(output.shard, bool(settings.parallel))
-    tally = batch.tally_of(command, len(files) == 1)
-
-    def plan(size: int, known: batch.Known | None = None) -> list[batch.Job]:
-        reader = partial(read, size=size)
-        return batch.plan_jobs(files, command, reader, worker, tally, known)
-
+    tally = batch.tally_of(command)
     jobs = None
     if is_repository(settings.model) and not output.decode:
         # Find mistakes before downloading a repository's gigabytes.
-        jobs = plan(FLUX_DEV.size)
-    pipeline = Pipeline(msgspec.structs.replace(settings, device=batch.device_of(settings.device)))
+        jobs = batch.plan_jobs(command, tally, FLUX_DEV.size)
+    device = batch.device_of(settings.device)
+    pipeline = Pipeline(msgspec.structs.replace(settings, device=device))
+    size = pipeline.defaults.size
     known = batch.Known(pipeline.defaults, run_metadata(pipeline))
     with contextlib.ExitStack() as stack:
         if pipeline.parallel:
@@ -98,15 +86,9 @@ def run(command: Command, stop: batch.Stop, start: float) -> int:
 
             decode(pipeline, output, known.run)
             return 0
-        if jobs is None or len(files) == 1 or pipeline.defaults.size != FLUX_DEV.size:
-            jobs = plan(pipeline.defaults.size, known)
-        batch.announce(jobs, worker, pipeline.checkpoint.name == "pocket")
-        with tally.running(len(jobs), start):
-            batch.generate_all(pipeline, jobs, command, known.run, tally, stop, start)
-        if output.sweep and not tally.counts["failed"] and batch.is_first(settings):
-            from tools.sheets import write_sheets
-
-            write_sheets(jobs, worker.count)
+        if jobs is None or tally.is_alone or size != FLUX_DEV.size:
+            jobs = batch.plan_jobs(command, tally, size, known)
+        batch.generate_all(pipeline, jobs, command, known.run, tally, stop, start)
     return 1 if tally.counts["failed"] else 0
 
 

@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
@@ -31,6 +31,7 @@ TYPES = {
     inspect.CustomType: Path,
 }
 File = Path | None
+Replay = Callable[..., tuple[dict[str, Any], dict[str, Any]]]
 
 
 class Output(Struct, frozen=True, kw_only=True):
@@ -93,7 +94,8 @@ def naming(file: Path | None, overrides: dict[str, Any]) -> Iterator[None]:
         raise
 
 
-def parse(argv: list[str] | None = None) -> Command:
+def parse(argv: list[str] | None = None, replay: Replay | None = None) -> Command:
+    """replay: tools.replay.replayed, for the flags that need it."""
     parser = make_parser()
     given = vars(parser.parse_args(argv))
 
@@ -122,11 +124,8 @@ def parse(argv: list[str] | None = None) -> Command:
     settings = of(Settings)
     keys = None
     if file:
-        from tools.replay import replayed
-
-        again = None if output.trust_metadata else sys.argv[1:] if argv is None else argv
-        is_layout = output.decode is None
-        settings, keys = replayed(file, settings, overrides, again, is_layout)
+        again = sys.argv[1:] if argv is None else argv
+        settings, keys = replay(output, settings, overrides, again)
     return Command(Settings(**settings), overrides, output, dry_run, keys)
 
 

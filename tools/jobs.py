@@ -23,6 +23,7 @@ from tqdm import tqdm
 from errors import MISSING, InputError, flag, info, print_error, shown
 from regional.layout import Defaults, Layout
 from regional.mask import RegionTokens
+from regional.reader import read_layout
 from settings import MODEL_KEYS, Settings
 from tools.flags import Command, Output, naming
 from tools.metadata import (
@@ -43,7 +44,6 @@ CHUNK = 100  # layouts prepared together, in some 2 GB of memory at full size
 SILENCE = 30  # seconds between the messages of an image that takes long
 POCKET = "this is the built-in pocket model; FLUX.1-dev: --model black-forest-labs/FLUX.1-dev"
 Labels = tuple[str, ...]  # of swept settings, each key=value
-Reader = Callable[[Path | None, dict[str, Any]], Layout]
 
 
 class Known(NamedTuple):
@@ -136,7 +136,10 @@ class Tally:
             with tqdm.external_write_mode(nolock=True):
                 print(shown(job.files["image"]), flush=True)
         if self.progress:
-            self.progress.add(outcome, job, metadata, seconds, [*warnings, *heard()], error)
+            from tools.compare import settings_hash
+
+            settings = settings_hash(metadata) if metadata else None
+            self.progress.add(outcome, job, settings, seconds, [*warnings, *heard()], error)
         self.spoke = time.perf_counter()
 
     def on_step(self, step: int, steps: int) -> None:
@@ -238,9 +241,10 @@ def layout_files(output: Output) -> list[Path | None]:
     return files or [output.config_from_metadata]
 
 
-def worker_of(shard: str | None, is_parallel: bool) -> Worker:
+def worker_of(command: Command) -> Worker:
     """By --shard, torchrun or SLURM; --parallel uses their variables otherwise."""
-    if is_parallel:
+    shard = command.output.shard
+    if command.settings.parallel:
         return Worker(0, 1, is_shared=True)
     env = os.environ
     for rank, size in ("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"):
@@ -259,13 +263,22 @@ def device_of(name: str) -> str:
     return f"cuda:{own}" if own and has_choice else name
 
 
+def read(command: Command, file: Path | None, swept: dict[str, Any], size: int) -> Layout:
+    """A layout with what the command line overrides. size: default width and height."""
+    given = command.overrides | swept
+    with naming(file, given):
+        if command.recorded is None:
+            return read_layout(file, given, size)
+        return read_layout(None, command.recorded | given, size)  # by the image `file`
+
+
 def plan_jobs(
-    files: list[Path | None], command: Command, read: Reader, worker: Worker, tally: Tally,
-    known: Known | None = None,
+    command: Command, tally: Tally, size: int, known: Known | None = None
 ) -> list[Job]:  # fmt: skip
-    """This worker's images. read: a file's layout with some keys overridden. InputError for
-    what could not be written."""
+    """This worker's images. InputError for what could not be written."""
     output = command.output
+    files = layout_files(output)
+    worker = worker_of(command)
     is_one = len(files) == 1
     sweep = [{}]
     if output.sweep:
@@ -279,7 +292,7 @@ def plan_jobs(
             layouts = {}
             for swept in sweep:
                 labels = tuple(f"{key}={value}" for key, value in swept.items())
-                layouts[labels] = read(file, swept)
+                layouts[labels] = read(command, file, swept, size)
             jobs += jobs_of(file, layouts, output, worker, is_one, known)
     inputs = inputs_of(command, {id(job.layout): job.layout for job in jobs}.values())
     check_names(jobs, inputs)
@@ -423,12 +436,12 @@ def step_sheets(job: Job, inputs: dict[str, str]) -> list[Path]:
     return [path for path in found if re.fullmatch(name, path.name)]
 
 
-def tally_of(command: Command, is_alone: bool) -> Tally:
-    settings, _, output, *_ = command
-    log = output.log if is_first(settings) else None
+def tally_of(command: Command) -> Tally:
+    log = command.output.log if is_first(command.settings) else None
     if log:
         check_output("--log", log, inputs_of(command, ()))
-    return Tally(is_alone or bool(settings.parallel), log)
+    is_alone = len(layout_files(command.output)) == 1
+    return Tally(is_alone or bool(command.settings.parallel), log)
 
 
 def is_first(settings: Settings) -> bool:
@@ -436,12 +449,12 @@ def is_first(settings: Settings) -> bool:
     return not settings.parallel or os.environ.get("RANK", "0") == "0"
 
 
-def announce(jobs: list[Job], worker: Worker, is_pocket: bool) -> None:
+def announce(jobs: list[Job], worker: Worker, model: str) -> None:
     if worker.count > 1:
         info(f"worker {worker.index} of {worker.count}: {len(jobs)} images")
     if seeds := dict.fromkeys(str(job.seed) for job in jobs):
         info(f"seed {', '.join(seeds)}")
-    if is_pocket:
+    if model == "pocket":
         info(POCKET)
 
 
@@ -451,6 +464,8 @@ def generate_all(
 ) -> None:  # fmt: skip
     """Prepare up to CHUNK layouts at a time, then write their images. run: `run_metadata`."""
     is_any = pipeline.parallel.is_any if pipeline.parallel else bool
+    worker = worker_of(command)
+    announce(jobs, worker, pipeline.checkpoint.name)
     if command.output.config_from_metadata:
         from tools.replay import check_model
 
@@ -466,31 +481,46 @@ def generate_all(
         check()
 
     by_layout = [list(group) for _, group in itertools.groupby(jobs, lambda job: id(job.layout))]
-    for first in range(0, len(by_layout), CHUNK):
-        ready = []
-        for group in by_layout[first : first + CHUNK]:
-            check()
-            with naming(group[0].source, command.overrides):
-                missing, problems = [], []
-                with tally.caught(group):
-                    missing, problems = unfinished(group, pipeline, command.output, run, tally)
-                with tally.caught([job for job, _ in problems]):
-                    raise_first([error for _, error in problems])
-                with tally.caught([job for job, _ in missing]):
-                    prepared = pipeline.prepare(group[0].layout) if missing else None
-                    warnings = heard()
-                    ready += [(job, prepared, metadata, warnings) for job, metadata in missing]
-        pipeline.drop("t5", "clip")
-        if len(jobs) == 1:  # VAE and transformer may not fit together.
-            pipeline.drop("ae")
-        for job, prepared, metadata, warnings in ready:
-            check()
-            with tally.caught([job], metadata):
-                began = time.perf_counter()
-                make(job, prepared, metadata, pipeline, command, stop, on_step, len(jobs) == 1)
-                seconds = time.perf_counter() - began
-                tally.add("generated", job, metadata, seconds, warnings)
-        pipeline.drop("flux")
+    with tally.running(len(jobs), start):
+        for first in range(0, len(by_layout), CHUNK):
+            ready = []
+            for group in by_layout[first : first + CHUNK]:
+                check()
+                with naming(group[0].source, command.overrides):
+                    ready += prepare(group, pipeline, command.output, run, tally)
+            pipeline.drop("t5", "clip")
+            if len(jobs) == 1:  # VAE and transformer may not fit together.
+                pipeline.drop("ae")
+            for job, metadata, prepared, warnings in ready:
+                check()
+                with tally.caught([job], metadata):
+                    began = time.perf_counter()
+                    make(job, prepared, metadata, pipeline, command, stop, on_step, len(jobs) == 1)
+                    seconds = time.perf_counter() - began
+                    tally.add("generated", job, metadata, seconds, warnings)
+            pipeline.drop("flux")
+    if command.output.sweep and not tally.counts["failed"] and is_first(command.settings):
+        from tools.sheets import write_sheets
+
+        write_sheets(jobs, worker.count)
+
+
+def prepare(
+    group: list[Job], pipeline: Any, output: Output, run: Metadata, tally: Tally
+) -> list[tuple[Job, Metadata, Any, list[str]]]:  # fmt: skip
+    """One layout's images still to be made, each with its metadata, what is prepared for it,
+    and the warnings of that."""
+    missing = []
+    problems = []
+    with tally.caught(group):
+        missing, problems = unfinished(group, pipeline, output, run, tally)
+    with tally.caught([job for job, _ in problems]):
+        raise_first([error for _, error in problems])
+    with tally.caught([job for job, _ in missing]):
+        prepared = pipeline.prepare(group[0].layout) if missing else None
+        warnings = heard()
+        return [(*entry, prepared, warnings) for entry in missing]
+    return []
 
 
 def make(

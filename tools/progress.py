@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from errors import InputError, info, shown
-from tools.metadata import Metadata, check_suffix, check_writable
+from tools.metadata import check_suffix, check_writable
 
 
 class Progress:
@@ -53,12 +53,23 @@ class Progress:
         return f"{60 * rate:.1f} a minute, {left} left"
 
     def add(
-        self, outcome: str, job: Any, metadata: Metadata | None, seconds: float,
-        warnings: list[str], error: BaseException | None,
+        self, outcome: str, job: Any, settings: str | None, seconds: float, warnings: list[str],
+        error: BaseException | None,
     ) -> None:  # fmt: skip
-        """job: tools.jobs.Job; of a layout that can't be read, None."""
+        """job: tools.jobs.Job; of a layout that can't be read, None. settings: their hash."""
         if self.file:
-            self.write(record(outcome, job, metadata, seconds, warnings, error))
+            found = {
+                "outcome": outcome,
+                "file": job and str(job.files["image"]),
+                "layout": job and job.source and str(job.source),
+                "seed": job and job.seed,
+                "settings": settings,
+                "seconds": round(seconds, 3),
+                "warnings": warnings,
+                "error": error and str(error),
+            }
+            with suppress(OSError):  # A log that can't be written does not end a run.
+                self.file.write(json.dumps(found).encode() + b"\n")
         if not self.total:  # still planning
             return
         self.done += 1
@@ -72,25 +83,3 @@ class Progress:
         if self.bar is not None:
             self.bar.set_description_str(self.place(), refresh=False)
             self.bar.update()
-
-    def write(self, found: dict[str, Any]) -> None:
-        with suppress(OSError):  # A log that can't be written does not end a run.
-            self.file.write(json.dumps(found).encode() + b"\n")
-
-
-def record(
-    outcome: str, job: Any, metadata: Metadata | None, seconds: float, warnings: list[str],
-    error: BaseException | None,
-) -> dict[str, Any]:  # fmt: skip
-    from tools.compare import settings_hash
-
-    return {
-        "outcome": outcome,
-        "file": job and str(job.files["image"]),
-        "layout": job and job.source and str(job.source),
-        "seed": job and job.seed,
-        "settings": metadata and settings_hash(metadata),
-        "seconds": round(seconds, 3),
-        "warnings": warnings,
-        "error": error and str(error),
-    }

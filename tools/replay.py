@@ -16,19 +16,18 @@ from tools.metadata import Metadata, checksum, names_in, read_metadata, with_nam
 
 
 def replayed(
-    file: Path, given: dict[str, Any], overrides: dict[str, Any], again: list[str] | None,
-    is_layout: bool,
-) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
-    """The settings, except those given, and the layout's keys that a file records. again: the
-    command line, to be repeated with --trust-metadata; None if it has that. is_layout: the
-    layout is needed, too, and not the settings alone."""
+    output: Any, given: dict[str, Any], overrides: dict[str, Any], argv: list[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings, except those given, and the layout's keys that a file records. Of latents,
+    which are drawn already, only the settings have to be there. output: tools.flags.Output."""
+    file = output.decode or output.config_from_metadata
     metadata = located(read_metadata(file), file.parent)
     settings = repeated(metadata, given, file)
     keys = {key: metadata[key] for key in Layout.__struct_fields__ if key in metadata}
-    own = {key: keys[key] for key in keys.keys() - overrides} if is_layout else {}
-    if again is not None:
+    own = {} if output.decode else {key: keys[key] for key in keys.keys() - overrides}
+    if not output.trust_metadata:
         named = {key: settings[key] for key in MODEL_KEYS if key in settings.keys() - given}
-        check_trust(file, named | own, again)
+        check_trust(file, named | own, argv)
     check_inputs(file, metadata, own)
     return settings, keys
 
@@ -75,7 +74,7 @@ def repeated(metadata: Metadata, given: dict[str, Any], file: Path) -> dict[str,
     return settings | given
 
 
-def check_trust(file: Path, named: dict[str, Any], again: list[str]) -> None:
+def check_trust(file: Path, named: dict[str, Any], argv: list[str]) -> None:
     """InputError if an image's metadata, which may be a stranger's, name what is not here yet or
     lies elsewhere than the image, the working directory and the program."""
     folders = [file.resolve().parent, Path.cwd().resolve(), Path(__file__).resolve().parents[1]]
@@ -90,7 +89,7 @@ def check_trust(file: Path, named: dict[str, Any], again: list[str]) -> None:
             if name == "pocket" or any(place.is_relative_to(folder) for folder in folders):
                 continue
             danger = "is in none of the image's folder, the current one and the program's"
-        command = shlex.join([*again, "--trust-metadata"])
+        command = shlex.join([*argv, "--trust-metadata"])
         problem = f"its metadata name {key} = {describe(name)}, which {danger}"
         raise InputError(file, MISSING, f"{problem}; to allow that: python generate.py {command}")
 
