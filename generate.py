@@ -21,8 +21,7 @@ from regional.layout import FLUX_DEV
 from settings import Settings
 from tools import jobs as batch
 from tools.flags import Command, parse
-from tools.metadata import run_metadata
-from tools.replay import replayed
+from tools.replay import decode, replayed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,7 +64,7 @@ def run(command: Command, stop: batch.Stop, start: float) -> int:
 
         read = partial(batch.read, command)
         return run_dry(command, read) if batch.is_first(settings) else 0
-    tally = batch.tally_of(command)
+    tally = batch.Tally(command)
     jobs = None
     if is_repository(settings.model) and not output.decode:
         # Find mistakes before downloading a repository's gigabytes.
@@ -73,7 +72,6 @@ def run(command: Command, stop: batch.Stop, start: float) -> int:
     device = batch.device_of(settings.device)
     pipeline = Pipeline(msgspec.structs.replace(settings, device=device))
     size = pipeline.defaults.size
-    known = batch.Known(pipeline.defaults, run_metadata(pipeline))
     with contextlib.ExitStack() as stack:
         if pipeline.parallel:
             stack.callback(pipeline.parallel.close)
@@ -82,13 +80,11 @@ def run(command: Command, stop: batch.Stop, start: float) -> int:
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         if output.decode:
-            from tools.decode import decode
-
-            decode(pipeline, output, known.run)
+            decode(pipeline, output)
             return 0
         if jobs is None or tally.is_alone or size != FLUX_DEV.size:
-            jobs = batch.plan_jobs(command, tally, size, known)
-        batch.generate_all(pipeline, jobs, command, known.run, tally, stop, start)
+            jobs = batch.plan_jobs(command, tally, size, pipeline)
+        batch.generate_all(pipeline, jobs, command, tally, stop, start)
     return 1 if tally.counts["failed"] else 0
 
 

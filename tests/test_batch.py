@@ -66,7 +66,7 @@ def kept(ran) -> int:
 def planned(flags: str) -> list[jobs.Job]:
     """The jobs of this command line; nothing is generated."""
     command = parse(flags.split())
-    return jobs.plan_jobs(command, jobs.tally_of(command), 64)
+    return jobs.plan_jobs(command, jobs.Tally(command), 64)
 
 
 def names_of(flags: str) -> list[str]:

@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from errors import MISSING, InputError, flag, info, print_error, shown
-from regional.layout import Defaults, Layout
+from errors import MISSING, InputError, flag, info, print_error, shown, warn
+from regional.layout import Layout
 from regional.mask import RegionTokens
 from regional.reader import read_layout
 from settings import MODEL_KEYS, Settings
@@ -35,6 +35,7 @@ from tools.metadata import (
     metadata_in,
     names_in,
     read_metadata,
+    run_metadata,
     save_image,
     save_json,
     save_tensor,
@@ -44,13 +45,6 @@ CHUNK = 100  # layouts prepared together, in some 2 GB of memory at full size
 SILENCE = 30  # seconds between the messages of an image that takes long
 POCKET = "this is the built-in pocket model; FLUX.1-dev: --model black-forest-labs/FLUX.1-dev"
 Labels = tuple[str, ...]  # of swept settings, each key=value
-
-
-class Known(NamedTuple):
-    """What a run knows of its model: run: `run_metadata`."""
-
-    defaults: Defaults
-    run: Metadata
 
 
 class Job(NamedTuple):
@@ -74,19 +68,21 @@ class Worker(NamedTuple):
 
 
 class Tally:
-    """What becomes of the images. A failure ends the run if there is one layout; of several,
-    it is reported and the others continue. log: a file for a record of each image."""
+    """What becomes of a run's images. A failure ends the run if there is one layout; of
+    several, it is reported and the others continue."""
 
-    def __init__(self, is_alone: bool, log: Path | None = None):
+    def __init__(self, command: Command):
+        output = command.output
         self.counts = {"generated": 0, "kept": 0, "failed": 0}
         self.of_other_code = 0
-        self.is_alone = is_alone
-        self.progress = None  # of more than one image, or with a log
+        self.is_alone = len(layout_files(output)) == 1 or bool(command.settings.parallel)
         self.spoke = time.perf_counter()
-        if log:
-            self.show(log)
+        self.progress = None  # of more than one image, or with --log
+        if output.log and is_first(command.settings):
+            check_output("--log", output.log, inputs_of(command, ()))
+            self.show(output.log)
 
-    def show(self, log: Path | None) -> None:
+    def show(self, log: Path | None = None) -> None:
         from tools.progress import Progress
 
         self.progress = Progress(log)
@@ -95,19 +91,15 @@ class Tally:
     def running(self, total: int, start: float) -> Iterator[None]:
         """start: of the program, by time.perf_counter()."""
         if total > 1 and not self.progress:
-            self.show(None)
+            self.show()
         if self.progress:
             self.progress.begin(total)
-        is_broken = False
         try:
             yield
-        except Exception:
-            is_broken = True
-            raise
         finally:
             if self.progress:
                 self.progress.close()
-            if not is_broken:
+            if not isinstance(sys.exception(), Exception):  # it is said by itself
                 found = [f"{count} {outcome}" for outcome, count in self.counts.items()]
                 info(f"{', '.join(found)}, {time.perf_counter() - start:.1f} s")
                 if self.of_other_code:
@@ -115,7 +107,7 @@ class Tally:
                     info(f"{made}; --update --same-code draws them again")
 
     @contextmanager
-    def caught(self, jobs: "Sequence[Job | None]", metadata: Metadata | None = None) -> Iterator[None]:
+    def caught(self, jobs: Sequence[Job | None], metadata: Metadata | None = None) -> Iterator[None]:
         try:
             yield
         except (InputError, OSError, MemoryError, RuntimeError) as error:
@@ -128,8 +120,8 @@ class Tally:
             print_error(error)
 
     def add(
-        self, outcome: str, job: "Job | None" = None, metadata: Metadata | None = None,
-        seconds: float = 0.0, warnings: Sequence[str] = (), error: BaseException | None = None,
+        self, outcome: str, job: Job | None, metadata: Metadata | None, seconds: float = 0.0,
+        warnings: Sequence[str] = (), error: BaseException | None = None,
     ) -> None:  # fmt: skip
         self.counts[outcome] += 1
         if error is None:
@@ -272,10 +264,9 @@ def read(command: Command, file: Path | None, swept: dict[str, Any], size: int) 
         return read_layout(None, command.recorded | given, size)  # by the image `file`
 
 
-def plan_jobs(
-    command: Command, tally: Tally, size: int, known: Known | None = None
-) -> list[Job]:  # fmt: skip
-    """This worker's images. InputError for what could not be written."""
+def plan_jobs(command: Command, tally: Tally, size: int, pipeline: Any = None) -> list[Job]:
+    """This worker's images. size: a layout's without one. InputError for what could not be
+    written. pipeline: if it is there, to tell which images it would make again."""
     output = command.output
     files = layout_files(output)
     worker = worker_of(command)
@@ -293,7 +284,7 @@ def plan_jobs(
             for swept in sweep:
                 labels = tuple(f"{key}={value}" for key, value in swept.items())
                 layouts[labels] = read(command, file, swept, size)
-            jobs += jobs_of(file, layouts, output, worker, is_one, known)
+            jobs += jobs_of(file, layouts, output, worker, is_one, pipeline)
     inputs = inputs_of(command, {id(job.layout): job.layout for job in jobs}.values())
     check_names(jobs, inputs)
     for sheet in {job.sheet for job in jobs} - {None}:
@@ -306,7 +297,7 @@ def plan_jobs(
 
 def jobs_of(
     file: Path | None, layouts: dict[Labels, Layout], output: Output, worker: Worker,
-    is_one: bool, known: Known | None,
+    is_one: bool, pipeline: Any,
 ) -> list[Job]:  # fmt: skip
     """The jobs of one layout file. layouts: by what is swept."""
     seeds = list(dict.fromkeys(output.seed)) or [next(iter(layouts.values())).seed]
@@ -322,19 +313,17 @@ def jobs_of(
     path_of = partial(fill, name, has_seeds=has_seeds or bool(output.seed and not output.output))
     sheet_of = partial(fill, name, ("sheet",), has_seeds=False)
 
-    @cache
-    def metadata_of(sweep: Labels) -> Metadata:
-        layout = layouts[sweep].filled(known.defaults)
-        return image_metadata(layout, None, known.run, layout_name(file, output))
-
     def is_free(template: str) -> bool:
         """Is each image missing, or there with these settings?"""
         for sweep, seed in images:
             path = path_of(sweep, seed, template)
-            if path.exists() and (known is None or seed is None):
-                return False
-            if path.exists() and not is_made(path, metadata_of(sweep) | {"seed": seed}):
-                return False
+            if path.exists():
+                if pipeline is None or seed is None:
+                    return False
+                from tools.compare import matches
+
+                if not matches(path, metadata_of(file, layouts[sweep], seed, pipeline, output)):
+                    return False
         sheet = sheet_of(None, template)
         return not output.sweep or not sheet.exists() or is_sheet(sheet)
 
@@ -373,17 +362,15 @@ def templates() -> Iterator[str]:
         yield f"{{name}}_{i}.png"
 
 
-def is_made(path: Path, metadata: Metadata) -> bool:
-    from tools.compare import matches
-
-    return matches(path, metadata)
-
-
-def layout_name(file: Path | None, output: Output) -> str | None:
-    """The layout that metadata name: of an image made again, its own."""
-    if output.config_from_metadata:
-        return read_metadata(output.config_from_metadata).get("layout_file")
-    return file.name if file else None
+def metadata_of(
+    file: Path | None, layout: Layout, seed: int, pipeline: Any, output: Output
+) -> Metadata:  # fmt: skip
+    """What an image is to record."""
+    name = file and file.name
+    if output.config_from_metadata:  # its own layout's
+        name = read_metadata(file).get("layout_file")
+    layout = layout.filled(pipeline.defaults)
+    return image_metadata(layout, seed, run_metadata(pipeline), name)
 
 
 def fill(name: str, sweep: Labels, seed: int | None, template: str, has_seeds: bool) -> Path:
@@ -436,14 +423,6 @@ def step_sheets(job: Job, inputs: dict[str, str]) -> list[Path]:
     return [path for path in found if re.fullmatch(name, path.name)]
 
 
-def tally_of(command: Command) -> Tally:
-    log = command.output.log if is_first(command.settings) else None
-    if log:
-        check_output("--log", log, inputs_of(command, ()))
-    is_alone = len(layout_files(command.output)) == 1
-    return Tally(is_alone or bool(command.settings.parallel), log)
-
-
 def is_first(settings: Settings) -> bool:
     """Does this process print and write? Of a parallel run, one does."""
     return not settings.parallel or os.environ.get("RANK", "0") == "0"
@@ -459,17 +438,14 @@ def announce(jobs: list[Job], worker: Worker, model: str) -> None:
 
 
 def generate_all(
-    pipeline: Any, jobs: list[Job], command: Command, run: Metadata, tally: Tally, stop: Stop,
-    start: float,
+    pipeline: Any, jobs: list[Job], command: Command, tally: Tally, stop: Stop, start: float
 ) -> None:  # fmt: skip
-    """Prepare up to CHUNK layouts at a time, then write their images. run: `run_metadata`."""
+    """Prepare up to CHUNK layouts at a time, then write their images."""
     is_any = pipeline.parallel.is_any if pipeline.parallel else bool
     worker = worker_of(command)
     announce(jobs, worker, pipeline.checkpoint.name)
     if command.output.config_from_metadata:
-        from tools.replay import check_model
-
-        check_model(command.output.config_from_metadata, run)
+        check_weights(command.output.config_from_metadata, run_metadata(pipeline))
 
     def check() -> None:
         if is_any(stop.is_asked):
@@ -487,7 +463,11 @@ def generate_all(
             for group in by_layout[first : first + CHUNK]:
                 check()
                 with naming(group[0].source, command.overrides):
-                    ready += prepare(group, pipeline, command.output, run, tally)
+                    missing = unfinished(group, pipeline, command.output, tally)
+                    with tally.caught([job for job, _ in missing]):
+                        prepared = pipeline.prepare(group[0].layout) if missing else None
+                        warnings = heard()
+                        ready += [(*entry, prepared, warnings) for entry in missing]
             pipeline.drop("t5", "clip")
             if len(jobs) == 1:  # VAE and transformer may not fit together.
                 pipeline.drop("ae")
@@ -503,24 +483,6 @@ def generate_all(
         from tools.sheets import write_sheets
 
         write_sheets(jobs, worker.count)
-
-
-def prepare(
-    group: list[Job], pipeline: Any, output: Output, run: Metadata, tally: Tally
-) -> list[tuple[Job, Metadata, Any, list[str]]]:  # fmt: skip
-    """One layout's images still to be made, each with its metadata, what is prepared for it,
-    and the warnings of that."""
-    missing = []
-    problems = []
-    with tally.caught(group):
-        missing, problems = unfinished(group, pipeline, output, run, tally)
-    with tally.caught([job for job, _ in problems]):
-        raise_first([error for _, error in problems])
-    with tally.caught([job for job, _ in missing]):
-        prepared = pipeline.prepare(group[0].layout) if missing else None
-        warnings = heard()
-        return [(*entry, prepared, warnings) for entry in missing]
-    return []
 
 
 def make(
@@ -546,39 +508,34 @@ def make(
 
 
 def unfinished(
-    group: list[Job], pipeline: Any, output: Output, run: Metadata, tally: Tally
-) -> tuple[list[tuple[Job, Metadata]], list[tuple[Job, InputError]]]:  # fmt: skip
-    """One layout's images still to be made, with their metadata, and those that can't be made
-    because something is in the way."""
-    layout = group[0].layout.filled(pipeline.defaults)
+    group: list[Job], pipeline: Any, output: Output, tally: Tally
+) -> list[tuple[Job, Metadata]]:  # fmt: skip
+    """One layout's images still to be made, with their metadata."""
     has_maps = group[0].layout.resolved(pipeline.defaults).regional_steps() > 0
-    shared = image_metadata(layout, None, run, layout_name(group[0].source, output))
     missing = []
-    problems = []
     for job in group:
         image = job.files["image"]
         if "maps" in job.files and not has_maps:
             info(f"{shown(image)}: no step of it is regional, so it has no attention maps")
             del job.files["maps"]
-        metadata = shared | {"seed": job.seed}
-        try:
+        with tally.caught([job]):
+            metadata = metadata_of(job.source, job.layout, job.seed, pipeline, output)
             if is_finished(job, output, metadata):
                 found = metadata_in(image) or metadata
                 tally.of_other_code += found.get("source") != metadata["source"]
                 tally.add("kept", job, metadata)
             else:
                 missing.append((job, metadata))
-        except InputError as error:
-            problems.append((job, error))
-    return missing, problems
+    return missing
 
 
-def raise_first(errors: list[InputError]) -> None:
-    """Of one layout's images."""
-    for error in errors[:1]:
-        if len(errors) > 1:
-            error.problem += f" (so are {len(errors) - 1} more of this layout's images)"
-        raise error
+def check_weights(file: Path, run: Metadata) -> None:
+    """Warn if an image that is to be made again was made by other weights."""
+    sums = read_metadata(file).get("inputs")
+    sums = sums if isinstance(sums, dict) else {}
+    other = [part for part, own in run["inputs"].items() if sums.get(part, own) != own]
+    if other:
+        warn(f"{file} was made by other weights: {', '.join(other)}")
 
 
 @cache  # It runs once.

@@ -12,7 +12,7 @@ import re
 import socket
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -126,7 +126,8 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def fingerprint(files: Iterable[Path]) -> str:
+@cache
+def fingerprint(*files: Path) -> str:
     """Of files that would take long to read: a checksum of their sizes and samples."""
     digest = hashlib.sha256()
     for file in sorted(files):
@@ -145,7 +146,7 @@ def checksum(key: str, name: str) -> str:
         return hashlib.sha256(read_bytes(name, IMAGE)).hexdigest()
     path = Path(name)
     files = sorted(path.glob("*")) if path.is_dir() else [path]
-    return fingerprint(file for file in files if file.is_file())
+    return fingerprint(*(file for file in files if file.is_file()))
 
 
 def run_metadata(pipeline: Any) -> Metadata:
@@ -167,7 +168,7 @@ def run_metadata(pipeline: Any) -> Metadata:
     }
     inputs = {}
     for part, source in sources.items():
-        inputs[part] = fingerprint({tensor.file for tensor in source.tensors.values()})
+        inputs[part] = fingerprint(*{tensor.file for tensor in source.tensors.values()})
     given = {key: value for key, value in given.items() if value}
     found = {key: value for key, value in found.items() if value}
     return found | {"given": given, "inputs": inputs}

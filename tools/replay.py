@@ -1,5 +1,5 @@
-"""From the metadata of a file to settings and a layout: where its models and pictures are now,
-whether they are to be trusted, and whether they are still the same."""
+"""From the metadata of a file to settings and a layout, or to its image: where models and
+pictures are now, whether they are to be trusted, and whether they are still the same."""
 
 import os
 import shlex
@@ -7,19 +7,35 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from torch import Tensor
 
-from errors import MISSING, InputError, describe, warn
+from errors import MISSING, InputError, describe, shown
 from formats.hub import is_cached, is_repository
+from formats.safetensors import read, read_header
 from regional.layout import Layout
 from settings import MODEL_KEYS, Settings, invalid
-from tools.metadata import Metadata, checksum, names_in, read_metadata, with_names
+from tools.compare import is_whole, matches
+from tools.flags import Output
+from tools.jobs import Job, check_output, fill, is_finished, templates
+from tools.metadata import (
+    Metadata,
+    check_suffix,
+    checksum,
+    names_in,
+    read_metadata,
+    run_metadata,
+    save_image,
+    with_names,
+)
+
+MOST = 1024  # rows and columns of latents: 8192 pixels
 
 
 def replayed(
-    output: Any, given: dict[str, Any], overrides: dict[str, Any], argv: list[str]
+    output: Output, given: dict[str, Any], overrides: dict[str, Any], argv: list[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings, except those given, and the layout's keys that a file records. Of latents,
-    which are drawn already, only the settings have to be there. output: tools.flags.Output."""
+    which are drawn already, only the settings have to be there."""
     file = output.decode or output.config_from_metadata
     metadata = located(read_metadata(file), file.parent)
     settings = repeated(metadata, given, file)
@@ -108,10 +124,34 @@ def check_inputs(file: Path, metadata: Metadata, named: dict[str, Any]) -> None:
         raise InputError(file, MISSING, f"it was made with {key} = {describe(name)}, which {problem}")
 
 
-def check_model(file: Path, run: Metadata) -> None:
-    """Warn if a replayed image was made by other weights. run: `run_metadata`."""
-    sums = read_metadata(file).get("inputs")
-    sums = sums if isinstance(sums, dict) else {}
-    other = [part for part, own in run["inputs"].items() if sums.get(part, own) != own]
-    if other:
-        warn(f"{file} was made by other weights: {', '.join(other)}")
+def decode(pipeline: Any, output: Output) -> None:
+    """Write the image of --decode, with the metadata of its latents and this run's VAE."""
+    file = output.decode
+    latents = read_latents(file)
+    defaults = msgspec.to_builtins(Layout(prompt=""))
+    metadata = defaults | located(read_metadata(file), file.parent)
+    run = run_metadata(pipeline)
+    for key in {"files", "inputs", "given"} & metadata.keys():
+        if "ae" in run[key] and isinstance(metadata[key], dict):
+            metadata[key] |= {"ae": run[key]["ae"]}
+    is_fixed = output.output or output.overwrite or output.update
+    names = [output.output or "{name}.png"] if is_fixed else templates()
+    paths = (fill(file.stem, (), metadata["seed"], name, has_seeds=False) for name in names)
+    path = next(x for x in paths if is_fixed or not x.exists() or matches(x, metadata))
+    check_suffix("--output", path)
+    check_output("--output", path, {os.path.realpath(file): "latents"})
+    job = Job(file, None, metadata["seed"], (), {"image": path}, None)
+    if not is_finished(job, output, metadata):
+        save_image(pipeline.decode(latents), None if output.no_metadata else metadata, path)
+    print(shown(path))
+
+
+def read_latents(file: Path) -> Tensor:
+    check_suffix("--decode", file, (".safetensors",))
+    found = read_header(file).tensors.get("latents")
+    is_good = found and found.dtype == "F32" and len(found.shape) == 4
+    if not is_good or found.shape[:2] != (1, 16) or max(found.shape) > MOST:
+        raise InputError(file, MISSING, "holds no latents such as --save-latents writes")
+    if not is_whole(file):
+        raise InputError(file, MISSING, "its latents are damaged, as their checksum says")
+    return read(found)
