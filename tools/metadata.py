@@ -53,7 +53,8 @@ ANY_SIZE = 10**9  # pixels
 PICTURES = ("map", "mask", "image")  # keys of layouts
 NAMES = (*MODEL_KEYS, *PICTURES, "file")  # keys of models and files in layouts and settings
 PARTS = ("given", "regions", "loras", "controlnets")  # the keys below which there are such
-SAMPLES = 64  # of a model's file, 4 kB each
+WHOLE = 2**26  # bytes; of a larger model's file samples are read
+SAMPLES = 64  # of 4 kB
 SOURCE = ("model", "sampler", "regional", "formats", "extensions", "runtime")
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -128,7 +129,7 @@ def source_hash() -> str:
 
 @cache
 def fingerprint(*files: Path) -> str:
-    """Of files that would take long to read: a checksum of their sizes and samples."""
+    """Of a model's files: a checksum of their sizes and contents, of large ones in samples."""
     digest = hashlib.sha256()
     for file in sorted(files):
         with opened(file, CHECKPOINT) as data:
@@ -136,7 +137,7 @@ def fingerprint(*files: Path) -> str:
             digest.update(f"{size} ".encode())
             for i in range(SAMPLES):
                 data.seek(size * i // SAMPLES)
-                digest.update(data.read(4096))
+                digest.update(data.read(4096 if size > WHOLE else size // SAMPLES + 1))
     return digest.hexdigest()[:16]
 
 

@@ -40,11 +40,12 @@ def replayed(
     metadata = located(read_metadata(file), file.parent)
     settings = repeated(metadata, given, file)
     keys = {key: metadata[key] for key in Layout.__struct_fields__ if key in metadata}
-    own = {} if output.decode else {key: keys[key] for key in keys.keys() - overrides}
+    named = {key: settings[key] for key in MODEL_KEYS if key in settings.keys() - given}
+    if not output.decode:
+        named |= {key: keys[key] for key in keys.keys() - overrides}
     if not output.trust_metadata:
-        named = {key: settings[key] for key in MODEL_KEYS if key in settings.keys() - given}
-        check_trust(file, named | own, argv)
-    check_inputs(file, metadata, own)
+        check_trust(file, named, argv)
+    check_inputs(file, metadata, named)
     return settings, keys
 
 
@@ -113,15 +114,17 @@ def check_trust(file: Path, named: dict[str, Any], argv: list[str]) -> None:
 def check_inputs(file: Path, metadata: Metadata, named: dict[str, Any]) -> None:
     """InputError for a picture or a model that is gone or changed since the image was made."""
     sums = metadata.get("inputs", metadata.get("pictures"))
-    for key, name in names_in(named) if isinstance(sums, dict) else ():
-        if name not in sums:
-            continue
-        problem = "is not there any more"
-        if os.path.exists(name):
-            if checksum(key, name)[:16] == str(sums[name])[:16]:
-                continue
+    sums = sums if isinstance(sums, dict) else {}
+    for key, name in names_in(named):
+        problem = ""
+        if not os.path.exists(name):
+            if name in sums or name.startswith(".") or os.path.isabs(name):
+                problem = "is not there any more"
+        elif name in sums and checksum(key, name)[:16] != str(sums[name])[:16]:
             problem = "has changed since the image was made"
-        raise InputError(file, MISSING, f"it was made with {key} = {describe(name)}, which {problem}")
+        if problem:
+            problem = f"it was made with {key} = {shown(name)}, which {problem}"
+            raise InputError(file, MISSING, problem)
 
 
 def decode(pipeline: Any, output: Output) -> None:
