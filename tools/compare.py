@@ -95,7 +95,7 @@ def check_kept(path: Path, metadata: Metadata, output: Any) -> bool:
         raise InputError(path, MISSING, f"{problem}; --overwrite replaces it")
     changed = differences(found, metadata)
     if not changed and is_whole(path):
-        return not output.same_code or is_of_this_code(found, metadata)
+        return not output.same_code or found.get("source") == metadata.get("source")
     layout = metadata.get("layout_file")
     is_own = not changed or (layout is not None and found.get("layout_file") == layout)
     if output.update and is_own:
@@ -107,10 +107,6 @@ def check_kept(path: Path, metadata: Metadata, output: Any) -> bool:
         problem = "exists already, and is damaged"
     advice = "--update draws it again" if is_own else "--overwrite replaces it"
     raise InputError(path, MISSING, f"{problem}; {advice}")
-
-
-def is_of_this_code(found: Metadata, metadata: Metadata) -> bool:
-    return found.get("source") == metadata.get("source")
 
 
 def is_whole(path: Path) -> bool:

@@ -55,7 +55,8 @@ NAMES = (*MODEL_KEYS, *PICTURES, "file")  # keys of models and files in layouts 
 PARTS = ("given", "regions", "loras", "controlnets")  # the keys below which there are such
 WHOLE = 2**26  # bytes; of a larger model's file samples are read
 SAMPLES = 64  # of 4 kB
-SOURCE = ("model", "sampler", "regional", "formats", "extensions", "runtime")
+FOLDERS = ("model", "sampler", "regional", "formats", "extensions", "runtime")
+SOURCE = ("pipeline.py", "weights.py", *(f"{folder}/*.py" for folder in FOLDERS))
 ROOT = Path(__file__).resolve().parents[1]
 
 Metadata = dict[str, Any]
@@ -121,8 +122,7 @@ def check_writable(path: Path, overwrite: bool) -> None:
 def source_hash() -> str:
     """Of the program's files that an image depends on."""
     digest = hashlib.sha256()
-    files = [*ROOT.glob("*.py"), *(file for place in SOURCE for file in ROOT.glob(f"{place}/*.py"))]
-    for file in sorted(files):
+    for file in sorted(file for pattern in SOURCE for file in ROOT.glob(pattern)):
         digest.update(file.relative_to(ROOT).as_posix().encode() + read_bytes(file, CONFIG))
     return digest.hexdigest()[:16]
 
