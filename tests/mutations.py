@@ -123,7 +123,7 @@ MISTAKES = [
             "image.info.get(\"layout\") or", "",
             ("test_batch.py", "reproduced_from")),
     Mistake("resume decision", "tools/compare.py",
-            "found is not None and", "found is not None or",
+            "if not changed and is_whole", "if is_whole",
             ("test_batch.py", "of_other_settings")),
     Mistake("names", "tools/jobs.py",
             "has_seeds and \"{seed}\" not in", "has_seeds and \"{seed}\" in",
