@@ -275,6 +275,21 @@ def test_an_image_is_made_again_from_anywhere(run, pictured, tmp_path):
     assert not compare.differences(settings_of("y.png"), settings_of(moved / "out/x.png"))
 
 
+def test_paths_lead_through_links(tmp_path):
+    """From a folder that is a link, .. leads elsewhere than its name says."""
+    for name in "real/out", "models/flux":
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "deep/er").mkdir(parents=True)
+    (tmp_path / "deep/er/out").symlink_to(tmp_path / "real/out")
+    (tmp_path / "linked").symlink_to(tmp_path / "models")
+    for folder in "real/out", "deep/er/out", "new/folder":
+        for name in "models/flux", "linked/flux":
+            found = metadata.portable({"model": str(tmp_path / name)}, tmp_path / folder)["model"]
+            (tmp_path / "new/folder").mkdir(parents=True, exist_ok=True)
+            assert found.startswith("../") and (tmp_path / folder / found).samefile(tmp_path / "models/flux")
+            assert found.endswith(name) or folder == "deep/er/out"
+
+
 @pytest.mark.parametrize("name", ["layouts/masks/m.png", "layouts/map.png", "lora.safetensors"])
 def test_an_input_that_changed_or_is_gone_is_named_with_the_image(run, pictured, name):
     flags = ["--config-from-metadata", pictured / "out/x.png", "--output", "y.png", "--trust-metadata"]

@@ -215,18 +215,20 @@ def names_in(value: Any) -> list[tuple[str, str]]:
 def portable(metadata: Metadata, folder: Path) -> Metadata:
     """Metadata for a file in this folder: paths start there, with a dot; what does not is a
     repository of the hub, or pocket."""
-    start = os.path.realpath(folder)
 
     def relative(key: str, name: str) -> str:
         is_path = name.startswith((".", "~")) or os.path.isabs(name) or os.path.exists(name)
         if name in ("pocket", *MODEL_KEYS) or not is_path:
             return name
         path = Path(name).expanduser()
-        place = os.path.join(os.path.realpath(path.parent), path.name)
+        real = os.path.realpath(path)
         with suppress(ValueError):  # Windows: on another drive
-            place = Path(os.path.relpath(place, start)).as_posix()
-            return place if place.startswith("..") else f"./{place}"
-        return place
+            found = os.path.relpath(path, folder)
+            if os.path.realpath(folder / found) != real:  # .. leads elsewhere from a link
+                found = os.path.relpath(real, os.path.realpath(folder))
+            found = Path(found).as_posix()
+            return found if found.startswith("..") else f"./{found}"
+        return real
 
     return with_names(metadata, relative)
 
