@@ -17,6 +17,7 @@ from typing import Annotated, Any, BinaryIO
 import msgspec
 import yaml
 from PIL import Image
+from tqdm import tqdm
 
 # The most bytes of a file, by its kind
 LAYOUT = 200_000
@@ -109,7 +110,8 @@ def flag(key: str) -> str:
 def info(text: str) -> None:
     """Print a message, escaping what a terminal would act on."""
     safe = [x if x.isprintable() or x == "\n" else ascii(x)[1:-1] for x in text]
-    print("".join(safe), file=sys.stderr, flush=True)
+    with tqdm.external_write_mode(nolock=True):  # not into a progress bar
+        print("".join(safe), file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:

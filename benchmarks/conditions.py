@@ -68,7 +68,7 @@ def few_descriptors(folder: Path) -> Ended:
 CONDITIONS: dict[str, tuple[Callable[[Path], Ended], int, list[str]]] = {
     # what, how it is run, the exit code, the files that it leaves
     "a full disk": (small_disk, 1, ["a.json"]),  # which is whole; the image is the last file of a job
-    "a folder that is not there": (lambda f: run(f, ["--output", "gone/a.png"]), 2, []),
+    "a folder that is not there": (lambda f: run(f, ["--output", "gone/a.png"]), 0, ["gone/a.png"]),
     "a file in place of the folder": (lambda f: run(f, ["--output", "/dev/null/a.png"]), 2, []),
     "stdout closed": (lambda f: run(f, ["--output", "a.png"], ">&-"), 0, ["a.png"]),
     "stdout full": (lambda f: run(f, ["--output", "a.png"], "> /dev/full"), 0, ["a.png"]),

@@ -75,7 +75,7 @@ def sample(
     plain = run.velocity(txt, Branches(bits.to(txt.device), order, txt.shape[1]))
     img = img[:, order]
     start = 0
-    with tqdm(total=steps, desc=f"seed {seed}", disable=None) as bar:
+    with tqdm(total=steps, desc=f"seed {seed}", disable=None, leave=None) as bar:
         for end, ratio in [*stages, (steps, None)]:
             if ratio is None:
                 velocity = plain

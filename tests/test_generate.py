@@ -321,7 +321,7 @@ MISTAKES = """\
 --model empty: --model
 --model nowhere: --model
 --output a.gif: --output
---output nowhere/a.png: there is no folder
+--output model.ckpt/a.png: is no folder to write it to
 --output folder.png --overwrite: folder.png
 --output LONG.png: no file of this name
 --save-latents z.png: --save-latents

@@ -384,8 +384,8 @@ def test_the_file_reads_as_the_layout_and_is_written_whole_or_left_as_it_was(ask
     file.write_text("mine")
     with pytest.raises(InputError, match="exists already"):
         write_plan(layout, file)
-    with pytest.raises(InputError, match="there is no folder"):
-        write_plan(layout, tmp_path / "none" / "plan.yaml", overwrite=True)
+    with pytest.raises(InputError, match="no folder to write it to"):
+        write_plan(layout, file / "plan.yaml", overwrite=True)
     assert file.read_text() == "mine"
     write_plan(layout, file, overwrite=True)
     read = read_layout(file, {})

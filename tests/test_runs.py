@@ -17,7 +17,8 @@ from test_batch import LATENTS, kept, planned, settings_of, write
 import generate
 import pipeline
 from errors import InputError
-from tools import jobs, metadata
+from regional.reader import read_layout
+from tools import compare, jobs, metadata
 from tools.sheets import fitting, map_sheets
 
 ALL = ["--output", "x.png", *LATENTS, "--metadata", "--attention-maps", "maps"]
@@ -132,14 +133,15 @@ def test_streams_that_take_nothing_do_not_end_a_run(run, model, monkeypatch, str
 @pytest.mark.parametrize("phase", ["read_layout", "Pipeline"])
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_where_nothing_is_drawn_a_signal_ends_at_once(run, monkeypatch, phase, kind):
-    monkeypatch.setattr(generate, phase, lambda *_, **__: signal.raise_signal(kind))
+    owner = jobs if phase == "read_layout" else generate
+    monkeypatch.setattr(owner, phase, lambda *_, **__: signal.raise_signal(kind))
     ran = run("--layout", write("a.yaml"), "--output", "x.png")
     assert ran.code == 130 and ran.errors == ["generate.py: interrupted"]
 
 
 def test_a_second_thread_is_refused(model):
     made = pipeline.Pipeline(model, device="cpu")
-    layout = generate.read_layout(None, {"prompt": "a", "width": 64, "height": 64, "steps": 1})
+    layout = read_layout(None, {"prompt": "a", "width": 64, "height": 64, "steps": 1})
     prepared = made.prepare(layout)
     errors = []
 
@@ -163,9 +165,9 @@ def test_the_metadata_of_a_tensor_hold_its_checksum_and_old_files_are_accepted(t
     file = tmp_path / "x.safetensors"
     settings = {"prompt": "a", "seed": 1, "model": "m"}
     metadata.save_tensor("latents", torch.ones(2), settings, file)
-    assert metadata.read_metadata(file) == settings and metadata.matches(file, settings)
+    assert metadata.read_metadata(file) == settings and compare.matches(file, settings)
     save_file(load_file(file), file, {"layout": json.dumps(settings)})  # as earlier versions wrote it
-    assert metadata.matches(file, settings)
+    assert compare.matches(file, settings)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 1.5, "1", None, True])

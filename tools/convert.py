@@ -610,6 +610,7 @@ def write(files: Files, target: Path, overwrite: bool, source: Path | None) -> N
     files = {name or target.name: content for name, content in files.items()}
     for name in files:
         check_writable(target.with_name(name), overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".convert") as made:
         for name, content in files.items():
             path = Path(made, name)

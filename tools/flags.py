@@ -1,11 +1,9 @@
 """The command line: flags are the fields of Output, DryRun, Settings, Layout and Control."""
 
 import argparse
-import os
 import re
-import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
@@ -13,11 +11,9 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 import msgspec
 from msgspec import Struct, inspect
 
-from errors import MISSING, InputError, describe, flag
-from formats.hub import is_cached, is_repository
+from errors import InputError, flag
 from regional.layout import Control, Layout
-from settings import MODEL_KEYS, Name, Settings, invalid
-from tools.metadata import read_metadata, recorded
+from settings import Name, Settings
 
 ABOUT = """Layouts in, images out.
 
@@ -35,6 +31,7 @@ TYPES = {
     inspect.CustomType: Path,
 }
 File = Path | None
+Replay = Callable[..., tuple[dict[str, Any], dict[str, Any]]]
 
 
 class Output(Struct, frozen=True, kw_only=True):
@@ -43,7 +40,9 @@ class Output(Struct, frozen=True, kw_only=True):
     layout: Annotated[tuple[Path, ...], "layout files, or folders of them"] = ()
     output: Annotated[Name, "may contain {name}, {seed}, {sweep}; default: {name}.png"] = None
     overwrite: Annotated[bool, "replace existing files"] = False
-    seed: Annotated[tuple[int, ...], "one image for each, named _SEED"] = ()
+    update: Annotated[bool, "draw again what a changed layout drew before"] = False
+    same_code: Annotated[bool, "and what another version of this program drew"] = False
+    seed: Annotated[tuple[int, ...], "one image for each, named _seedN"] = ()
     sweep: Annotated[tuple[str, ...], "KEY=A,B: an image for each value, and a sheet"] = ()
     save_latents: Annotated[Name, "also write the latents, .safetensors"] = None
     attention_maps: Annotated[File, "also write maps of attention to this folder"] = None
@@ -51,6 +50,8 @@ class Output(Struct, frozen=True, kw_only=True):
     no_metadata: Annotated[bool, "do not embed the metadata in the image"] = False
     config_from_metadata: Annotated[File, "repeat the run that an image records"] = None
     trust_metadata: Annotated[bool, "whatever models and files the metadata name"] = False
+    decode: Annotated[File, "draw the latents that --save-latents wrote"] = None
+    log: Annotated[File, "append a line for each image to this .jsonl file"] = None
     shard: Annotated[Name, "I/N: every N-th image from I; or torchrun's, SLURM's"] = None
 
 
@@ -93,7 +94,8 @@ def naming(file: Path | None, overrides: dict[str, Any]) -> Iterator[None]:
         raise
 
 
-def parse(argv: list[str] | None = None) -> Command:
+def parse(argv: list[str] | None = None, replay: Replay | None = None) -> Command:
+    """replay: tools.replay.replayed, for the flags that need it."""
     parser = make_parser()
     given = vars(parser.parse_args(argv))
 
@@ -112,69 +114,19 @@ def parse(argv: list[str] | None = None) -> Command:
             parser.error("a ControlNet needs both --controlnet and --control-image")
     if "parallel" in given and (output.shard or output.attention_maps):
         parser.error("--parallel goes with neither --shard nor --attention-maps")
-    file = output.config_from_metadata
-    if output.layout and file:
-        parser.error("give a --layout or --config-from-metadata, not both")
+    file = output.config_from_metadata or output.decode
+    if bool(output.layout) + bool(output.config_from_metadata) + bool(output.decode) > 1:
+        parser.error("give one of --layout, --config-from-metadata and --decode")
+    if output.same_code and not output.update:
+        parser.error("--same-code goes with --update")
     if not (output.layout or file or dry_run.plan or "prompt" in overrides):
         parser.error("give a --layout, or at least a --prompt")
     settings = of(Settings)
     keys = None
     if file:
-        metadata = read_metadata(file)
-        given = settings
-        settings = repeated(metadata, settings, file)
-        keys = {key: metadata[key] for key in Layout.__struct_fields__ if key in metadata}
-        if not output.trust_metadata:
-            named = {key: settings[key] for key in MODEL_KEYS if key in settings.keys() - given}
-            named |= {key: keys[key] for key in keys.keys() - overrides}
-            check_trust(file, named, argv)
+        again = sys.argv[1:] if argv is None else argv
+        settings, keys = replay(output, settings, overrides, again)
     return Command(Settings(**settings), overrides, output, dry_run, keys)
-
-
-def repeated(metadata: dict[str, Any], given: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The settings that an image records, except those given."""
-    settings = recorded(metadata)
-    try:
-        msgspec.convert(settings, Settings)
-    except msgspec.ValidationError as error:
-        problem = f"in its metadata, {invalid(settings, error)}"
-        raise InputError(file, MISSING, problem) from None
-    for key in MODEL_KEYS if given.keys() & set(MODEL_KEYS) else ():
-        settings.pop(key, None)  # Files of one model are not mixed with another's.
-    return settings | given
-
-
-def check_trust(file: Path, named: dict[str, Any], argv: list[str] | None) -> None:
-    """InputError if an image's metadata, which may be a stranger's, name what is not here yet or
-    lies elsewhere than the image, the working directory and the program."""
-    folders = [file.resolve().parent, Path.cwd().resolve(), Path(__file__).resolve().parents[1]]
-    for key, name in names_in(named):
-        repository = name.partition(":")[0]
-        if is_repository(repository):
-            if is_cached(repository):
-                continue
-            danger = "would be downloaded"
-        else:
-            place = Path(os.path.realpath(name.partition("\0")[0]))  # No file has a name with NUL.
-            if name == "pocket" or any(place.is_relative_to(folder) for folder in folders):
-                continue
-            danger = "is in none of the image's folder, the current one and the program's"
-        again = shlex.join([*(sys.argv[1:] if argv is None else argv), "--trust-metadata"])
-        problem = f"its metadata name {key} = {describe(name)}, which {danger}"
-        raise InputError(file, MISSING, f"{problem}; to allow that: python generate.py {again}")
-
-
-def names_in(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """The models and files that a layout and settings name, by their keys."""
-    if isinstance(value, dict):
-        for name, part in value.items():
-            is_name = name in (*MODEL_KEYS, "map", "mask", "file", "image")
-            if is_name and isinstance(part, str):
-                yield f"{key}.{name}".lstrip("."), part
-            yield from names_in(part, f"{key}.{name}")
-    elif isinstance(value, list | tuple):
-        for i, part in enumerate(value):
-            yield from names_in(part, f"{key}[{i}]")
 
 
 def make_parser() -> argparse.ArgumentParser:

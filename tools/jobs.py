@@ -1,4 +1,4 @@
-"""Many images in one run: names, seeds, sweeps, shards, and which are finished."""
+"""The images of a run: names, seeds, shards, which are finished, and how they are made."""
 
 import glob
 import itertools
@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,36 +16,35 @@ from typing import Any, NamedTuple, TextIO
 
 import msgspec
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from errors import MISSING, InputError, flag, info, parse_yaml, print_error, shown
+from errors import MISSING, InputError, flag, info, print_error, shown, warn
 from regional.layout import Layout
 from regional.mask import RegionTokens
+from regional.reader import read_layout
 from settings import MODEL_KEYS, Settings
-from tools.flags import Command, Output, names_in
+from tools.flags import Command, Output, naming
 from tools.metadata import (
     Metadata,
     check_suffix,
     check_writable,
     image_metadata,
     is_sheet,
-    matches,
     metadata_in,
+    names_in,
+    read_metadata,
     run_metadata,
     save_image,
     save_json,
     save_tensor,
 )
 
+CHUNK = 100  # layouts prepared together, in some 2 GB of memory at full size
+SILENCE = 30  # seconds between the messages of an image that takes long
 POCKET = "this is the built-in pocket model; FLUX.1-dev: --model black-forest-labs/FLUX.1-dev"
-SWEPT = (
-    "base_ratio", "mask_inject_steps", "double_inject_interval", "single_inject_interval",
-    "guidance", "steps", "method", "preset", "region_max_sequence_length", "sampler", "schedule",
-)  # fmt: skip
 Labels = tuple[str, ...]  # of swept settings, each key=value
-Reader = Callable[[Path | None, dict[str, Any]], Layout]
 
 
 class Job(NamedTuple):
@@ -67,22 +67,88 @@ class Worker(NamedTuple):
     is_shared: bool
 
 
-class Failures:
-    """Counts layouts that fail while others continue; of one alone the run fails."""
+class Tally:
+    """What becomes of a run's images. A failure ends the run if there is one layout; of
+    several, it is reported and the others continue."""
 
-    def __init__(self, is_alone: bool):
-        self.count = 0
-        self.is_alone = is_alone
+    def __init__(self, command: Command):
+        output = command.output
+        self.counts = {"generated": 0, "kept": 0, "failed": 0}
+        self.of_other_code = 0
+        self.is_alone = len(layout_files(output)) == 1 or bool(command.settings.parallel)
+        self.spoke = time.perf_counter()
+        self.progress = None  # of more than one image, or with --log
+        if output.log and is_first(command.settings):
+            check_output("--log", output.log, inputs_of(command, ()))
+            self.show(output.log)
+
+    def show(self, log: Path | None = None) -> None:
+        from tools.progress import Progress
+
+        self.progress = Progress(log)
 
     @contextmanager
-    def caught(self) -> Iterator[None]:
+    def running(self, total: int, start: float) -> Iterator[None]:
+        """start: of the program, by time.perf_counter()."""
+        if total > 1 and not self.progress:
+            self.show()
+        if self.progress:
+            self.progress.begin(total)
+        try:
+            yield
+        finally:
+            if self.progress:
+                self.progress.close()
+            if not isinstance(sys.exception(), Exception):  # it is said by itself
+                found = [f"{count} {outcome}" for outcome, count in self.counts.items()]
+                info(f"{', '.join(found)}, {time.perf_counter() - start:.1f} s")
+                if self.of_other_code:
+                    made = f"{self.of_other_code} images were made by another version of the code"
+                    info(f"{made}; --update --same-code draws them again")
+
+    @contextmanager
+    def caught(self, jobs: Sequence[Job | None], metadata: Metadata | None = None) -> Iterator[None]:
         try:
             yield
         except (InputError, OSError, MemoryError, RuntimeError) as error:
-            if self.is_alone or not (isinstance(error, InputError | OSError) or is_full(error)):
+            if not (isinstance(error, InputError | OSError) or is_full(error)):
+                raise
+            for job in jobs:
+                self.add("failed", job, metadata, error=error)
+            if self.is_alone:
                 raise
             print_error(error)
-            self.count += 1
+
+    def add(
+        self, outcome: str, job: Job | None, metadata: Metadata | None, seconds: float = 0.0,
+        warnings: Sequence[str] = (), error: BaseException | None = None,
+    ) -> None:  # fmt: skip
+        self.counts[outcome] += 1
+        if error is None:
+            with tqdm.external_write_mode(nolock=True):
+                print(shown(job.files["image"]), flush=True)
+        if self.progress:
+            from tools.compare import settings_hash
+
+            settings = settings_hash(metadata) if metadata else None
+            self.progress.add(outcome, job, settings, seconds, [*warnings, *heard()], error)
+        self.spoke = time.perf_counter()
+
+    def on_step(self, step: int, steps: int) -> None:
+        """In a log, that an image that takes long is being drawn."""
+        now = time.perf_counter()
+        if now - self.spoke > SILENCE and not sys.stderr.isatty():
+            self.spoke = now
+            place = f"{self.progress.place()}: " if self.progress else ""
+            info(f"{place}step {step} of {steps}")
+
+
+def heard() -> list[str]:
+    """The warnings since the last call."""
+    warnings = getattr(sys.stderr, "warnings", [])
+    found = warnings[:]
+    warnings.clear()
+    return found
 
 
 def advice(error: BaseException, settings: Settings) -> str:
@@ -104,10 +170,13 @@ class Tolerant:
 
     def __init__(self, stream: TextIO | None):
         self.stream = stream or open(os.devnull, "w")
+        self.warnings: list[str] = []
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
+        if text.startswith("warning: "):
+            self.warnings.append(text.removeprefix("warning: "))
         with suppress(OSError, ValueError):
             self.stream.write(text)
         return len(text)
@@ -164,9 +233,10 @@ def layout_files(output: Output) -> list[Path | None]:
     return files or [output.config_from_metadata]
 
 
-def worker_of(shard: str | None, is_parallel: bool) -> Worker:
+def worker_of(command: Command) -> Worker:
     """By --shard, torchrun or SLURM; --parallel uses their variables otherwise."""
-    if is_parallel:
+    shard = command.output.shard
+    if command.settings.parallel:
         return Worker(0, 1, is_shared=True)
     env = os.environ
     for rank, size in ("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"):
@@ -185,49 +255,50 @@ def device_of(name: str) -> str:
     return f"cuda:{own}" if own and has_choice else name
 
 
-def plan_jobs(
-    files: list[Path | None], command: Command, read: Reader, worker: Worker, failures: Failures
-) -> list[Job]:  # fmt: skip
-    """This worker's images. read: a file's layout with some keys overridden. InputError for
-    what could not be written."""
+def read(command: Command, file: Path | None, swept: dict[str, Any], size: int) -> Layout:
+    """A layout with what the command line overrides. size: default width and height."""
+    given = command.overrides | swept
+    with naming(file, given):
+        if command.recorded is None:
+            return read_layout(file, given, size)
+        return read_layout(None, command.recorded | given, size)  # by the image `file`
+
+
+def plan_jobs(command: Command, tally: Tally, size: int, pipeline: Any = None) -> list[Job]:
+    """This worker's images. size: a layout's without one. InputError for what could not be
+    written. pipeline: if it is there, to tell which images it would make again."""
     output = command.output
+    files = layout_files(output)
+    worker = worker_of(command)
+    is_one = len(files) == 1
+    sweep = [{}]
+    if output.sweep:
+        from tools.sheets import swept_settings
+
+        sweep = swept_settings(output.sweep)
+    count = len(sweep) * (len({*output.seed}) or 1)
     jobs = []
     for file in files:
-        with failures.caught():
+        with tally.caught([None] * count):
             layouts = {}
-            for swept in swept_settings(output.sweep) if output.sweep else [{}]:
+            for swept in sweep:
                 labels = tuple(f"{key}={value}" for key, value in swept.items())
-                layouts[labels] = read(file, swept)
-            jobs += jobs_of(file, layouts, output, worker, is_one=len(files) == 1)
-    check_names(jobs, inputs_of(command, {id(job.layout): job.layout for job in jobs}.values()))
+                layouts[labels] = read(command, file, swept, size)
+            jobs += jobs_of(file, layouts, output, worker, is_one, pipeline)
+    inputs = inputs_of(command, {id(job.layout): job.layout for job in jobs}.values())
+    check_names(jobs, inputs)
     for sheet in {job.sheet for job in jobs} - {None}:
         check_writable(sheet, output.overwrite or is_sheet(sheet))
     jobs = jobs[worker.index :: worker.count]
-    for job in jobs if len(files) == 1 else ():
+    for job in jobs if is_one else ():
         is_finished(job, output, None)
     return jobs
 
 
-def swept_settings(sweeps: Sequence[str]) -> list[dict[str, Any]]:
-    """The layout keys of each combination of KEY=A,B, KEY=C,D ..."""
-    found = {}
-    for text in sweeps:
-        key, _, values = text.partition("=")
-        key = key.strip().replace("-", "_")
-        if key not in SWEPT or not values:
-            raise InputError("--sweep", text, f"expected one of {', '.join(SWEPT)}, = and values")
-        if key in found:
-            raise InputError("--sweep", text, "this key is swept twice")
-        try:
-            found[key] = [parse_yaml(x, yaml.SafeLoader, "") for x in values.split(",")]
-        except InputError:
-            raise InputError("--sweep", text, "its values are not valid YAML") from None
-    return [dict(zip(found, values)) for values in itertools.product(*found.values())]
-
-
 def jobs_of(
-    file: Path | None, layouts: dict[Labels, Layout], output: Output, worker: Worker, is_one: bool
-) -> list[Job]:
+    file: Path | None, layouts: dict[Labels, Layout], output: Output, worker: Worker,
+    is_one: bool, pipeline: Any,
+) -> list[Job]:  # fmt: skip
     """The jobs of one layout file. layouts: by what is swept."""
     seeds = list(dict.fromkeys(output.seed)) or [next(iter(layouts.values())).seed]
     if None in seeds and worker.is_shared:
@@ -237,18 +308,29 @@ def jobs_of(
         if seed is not None and not 0 <= seed < 2**63:
             raise InputError("--seed", seed, "expected a number from 0 to 2^63 - 1")
     images = [(sweep, seed) for sweep in layouts for seed in seeds]
-    path_of = partial(fill, file.stem if file else "picture", has_seeds=len(seeds) > 1)
-    sheet_of = partial(path_of, ("sheet",), has_seeds=False)
+    has_seeds = len(seeds) > 1
+    name = file.stem if file else "picture"
+    path_of = partial(fill, name, has_seeds=has_seeds or bool(output.seed and not output.output))
+    sheet_of = partial(fill, name, ("sheet",), has_seeds=False)
 
     def is_free(template: str) -> bool:
-        paths = [path_of(*image, template) for image in images]
-        paths += [sheet_of(None, template)] * bool(output.sweep)
-        return not any(path.exists() for path in paths)
+        """Is each image missing, or there with these settings?"""
+        for sweep, seed in images:
+            path = path_of(sweep, seed, template)
+            if path.exists():
+                if pipeline is None or seed is None:
+                    return False
+                from tools.compare import matches
+
+                if not matches(path, metadata_of(file, layouts[sweep], seed, pipeline, output)):
+                    return False
+        sheet = sheet_of(None, template)
+        return not output.sweep or not sheet.exists() or is_sheet(sheet)
 
     template = output.output or "{name}.png"
-    if not output.output and is_one and not worker.is_shared:
-        templates = (f"{{name}}_{i}.png" for i in range(1, 10000))
-        template = next(filter(is_free, [template, *templates]))
+    is_fixed = output.output or output.overwrite or output.update
+    if is_one and not is_fixed and not worker.is_shared:
+        template = next(filter(is_free, templates()))
     check_suffix("--output", template)
     latents = output.save_latents
     if latents:
@@ -263,7 +345,7 @@ def jobs_of(
         image = path_of(sweep, seed, template)
         files = {"image": image}
         if latents:
-            files["latents"] = path_of(sweep, seed, latents)
+            files["latents"] = fill(name, sweep, seed, latents, has_seeds)
         if output.metadata:
             files["metadata"] = image.with_suffix(".json")
         if output.attention_maps:
@@ -273,10 +355,28 @@ def jobs_of(
     return jobs
 
 
+def templates() -> Iterator[str]:
+    """Names without --output."""
+    yield "{name}.png"
+    for i in itertools.count(1):
+        yield f"{{name}}_{i}.png"
+
+
+def metadata_of(
+    file: Path | None, layout: Layout, seed: int, pipeline: Any, output: Output
+) -> Metadata:  # fmt: skip
+    """What an image is to record."""
+    name = file and file.name
+    if output.config_from_metadata:  # its own layout's
+        name = read_metadata(file).get("layout_file")
+    layout = layout.filled(pipeline.defaults)
+    return image_metadata(layout, seed, run_metadata(pipeline), name)
+
+
 def fill(name: str, sweep: Labels, seed: int | None, template: str, has_seeds: bool) -> Path:
     """A template's path; what tells images apart and has no field is appended."""
     rest = [] if "{sweep}" in template else [*sweep]
-    rest += [f"{seed}"] if has_seeds and "{seed}" not in template else []
+    rest += [f"seed{seed}"] if has_seeds and "{seed}" not in template else []
     path = template.replace("{name}", name).replace("{seed}", f"{seed}")
     path = Path(path.replace("{sweep}", "_".join(sweep)))
     return path.with_stem("_".join([path.stem, *rest]))
@@ -328,32 +428,114 @@ def is_first(settings: Settings) -> bool:
     return not settings.parallel or os.environ.get("RANK", "0") == "0"
 
 
-def announce(jobs: list[Job], worker: Worker, is_pocket: bool) -> None:
+def announce(jobs: list[Job], worker: Worker, model: str) -> None:
     if worker.count > 1:
         info(f"worker {worker.index} of {worker.count}: {len(jobs)} images")
-    seeds = dict.fromkeys(str(job.seed) for job in jobs)
-    info(f"seed {', '.join(seeds)}")
-    if is_pocket:
+    if seeds := dict.fromkeys(str(job.seed) for job in jobs):
+        info(f"seed {', '.join(seeds)}")
+    if model == "pocket":
         info(POCKET)
 
 
-def unfinished(group: list[Job], pipeline: Any, output: Output) -> list[tuple[Job, Metadata]]:
+def generate_all(
+    pipeline: Any, jobs: list[Job], command: Command, tally: Tally, stop: Stop, start: float
+) -> None:  # fmt: skip
+    """Prepare up to CHUNK layouts at a time, then write their images."""
+    is_any = pipeline.parallel.is_any if pipeline.parallel else bool
+    worker = worker_of(command)
+    announce(jobs, worker, pipeline.checkpoint.name)
+    if command.output.config_from_metadata:
+        check_weights(command.output.config_from_metadata, run_metadata(pipeline))
+
+    def check() -> None:
+        if is_any(stop.is_asked):
+            raise KeyboardInterrupt
+
+    def on_step(step: int, steps: int) -> None:
+        report_first_step(start)
+        tally.on_step(step, steps)
+        check()
+
+    by_layout = [list(group) for _, group in itertools.groupby(jobs, lambda job: id(job.layout))]
+    with tally.running(len(jobs), start):
+        for first in range(0, len(by_layout), CHUNK):
+            ready = []
+            for group in by_layout[first : first + CHUNK]:
+                check()
+                with naming(group[0].source, command.overrides):
+                    missing = unfinished(group, pipeline, command.output, tally)
+                    with tally.caught([job for job, _ in missing]):
+                        prepared = pipeline.prepare(group[0].layout) if missing else None
+                        warnings = heard()
+                        ready += [(*entry, prepared, warnings) for entry in missing]
+            pipeline.drop("t5", "clip")
+            if len(jobs) == 1:  # VAE and transformer may not fit together.
+                pipeline.drop("ae")
+            for job, metadata, prepared, warnings in ready:
+                check()
+                with tally.caught([job], metadata):
+                    began = time.perf_counter()
+                    make(job, prepared, metadata, pipeline, command, stop, on_step, len(jobs) == 1)
+                    seconds = time.perf_counter() - began
+                    tally.add("generated", job, metadata, seconds, warnings)
+            pipeline.drop("flux")
+    if command.output.sweep and not tally.counts["failed"] and is_first(command.settings):
+        from tools.sheets import write_sheets
+
+        write_sheets(jobs, worker.count)
+
+
+def make(
+    job: Job, prepared: Any, metadata: Metadata, pipeline: Any, command: Command, stop: Stop,
+    on_step: Callable[[int, int], None], is_alone: bool,
+) -> None:  # fmt: skip
+    """Denoise, decode and write an image and its job's other files."""
+    maps = None
+    if "maps" in job.files:
+        from extensions.attention_maps import AttentionMaps
+
+        maps = AttentionMaps(pipeline.defaults.depth, pipeline.defaults.depth_single_blocks)
+    steps = itertools.count(1)
+    with stop.drawing():
+        after_step = lambda: on_step(next(steps), prepared.layout.steps)  # noqa: E731
+        latents = pipeline.denoise(prepared, job.seed, [maps.extend] if maps else [], after_step)
+    if is_alone:
+        pipeline.drop("flux")
+    if not is_first(command.settings):
+        return
+    image = pipeline.decode(latents)
+    save(job, image, latents, maps, prepared.tokens, metadata, not command.output.no_metadata)
+
+
+def unfinished(
+    group: list[Job], pipeline: Any, output: Output, tally: Tally
+) -> list[tuple[Job, Metadata]]:  # fmt: skip
     """One layout's images still to be made, with their metadata."""
-    layout = group[0].layout.filled(pipeline.defaults)
     has_maps = group[0].layout.resolved(pipeline.defaults).regional_steps() > 0
     missing = []
     for job in group:
-        image = shown(job.files["image"])
+        image = job.files["image"]
         if "maps" in job.files and not has_maps:
-            info(f"{image}: no step of it is regional, so it has no attention maps")
+            info(f"{shown(image)}: no step of it is regional, so it has no attention maps")
             del job.files["maps"]
-        metadata = image_metadata(layout, job.seed, run_metadata(pipeline))
-        if is_finished(job, output, metadata):
-            info(f"{image}: exists already, made by the same settings; it is kept")
-            print(image)
-        else:
-            missing.append((job, metadata))
+        with tally.caught([job]):
+            metadata = metadata_of(job.source, job.layout, job.seed, pipeline, output)
+            if is_finished(job, output, metadata):
+                found = metadata_in(image) or metadata
+                tally.of_other_code += found.get("source") != metadata["source"]
+                tally.add("kept", job, metadata)
+            else:
+                missing.append((job, metadata))
     return missing
+
+
+def check_weights(file: Path, run: Metadata) -> None:
+    """Warn if an image that is to be made again was made by other weights."""
+    sums = read_metadata(file).get("inputs")
+    sums = sums if isinstance(sums, dict) else {}
+    other = [part for part, own in run["inputs"].items() if sums.get(part, own) != own]
+    if other:
+        warn(f"{file} was made by other weights: {', '.join(other)}")
 
 
 @cache  # It runs once.
@@ -369,6 +551,8 @@ def save(
     metadata: Metadata, is_embedded: bool,
 ) -> None:  # fmt: skip
     """Write a job's files, the image last: where it is, the others are, too."""
+    if not is_embedded:  # With the new .json beside it, an old image would be taken for new.
+        job.files["image"].unlink(missing_ok=True)
     if "latents" in job.files:
         save_tensor("latents", latents, metadata, job.files["latents"])
     if "metadata" in job.files:
@@ -383,13 +567,26 @@ def save(
 def is_finished(job: Job, output: Output, metadata: Metadata | None) -> bool:
     """Do all files of an image exist with this metadata, or any if that is None? InputError for
     others in the way."""
-    is_same = partial(matches, metadata=metadata) if metadata else metadata_in
-    others = [file for file in job.files.values() if not is_same(file)]
+    files = [*job.files.values()]
+    for file in files:
+        check_writable(file, overwrite=True)
+    if output.overwrite:
+        return False
+    missing = [file for file in files if not is_kept(file, metadata, output)]
     maps = job.files.get("maps")
-    if maps in others:
-        maps.parent.mkdir(parents=True, exist_ok=True)
-        sheets = maps.parent.glob(f"{glob.escape(maps.stem)}_step*.png")
-        others += [sheet for sheet in sheets if not is_same(sheet)]  # a killed run left the others
-    for file in others:
-        check_writable(file, output.overwrite)
-    return not others and not output.overwrite
+    if maps in missing:
+        for sheet in maps.parent.glob(f"{glob.escape(maps.stem)}_step*.png"):
+            is_kept(sheet, metadata, output)  # A killed run left it, or it is in the way.
+    return not missing
+
+
+def is_kept(file: Path, metadata: Metadata | None, output: Output) -> bool:
+    """Is a file there, to stay? Without metadata, whatever settings it was made with."""
+    if not file.exists():
+        return False
+    if metadata is None:
+        check_writable(file, overwrite=metadata_in(file) is not None)
+        return True
+    from tools.compare import check_kept
+
+    return check_kept(file, metadata, output)

@@ -1,4 +1,8 @@
-"""What a run writes: images with their metadata, and every file whole or not at all."""
+"""What a run writes: images with their metadata, and every file whole or not at all.
+
+Metadata name models and pictures by paths from the folder of the file that holds them. In
+memory, paths are from the working directory: `portable` and `tools.replay` convert them.
+"""
 
 import glob
 import hashlib
@@ -10,7 +14,7 @@ import time
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,12 +51,21 @@ SHEET = "contact sheet"
 SAMPLERS = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}  # in other programs
 CHECKSUM = "sha256"  # of a tensor, among the metadata of its file
 ANY_SIZE = 10**9  # pixels
+PICTURES = ("map", "mask", "image")  # keys of layouts
+NAMES = (*MODEL_KEYS, *PICTURES, "file")  # keys of models and files in layouts and settings
+PARTS = ("given", "regions", "loras", "controlnets")  # the keys below which there are such
+WHOLE = 2**26  # bytes; of a larger model's file samples are read
+SAMPLES = 64  # of 4 kB
+FOLDERS = ("model", "sampler", "regional", "formats", "extensions", "runtime")
+SOURCE = ("pipeline.py", "weights.py", *(f"{folder}/*.py" for folder in FOLDERS))
+ROOT = Path(__file__).resolve().parents[1]
 
 Metadata = dict[str, Any]
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> None:
     """Save under a temporary name, then rename: a file is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     remove_unfinished(path)
     unfinished = path.with_stem(f".{path.stem}.{HOST}-{os.getpid()}")
     try:
@@ -92,10 +105,13 @@ def check_suffix(flag: str, name: str | Path, suffixes: tuple[str, ...] = SUFFIX
 
 
 def check_writable(path: Path, overwrite: bool) -> None:
-    """InputError if the file can't be written, or exists and is not to be overwritten."""
+    """InputError if the file can't be written, or exists and is not to be overwritten. Folders
+    that are not there are made later."""
     folder = path.absolute().parent
+    while not os.path.exists(folder):
+        folder = folder.parent
     if not folder.is_dir():
-        raise InputError(path, MISSING, f"there is no folder {path.parent} to write it to")
+        raise InputError(path, MISSING, f"{folder} is no folder to write it to")
     name = os.fsencode(path.name)
     if len(name) > 200 or path.is_dir() or not os.access(folder, os.W_OK):
         raise InputError(path, MISSING, "no file of this name can be written there")
@@ -103,54 +119,127 @@ def check_writable(path: Path, overwrite: bool) -> None:
         raise InputError(path, MISSING, "exists already; --overwrite replaces it")
 
 
+@cache
+def source_hash() -> str:
+    """Of the program's files that an image depends on."""
+    digest = hashlib.sha256()
+    for file in sorted(file for pattern in SOURCE for file in ROOT.glob(pattern)):
+        digest.update(file.relative_to(ROOT).as_posix().encode() + read_bytes(file, CONFIG))
+    return digest.hexdigest()[:16]
+
+
+@cache
+def fingerprint(*files: Path) -> str:
+    """Of a model's files: a checksum of their sizes and contents, of large ones in samples."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        with opened(file, CHECKPOINT) as data:
+            size = os.fstat(data.fileno()).st_size
+            digest.update(f"{size} ".encode())
+            for i in range(SAMPLES):
+                data.seek(size * i // SAMPLES)
+                digest.update(data.read(4096 if size > WHOLE else size // SAMPLES + 1))
+    return digest.hexdigest()[:16]
+
+
+def checksum(key: str, name: str) -> str:
+    """Of what a layout names by this key: a picture's sha256, a model's fingerprint."""
+    if key.rpartition(".")[2] in PICTURES:
+        return hashlib.sha256(read_bytes(name, IMAGE)).hexdigest()
+    path = Path(name)
+    files = sorted(path.glob("*")) if path.is_dir() else [path]
+    return fingerprint(*(file for file in files if file.is_file()))
+
+
 def run_metadata(pipeline: Any) -> Metadata:
-    """What images record of how a pipeline makes them; `recorded` is the reverse."""
+    """What images record of how a pipeline makes them; tools.replay has the reverse."""
     settings = pipeline.settings
     checkpoint = pipeline.checkpoint
+    sources = {part: getattr(checkpoint, part) for part in MODEL_KEYS[1:]}
     given = {key: getattr(settings, key) for key in MODEL_KEYS}
     attention = pipeline.attention or settings.attention.replace("auto", "")
     found = {
         "model": checkpoint.name,
-        "files": {part: str(getattr(checkpoint, part).path) for part in MODEL_KEYS[1:]},
+        "files": {part: source.path.name for part, source in sources.items()},
         "dtype": str(pipeline.dtype),
         "torch": torch.__version__,
         "fp8": pipeline.fp8,
         "compile": settings.compile,
         "processes": pipeline.parallel and pipeline.parallel.size,
         "attention": getattr(attention, "__qualname__", str(attention)),
+        "source": source_hash(),
     }
+    inputs = {}
+    for part, source in sources.items():
+        inputs[part] = fingerprint(*{tensor.file for tensor in source.tensors.values()})
+    given = {key: value for key, value in given.items() if value}
     found = {key: value for key, value in found.items() if value}
-    return found | {"given": {key: value for key, value in given.items() if value}}
+    return found | {"given": given, "inputs": inputs}
 
 
-def recorded(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The settings in an image's metadata, unchecked; the reverse of `run_metadata`."""
-    given = metadata.get("given")
-    files = given if isinstance(given, dict) else {"model": metadata["model"]}
-    dtype = str(metadata.get("dtype", "auto"))
-    return {
-        **{key: str(value) for key, value in files.items() if key in MODEL_KEYS},
-        "dtype": dtype.removeprefix("torch."),
-        "attention": metadata.get("attention", "auto"),
-        "quantize": "fp8" if metadata.get("fp8") is True else "none",
-        "compile": metadata.get("compile") is True,
-    }
-
-
-def image_metadata(layout: Layout, seed: int, run: Metadata) -> Metadata:
-    """All that determines an image, as JSON; layout: filled in; run: `run_metadata`."""
-    files = [layout.map, *(region.mask for region in layout.regions)]
-    files += [entry.image for entry in (*layout.loras, *layout.controlnets)]
-    hashes = {}
-    for file in filter(None, files):
-        hashes[file] = hashlib.sha256(read_bytes(file, IMAGE)).hexdigest()[:16]
+def image_metadata(layout: Layout, seed: int | None, run: Metadata, file: str | None) -> Metadata:
+    """All that determines an image, as JSON; layout: filled in; run: `run_metadata`; file: the
+    layout's name. inputs: checksums of what it names."""
     keys = msgspec.to_builtins(layout)
-    return json.loads(json.dumps({**keys, "seed": seed, **run, "pictures": hashes}))
+    inputs = dict(run["inputs"])
+    for key, name in names_in(keys):
+        if key.rpartition(".")[2] in PICTURES or os.path.exists(name):
+            inputs[name] = checksum(key, name)
+    found = {**keys, "seed": seed, **run, "layout_file": file, "inputs": inputs}
+    return json.loads(json.dumps(found))
+
+
+def with_names(value: Any, change: Callable[[str, str], str], key: str = "") -> Any:
+    """A layout, settings or metadata with each name of a model or a file changed."""
+    if isinstance(value, list | tuple):
+        return [with_names(part, change, f"{key}[{i}]") for i, part in enumerate(value)]
+    if not isinstance(value, dict) or len(key) > 100:  # or nested without end
+        return value
+    found = {}
+    for name, part in value.items():
+        place = f"{key}.{name}".lstrip(".")
+        if name in NAMES and isinstance(part, str):
+            part = change(place, part)
+        found[name] = with_names(part, change, place) if name in PARTS else part
+    for sums in {"inputs", "pictures"} & found.keys():
+        if isinstance(found[sums], dict):
+            found[sums] = {change(name, name): value for name, value in found[sums].items()}
+    return found
+
+
+def names_in(value: Any) -> list[tuple[str, str]]:
+    """The models and files that a layout or settings name, by their keys."""
+    found = []
+    with_names(value, lambda *entry: found.append(entry))
+    return found
+
+
+def portable(metadata: Metadata, folder: Path) -> Metadata:
+    """Metadata for a file in this folder: paths start there, with a dot; what does not is a
+    repository of the hub, or pocket."""
+
+    def relative(key: str, name: str) -> str:
+        is_path = name.startswith((".", "~")) or os.path.isabs(name) or os.path.exists(name)
+        if name in ("pocket", *MODEL_KEYS) or not is_path:
+            return name
+        path = Path(name).expanduser()
+        real = os.path.realpath(path)
+        with suppress(ValueError):  # Windows: on another drive
+            found = os.path.relpath(path, folder)
+            if os.path.realpath(folder / found) != real:  # .. leads elsewhere from a link
+                found = os.path.relpath(real, os.path.realpath(folder))
+            found = Path(found).as_posix()
+            return found if found.startswith("..") else f"./{found}"
+        return real
+
+    return with_names(metadata, relative)
 
 
 def save_image(image: Image.Image, metadata: Metadata | None, path: Path) -> None:
     """Write PNG, JPEG or WebP with metadata: a line that other tools read, and all as JSON."""
-    how = {} if metadata is None else embedded(metadata, path.suffix.lower())
+    how = {}
+    if metadata is not None:
+        how = embedded(portable(metadata, path.parent), path.suffix.lower())
     write(path, partial(image.save, quality=95, **how))
 
 
@@ -196,6 +285,7 @@ def embedded(metadata: Metadata, suffix: str) -> dict[str, Any]:
 
 
 def save_json(metadata: Metadata, path: Path) -> None:
+    metadata = portable(metadata, path.parent)
     text = json.dumps(metadata, ensure_ascii=False, indent=1) + "\n"
     write(path, partial(Path.write_text, data=text, encoding="utf-8"))
 
@@ -204,7 +294,8 @@ def save_tensor(name: str, tensor: Tensor, metadata: Metadata, path: Path) -> No
     """A safetensors file with the metadata and a checksum of the numbers."""
     tensor = tensor.cpu().contiguous()
     checksum = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
-    data = save({name: tensor}, {"layout": json.dumps({**metadata, CHECKSUM: checksum})})
+    metadata = portable(metadata, path.parent) | {CHECKSUM: checksum}
+    data = save({name: tensor}, {"layout": json.dumps(metadata)})
     write(path, partial(Path.write_bytes, data=data))
 
 
@@ -255,25 +346,3 @@ def header_of(path: Path, file: BinaryIO) -> Header:
 def metadata_in(path: Path) -> Metadata | None:
     with suppress(InputError):
         return read_metadata(path)
-
-
-def matches(path: Path, metadata: Metadata) -> bool:
-    """Was this file made with these settings, by any version of torch, and is it whole?"""
-    found = metadata_in(path)
-    ignored = {"torch": None, "given": None}
-    return found is not None and {**found, **ignored} == {**metadata, **ignored} and is_whole(path)
-
-
-def is_whole(path: Path) -> bool:
-    """Can the image be decoded, or have the latents their checksum?"""
-    if path.suffix.lower() == ".safetensors":
-        with opened(path, CHECKPOINT) as file:
-            text = header_of(path, file).metadata["layout"]
-            expected = parse_json(text, dict[str, Any], path).get(CHECKSUM)
-            return expected in (None, hashlib.file_digest(file, "sha256").hexdigest())
-    with suppress(InputError):
-        if path.suffix.lower() in SUFFIXES:
-            with opened_image(path, ANY_SIZE) as image:
-                image.load()
-        return True
-    return False

@@ -1,17 +1,42 @@
-"""Contact sheets: images of one size in labeled rows and columns, of sweeps and attention maps."""
+"""Sweeps, and contact sheets of them and of attention maps: images of one size in labeled rows
+and columns."""
 
+import itertools
 from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image, ImageDraw, ImageFont
 
-from errors import info, opened_image, shown
+from errors import InputError, info, opened_image, parse_yaml, shown
 from tools.metadata import ANY_SIZE, Metadata, save_image, save_sheet, save_tensor
 
 GAP = 8  # pixels between images
 LINE = 18  # the height of a line of text
+SWEPT = (
+    "base_ratio", "mask_inject_steps", "double_inject_interval", "single_inject_interval",
+    "guidance", "steps", "method", "preset", "region_max_sequence_length", "sampler", "schedule",
+)  # fmt: skip
+
+
+def swept_settings(sweeps: Sequence[str]) -> list[dict[str, Any]]:
+    """The layout keys of each combination of KEY=A,B, KEY=C,D ..."""
+    found = {}
+    for text in sweeps:
+        key, _, values = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if key not in SWEPT or not values:
+            raise InputError("--sweep", text, f"expected one of {', '.join(SWEPT)}, = and values")
+        if key in found:
+            raise InputError("--sweep", text, "this key is swept twice")
+        try:
+            found[key] = [parse_yaml(x, yaml.SafeLoader, "") for x in values.split(",")]
+        except InputError:
+            raise InputError("--sweep", text, "its values are not valid YAML") from None
+    return [dict(zip(found, values)) for values in itertools.product(*found.values())]
 
 
 def contact_sheet(

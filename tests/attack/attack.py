@@ -47,7 +47,7 @@ from regional.layout import FLUX_DEV, Layout  # noqa: E402
 from regional.mask import region_tokens  # noqa: E402
 from regional.reader import read_layout  # noqa: E402
 from runtime.prompt_cache import cached  # noqa: E402
-from tools import convert, flags, metadata, plan, preview  # noqa: E402
+from tools import compare, convert, flags, metadata, plan, preview, replay  # noqa: E402
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SECONDS = 2.0
@@ -117,14 +117,14 @@ def naming_image(text: str) -> Callable[[Path], None]:
 
 
 def replayed(file: Path) -> None:
-    command = flags.parse(["--config-from-metadata", str(file), "--check"])
+    command = flags.parse(["--config-from-metadata", str(file), "--check"], replay.replayed)
     read_layout(None, command.recorded)
 
 
 def in_the_way(file: Path) -> None:
     """An image that lies where the output goes."""
     found = metadata.metadata_in(file)
-    metadata.matches(file, dict(RECORDED))
+    compare.matches(file, dict(RECORDED))
     if found:
         read_layout(None, {"prompt": "a", "seed": found["seed"]})
 

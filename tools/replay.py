@@ -1,0 +1,160 @@
+"""From the metadata of a file to settings and a layout, or to its image: where models and
+pictures are now, whether they are to be trusted, and whether they are still the same."""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from torch import Tensor
+
+from errors import MISSING, InputError, describe, shown
+from formats.hub import is_cached, is_repository
+from formats.safetensors import read, read_header
+from regional.layout import Layout
+from settings import MODEL_KEYS, Settings, invalid
+from tools.compare import is_whole, matches
+from tools.flags import Output
+from tools.jobs import Job, check_output, fill, is_finished, templates
+from tools.metadata import (
+    Metadata,
+    check_suffix,
+    checksum,
+    names_in,
+    read_metadata,
+    run_metadata,
+    save_image,
+    with_names,
+)
+
+MOST = 1024  # rows and columns of latents: 8192 pixels
+
+
+def replayed(
+    output: Output, given: dict[str, Any], overrides: dict[str, Any], argv: list[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings, except those given, and the layout's keys that a file records. Of latents,
+    which are drawn already, only the settings have to be there."""
+    file = output.decode or output.config_from_metadata
+    metadata = located(read_metadata(file), file.parent)
+    settings = repeated(metadata, given, file)
+    keys = {key: metadata[key] for key in Layout.__struct_fields__ if key in metadata}
+    named = {key: settings[key] for key in MODEL_KEYS if key in settings.keys() - given}
+    if not output.decode:
+        named |= {key: keys[key] for key in keys.keys() - overrides}
+    if not output.trust_metadata:
+        check_trust(file, named, argv)
+    check_inputs(file, metadata, named)
+    return settings, keys
+
+
+def located(metadata: Metadata, folder: Path) -> Metadata:
+    """Metadata of a file in this folder with paths from the working directory. Earlier versions
+    recorded those, but the pictures may have moved together with the image."""
+    is_portable = "inputs" in metadata
+
+    def change(key: str, name: str) -> str:
+        place = folder / name
+        if name == "pocket" or not (name.startswith(".") if is_portable else os.path.exists(place)):
+            return name
+        is_plain = place.is_absolute() or str(place).startswith(".")
+        return str(place) if is_plain else f"./{place}"  # never taken for a repository
+
+    return with_names(metadata, change)
+
+
+def recorded(metadata: Metadata) -> dict[str, Any]:
+    """The settings in an image's metadata, unchecked; the reverse of `run_metadata`."""
+    given = metadata.get("given")
+    files = given if isinstance(given, dict) else {"model": metadata["model"]}
+    dtype = str(metadata.get("dtype", "auto"))
+    return {
+        **{key: str(value) for key, value in files.items() if key in MODEL_KEYS},
+        "dtype": dtype.removeprefix("torch."),
+        "attention": metadata.get("attention", "auto"),
+        "quantize": "fp8" if metadata.get("fp8") is True else "none",
+        "compile": metadata.get("compile") is True,
+    }
+
+
+def repeated(metadata: Metadata, given: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The settings that an image records, except those given."""
+    settings = recorded(metadata)
+    try:
+        msgspec.convert(settings, Settings)
+    except msgspec.ValidationError as error:
+        problem = f"in its metadata, {invalid(settings, error)}"
+        raise InputError(file, MISSING, problem) from None
+    for key in MODEL_KEYS if given.keys() & set(MODEL_KEYS) else ():
+        settings.pop(key, None)  # Files of one model are not mixed with another's.
+    return settings | given
+
+
+def check_trust(file: Path, named: dict[str, Any], argv: list[str]) -> None:
+    """InputError if an image's metadata, which may be a stranger's, name what is not here yet or
+    lies elsewhere than the image, the working directory and the program."""
+    folders = [file.resolve().parent, Path.cwd().resolve(), Path(__file__).resolve().parents[1]]
+    for key, name in names_in(named):
+        repository = name.partition(":")[0]
+        if is_repository(repository):
+            if is_cached(repository):
+                continue
+            danger = "would be downloaded"
+        else:
+            place = Path(os.path.realpath(name.partition("\0")[0]))  # No file has a name with NUL.
+            if name == "pocket" or any(place.is_relative_to(folder) for folder in folders):
+                continue
+            danger = "is in none of the image's folder, the current one and the program's"
+        command = shlex.join([*argv, "--trust-metadata"])
+        problem = f"its metadata name {key} = {describe(name)}, which {danger}"
+        raise InputError(file, MISSING, f"{problem}; to allow that: python generate.py {command}")
+
+
+def check_inputs(file: Path, metadata: Metadata, named: dict[str, Any]) -> None:
+    """InputError for a picture or a model that is gone or changed since the image was made."""
+    sums = metadata.get("inputs", metadata.get("pictures"))
+    sums = sums if isinstance(sums, dict) else {}
+    for key, name in names_in(named):
+        problem = ""
+        if not os.path.exists(name):
+            if name in sums or name.startswith(".") or os.path.isabs(name):
+                problem = "is not there any more"
+        elif name in sums and checksum(key, name)[:16] != str(sums[name])[:16]:
+            problem = "has changed since the image was made"
+        if problem:
+            problem = f"it was made with {key} = {shown(name)}, which {problem}"
+            raise InputError(file, MISSING, problem)
+
+
+def decode(pipeline: Any, output: Output) -> None:
+    """Write the image of --decode, with the metadata of its latents and this run's VAE."""
+    file = output.decode
+    latents = read_latents(file)
+    defaults = msgspec.to_builtins(Layout(prompt=""))
+    metadata = defaults | located(read_metadata(file), file.parent)
+    run = run_metadata(pipeline)
+    for key in {"files", "inputs", "given"} & metadata.keys():
+        if "ae" in run[key] and isinstance(metadata[key], dict):
+            metadata[key] |= {"ae": run[key]["ae"]}
+    is_fixed = output.output or output.overwrite or output.update
+    names = [output.output or "{name}.png"] if is_fixed else templates()
+    paths = (fill(file.stem, (), metadata["seed"], name, has_seeds=False) for name in names)
+    path = next(x for x in paths if is_fixed or not x.exists() or matches(x, metadata))
+    check_suffix("--output", path)
+    check_output("--output", path, {os.path.realpath(file): "latents"})
+    job = Job(file, None, metadata["seed"], (), {"image": path}, None)
+    if not is_finished(job, output, metadata):
+        save_image(pipeline.decode(latents), None if output.no_metadata else metadata, path)
+    print(shown(path))
+
+
+def read_latents(file: Path) -> Tensor:
+    check_suffix("--decode", file, (".safetensors",))
+    found = read_header(file).tensors.get("latents")
+    is_good = found and found.dtype == "F32" and len(found.shape) == 4
+    if not is_good or found.shape[:2] != (1, 16) or max(found.shape) > MOST:
+        raise InputError(file, MISSING, "holds no latents such as --save-latents writes")
+    if not is_whole(file):
+        raise InputError(file, MISSING, "its latents are damaged, as their checksum says")
+    return read(found)
