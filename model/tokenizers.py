@@ -77,14 +77,14 @@ class T5Tokenizer(PromptTokenizer):
             tokenizer.no_truncation()
             tokenizer.no_padding()
             self.encode = partial(by_offsets, tokenizer)
-            ids = [tokenizer.token_to_id(name) for name in ("</s>", "<pad>")]
+            ids = [tokenizer.token_to_id(name) for name in ("</s>", "<pad>", "<unk>")]
         else:
             pieces = tokenizer_file(path, lambda data: SentencePieceProcessor(model_proto=data))
             self.encode = partial(by_decoding, pieces)
-            ids = [pieces.eos_id(), pieces.pad_id()]
+            ids = [pieces.eos_id(), pieces.pad_id(), pieces.unk_id()]
         if None in ids or -1 in ids:
-            raise InputError(path, MISSING, "not T5's vocabulary, it lacks </s> or <pad>")
-        self.end, self.pad = ids
+            raise InputError(path, MISSING, "not T5's vocabulary, it lacks </s>, <pad> or <unk>")
+        self.end, self.pad, self.unknown = ids
 
 
 def tokenizer_file(path: Path, parse: Callable[[bytes], Any]) -> Any:

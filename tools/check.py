@@ -1,21 +1,25 @@
 """Before a run: layouts checked, previewed, or planned by a language model."""
 
+import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import weights
 from errors import InputError, print_error, shown, warn
 from formats.hub import is_repository
+from formats.known import doubts
 from model.tokenizers import T5Tokenizer
 from model.transformer import FluxParams
 from regional.layout import FLUX_DEV, Defaults, Layout
 from regional.mask import region_tokens
-from settings import MODEL_KEYS
+from settings import MODEL_KEYS, Settings
+from tools.cost import resolved, stages
 from tools.flags import Command
 from tools.jobs import check_output, inputs_of, layout_files
-from tools.metadata import check_suffix, check_writable, write
+from tools.metadata import check_suffix, check_writable, read_timings, size_of, way_of, write
 from tools.plan import plan, write_plan
-from tools.preview import preview, report
+from tools.preview import grid_tokens, preview, report
 
 
 def run_dry(command: Command, read: Callable[..., Layout]) -> int:
@@ -52,8 +56,10 @@ def check_layouts(command: Command, read: Callable[..., Layout]) -> int:
         if dry_run.check:
             lengths = prompt_lengths(layout, checkpoint.t5_tokenizer) if checkpoint else None
             text, warnings = report(layout, params, lengths)
+            text += estimate(layout, params, settings)
             print(f"{file or 'the command line'}: valid", text, sep="\n")
-            for warning in warnings:
+            found = (checkpoint.flux, checkpoint.t5_tokenizer) if checkpoint else (None, None)
+            for warning in [*warnings, *doubts([(None, layout)], *found)]:
                 warn(warning)
     inputs = inputs_of(command, [layout for _, layout in layouts])
     for file, layout in layouts if dry_run.preview else ():
@@ -73,3 +79,29 @@ def prompt_lengths(layout: Layout, tokenizer: Path) -> list[int]:
     prompts = region_tokens(layout).prompts if layout.regions else []
     encode = T5Tokenizer(tokenizer).encode
     return [len(encode(prompt)[0]) + 1 for prompt in (layout.prompt, *prompts)]
+
+
+def estimate(layout: Layout, params: FluxParams, settings: Settings) -> str:
+    """A line on what it may take, by the run on this machine that is nearest in size."""
+    pixels = layout.width * layout.height
+    with suppress(InputError, RuntimeError):  # a mask is gone; there is no such device
+        way = way_of(settings)
+        runs = [run for run in read_timings() if run.way == way]
+        run = min(runs, key=lambda run: abs(math.log(size_of(run) / pixels)), default=None)
+        if run:
+            seconds = run.seconds * work(layout, params) / work(run.layout, params, 1)
+            text = f"\nthe steps: about {seconds:.{int(seconds < 10)}f} s"
+            if size_of(run) == pixels:
+                text += f" and {run.peak / 1e9:.1f} GB of memory"
+            return f"{text}, from a run of {run.layout.width} x {run.layout.height} here"
+    return ""
+
+
+def work(layout: Layout, params: FluxParams, start: int = 0) -> int:
+    """The FLOPs of all steps from this one."""
+    layout = resolved(layout, params)
+    total = 0
+    for end, flops, _ in stages(layout, params, grid_tokens(layout)):
+        total += max(0, end - start) * flops
+        start = max(start, end)
+    return total

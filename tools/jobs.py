@@ -19,7 +19,8 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from errors import MISSING, InputError, flag, info, parse_yaml, print_error, shown
+from errors import MISSING, InputError, flag, info, parse_yaml, print_error, shown, warn
+from formats.known import doubts
 from regional.layout import Layout
 from regional.mask import RegionTokens
 from settings import MODEL_KEYS, Settings
@@ -328,13 +329,16 @@ def is_first(settings: Settings) -> bool:
     return not settings.parallel or os.environ.get("RANK", "0") == "0"
 
 
-def announce(jobs: list[Job], worker: Worker, is_pocket: bool) -> None:
+def announce(jobs: list[Job], worker: Worker, checkpoint: Any) -> None:
     if worker.count > 1:
         info(f"worker {worker.index} of {worker.count}: {len(jobs)} images")
     seeds = dict.fromkeys(str(job.seed) for job in jobs)
     info(f"seed {', '.join(seeds)}")
-    if is_pocket:
+    if checkpoint.name == "pocket":
         info(POCKET)
+    layouts = {id(job.layout): (job.source, job.layout) for job in jobs}.values()
+    for doubt in doubts(layouts, checkpoint.flux, checkpoint.t5_tokenizer):
+        warn(doubt)
 
 
 def unfinished(group: list[Job], pipeline: Any, output: Output) -> list[tuple[Job, Metadata]]:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 import torch
+from msgspec.structs import replace
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save
 from torch import Tensor
@@ -35,7 +37,7 @@ from errors import (
     warn,
 )
 from regional.layout import Layout, Seed
-from settings import MODEL_KEYS
+from settings import MODEL_KEYS, Settings
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"  # several may write to one folder
@@ -274,3 +276,78 @@ def is_whole(path: Path) -> bool:
                 image.load()
         return True
     return False
+
+
+class Timing(msgspec.Struct):
+    """How long an image's steps took, without the first. peak: the most bytes in use."""
+
+    way: list[str]
+    layout: Layout
+    seconds: float
+    peak: int
+
+
+class Clock:
+    """Times an image's steps; `keep` lets --check say how long another image may take."""
+
+    def __init__(self, layout: Layout, on_step: Callable[[], None]):
+        self.layout = layout
+        self.on_step = on_step
+        self.ends: list[float] = []
+
+    def __call__(self) -> None:
+        if torch.cuda.is_available() and len(self.ends) in (0, self.layout.steps - 1):
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+        self.on_step()
+
+    def keep(self, settings: Settings) -> None:
+        """Without prompts; a failure must not end a run, whose image is written already."""
+        layout = self.layout
+        if len(self.ends) < 2 or layout.controlnets or any(x.loras for x in layout.regions):
+            return  # what these cost is not known
+        with suppress(Exception):
+            regions = tuple(replace(region, prompt="x") for region in layout.regions)
+            layout = replace(layout, prompt="", background_prompt="", loras=(), regions=regions)
+            own = Timing(way_of(settings), layout, self.ends[-1] - self.ends[0], peak_memory())
+            kept = [x for x in read_timings() if (x.way, size_of(x)) != (own.way, size_of(own))]
+            data = msgspec.json.encode([own, *kept[:49]])
+            timings_file().parent.mkdir(parents=True, exist_ok=True)
+            write(timings_file(), partial(Path.write_bytes, data=data))
+
+
+def size_of(timing: Timing) -> int:
+    return timing.layout.width * timing.layout.height
+
+
+def way_of(settings: Settings) -> list[str]:
+    """What the time of a step depends on, besides the layout."""
+    device = settings.device
+    if device == "auto":
+        device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    if device.startswith("cuda"):
+        device = torch.cuda.get_device_name(device)
+    keys = ("flux", "dtype", "attention", "quantize", "offload", "compile", "parallel")
+    found = [HOST, device, settings.model or "pocket", torch.get_num_threads()]
+    return list(map(str, [*found, *(getattr(settings, key) for key in keys)]))
+
+
+def peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource  # There is none on Windows.
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def timings_file() -> Path:
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder, "regional_flux", "timings.json")
+
+
+def read_timings() -> list[Timing]:
+    with suppress(InputError, RuntimeError):  # RuntimeError: the user has no home
+        file = timings_file()
+        return parse_json(read_bytes(file, CONFIG), list[Timing], file)
+    return []
