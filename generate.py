@@ -27,7 +27,7 @@ from settings import Settings
 from tools import jobs as batch
 from tools.flags import Command, naming, parse
 from tools.jobs import Job, Stop
-from tools.metadata import Clock, Metadata
+from tools.metadata import Metadata, keep_timing
 
 CHUNK = 100  # layouts prepared together, in some 2 GB of memory at full size
 
@@ -96,7 +96,7 @@ def run(command: Command, stop: Stop, start: float) -> int:
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         if jobs is None or pipeline.defaults.size != FLUX_DEV.size:
             jobs = plan(pipeline.defaults.size)
-        batch.announce(jobs, worker, pipeline.checkpoint)
+        batch.announce(jobs, worker, pipeline)
         generate_all(pipeline, jobs, command, failures, stop, start)
         if output.sweep and not failures.count and batch.is_first(settings):
             from tools.sheets import write_sheets
@@ -150,9 +150,14 @@ def make(
         from extensions.attention_maps import AttentionMaps
 
         maps = AttentionMaps(pipeline.defaults.depth, pipeline.defaults.depth_single_blocks)
-    clock = Clock(prepared.layout, on_step)
+    ends = []  # of the steps
+
+    def after_step() -> None:
+        ends.append(time.perf_counter())
+        on_step()
+
     with stop.drawing():
-        latents = pipeline.denoise(prepared, job.seed, [maps.extend] if maps else [], clock)
+        latents = pipeline.denoise(prepared, job.seed, [maps.extend] if maps else [], after_step)
     if is_alone:
         pipeline.drop("flux")
     if not batch.is_first(command.settings):
@@ -160,7 +165,7 @@ def make(
     image = pipeline.decode(latents)
     batch.save(job, image, latents, maps, prepared.tokens, metadata, not command.output.no_metadata)
     print(shown(job.files["image"]), flush=True)
-    clock.keep(command.settings)
+    keep_timing(command.settings, prepared.layout, ends)
 
 
 if __name__ == "__main__":

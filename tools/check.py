@@ -4,11 +4,12 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import weights
 from errors import InputError, print_error, shown, warn
 from formats.hub import is_repository
-from formats.known import doubts
+from formats.known import doubts, known_of
 from model.tokenizers import T5Tokenizer
 from model.transformer import FluxParams
 from regional.layout import FLUX_DEV, Defaults, Layout
@@ -17,34 +18,43 @@ from settings import MODEL_KEYS, Settings
 from tools.cost import resolved, stages
 from tools.flags import Command
 from tools.jobs import check_output, inputs_of, layout_files
-from tools.metadata import check_suffix, check_writable, read_timings, size_of, way_of, write
+from tools.metadata import (
+    Timing,
+    check_suffix,
+    check_writable,
+    conditions,
+    read_timings,
+    write,
+)
 from tools.plan import plan, write_plan
 from tools.preview import grid_tokens, preview, report
 
 
 def run_dry(command: Command, read: Callable[..., Layout]) -> int:
     """A dry run; returns the exit code. read: gives a layout by its file, overrides and size."""
-    _, overrides, output, dry_run, _ = command
+    settings, overrides, output, dry_run, _ = command
+    checkpoint = None  # A repository's headers may not be at hand.
+    if not is_repository(settings.model):
+        checkpoint = weights.find(*(getattr(settings, key) for key in MODEL_KEYS))
+    defaults = Defaults(**weights.model_defaults(checkpoint.flux)) if checkpoint else FLUX_DEV
     if dry_run.plan is None:
-        return check_layouts(command, read)
+        return check_layouts(command, read, checkpoint, defaults)
     file = Path(output.output or "plan.yaml")
+    check_suffix("--output", file, (".yaml", ".yml"))
     check_writable(file, output.overwrite)
-    size = [overrides.get(key, 1024) for key in ("width", "height")]
-    found = plan(dry_run.plan, *size, dry_run.llm_url, dry_run.llm_model)
+    size = [overrides.get(key, defaults.size) for key in ("width", "height")]
+    known = known_of(checkpoint.flux if checkpoint else None)
+    found = plan(dry_run.plan, *size, dry_run.llm_url, dry_run.llm_model, known=known)
     write_plan(found, file, output.overwrite)
     print(shown(file))
     return 0
 
 
-def check_layouts(command: Command, read: Callable[..., Layout]) -> int:
+def check_layouts(command: Command, read: Callable[..., Layout], checkpoint: Any, defaults: Defaults) -> int:
     """--check and --preview, without reading weights."""
     settings, _, output, dry_run, _ = command
     files = layout_files(output)
-    checkpoint = None  # A repository's headers may not be at hand.
-    if not is_repository(settings.model):
-        checkpoint = weights.find(*(getattr(settings, key) for key in MODEL_KEYS))
     params = weights.flux_params(checkpoint.flux) if checkpoint else FluxParams()
-    defaults = Defaults(**weights.model_defaults(checkpoint.flux)) if checkpoint else FLUX_DEV
     layouts = []
     for file in files:
         try:
@@ -59,7 +69,7 @@ def check_layouts(command: Command, read: Callable[..., Layout]) -> int:
             text += estimate(layout, params, settings)
             print(f"{file or 'the command line'}: valid", text, sep="\n")
             found = (checkpoint.flux, checkpoint.t5_tokenizer) if checkpoint else (None, None)
-            for warning in [*warnings, *doubts([(None, layout)], *found)]:
+            for warning in [*warnings, *doubts([layout.resolved(defaults)], *found)]:
                 warn(warning)
     inputs = inputs_of(command, [layout for _, layout in layouts])
     for file, layout in layouts if dry_run.preview else ():
@@ -82,23 +92,26 @@ def prompt_lengths(layout: Layout, tokenizer: Path) -> list[int]:
 
 
 def estimate(layout: Layout, params: FluxParams, settings: Settings) -> str:
-    """A line on what it may take, by the run on this machine that is nearest in size."""
+    """A line on what it takes, by the run on this machine that is nearest in size."""
     pixels = layout.width * layout.height
-    with suppress(InputError, RuntimeError):  # a mask is gone; there is no such device
-        way = way_of(settings)
-        runs = [run for run in read_timings() if run.way == way]
-        run = min(runs, key=lambda run: abs(math.log(size_of(run) / pixels)), default=None)
-        if run:
-            seconds = run.seconds * work(layout, params) / work(run.layout, params, 1)
-            text = f"\nthe steps: about {seconds:.{int(seconds < 10)}f} s"
-            if size_of(run) == pixels:
-                text += f" and {run.peak / 1e9:.1f} GB of memory"
-            return f"{text}, from a run of {run.layout.width} x {run.layout.height} here"
+
+    def distance(run: Timing) -> float:
+        return abs(math.log(run.layout.width * run.layout.height / pixels))
+
+    way = conditions(settings)
+    runs = [run for key, run in read_timings().items() if key.startswith(way)]
+    with suppress(InputError, ValueError):  # its mask is gone; there is no run
+        run = min(runs, key=distance)
+        seconds = run.seconds * work(layout, params) / work(run.layout, params, 1)
+        text = f"\nsteps: about {seconds:.{int(seconds < 10)}f} s"
+        if distance(run) == 0:
+            text += f" and {run.memory / 1e9:.1f} GB of memory"
+        return f"{text}, from a run of {run.layout.width} x {run.layout.height} here"
     return ""
 
 
 def work(layout: Layout, params: FluxParams, start: int = 0) -> int:
-    """The FLOPs of all steps from this one."""
+    """The FLOPs of the steps from this one on."""
     layout = resolved(layout, params)
     total = 0
     for end, flops, _ in stages(layout, params, grid_tokens(layout)):

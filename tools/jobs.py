@@ -329,15 +329,16 @@ def is_first(settings: Settings) -> bool:
     return not settings.parallel or os.environ.get("RANK", "0") == "0"
 
 
-def announce(jobs: list[Job], worker: Worker, checkpoint: Any) -> None:
+def announce(jobs: list[Job], worker: Worker, pipeline: Any) -> None:
     if worker.count > 1:
         info(f"worker {worker.index} of {worker.count}: {len(jobs)} images")
     seeds = dict.fromkeys(str(job.seed) for job in jobs)
     info(f"seed {', '.join(seeds)}")
+    checkpoint = pipeline.checkpoint
     if checkpoint.name == "pocket":
         info(POCKET)
-    layouts = {id(job.layout): (job.source, job.layout) for job in jobs}.values()
-    for doubt in doubts(layouts, checkpoint.flux, checkpoint.t5_tokenizer):
+    layouts = {id(job.layout): job.layout.resolved(pipeline.defaults) for job in jobs}
+    for doubt in doubts(list(layouts.values()), checkpoint.flux, checkpoint.t5_tokenizer):
         warn(doubt)
 
 

@@ -279,66 +279,40 @@ def is_whole(path: Path) -> bool:
 
 
 class Timing(msgspec.Struct):
-    """How long an image's steps took, without the first. peak: the most bytes in use."""
+    """How long an image's steps took, without the first, and the most memory in use, in bytes."""
 
-    way: list[str]
     layout: Layout
     seconds: float
-    peak: int
+    memory: int
 
 
-class Clock:
-    """Times an image's steps; `keep` lets --check say how long another image may take."""
+def keep_timing(settings: Settings, layout: Layout, ends: list[float]) -> None:
+    """For --check. ends: when each step ended. The image is written, so a failure here, such as
+    on Windows, is none of the run's."""
+    if len(ends) < 2 or layout.controlnets or any(region.loras for region in layout.regions):
+        return  # The cost of these isn't known.
+    with suppress(Exception):
+        import resource
 
-    def __init__(self, layout: Layout, on_step: Callable[[], None]):
-        self.layout = layout
-        self.on_step = on_step
-        self.ends: list[float] = []
-
-    def __call__(self) -> None:
-        if torch.cuda.is_available() and len(self.ends) in (0, self.layout.steps - 1):
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
-        self.on_step()
-
-    def keep(self, settings: Settings) -> None:
-        """Without prompts; a failure must not end a run, whose image is written already."""
-        layout = self.layout
-        if len(self.ends) < 2 or layout.controlnets or any(x.loras for x in layout.regions):
-            return  # what these cost is not known
-        with suppress(Exception):
-            regions = tuple(replace(region, prompt="x") for region in layout.regions)
-            layout = replace(layout, prompt="", background_prompt="", loras=(), regions=regions)
-            own = Timing(way_of(settings), layout, self.ends[-1] - self.ends[0], peak_memory())
-            kept = [x for x in read_timings() if (x.way, size_of(x)) != (own.way, size_of(own))]
-            data = msgspec.json.encode([own, *kept[:49]])
-            timings_file().parent.mkdir(parents=True, exist_ok=True)
-            write(timings_file(), partial(Path.write_bytes, data=data))
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory *= 1 if sys.platform == "darwin" else 1024
+        if torch.cuda.is_available():
+            memory = torch.cuda.max_memory_allocated()
+        regions = tuple(replace(region, prompt="x") for region in layout.regions)
+        layout = replace(layout, prompt="", background_prompt="", loras=(), regions=regions)
+        key = f"{conditions(settings)} {layout.width} x {layout.height}"
+        found = {name: timing for name, timing in read_timings().items() if name != key}
+        newest = dict([*found.items(), (key, Timing(layout, ends[-1] - ends[0], memory))][-50:])
+        file = timings_file()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file, partial(Path.write_bytes, data=msgspec.json.encode(newest)))
 
 
-def size_of(timing: Timing) -> int:
-    return timing.layout.width * timing.layout.height
-
-
-def way_of(settings: Settings) -> list[str]:
-    """What the time of a step depends on, besides the layout."""
-    device = settings.device
-    if device == "auto":
-        device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if device.startswith("cuda"):
-        device = torch.cuda.get_device_name(device)
-    keys = ("flux", "dtype", "attention", "quantize", "offload", "compile", "parallel")
-    found = [HOST, device, settings.model or "pocket", torch.get_num_threads()]
-    return list(map(str, [*found, *(getattr(settings, key) for key in keys)]))
-
-
-def peak_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource  # There is none on Windows.
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def conditions(settings: Settings) -> str:
+    """What a step's time depends on besides the layout."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    settings = replace(settings, model=settings.model or "pocket", prompt_cache=None, verbose=False)
+    return f"{HOST} {gpu} {torch.get_num_threads()} {settings}"
 
 
 def timings_file() -> Path:
@@ -346,8 +320,8 @@ def timings_file() -> Path:
     return Path(folder, "regional_flux", "timings.json")
 
 
-def read_timings() -> list[Timing]:
+def read_timings() -> dict[str, Timing]:
+    """By their conditions and sizes."""
     with suppress(InputError, RuntimeError):  # RuntimeError: the user has no home
-        file = timings_file()
-        return parse_json(read_bytes(file, CONFIG), list[Timing], file)
-    return []
+        return parse_json(read_bytes(timings_file(), CONFIG), dict[str, Timing], timings_file())
+    return {}
