@@ -110,6 +110,8 @@ def generate_all(
     start: float,
 ) -> None:  # fmt: skip
     """Prepare up to CHUNK layouts at a time, then write their images."""
+    ends: list[float] = []  # of all steps
+    is_alone = len(jobs) == 1
     is_any = pipeline.parallel.is_any if pipeline.parallel else bool
 
     def check() -> None:
@@ -117,6 +119,7 @@ def generate_all(
             raise KeyboardInterrupt
 
     def on_step() -> None:
+        ends.append(time.perf_counter())
         batch.report_first_step(start)
         check()
 
@@ -131,18 +134,18 @@ def generate_all(
                     prepared = pipeline.prepare(group[0].layout)
                     ready += [(job, prepared, metadata) for job, metadata in missing]
         pipeline.drop("t5", "clip")
-        if len(jobs) == 1:  # VAE and transformer may not fit together.
+        if is_alone:  # VAE and transformer may not fit together.
             pipeline.drop("ae")
         for job, prepared, metadata in ready:
             check()
             with failures.caught():
-                make(job, prepared, metadata, pipeline, command, stop, on_step, len(jobs) == 1)
+                make(job, prepared, metadata, pipeline, command, stop, on_step, ends, is_alone)
         pipeline.drop("flux")
 
 
 def make(
     job: Job, prepared: Prepared, metadata: Metadata, pipeline: Pipeline, command: Command,
-    stop: Stop, on_step: Callable[[], None], is_alone: bool,
+    stop: Stop, on_step: Callable[[], None], ends: list[float], is_alone: bool,
 ) -> None:  # fmt: skip
     """Denoise, decode and write an image and its job's other files."""
     maps = None
@@ -150,14 +153,8 @@ def make(
         from extensions.attention_maps import AttentionMaps
 
         maps = AttentionMaps(pipeline.defaults.depth, pipeline.defaults.depth_single_blocks)
-    ends = []  # of the steps
-
-    def after_step() -> None:
-        ends.append(time.perf_counter())
-        on_step()
-
     with stop.drawing():
-        latents = pipeline.denoise(prepared, job.seed, [maps.extend] if maps else [], after_step)
+        latents = pipeline.denoise(prepared, job.seed, [maps.extend] if maps else [], on_step)
     if is_alone:
         pipeline.drop("flux")
     if not batch.is_first(command.settings):

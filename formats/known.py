@@ -62,7 +62,7 @@ def doubts(layouts: list[Any], flux: Source | None, t5: Path | None) -> Iterator
             yield f"the model has not learned the words {listed(unknown)}; {example}."
     elif t5:
         tokenizer = T5Tokenizer(t5)
-        characters = filter(str.isprintable, dict.fromkeys(text))
+        characters = dict.fromkeys(text)
         if unknown := [c for c in characters if tokenizer.unknown in tokenizer.encode(c)[0]]:
             yield f"the model can't read {listed(unknown)}, which T5's vocabulary lacks."
     found = {}

@@ -1,13 +1,12 @@
 """Before a run: layouts checked, previewed, or planned by a language model."""
 
-import math
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import weights
-from errors import InputError, print_error, shown, warn
+from errors import InputError, info, print_error, shown, warn
 from formats.hub import is_repository
 from formats.known import doubts, known_of
 from model.tokenizers import T5Tokenizer
@@ -17,15 +16,8 @@ from regional.mask import region_tokens
 from settings import MODEL_KEYS, Settings
 from tools.cost import resolved, stages
 from tools.flags import Command
-from tools.jobs import check_output, inputs_of, layout_files
-from tools.metadata import (
-    Timing,
-    check_suffix,
-    check_writable,
-    conditions,
-    read_timings,
-    write,
-)
+from tools.jobs import POCKET, check_output, inputs_of, layout_files
+from tools.metadata import check_suffix, check_writable, conditions, read_timings, write
 from tools.plan import plan, write_plan
 from tools.preview import grid_tokens, preview, report
 
@@ -43,6 +35,8 @@ def run_dry(command: Command, read: Callable[..., Layout]) -> int:
     check_suffix("--output", file, (".yaml", ".yml"))
     check_writable(file, output.overwrite)
     size = [overrides.get(key, defaults.size) for key in ("width", "height")]
+    if checkpoint and checkpoint.name == "pocket":
+        info(POCKET)
     known = known_of(checkpoint.flux if checkpoint else None)
     found = plan(dry_run.plan, *size, dry_run.llm_url, dry_run.llm_model, known=known)
     write_plan(found, file, output.overwrite)
@@ -50,7 +44,9 @@ def run_dry(command: Command, read: Callable[..., Layout]) -> int:
     return 0
 
 
-def check_layouts(command: Command, read: Callable[..., Layout], checkpoint: Any, defaults: Defaults) -> int:
+def check_layouts(
+    command: Command, read: Callable[..., Layout], checkpoint: Any, defaults: Defaults
+) -> int:  # fmt: skip
     """--check and --preview, without reading weights."""
     settings, _, output, dry_run, _ = command
     files = layout_files(output)
@@ -92,19 +88,16 @@ def prompt_lengths(layout: Layout, tokenizer: Path) -> list[int]:
 
 
 def estimate(layout: Layout, params: FluxParams, settings: Settings) -> str:
-    """A line on what it takes, by the run on this machine that is nearest in size."""
-    pixels = layout.width * layout.height
-
-    def distance(run: Timing) -> float:
-        return abs(math.log(run.layout.width * run.layout.height / pixels))
-
+    """A line on what it takes, by this machine's latest run, of this size if there is one."""
+    size = (layout.width, layout.height)
     way = conditions(settings)
     runs = [run for key, run in read_timings().items() if key.startswith(way)]
-    with suppress(InputError, ValueError):  # its mask is gone; there is no run
-        run = min(runs, key=distance)
+    runs.sort(key=lambda run: (run.layout.width, run.layout.height) == size)
+    with suppress(Exception):  # There is none; its mask is gone; another version's layout.
+        run = runs[-1]
         seconds = run.seconds * work(layout, params) / work(run.layout, params, 1)
         text = f"\nsteps: about {seconds:.{int(seconds < 10)}f} s"
-        if distance(run) == 0:
+        if (run.layout.width, run.layout.height) == size:
             text += f" and {run.memory / 1e9:.1f} GB of memory"
         return f"{text}, from a run of {run.layout.width} x {run.layout.height} here"
     return ""

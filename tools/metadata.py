@@ -279,7 +279,7 @@ def is_whole(path: Path) -> bool:
 
 
 class Timing(msgspec.Struct):
-    """How long an image's steps took, without the first, and the most memory in use, in bytes."""
+    """How long an image's steps took, without the first, and the most memory that was in use."""
 
     layout: Layout
     seconds: float
@@ -287,25 +287,30 @@ class Timing(msgspec.Struct):
 
 
 def keep_timing(settings: Settings, layout: Layout, ends: list[float]) -> None:
-    """For --check. ends: when each step ended. The image is written, so a failure here, such as
-    on Windows, is none of the run's."""
+    """For --check, without prompts. ends: of steps, this image's last. The image is written, so
+    no failure here ends a run."""
+    ends = ends[-layout.steps :]
     if len(ends) < 2 or layout.controlnets or any(region.loras for region in layout.regions):
         return  # The cost of these isn't known.
     with suppress(Exception):
-        import resource
-
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        memory *= 1 if sys.platform == "darwin" else 1024
-        if torch.cuda.is_available():
-            memory = torch.cuda.max_memory_allocated()
         regions = tuple(replace(region, prompt="x") for region in layout.regions)
         layout = replace(layout, prompt="", background_prompt="", loras=(), regions=regions)
         key = f"{conditions(settings)} {layout.width} x {layout.height}"
         found = {name: timing for name, timing in read_timings().items() if name != key}
-        newest = dict([*found.items(), (key, Timing(layout, ends[-1] - ends[0], memory))][-50:])
-        file = timings_file()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(file, partial(Path.write_bytes, data=msgspec.json.encode(newest)))
+        found[key] = Timing(layout, ends[-1] - ends[0], peak_memory())
+        data = msgspec.json.encode(dict([*found.items()][-50:]))
+        timings_file().parent.mkdir(parents=True, exist_ok=True)
+        write(timings_file(), partial(Path.write_bytes, data=data))
+
+
+def peak_memory() -> int:
+    """In bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource  # Windows has none.
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def conditions(settings: Settings) -> str:
