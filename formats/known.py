@@ -3,7 +3,6 @@
 import re
 import string
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
@@ -37,8 +36,8 @@ def known_of(flux: Source | None) -> Known:
     return converted(config.get("known", {}), Known, "config.json", "damaged")
 
 
-def doubts(layouts: list[Any], flux: Source | None, t5: Path | None) -> Iterator[str]:
-    """Of resolved layouts. flux, t5: the transformer and T5's tokenizer, if they are here."""
+def doubts(layouts: list[Any], flux: Source | None, t5: T5Tokenizer | None) -> Iterator[str]:
+    """Of resolved layouts. flux, t5: the model's, if they are here."""
     known = known_of(flux)
     beyond = {}
     prompts = [layout.prompt for layout in layouts]
@@ -61,9 +60,7 @@ def doubts(layouts: list[Any], flux: Source | None, t5: Path | None) -> Iterator
             example = f"it draws such as {known.example!r}"
             yield f"the model has not learned the words {listed(unknown)}; {example}."
     elif t5:
-        tokenizer = T5Tokenizer(t5)
-        characters = dict.fromkeys(text)
-        if unknown := [c for c in characters if tokenizer.unknown in tokenizer.encode(c)[0]]:
+        if unknown := [c for c in dict.fromkeys(text) if t5.unknown in t5.encode(c)[0]]:
             yield f"the model can't read {listed(unknown)}, which T5's vocabulary lacks."
     found = {}
     for pattern, instead in FOREIGN.items():

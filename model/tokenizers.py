@@ -56,9 +56,8 @@ class CLIPTokenizer(PromptTokenizer):
         split = pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True)
         in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, in_bytes])
-        for name in START, END:
-            token = AddedToken(name, normalized=False, special=True)
-            tokenizer.add_special_tokens([token])
+        special = [AddedToken(x, normalized=False, special=True) for x in (START, END)]
+        tokenizer.add_special_tokens(special)
         self.encode = partial(by_offsets, tokenizer)
         self.before = [vocab[START]]
         self.end = self.pad = vocab[END]

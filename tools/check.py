@@ -50,7 +50,9 @@ def check_layouts(
     """--check and --preview, without reading weights."""
     settings, _, output, dry_run, _ = command
     files = layout_files(output)
-    params = weights.flux_params(checkpoint.flux) if checkpoint else FluxParams()
+    flux = checkpoint.flux if checkpoint else None
+    t5 = T5Tokenizer(checkpoint.t5_tokenizer) if checkpoint and dry_run.check else None
+    params = weights.flux_params(flux) if flux else FluxParams()
     layouts = []
     for file in files:
         try:
@@ -60,12 +62,11 @@ def check_layouts(
             continue
         layouts.append((file, layout))
         if dry_run.check:
-            lengths = prompt_lengths(layout, checkpoint.t5_tokenizer) if checkpoint else None
+            lengths = prompt_lengths(layout, t5) if t5 else None
             text, warnings = report(layout, params, lengths)
             text += estimate(layout, params, settings)
             print(f"{file or 'the command line'}: valid", text, sep="\n")
-            found = (checkpoint.flux, checkpoint.t5_tokenizer) if checkpoint else (None, None)
-            for warning in [*warnings, *doubts([layout.resolved(defaults)], *found)]:
+            for warning in [*warnings, *doubts([layout.resolved(defaults)], flux, t5)]:
                 warn(warning)
     inputs = inputs_of(command, [layout for _, layout in layouts])
     for file, layout in layouts if dry_run.preview else ():
@@ -80,11 +81,10 @@ def check_layouts(
     return 0 if len(layouts) == len(files) else 2
 
 
-def prompt_lengths(layout: Layout, tokenizer: Path) -> list[int]:
+def prompt_lengths(layout: Layout, t5: T5Tokenizer) -> list[int]:
     """The tokens of each prompt, the background's included, with the end token."""
     prompts = region_tokens(layout).prompts if layout.regions else []
-    encode = T5Tokenizer(tokenizer).encode
-    return [len(encode(prompt)[0]) + 1 for prompt in (layout.prompt, *prompts)]
+    return [len(t5.encode(prompt)[0]) + 1 for prompt in (layout.prompt, *prompts)]
 
 
 def estimate(layout: Layout, params: FluxParams, settings: Settings) -> str:
@@ -97,8 +97,8 @@ def estimate(layout: Layout, params: FluxParams, settings: Settings) -> str:
         run = runs[-1]
         seconds = run.seconds * work(layout, params) / work(run.layout, params, 1)
         text = f"\nsteps: about {seconds:.{int(seconds < 10)}f} s"
-        if (run.layout.width, run.layout.height) == size:
-            text += f" and {run.memory / 1e9:.1f} GB of memory"
+        if (run.layout.width, run.layout.height) == size and run.memory:
+            text += f" and {run.memory / 1e9:.1f} GB on the GPU"
         return f"{text}, from a run of {run.layout.width} x {run.layout.height} here"
     return ""
 

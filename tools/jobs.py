@@ -21,6 +21,7 @@ from torch import Tensor
 
 from errors import MISSING, InputError, flag, info, parse_yaml, print_error, shown, warn
 from formats.known import doubts
+from model.tokenizers import T5Tokenizer
 from regional.layout import Layout
 from regional.mask import RegionTokens
 from settings import MODEL_KEYS, Settings
@@ -338,7 +339,8 @@ def announce(jobs: list[Job], worker: Worker, pipeline: Any) -> None:
     if checkpoint.name == "pocket":
         info(POCKET)
     layouts = {id(job.layout): job.layout.resolved(pipeline.defaults) for job in jobs}
-    for doubt in doubts(list(layouts.values()), checkpoint.flux, checkpoint.t5_tokenizer):
+    t5 = T5Tokenizer(checkpoint.t5_tokenizer)
+    for doubt in doubts(list(layouts.values()), checkpoint.flux, t5):
         warn(doubt)
 
 

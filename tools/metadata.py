@@ -6,7 +6,6 @@ import json
 import os
 import re
 import socket
-import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -279,7 +278,7 @@ def is_whole(path: Path) -> bool:
 
 
 class Timing(msgspec.Struct):
-    """How long an image's steps took, without the first, and the most memory that was in use."""
+    """How long an image's steps took, without the first. memory: the GPU's, at most in use."""
 
     layout: Layout
     seconds: float
@@ -297,20 +296,10 @@ def keep_timing(settings: Settings, layout: Layout, ends: list[float]) -> None:
         layout = replace(layout, prompt="", background_prompt="", loras=(), regions=regions)
         key = f"{conditions(settings)} {layout.width} x {layout.height}"
         found = {name: timing for name, timing in read_timings().items() if name != key}
-        found[key] = Timing(layout, ends[-1] - ends[0], peak_memory())
+        found[key] = Timing(layout, ends[-1] - ends[0], torch.cuda.max_memory_allocated())
         data = msgspec.json.encode(dict([*found.items()][-50:]))
         timings_file().parent.mkdir(parents=True, exist_ok=True)
         write(timings_file(), partial(Path.write_bytes, data=data))
-
-
-def peak_memory() -> int:
-    """In bytes."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource  # Windows has none.
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def conditions(settings: Settings) -> str:
