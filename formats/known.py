@@ -16,7 +16,7 @@ from model.tokenizers import T5Tokenizer
 FOREIGN = {
     r"\([^()]*[^\d\s()]\s*:\s*\d*\.?\d+\s*\)": "a region's strength",
     r"<(?:lora|lyco|hypernet):[^<>]*>": "loras",
-    r"\bembedding:\S+": "a description",
+    r"\bembedding:[\w.-]+": "a description",
     r"(?<![A-Z'\"] )\b(?:BREAK|AND|ADD(?:COL|ROW|BASE|COMM))\b(?=\s+\S)(?! [A-Z]{2})": "regions",
 }
 

@@ -95,7 +95,7 @@ def test_characters_are_named_exactly_where_t5_reads_an_unknown_token(path):
 
 FOREIGN = {
     "a (red hat:1.3), ((a cat):.5) and <lora:ink-v2:0.8>": ["(red hat:1.3)", "<lora:ink-v2:0.8>", "strength, loras"],
-    "embedding:easynegative, a cat": ["embedding:easynegative,", "description"],
+    "embedding:easynegative, a cat": ["embedding:easynegative: FLUX", "description"],
     "a cat BREAK a dog": ["BREAK:", "use regions instead"],
     "two\nADDCOL a fox AND a swan": ["ADDCOL, AND", "use regions instead"],
 }
