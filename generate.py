@@ -110,8 +110,7 @@ def generate_all(
     start: float,
 ) -> None:  # fmt: skip
     """Prepare up to CHUNK layouts at a time, then write their images."""
-    ends: list[float] = []  # of all steps
-    is_alone = len(jobs) == 1
+    ends: list[float] = []
     is_any = pipeline.parallel.is_any if pipeline.parallel else bool
 
     def check() -> None:
@@ -119,8 +118,7 @@ def generate_all(
             raise KeyboardInterrupt
 
     def on_step() -> None:
-        ends.append(time.perf_counter())
-        batch.report_first_step(start)
+        batch.report_step(ends, start)
         check()
 
     by_layout = [list(group) for _, group in itertools.groupby(jobs, lambda job: id(job.layout))]
@@ -134,18 +132,19 @@ def generate_all(
                     prepared = pipeline.prepare(group[0].layout)
                     ready += [(job, prepared, metadata) for job, metadata in missing]
         pipeline.drop("t5", "clip")
-        if is_alone:  # VAE and transformer may not fit together.
+        if len(jobs) == 1:  # VAE and transformer may not fit together.
             pipeline.drop("ae")
         for job, prepared, metadata in ready:
             check()
             with failures.caught():
-                make(job, prepared, metadata, pipeline, command, stop, on_step, ends, is_alone)
+                make(job, prepared, metadata, pipeline, command, stop, on_step, len(jobs) == 1)
+                keep_timing(command.settings, prepared.layout, ends)
         pipeline.drop("flux")
 
 
 def make(
     job: Job, prepared: Prepared, metadata: Metadata, pipeline: Pipeline, command: Command,
-    stop: Stop, on_step: Callable[[], None], ends: list[float], is_alone: bool,
+    stop: Stop, on_step: Callable[[], None], is_alone: bool,
 ) -> None:  # fmt: skip
     """Denoise, decode and write an image and its job's other files."""
     maps = None
@@ -162,7 +161,6 @@ def make(
     image = pipeline.decode(latents)
     batch.save(job, image, latents, maps, prepared.tokens, metadata, not command.output.no_metadata)
     print(shown(job.files["image"]), flush=True)
-    keep_timing(command.settings, prepared.layout, ends)
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ class CLIPTokenizer(PromptTokenizer):
         split = pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True)
         in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, in_bytes])
-        special = [AddedToken(x, normalized=False, special=True) for x in (START, END)]
-        tokenizer.add_special_tokens(special)
+        both = [AddedToken(x, normalized=False, special=True) for x in (START, END)]
+        tokenizer.add_special_tokens(both)
         self.encode = partial(by_offsets, tokenizer)
         self.before = [vocab[START]]
         self.end = self.pad = vocab[END]
@@ -76,13 +76,13 @@ class T5Tokenizer(PromptTokenizer):
             tokenizer.no_truncation()
             tokenizer.no_padding()
             self.encode = partial(by_offsets, tokenizer)
-            ids = [tokenizer.token_to_id(name) for name in ("</s>", "<pad>", "<unk>")]
+            ids = list(map(tokenizer.token_to_id, ("</s>", "<pad>", "<unk>")))
         else:
             pieces = tokenizer_file(path, lambda data: SentencePieceProcessor(model_proto=data))
             self.encode = partial(by_decoding, pieces)
             ids = [pieces.eos_id(), pieces.pad_id(), pieces.unk_id()]
         if None in ids or -1 in ids:
-            raise InputError(path, MISSING, "not T5's vocabulary, it lacks </s>, <pad> or <unk>")
+            raise InputError(path, MISSING, "not T5's vocabulary, it lacks a token")
         self.end, self.pad, self.unknown = ids
 
 

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -363,12 +363,13 @@ def unfinished(group: list[Job], pipeline: Any, output: Output) -> list[tuple[Jo
     return missing
 
 
-@cache  # It runs once.
-def report_first_step(start: float) -> None:
-    """start: of the program, by time.perf_counter()."""
-    if torch.cuda.is_available():
+def report_step(ends: list[float], start: float) -> None:
+    """Note when a step ended; say when the run's first did. start: of the program."""
+    if not ends and torch.cuda.is_available():
         torch.cuda.synchronize()
-    info(f"the first step ended {time.perf_counter() - start:.1f} s after the start")
+    ends.append(time.perf_counter())
+    if len(ends) == 1:
+        info(f"the first step ended {ends[0] - start:.1f} s after the start")
 
 
 def save(
