@@ -56,9 +56,8 @@ class CLIPTokenizer(PromptTokenizer):
         split = pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True)
         in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, in_bytes])
-        for name in START, END:
-            token = AddedToken(name, normalized=False, special=True)
-            tokenizer.add_special_tokens([token])
+        both = [AddedToken(x, normalized=False, special=True) for x in (START, END)]
+        tokenizer.add_special_tokens(both)
         self.encode = partial(by_offsets, tokenizer)
         self.before = [vocab[START]]
         self.end = self.pad = vocab[END]
@@ -77,14 +76,14 @@ class T5Tokenizer(PromptTokenizer):
             tokenizer.no_truncation()
             tokenizer.no_padding()
             self.encode = partial(by_offsets, tokenizer)
-            ids = [tokenizer.token_to_id(name) for name in ("</s>", "<pad>")]
+            ids = list(map(tokenizer.token_to_id, ("</s>", "<pad>", "<unk>")))
         else:
             pieces = tokenizer_file(path, lambda data: SentencePieceProcessor(model_proto=data))
             self.encode = partial(by_decoding, pieces)
-            ids = [pieces.eos_id(), pieces.pad_id()]
+            ids = [pieces.eos_id(), pieces.pad_id(), pieces.unk_id()]
         if None in ids or -1 in ids:
-            raise InputError(path, MISSING, "not T5's vocabulary, it lacks </s> or <pad>")
-        self.end, self.pad = ids
+            raise InputError(path, MISSING, "not T5's vocabulary, it lacks a token")
+        self.end, self.pad, self.unknown = ids
 
 
 def tokenizer_file(path: Path, parse: Callable[[bytes], Any]) -> Any:

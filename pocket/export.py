@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from formats.key_names import ae_name_in_diffusers
+from pocket.latents import CANVASES
+from pocket.scenes import BACKGROUNDS, COLORS, PATTERNS, SHAPES
 from pocket.train import Pocket
 from pocket.train_autoencoder import PARAMS
 
@@ -33,6 +35,20 @@ def diffusers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: t[:, :, 0, 0].contiguous() if ".to_" in key and t.ndim == 4 else t for key, t in renamed.items()}
 
 
+def known() -> dict:
+    """What the model is trained on, as formats/known.py reads it."""
+    sides = [side for size in CANVASES for side in size]
+    pixels = [width * height for width, height in CANVASES]
+    words = {"patterns": PATTERNS, "colors": COLORS, "shapes": SHAPES, "backgrounds": BACKGROUNDS}
+    words["others"] = ["a", "and", "on", "background", "photo"]
+    return {
+        "sides": [min(sides), max(sides)], "pixels": [min(pixels), max(pixels)],
+        "sizes": f"{min(sides)} to {max(sides)} pixels a side",
+        "words": {kind: list(names) for kind, names in words.items()},
+        "example": "a striped red circle, a dotted blue star on a white background",
+    }  # fmt: skip
+
+
 def export(run: Path, output: Path) -> None:
     model = Pocket(run)
     model.load_state_dict(torch.load(run / "flux.pt", weights_only=True)["average"])
@@ -40,6 +56,7 @@ def export(run: Path, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     metadata = {"theta": str(flux.theta), "sample_size": "256", "max_sequence_length": "64", "format": "pt"}
     save_file(bfloat16(model.flux), output / "flux1-pocket.safetensors", metadata=metadata)
+    (output / "config.json").write_text(json.dumps({"known": known()}, indent=2) + "\n")
     write(output / "text_encoder_2", bfloat16(model.t5), {
         "architectures": ["T5EncoderModel"], "model_type": "t5", "feed_forward_proj": "gated-gelu",
         "vocab_size": t5.vocab_size, "d_model": t5.d_model, "d_ff": t5.d_ff, "d_kv": t5.d_kv,

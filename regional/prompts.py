@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from errors import warn
+from errors import describe, warn
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
 from regional.extension import Conditioning
 from regional.layout import Layout, RegionLora
@@ -31,7 +31,7 @@ def encode_prompts(
         states = [encode("t5", row[None], own) for row, own in zip(ids, loras)]
     ids, cut = clip([layout.prompt] + prompts * (layout.method == "rpg"))
     if cut[0]:
-        warn(f"CLIP reads 77 tokens of the base prompt; it ignores: {cut[0]!r}")
+        warn(f"CLIP reads 77 tokens of the base prompt, not {describe(cut[0])}")
     y = torch.cat([encode("clip", row[None], ()) for row in ids])
     return Conditioning(txt, torch.cat(states) if states else None, y)
 
@@ -41,5 +41,5 @@ def tokenize(tokenizer: T5Tokenizer, prompts: list[str], length: int) -> Tensor:
     ids, cut = tokenizer(prompts, length)
     for prompt, rest in zip(prompts, cut):
         if rest:
-            warn(f"{prompt[:40]!r}... has more than {length} tokens; cut off: {rest!r}")
+            warn(f"{prompt[:40]!r}... has over {length} tokens; cut off: {describe(rest)}")
     return ids

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,8 @@ import pytest
 
 # small tensors: threads would only wait for each other, and long if something else runs here
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+CACHE = tempfile.TemporaryDirectory()  # not the user's, also of the processes that tests start
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 import torch  # noqa: E402
 

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -21,6 +22,7 @@ from errors import InputError
 from extensions.attention_maps import AttentionMaps
 from model.clip import CLIPTextEncoder
 from model.t5 import T5Encoder
+from model.tokenizers import T5Tokenizer
 from model.transformer import Flux, FluxParams
 from regional.attention import dense_attention, portable_attention
 from regional.layout import Layout
@@ -29,7 +31,7 @@ from regional.reader import read_layout
 from runtime import choose
 from runtime.unmasked import kernel_or_library
 from settings import Settings
-from tools.flags import parse
+from tools.flags import GROUPS, parse
 from tools.metadata import run_metadata
 
 ROOT = Path(__file__).parent.parent
@@ -266,7 +268,7 @@ def test_attention_maps_are_fractions_inside_the_regions(run, layout):
     flags = ["--layout", layout, "--attention-maps", "maps"]
     assert run(*flags, "--output", "a.png").code == 2 and not Path("a.png").exists()
     ran = run(*flags, "--output", "b.png", "--method", "plain")
-    assert ran.code == 0 and "no attention maps" in ran.errors[1] and not Path("maps/b.safetensors").exists()
+    assert ran.code == 0 and "no attention maps" in ran.errors[2] and not Path("maps/b.safetensors").exists()
 
 
 def test_attention_maps_have_one_entry_for_a_step_of_two_evaluations(tiny_pipeline):
@@ -295,11 +297,14 @@ def test_a_flag_overrides_the_layout_and_what_is_automatic_is_reported(run, layo
     assert {"masked attention: portable", "unmasked attention: as torch chooses"} <= {*ran.errors}
 
 
-def test_a_cut_prompt_is_reported_with_what_was_cut(tiny_pipeline, capsys):
+def test_a_cut_prompt_is_reported_with_the_first_words_that_are_cut(tiny_pipeline, capsys):
     prompt = "one two three four five six " * 10 + "and a swan"
-    tiny_pipeline.prepare(read_layout(None, A | {"prompt": prompt}))
-    error = capsys.readouterr().err
-    assert "warning: " in error and "32 tokens" in error and "and a swan" in error
+    t5 = T5Tokenizer(tiny_pipeline.checkpoint.t5_tokenizer)
+    for length in 32, len(t5.encode(prompt)[0]):
+        (cut,) = t5([prompt], length)[1]
+        tiny_pipeline.prepare(read_layout(None, A | {"prompt": prompt, "max_sequence_length": length}))
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if f"{length} tokens" in line]
+        assert line.startswith("warning: ") and cut[:60] in line and len(line) < 200, (line, cut)
 
 
 def test_tokenizers_of_another_model_are_refused(run, golden):
@@ -352,8 +357,39 @@ def test_a_device_that_is_not_there_is_an_error(device, capsys):
     assert f"generate.py: --device {device}: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", ["--stepz 3", "--steps three", "", "--overlap topmost"])
-def test_a_wrong_flag_ends_with_code_two(flags, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        generate.main(flags.split())
-    assert "Traceback" not in capsys.readouterr().err
+WRONG_FLAGS = {
+    "--stepz 3": "--stepz: no such flag, did you mean --steps",
+    "--widht=256": "--widht: no such flag, did you mean --width",
+    "layout.yaml": "layout.yaml: no such flag, did you mean --layout",
+    "--prompt x 3": "3: no such flag",
+    "--steps three": "--steps: invalid int value: 'three'",
+    "--width": "--width: expected one argument",
+    "--overlap topmost": "--overlap: invalid choice: 'topmost'",
+    "": "give a --layout, or at least a --prompt",
+}
+for text in "-4", "5-1", "1-x", "1,2", "0-9999999":
+    WRONG_FLAGS[f"--seed {text}"] = f"--seed: expected seeds, such as 1 2 3 or 1-90, not {text}"
+
+
+@pytest.mark.parametrize("flags", WRONG_FLAGS)
+def test_a_wrong_flag_is_one_sentence_without_the_usage(flags, run):
+    code, _, (line,) = run("--device", "cpu", *flags.split(), model=None)
+    assert code == 2 and line.startswith(f"generate.py: {WRONG_FLAGS[flags]}") and line.endswith("see --help.")
+
+
+def test_seeds_are_numbers_and_ranges():
+    flags = ["--prompt", "x", "--seed", "7", "1-3", "--seed", "9-9"]
+    assert parse(flags).output.seed == (7, 1, 2, 3, 9) and parse(flags[:2]).output.seed == ()
+
+
+def test_help_has_all_flags_in_named_groups(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    usage, *groups = re.split(r"\n\n(?=[^\n]+:\n)", text)
+    assert len(usage.splitlines()) < 5
+    titles = {group.split(":")[0]: re.findall(r"^  (--[\w-]+)", group, re.M) for group in groups}
+    assert {*titles} == {"options", *GROUPS.values()}
+    assert titles["what is drawn"][0] == "--prompt" and "--width" in titles["what is drawn"]
+    assert {"--mask-inject-steps", "--region-max-sequence-length"} <= {*titles["how regions are kept apart"]}
+    assert "--controlnet" in titles["a ControlNet and LoRAs, which replace the layout's"]

@@ -10,6 +10,7 @@ import time
 import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import repeat
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
@@ -305,6 +306,22 @@ def test_a_layout_that_could_not_be_read_is_no_layout(server, ask):
     ):
         ask(answer, GOOD)
         assert words in ask.messages[0]
+
+
+def test_a_plan_for_a_small_model_has_its_size_and_its_words(server, run):
+    server.answers = [completion(GOOD)]
+    flags = ("--plan", REQUEST, "--llm-url", server.url, "--output")
+    for model, size, is_small in ((None, 256, True), ("org/name", 1024, False)):
+        file = f"{size}.yml"
+        assert run(*flags, file, model=model).made == [file]
+        (_, system), _ = contents(server, -1)
+        assert f"{size} x {size} pixels" in system
+        assert is_small == ("zigzag" in system and "a dotted blue star on a white" in system)
+        assert read_layout(Path(file), {}).width == size
+    asked = len(server.asked)
+    ran = run(*flags, "plan.png", model=None)
+    assert ran.code == 2 and "--output plan.png: the suffix must be .yaml or .yml" in ran.errors[-1]
+    assert len(server.asked) == asked and not Path("plan.png").exists()
 
 
 FORMS = [

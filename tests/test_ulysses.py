@@ -16,7 +16,6 @@ from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import generate
 from errors import InputError
 from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl, controlnets
 from extensions.loading import scale_of
@@ -147,14 +146,13 @@ def test_an_error_is_printed_once(model, tmp_path):
     assert done.stderr.count(problem) == 1, done.stderr
 
 
-def test_without_torchrun_and_what_it_does_not_go_with_it_is_refused(run, capsys, monkeypatch):
+def test_without_torchrun_and_what_it_does_not_go_with_it_is_refused(run, monkeypatch):
     command = ("--prompt", "x", "--parallel", "ulysses")
     code, _, (line,) = run(*command)
     assert code == 2 and "torchrun --nproc-per-node" in line
     for flags in ("--shard", "0/2"), ("--attention-maps", "maps"):
-        with pytest.raises(SystemExit):
-            generate.main([*command, *flags])
-        assert "--parallel goes with neither" in capsys.readouterr().err
+        code, _, (line,) = run(*command, *flags)
+        assert code == 2 and "--parallel goes with neither" in line
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
     with pytest.raises(InputError, match="the model's 6 heads can't be shared out to 4 processes"):

@@ -1,47 +1,59 @@
 """Before a run: layouts checked, previewed, or planned by a language model."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import weights
-from errors import InputError, print_error, shown, warn
+from errors import InputError, info, print_error, shown, warn
 from formats import components
 from formats.hub import is_repository
+from formats.known import doubts, known_of
 from model.tokenizers import T5Tokenizer
 from model.transformer import FluxParams
 from regional.layout import FLUX_DEV, Defaults, Layout
 from regional.mask import region_tokens
-from settings import MODEL_KEYS
+from settings import MODEL_KEYS, Settings
+from tools.cost import evaluations, resolved, stages
 from tools.flags import Command
-from tools.jobs import check_output, inputs_of, layout_files
-from tools.metadata import check_suffix, check_writable, write
+from tools.jobs import POCKET, check_output, inputs_of, layout_files
+from tools.metadata import check_suffix, check_writable, conditions, read_timings, write
 from tools.plan import plan, write_plan
-from tools.preview import preview, report
+from tools.preview import grid_tokens, preview, report
 
 
 def run_dry(command: Command, read: Callable[..., Layout]) -> int:
     """A dry run; returns the exit code. read: gives a layout by its file, overrides and size."""
-    _, overrides, output, dry_run, _ = command
+    settings, overrides, output, dry_run, _ = command
+    checkpoint = None  # A repository's headers may not be at hand.
+    if not is_repository(settings.model):
+        checkpoint = weights.find(*(getattr(settings, key) for key in MODEL_KEYS))
+    defaults = Defaults(**components.model_defaults(checkpoint.flux)) if checkpoint else FLUX_DEV
     if dry_run.plan is None:
-        return check_layouts(command, read)
+        return check_layouts(command, read, checkpoint, defaults)
     file = Path(output.output or "plan.yaml")
+    check_suffix("--output", file, (".yaml", ".yml"))
     check_writable(file, output.overwrite)
-    size = [overrides.get(key, 1024) for key in ("width", "height")]
-    found = plan(dry_run.plan, *size, dry_run.llm_url, dry_run.llm_model)
+    size = [overrides.get(key, defaults.size) for key in ("width", "height")]
+    if checkpoint and checkpoint.name == "pocket":
+        info(POCKET)
+    known = known_of(checkpoint.flux if checkpoint else None)
+    found = plan(dry_run.plan, *size, dry_run.llm_url, dry_run.llm_model, known=known)
     write_plan(found, file, output.overwrite)
     print(shown(file))
     return 0
 
 
-def check_layouts(command: Command, read: Callable[..., Layout]) -> int:
+def check_layouts(
+    command: Command, read: Callable[..., Layout], checkpoint: Any, defaults: Defaults
+) -> int:  # fmt: skip
     """--check and --preview, without reading weights."""
     settings, _, output, dry_run, _ = command
     files = layout_files(output)
-    checkpoint = None  # A repository's headers may not be at hand.
-    if not is_repository(settings.model):
-        checkpoint = weights.find(*(getattr(settings, key) for key in MODEL_KEYS))
-    params = components.flux_params(checkpoint.flux) if checkpoint else FluxParams()
-    defaults = Defaults(**components.model_defaults(checkpoint.flux)) if checkpoint else FLUX_DEV
+    flux = checkpoint.flux if checkpoint else None
+    t5 = T5Tokenizer(checkpoint.t5_tokenizer) if checkpoint and dry_run.check else None
+    params = components.flux_params(flux) if flux else FluxParams()
     layouts = []
     for file in files:
         try:
@@ -51,10 +63,11 @@ def check_layouts(command: Command, read: Callable[..., Layout]) -> int:
             continue
         layouts.append((file, layout))
         if dry_run.check:
-            lengths = prompt_lengths(layout.styled(), checkpoint.t5_tokenizer) if checkpoint else None
+            lengths = prompt_lengths(layout.styled(), t5) if t5 else None
             text, warnings = report(layout, params, lengths)
+            text += estimate(layout, params, settings)
             print(f"{file or 'the command line'}: valid", text, sep="\n")
-            for warning in warnings:
+            for warning in [*warnings, *doubts([layout.resolved(defaults)], flux, t5)]:
                 warn(warning)
     inputs = inputs_of(command, [layout for _, layout in layouts])
     for file, layout in layouts if dry_run.preview else ():
@@ -69,8 +82,34 @@ def check_layouts(command: Command, read: Callable[..., Layout]) -> int:
     return 0 if len(layouts) == len(files) else 2
 
 
-def prompt_lengths(layout: Layout, tokenizer: Path) -> list[int]:
+def prompt_lengths(layout: Layout, t5: T5Tokenizer) -> list[int]:
     """The tokens of each prompt, the background's included, with the end token."""
     prompts = region_tokens(layout).prompts if layout.regions else []
-    encode = T5Tokenizer(tokenizer).encode
-    return [len(encode(prompt)[0]) + 1 for prompt in (layout.prompt, *prompts)]
+    return [len(t5.encode(prompt)[0]) + 1 for prompt in (layout.prompt, *prompts)]
+
+
+def estimate(layout: Layout, params: FluxParams, settings: Settings) -> str:
+    """A line on what it takes, by this machine's latest run, of this size if there is one."""
+    size = (layout.width, layout.height)
+    way = conditions(settings)
+    runs = [run for key, run in read_timings().items() if key.startswith(way)]
+    runs.sort(key=lambda run: (run.layout.width, run.layout.height) == size)
+    with suppress(Exception):  # There is none; its mask is gone; another version's layout.
+        run = runs[-1]
+        seconds = run.seconds * work(layout, params) / work(run.layout, params, 1)
+        text = f"\nsteps: about {seconds:.{int(seconds < 10)}f} s"
+        if (run.layout.width, run.layout.height) == size and run.memory:
+            text += f" and {run.memory / 1e9:.1f} GB on the GPU"
+        return f"{text}, from a run of {run.layout.width} x {run.layout.height} here"
+    return ""
+
+
+def work(layout: Layout, params: FluxParams, start: int = 0) -> int:
+    """The FLOPs of the steps from this one on."""
+    layout = resolved(layout, params)
+    total = 0
+    for end, flops, _ in stages(layout, params, grid_tokens(layout)):
+        end = max(start, end)
+        total += evaluations(layout, start, end) * flops
+        start = end
+    return total

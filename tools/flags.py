@@ -1,29 +1,39 @@
 """The command line: flags are the fields of Output, DryRun, Settings, Layout and Control."""
 
 import argparse
+import difflib
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, NoReturn, get_type_hints
 
 import msgspec
 from msgspec import Struct, inspect
 
-from errors import InputError, flag
+from errors import MISSING, InputError, flag
 from regional.layout import Control, Layout
 from settings import Name, Settings
 
-ABOUT = """Layouts in, images out.
-
-    python generate.py --layout layout.yaml"""
-LORA = """a LoRA for the whole image, which replaces the layout's: a file, or org/name or
-org/name:file of a repository, and its scale; repeatable"""
+ABOUT = "Layouts in, images out. A layout's keys may also be given as flags."
+USAGE = "python generate.py --layout layout.yaml [--seed 1-5] [--output FILE] [more flags]"
+LORA = "a LoRA for the whole image, as --controlnet, and its scale; repeatable"
 NO_FLAGS = ("seed", "map", "loras", "controlnets", "regions")  # keys of Layout
 LAYOUT_FLAGS = {key: key for key in Layout.__struct_fields__ if key not in NO_FLAGS}
 CONTROL_FLAGS = {key: f"control_{key}" for key in ("image", "mode", "scale", "start", "end")}
 CONTROL_FLAGS = {"model": "controlnet", **CONTROL_FLAGS, "preprocess": "preprocess"}
+GROUPS = {  # of --help, by their first flags
+    "layout": "images",
+    "save_latents": "files beside an image, and making one again",
+    "check": "in place of images",
+    "model": "the model",
+    "device": "speed and memory",
+    "prompt": "what is drawn",
+    "base_ratio": "how regions are kept apart",
+    "controlnet": "a ControlNet and LoRAs, which replace the layout's",
+}
 TYPES = {
     inspect.IntType: int,
     inspect.FloatType: float,
@@ -42,8 +52,9 @@ class Output(Struct, frozen=True, kw_only=True):
     overwrite: Annotated[bool, "replace existing files"] = False
     update: Annotated[bool, "draw again what a changed layout drew before"] = False
     same_code: Annotated[bool, "and what another version of this program drew"] = False
-    seed: Annotated[tuple[int, ...], "one image for each, named _seedN"] = ()
+    seed: Annotated[tuple[int, ...], "1 2 3 or 1-90: one image for each, named _seedN"] = ()
     sweep: Annotated[tuple[str, ...], "KEY=A,B: an image for each value, and a sheet"] = ()
+    shard: Annotated[Name, "I/N: every N-th image from I; or torchrun's, SLURM's"] = None
     save_latents: Annotated[Name, "also write the latents, .safetensors"] = None
     attention_maps: Annotated[File, "also write maps of attention to this folder"] = None
     metadata: Annotated[bool, "also write the metadata next to the image, .json"] = False
@@ -52,7 +63,6 @@ class Output(Struct, frozen=True, kw_only=True):
     trust_metadata: Annotated[bool, "whatever models and files the metadata name"] = False
     decode: Annotated[File, "draw the latents that --save-latents wrote"] = None
     log: Annotated[File, "append a line for each image to this .jsonl file"] = None
-    shard: Annotated[Name, "I/N: every N-th image from I; or torchrun's, SLURM's"] = None
 
 
 class DryRun(Struct, frozen=True, kw_only=True):
@@ -98,6 +108,8 @@ def parse(argv: list[str] | None = None, replay: Replay | None = None) -> Comman
     """replay: tools.replay.replayed, for the flags that need it."""
     parser = make_parser()
     given = vars(parser.parse_args(argv))
+    if "seed" in given:
+        given["seed"] = [seed for part in given["seed"] for seed in part]
 
     def of(struct: type[Struct]) -> dict[str, Any]:
         return {key: given[key] for key in struct.__struct_fields__ if key in given}
@@ -129,26 +141,39 @@ def parse(argv: list[str] | None = None, replay: Replay | None = None) -> Comman
     return Command(Settings(**settings), overrides, output, dry_run, keys)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    how = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=ABOUT, formatter_class=how)
+class Parser(argparse.ArgumentParser):
+    """Mistakes are InputErrors, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        key, _, problem = message.removeprefix("argument ").partition(": ")
+        if key == "unrecognized arguments":
+            key = re.split(r"[\s=]", problem)[0]
+            close = difflib.get_close_matches(key, self._option_string_actions, 1)
+            problem = ", did you mean ".join(["no such flag", *close])
+        raise InputError(key, MISSING, f"{problem}; see --help".lstrip("; "))
+
+
+def make_parser() -> Parser:
+    how = partial(argparse.HelpFormatter, max_help_position=34)
+    parser = Parser(usage=USAGE, description=ABOUT, formatter_class=how)
     add_flags(parser, Output)
-    add_flags(parser.add_argument_group("dry run"), DryRun)
-    add_flags(parser.add_argument_group("model"), Settings)
-    control = parser.add_argument_group("one ControlNet, which replaces the layout's")
-    add_flags(control, Control, CONTROL_FLAGS)
-    overrides = parser.add_argument_group("overrides of the layout's keys")
-    add_flags(overrides, Layout, LAYOUT_FLAGS)
+    add_flags(parser, DryRun)
+    add_flags(parser, Layout, LAYOUT_FLAGS)
+    add_flags(parser, Settings)
+    group = add_flags(parser, Control, CONTROL_FLAGS)
     how = {"action": "append", "nargs": "+", "metavar": ("FILE", "SCALE")}
-    overrides.add_argument("--lora", help=LORA, default=argparse.SUPPRESS, **how)
+    group.add_argument("--lora", help=LORA, default=argparse.SUPPRESS, **how)
     return parser
 
 
-def add_flags(group: Any, struct: type[Struct], names: dict[str, str] | None = None) -> None:
-    """Flags for a struct's keys, all or those in `names`, by their types and descriptions."""
+def add_flags(parser: Parser, struct: type[Struct], names: dict[str, str] | None = None) -> Any:
+    """Flags for a struct's keys, all or those in `names`, by their types and descriptions; the
+    last one's group."""
     hints = get_type_hints(struct, include_extras=True)
     fields = {field.name: field.type for field in inspect.type_info(struct).fields}
     for key, name in (names or dict(zip(fields, fields))).items():
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name])
         kind = fields[key]
         kinds = getattr(kind, "types", (kind,))
         text = hints[key].__metadata__[-1].replace("%", "%%")
@@ -165,14 +190,26 @@ def add_flags(group: Any, struct: type[Struct], names: dict[str, str] | None = N
         if types:
             is_count = types[0] is int and (choices or str in types)
             how["type"] = count_or_text if is_count else types[0]
+            if key == "seed":
+                how["type"] = seeds
             how["metavar"] = "N" if int in types else name.rpartition("_")[2].upper()
         elif choices:
             how["choices"] = choices
         group.add_argument(flag(name), **how)
+    return group
 
 
 def count_or_text(text: str) -> int | str:
     return int(text) if text.lstrip("-").isdigit() else text
+
+
+def seeds(text: str) -> range:
+    """Of 7 or 1-90."""
+    if found := re.fullmatch(r"([0-9]{1,19})(?:-([0-9]{1,19}))?", text):
+        low, high = int(found[1]), int(found[2] or found[1])
+        if low <= high < low + 100_000:
+            return range(low, high + 1)
+    raise argparse.ArgumentTypeError(f"expected seeds, such as 1 2 3 or 1-90, not {text}")
 
 
 def lora_of(parser: argparse.ArgumentParser, values: list[str]) -> dict[str, Any]:

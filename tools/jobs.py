@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -21,6 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from errors import MISSING, InputError, flag, info, print_error, shown, warn
+from formats.known import doubts
+from model.tokenizers import T5Tokenizer
 from regional.layout import Layout
 from regional.mask import RegionTokens
 from regional.reader import read_layout
@@ -32,6 +34,7 @@ from tools.metadata import (
     check_writable,
     image_metadata,
     is_sheet,
+    keep_timing,
     metadata_in,
     names_in,
     read_metadata,
@@ -428,13 +431,18 @@ def is_first(settings: Settings) -> bool:
     return not settings.parallel or os.environ.get("RANK", "0") == "0"
 
 
-def announce(jobs: list[Job], worker: Worker, model: str) -> None:
+def announce(jobs: list[Job], worker: Worker, pipeline: Any) -> None:
     if worker.count > 1:
         info(f"worker {worker.index} of {worker.count}: {len(jobs)} images")
     if seeds := dict.fromkeys(str(job.seed) for job in jobs):
         info(f"seed {', '.join(seeds)}")
-    if model == "pocket":
+    checkpoint = pipeline.checkpoint
+    if checkpoint.name == "pocket":
         info(POCKET)
+    layouts = {id(job.layout): job.layout.resolved(pipeline.defaults) for job in jobs}
+    t5 = T5Tokenizer(checkpoint.t5_tokenizer)
+    for doubt in doubts(list(layouts.values()), checkpoint.flux, t5):
+        warn(doubt)
 
 
 def generate_all(
@@ -443,7 +451,8 @@ def generate_all(
     """Prepare up to CHUNK layouts at a time, then write their images."""
     is_any = pipeline.parallel.is_any if pipeline.parallel else bool
     worker = worker_of(command)
-    announce(jobs, worker, pipeline.checkpoint.name)
+    ends: list[float] = []
+    announce(jobs, worker, pipeline)
     if command.output.config_from_metadata:
         check_weights(command.output.config_from_metadata, run_metadata(pipeline))
 
@@ -452,7 +461,7 @@ def generate_all(
             raise KeyboardInterrupt
 
     def on_step(step: int, steps: int) -> None:
-        report_first_step(start)
+        report_step(ends, start)
         tally.on_step(step, steps)
         check()
 
@@ -478,6 +487,7 @@ def generate_all(
                     make(job, prepared, metadata, pipeline, command, stop, on_step, len(jobs) == 1)
                     seconds = time.perf_counter() - began
                     tally.add("generated", job, metadata, seconds, warnings)
+                    keep_timing(command.settings, prepared.layout, ends)
             pipeline.drop("flux")
     if command.output.sweep and not tally.counts["failed"] and is_first(command.settings):
         from tools.sheets import write_sheets
@@ -538,12 +548,13 @@ def check_weights(file: Path, run: Metadata) -> None:
         warn(f"{file} was made by other weights: {', '.join(other)}")
 
 
-@cache  # It runs once.
-def report_first_step(start: float) -> None:
-    """start: of the program, by time.perf_counter()."""
-    if torch.cuda.is_available():
+def report_step(ends: list[float], start: float) -> None:
+    """Note when a step ended; say when the run's first did. start: of the program."""
+    if not ends and torch.cuda.is_available():
         torch.cuda.synchronize()
-    info(f"the first step ended {time.perf_counter() - start:.1f} s after the start")
+    ends.append(time.perf_counter())
+    if len(ends) == 1:
+        info(f"the first step ended {ends[0] - start:.1f} s after the start")
 
 
 def save(

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 import torch
+from msgspec.structs import replace
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save
 from torch import Tensor
@@ -39,7 +40,7 @@ from errors import (
     warn,
 )
 from regional.layout import Layout, Seed
-from settings import MODEL_KEYS
+from settings import MODEL_KEYS, Settings
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"  # several may write to one folder
@@ -346,3 +347,47 @@ def header_of(path: Path, file: BinaryIO) -> Header:
 def metadata_in(path: Path) -> Metadata | None:
     with suppress(InputError):
         return read_metadata(path)
+
+
+class Timing(msgspec.Struct):
+    """How long an image's steps took, without the first. memory: the GPU's, at most in use."""
+
+    layout: Layout
+    seconds: float
+    memory: int
+
+
+def keep_timing(settings: Settings, layout: Layout, ends: list[float]) -> None:
+    """For --check, without prompts. ends: of steps, this image's last. The image is written, so
+    no failure here ends a run."""
+    ends = ends[-layout.steps :]
+    if len(ends) < 2 or layout.controlnets or any(region.loras for region in layout.regions):
+        return  # The cost of these isn't known.
+    with suppress(Exception):
+        regions = tuple(replace(region, prompt="x") for region in layout.regions)
+        layout = replace(layout, prompt="", background_prompt="", loras=(), regions=regions)
+        key = f"{conditions(settings)} {layout.width} x {layout.height}"
+        found = {name: timing for name, timing in read_timings().items() if name != key}
+        found[key] = Timing(layout, ends[-1] - ends[0], torch.cuda.max_memory_allocated())
+        data = msgspec.json.encode(dict([*found.items()][-50:]))
+        timings_file().parent.mkdir(parents=True, exist_ok=True)
+        write(timings_file(), partial(Path.write_bytes, data=data))
+
+
+def conditions(settings: Settings) -> str:
+    """What a step's time depends on besides the layout."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    settings = replace(settings, model=settings.model or "pocket", prompt_cache=None, verbose=False)
+    return f"{HOST} {gpu} {torch.get_num_threads()} {settings}"
+
+
+def timings_file() -> Path:
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder, "regional_flux", "timings.json")
+
+
+def read_timings() -> dict[str, Timing]:
+    """By their conditions and sizes."""
+    with suppress(InputError, RuntimeError):  # RuntimeError: the user has no home
+        return parse_json(read_bytes(timings_file(), CONFIG), dict[str, Timing], timings_file())
+    return {}

@@ -19,6 +19,7 @@ import yaml
 from msgspec import Meta, Struct
 
 from errors import LAYOUT, MISSING, InputError, info, parse_json, parsed
+from formats.known import Known
 from formats.network import answer
 from regional.layout import MAX_REGIONS
 from regional.reader import read_layout
@@ -30,6 +31,9 @@ generates each region from a prompt of its own. Answer with one JSON object of t
 nothing else. Plan 1 to {most} regions, one for each subject that has a place of its own. Boxes may
 overlap a little, but none may lie wholly under others. Leave out nothing that is asked for.
 {schema}"""
+WORDS = """
+The text-to-image model knows no words but these: {words}. All prompts have to be made of them, as
+in: {example}. What is asked for in other words, show by shapes and colors that stand for it."""
 HEADER = "# A plan to edit: boxes are x0, y0, x1, y1. Then: python generate.py --layout FILE\n"
 CHECK_KEY = "; check OPENAI_API_KEY"
 MOST = 1_000_000  # bytes of an answer
@@ -81,10 +85,10 @@ class Completion(Struct):
 
 def plan(
     prompt: str, width: int, height: int, url: str | None = None, model: str | None = None,
-    timeout: float = 120,
+    timeout: float = 120, known: Known | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """A layout's keys, with boxes in percent. What is no layout is retried, twice at most.
-    url: by default OPENAI_BASE_URL. timeout: seconds for an answer."""
+    url: by default OPENAI_BASE_URL. timeout: seconds for an answer. known: to the image model."""
     given = {"prompt": prompt, "width": width, "height": height}
     with naming(None, given):
         read_layout(None, given)  # fails without asking
@@ -98,6 +102,8 @@ def plan(
     schema = {**parts.pop("Plan"), "$defs": parts}
     text = json.dumps(schema)  # for servers without response_format
     system = INSTRUCTIONS.format(width=width, height=height, most=MAX_REGIONS, schema=text)
+    if known and known.words:
+        system += WORDS.format(words=json.dumps(known.words), example=known.example)
     messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
     strict = {"name": "layout", "strict": True, "schema": schema}
     form = {"type": "json_schema", "json_schema": strict}
