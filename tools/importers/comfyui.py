@@ -94,6 +94,10 @@ def box(x0: float, y0: float, x1: float, y1: float) -> list[tuple[float, float]]
     return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
 
 
+def in_percent(value: Any) -> Any:
+    return [in_percent(part) for part in value] if isinstance(value, list) else percent(value)
+
+
 def inverse(rings: list | None) -> list | None:
     if rings is None:
         return None
@@ -175,8 +179,8 @@ class Graph:
             if not node.class_type.endswith("Percentage"):
                 return {"box": [x, y, x + w, y + h]}
             rings = [box(x, y, x + w, y + h)]
-        rings = [[[percent(x), percent(y)] for x, y in ring] for ring in rings or ()]
-        return common.shape_of(rings) if rings else None
+        found = common.shape_of(rings or [])
+        return {key: in_percent(value) for key, value in found.items()} if rings else None
 
     def outline(self, name: str, slot: int) -> Any:
         """A mask as rings (even-odd) in fractions of the image, or a file. None: not read."""

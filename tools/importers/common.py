@@ -62,19 +62,23 @@ def boxed(prompts: list[str], boxes: list[Any], key: str) -> list[Data]:
     return [{"prompt": prompt, "box": list(box)} for prompt, box in zip(prompts, boxes)]
 
 
-def shape_of(rings: list[list[list]]) -> Data:
+def shape_of(rings: list[Any]) -> Data:
     """A box if the only ring is an upright rectangle, else polygons."""
     if len(rings) == 1 and len(rings[0]) == 4:
         (a, b), (c, d), (e, f), (g, h) = rings[0]
-        if (a, c, b, f) == (g, e, d, h):
-            return {"box": [a, b, e, f]}
-    return {"polygon": rings}
+        if (a, b, e, f) in ((g, d, c, h), (c, h, g, d)):
+            return {"box": [min(a, e), min(b, f), max(a, e), max(b, f)]}
+    return {"polygon": [[list(point) for point in ring] for ring in rings]}
 
 
 def plain(prompt: str) -> str:
     """A prompt without LoRAs and weights, which would be read as words."""
-    report(found[0] for found in re.finditer(LORA_OR_WEIGHT, prompt))
-    return re.sub(LORA_OR_WEIGHT, r"\1", prompt).strip(" \n,")
+    lost = []
+    for _ in range(3):  # in each other
+        lost += [found[0] for found in re.finditer(LORA_OR_WEIGHT, prompt)]
+        prompt = re.sub(LORA_OR_WEIGHT, r"\1", prompt)
+    report(lost)
+    return prompt.strip(" \n,")
 
 
 def sampling(**names: Any) -> Data:

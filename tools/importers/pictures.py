@@ -1,6 +1,7 @@
 """What A1111, Forge (with Forge Couple) and InvokeAI write into their pictures."""
 
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,25 +43,27 @@ def from_a1111(path: Path, size: Any) -> Data:
     sides = sides.groups() if sides else [texts.get("width"), texts.get("height")]
     layout |= dict(zip(("width", "height"), sides))
     layout |= common.sampling(sampler=found.get("Sampler"), schedule=found.get("Schedule type"))
-    report(sorted(key for key in found.keys() - READ if found[key] not in NEUTRAL))
+    lost = (key for key in found.keys() - READ if found[key] not in NEUTRAL)
+    report(f"{key} {found[key]}"[:60] for key in sorted(lost))
     return layout
 
 
 def couple(settings: Data, prompt: str, path: Path) -> Data:
-    """Forge Couple's prompts and regions, equal parts or boxes; taken out of the settings."""
+    """Forge Couple's prompts and regions, boxes or equal parts; taken out of the settings."""
     names = [key for key in settings if key.startswith("forge_couple")]
     own = {key.removeprefix("forge_couple_"): settings.pop(key) for key in names}
+    mode = own.get("mode")
+    if mode not in ("Advanced", "Basic"):
+        return {}
     separator = own.get("separator", "").replace("\\n", "\n").strip()
     lines = [plain(line) for line in prompt.split(separator or "\n") if line.strip()]
-    if own.get("mode") == "Advanced":
+    if mode == "Advanced":
         return coupled(json_in(own.get("mapping", ""), ROWS, path), lines)
-    if own.get("mode") != "Basic":
-        return {}
     if own.get("background") == "Last Line":
         lines = lines[-1:] + lines[:-1]
     base = own.get("background") in ("First Line", "Last Line")
     count = len(lines) - base
-    ends = [(i / count, (i + 1) / count) for i in range(count)]
+    ends = [(Fraction(i, count), Fraction(i + 1, count)) for i in range(count)]
     is_row = own.get("direction") == "Horizontal"
     rows = [(*part, 0, 1, 1) if is_row else (0, 1, *part, 1) for part in ends]
     return coupled([(0, 1, 0, 1, 1)] * base + rows, lines)

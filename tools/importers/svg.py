@@ -8,7 +8,7 @@ from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from errors import CONFIG, MISSING, InputError, read_text, shown, warn
+from errors import CONFIG, MISSING, InputError, parsed, read_text, shown, warn
 from tools.importers.common import Data, number, report, shape_of
 
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -30,7 +30,7 @@ def tree_in(path: Path) -> Element:
         raise InputError(path, MISSING, "document types are not read; remove its <!DOCTYPE ...>")
     if text.count("<") > 100_000:
         raise InputError(path, MISSING, "it has more than 50,000 elements")
-    return ElementTree.fromstring(text)
+    return parsed(ElementTree.fromstring, text, path, "damaged XML")
 
 
 def moved(steps: list[Step], point: complex) -> complex:
