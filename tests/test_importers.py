@@ -337,15 +337,17 @@ def test_a_group_is_one_region_later_shapes_lie_on_top_and_what_is_not_read_is_s
     assert "no place for text" in err and "need a prompt: rect3" in err
 
 
+SIZES = {
+    'width="2in" height="1in" viewBox="0 0 40 20"': ([48, 24, 96, 48], 192),
+    'width="100%" viewBox="10 5 64 32"': ([0, 0, 10, 5], 64),
+    'width="64" height="64" viewBox="0 0 40 20"': ([16, 24, 32, 32], 64),
+    'width="64" height="64" viewBox="0 0 40 20" preserveAspectRatio="none"': ([16, 16, 32, 32], 64),
+}
+
+
 def test_the_view_box_is_scaled_to_the_size_of_the_drawing_or_the_flags():
     sun = '<rect id="the sun" x="10" y="5" width="10" height="5"/>'
-    sizes = {
-        'width="2in" height="1in" viewBox="0 0 40 20"': ([48, 24, 96, 48], 192),
-        'width="100%" viewBox="10 5 64 32"': ([0, 0, 10, 5], 64),
-        'width="64" height="64" viewBox="0 0 40 20"': ([16, 24, 32, 32], 64),
-        'width="64" height="64" viewBox="0 0 40 20" preserveAspectRatio="none"': ([16, 16, 32, 32], 64),
-    }
-    for size, (box, width) in sizes.items():
+    for size, (box, width) in SIZES.items():
         found = layout_of("svg", drawing(sun, size=size))
         assert (found["regions"][0]["box"], found["width"]) == (box, width)
     assert main("--from svg in layout.yaml --overwrite --size 640 640".split()) == 0
