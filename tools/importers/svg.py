@@ -3,12 +3,13 @@
 import cmath
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from errors import CONFIG, MISSING, InputError, parsed, read_text, shown, warn
+from errors import CONFIG, LAYOUT, MISSING, InputError, parsed, read_text, shown, warn
 from tools.importers.common import Data, number, report, shape_of
 
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -143,26 +144,26 @@ def name_of(element: Element) -> str:
     return next((name for name in names if not re.fullmatch(MADE_UP, name)), "")
 
 
-def collect(element: Element, steps: list[Step], owner: Any, path: Path, found: Data) -> None:
-    """Add the rings of an element and those in it to `found`, in pixels, by their owner: a name,
-    and the number of the element that has it."""
+def rings_in(element: Element, steps: list[Step], owner: Any, path: Path) -> Iterator[tuple]:
+    """The rings in pixels of an element and those in it, each after its owner: a name, and the
+    number of the element that has it."""
     tag = element.tag.rpartition("}")[2]
     style = f"{element.get('style')};display:{element.get('display')}"
     if tag in NEUTRAL or re.search(r"display:\s*none", style):
         return
     steps = steps + steps_of(element.get("transform", ""))
+    if len(steps) > 99:
+        raise InputError(path, MISSING, "its transforms are nested too deeply")
     if name := name_of(element):
         owner = (name, id(element))
     if tag in ("g", "a", "switch"):
         for child in element:
-            collect(child, steps, owner, path, found)
+            yield from rings_in(child, steps, owner, path)
     elif tag in SHAPES:
-        rings = found.setdefault(owner or (element.get("id", tag), id(element)), [])
-        for ring in curves(outline(tag, element, path)):
-            if len(ring) > 2:
-                points = [moved(steps, point) for point in ring]
-                pairs = [(round(p.real, 2), round(p.imag, 2)) for p in points]
-                rings.append([[number(value, tag, path) for value in pair] for pair in pairs])
+        for ring in curves(outline(tag, element, path)[:LAYOUT]):
+            points = [moved(steps, point) for point in ring]
+            points = [(round(point.real, 2), round(point.imag, 2)) for point in points]
+            yield owner or (element.get("id", tag), id(element)), points
     else:
         report([tag])
 
@@ -178,10 +179,17 @@ def read(path: Path, size: list[int] | None) -> Data:
     if root.get("preserveAspectRatio") != "none":
         x = y = min(x, y)
     origin = complex(width - x * w, height - y * h) / 2 - complex(x * x0, y * y0)
-    found: Data = {}
+    found: dict[tuple, list] = {}
+    count = 0
     for child in root:
-        collect(child, [(x, 1j * y, origin)], None, path, found)
-    regions = [{"prompt": name, **shape_of(rings)} for (name, _), rings in found.items() if rings]
+        for owner, ring in rings_in(child, [(x, 1j * y, origin)], None, path):
+            count += len(ring)
+            if count > LAYOUT // 10:
+                raise InputError(path, MISSING, "it has more points than a layout can")
+            if len(ring) > 2:
+                ring = [[number(value, owner[0], path) for value in point] for point in ring]
+                found.setdefault(owner, []).append(ring)
+    regions = [{"prompt": name, **shape_of(rings)} for (name, _), rings in found.items()]
     made_up = [region["prompt"] for region in regions if re.fullmatch(MADE_UP, region["prompt"])]
     if made_up:
         warn(f"shapes without a title or label need a prompt: {shown(', '.join(made_up))}")
