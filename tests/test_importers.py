@@ -129,7 +129,8 @@ def fluxtapoz() -> dict:
     return nodes
 
 
-LEFT, RIGHT = ["0%", "0%", "50%", "100%"], ["50%", "25%", "100%", "100%"]
+LEFT, RIGHT = [0, 0, 64, 64], [64, 16, 128, 64]
+ROWS = {"left": ["0%", "0%", "50%", "100%"], "right": ["50%", "25%", "100%", "100%"]}
 AREAS = positive(
     "left", "right",
     left=node("ConditioningSetArea", x=0, y=0, width=64, height=64, strength=1.0, conditioning=["tree", 0]),
@@ -145,18 +146,17 @@ MASKS = positive(
     **{"in": node("ConditioningSetMask", strength=1.5, mask=["both", 0], conditioning=["house", 0])},
     out=node("ConditioningSetMask", mask=["other", 0], conditioning=["tree", 0]),
     file=node("ConditioningSetMask", mask=["scan", 0], conditioning=["tree", 0]))  # fmt: skip
-RING = [["50%", "25%"], ["100%", "25%"], ["100%", "100%"], ["50%", "100%"]]
-FULL = [["0%", "0%"], ["100%", "0%"], ["100%", "100%"], ["0%", "100%"]]
+RING = [[64, 16], [128, 16], [128, 64], [64, 64]]
+FULL = [[0, 0], [128, 0], [128, 64], [0, 64]]
 WORKFLOWS = {
     "plain": (workflow(), TOWN),
     "areas": (AREAS, TOWN | {"regions": [TREE | {"box": [0, 0, 64, 64]}, HOUSE | {"box": RIGHT, "strength": 2}]}),
     "masks": (MASKS, TOWN | {"regions": [
         HOUSE | {"box": RIGHT, "strength": 1.5}, TREE | {"polygon": [FULL, RING]}, TREE | {"mask": "layout.2.png"}]}),
     "FluxRegionAttention": (bboxes(), TOWN | {"regions": [
-        TREE | {"box": LEFT}, HOUSE | {"box": ["0%", "0%", "100%", "100%"]}]}),
+        TREE | {"box": LEFT}, HOUSE | {"box": [0, 0, 128, 64]}]}),
     "Fluxtapoz": (fluxtapoz(), TOWN | {"double_blocks": [0, 2, 4], "single_blocks": [], "regions": [
-        TREE | {"box": LEFT}, HOUSE | {"polygon": [FULL, [["50%", "0%"], ["100%", "0%"], ["100%", "100%"],
-                                                         ["50%", "100%"]]]}]}),
+        TREE | {"box": LEFT}, HOUSE | {"polygon": [FULL, [[64, 0], [128, 0], [128, 64], [64, 64]]]}]}),
 }  # fmt: skip
 
 
@@ -208,14 +208,14 @@ LINE = "Steps: 20, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: 4.5, Seed:
 COUPLE = LINE + r", forge_couple: True, forge_couple_separator: \n, forge_couple_mode: "
 MAPPING = json.dumps(json.dumps([[0, 1, 0, 1, 1], [0, 0.5, 0, 1, 1.5], [0.5, 1, 0.25, 1, 1]]))
 BASIC = "Basic, forge_couple_direction: {}, forge_couple_background: {}"
-ROW = [TREE | {"box": LEFT}, HOUSE | {"box": ["50%", "0%", "100%", "100%"]}]
+ROW = [TREE | {"box": ROWS["left"]}, HOUSE | {"box": ["50%", "0%", "100%", "100%"]}]
 COLUMN = [TREE | {"box": ["0%", "0%", "100%", "50%"]}, HOUSE | {"box": ["0%", "50%", "100%", "100%"]}]
 THREE = "a town\na tree\na house"
 PARAMETERS = {
     f"a town\nNegative prompt: ugly,\nold\n{LINE}": [],
     f"a (town:1.2) <lora:x:0.8>\n{LINE}, Note: \"Seed: 9, \\\"Steps\\\"\"": [],
     f"{THREE}\nNegative prompt: ugly\n{COUPLE}Advanced, forge_couple_mapping: {MAPPING}": [
-        TREE | {"box": LEFT, "strength": 1.5}, HOUSE | {"box": RIGHT}],
+        TREE | {"box": ROWS["left"], "strength": 1.5}, HOUSE | {"box": ROWS["right"]}],
     f"{THREE}\n{COUPLE}{BASIC.format('Horizontal', 'First Line')}": ROW,
     f"a tree\na house\na town\n{COUPLE}{BASIC.format('Vertical', 'Last Line')}": COLUMN,
 }  # fmt: skip

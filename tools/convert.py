@@ -32,6 +32,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from fractions import Fraction
+from functools import partial
 from itertools import accumulate, chain, groupby, product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
@@ -60,7 +61,7 @@ from regional.layout import FLUX_DEV, MAX_REGIONS, RGB, SHAPES, Layout, Region
 from regional.mask import in_polygons, pixels_inside
 from regional.reader import read_layout, value_at
 from tools.importers import comfyui, pictures, svg
-from tools.importers.common import boxed, is_png, percent, record
+from tools.importers.common import boxed, percent, record, texts_in
 from tools.metadata import check_writable
 
 Data = dict[str, Any]
@@ -490,12 +491,9 @@ PICTURES = {"invokeai": pictures.from_invokeai, "forge": pictures.from_a1111}  #
 
 def read_form(source: Source, form: str) -> Data:
     """A layout's keys, shapes in pixels or percent."""
-    read = IMPORTED.get(form)
-    if form in PICTURES and is_png(source.path):
-        read = PICTURES[form]
-    if read:
-        about = (source.path, f"cannot be read as {form} has it")
-        return parsed(lambda path: read(path, source.size), source.path, *about)
+    if form in IMPORTED or form in PICTURES and texts_in(source.path):
+        read = partial(IMPORTED.get(form) or PICTURES[form], size=source.size)
+        return parsed(read, source.path, source.path, f"cannot be read as {form} has it")
     text = read_text(source.path, SOURCE if form in ("coco", "layoutsam") else CONFIG)
     return FORMS[form][0](text if form == "rpg" else data_in(text, source), source)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from errors import CONFIG, MISSING, InputError, read_text
 from tools.importers import common
-from tools.importers.common import Data, percent, record
+from tools.importers.common import Data, record
 
 WIDGETS = """ApplyRegionalConds start_percent end_percent
 BasicScheduler scheduler steps denoise
@@ -27,10 +27,12 @@ FluxDeGuidance guidance
 FluxGuidance guidance
 FluxRegionBBOX x1 y1 x2 y2
 KSamplerSelect sampler_name
+KSamplerAdvanced add_noise noise_seed steps cfg sampler_name scheduler
 KSampler seed steps cfg sampler_name scheduler denoise
 LoadImageMask image channel
 MaskComposite x y operation
 RandomNoise noise_seed
+SamplerCustom add_noise noise_seed cfg
 SolidMask value width height"""  # of nodes whose type starts so, what widgets_values are
 AFTER_SEED = ("fixed", "increment", "decrement", "randomize")
 VALUES = ("t5xxl", "text", "value", "int", "seed", "string")
@@ -90,12 +92,9 @@ def drawn_nodes(graph: Any) -> Data:
     return nodes
 
 
-def box(x0: float, y0: float, x1: float, y1: float) -> list[tuple[float, float]]:
+def box(*edges: float) -> list[tuple[float, float]]:
+    x0, y0, x1, y1 = (min(max(edge, 0), 1) for edge in edges)
     return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
-
-
-def in_percent(value: Any) -> Any:
-    return [in_percent(part) for part in value] if isinstance(value, list) else percent(value)
 
 
 def inverse(rings: list | None) -> list | None:
@@ -107,6 +106,7 @@ def inverse(rings: list | None) -> list | None:
 class Graph:
     def __init__(self, text: str, path: Path):
         self.path = path
+        self.size = (1, 1)
         self.seen: set[Any] = set()
         is_drawn = "nodes" in common.json_in(text, Data, path)
         found = common.json_in(text, WORKFLOW if is_drawn else dict[str, NODE], path)
@@ -154,6 +154,8 @@ class Graph:
         if text := next((text for text in texts if isinstance(text, str)), None):
             yield common.plain(text), place, strength
             return
+        if "text" in node.inputs:
+            common.report([f"the text of {node.class_type} {name}, which another node makes"])
         is_area = "x1" in node.inputs or {"x", "y", "width"} <= node.inputs.keys()
         for key in sorted(filter(ABOVE.match, node.inputs), key=lambda key: key[:4] != "prev"):
             suffix = re.sub("^cond[a-z]*", "", key)
@@ -179,8 +181,9 @@ class Graph:
             if not node.class_type.endswith("Percentage"):
                 return {"box": [x, y, x + w, y + h]}
             rings = [box(x, y, x + w, y + h)]
-        found = common.shape_of(rings or [])
-        return {key: in_percent(value) for key, value in found.items()} if rings else None
+        width, height = self.size
+        rings = [[(x * width, y * height) for x, y in ring] for ring in rings or ()]
+        return common.shape_of(rings) if rings else None
 
     def outline(self, name: str, slot: int) -> Any:
         """A mask as rings (even-odd) in fractions of the image, or a file. None: not read."""
@@ -196,8 +199,10 @@ class Graph:
             below, above = node.inputs["destination"], node.inputs["source"]
             x, y, w, h = self.numbers(name, "x y") + self.numbers(above[0], "width height")
             width, height = (self.nearest(below, side) for side in ("width", "height"))
+            rings = self.outline(*below)
+            is_read = self.value(node, "operation") == ("subtract" if FULL in rings else "add")
             part = box(x / width, y / height, (x + w) / width, (y + h) / height)
-            return [*self.outline(*below), part]
+            return [*rings, part] if is_read and self.outline(*above) else None
         if kind == "CreateShapeMask" and self.value(node, "shape") == "square":
             x, y, w, h = self.numbers(name, "location_x location_y shape_width shape_height")
             width, height = self.numbers(name, "frame_width frame_height")
@@ -228,12 +233,14 @@ def read(path: Path, size: Any) -> Data:
         if (blocks := nearest(key)) is not None:
             found[key] = [int(index) for index in re.findall(r"\d{1,9}", str(blocks))]
     base = []
-    lost = [node.class_type for node in graph.upstream(start) if "Lora" in node.class_type]
+    graph.size = (found["width"], found["height"]) if found["height"] else size or (1, 1)
+    kinds = [node.class_type for node in graph.upstream(start)]
+    lost = [kind for kind in kinds if re.search("Lora|ControlNetApply|IPAdapter|StyleModel", kind)]
     for prompt, place, strength in graph.prompts(start):
         if place is None:
             base.append(prompt)
         elif shape := graph.shape(*place):
-            found["regions"].append({"prompt": prompt, **shape, "strength": strength or 1})
+            found["regions"].append({"prompt": prompt, **shape, "strength": 1 if strength is None else strength})
         else:
             lost.append(f"the region of {graph.nodes[place[1][0]].class_type}, {prompt}")
     found["prompt"] = ", ".join(dict.fromkeys(base))

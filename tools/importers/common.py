@@ -23,15 +23,11 @@ def record(**kinds: Any) -> type[msgspec.Struct]:
     return msgspec.defstruct("Record", fields, kw_only=True)
 
 
-def is_png(path: Path) -> bool:
-    with opened(path, SOURCE) as file:
-        return file.read(4) == b"\x89PNG"
-
-
 def texts_in(path: Path) -> Data:
     """The texts of a PNG, and its width and height; nothing of another file."""
-    if not is_png(path):
-        return {}
+    with opened(path, SOURCE) as file:
+        if file.read(4) != b"\x89PNG":
+            return {}
     with opened_image(path, 10**9) as image:  # not decoded
         texts = {key: text for key, text in image.info.items() if isinstance(text, str)}
         return texts | {"width": image.width, "height": image.height}
