@@ -334,7 +334,9 @@ def test_a_group_is_one_region_later_shapes_lie_on_top_and_what_is_not_read_is_s
     kinds = [(region["prompt"], len(region.get("polygon", []))) for region in found["regions"]]
     assert kinds == [("trees", 2), ("a hut", 0), ("rect3", 0)]
     err = capsys.readouterr().err
-    assert "no place for text" in err and "need a prompt: rect3" in err
+    assert "no place for text" in err and "need a prompt: rect3" in err and "overlap" not in err
+    layout_of("svg", drawing(group.replace('"9"', '"30"').replace("M50", "M9")))
+    assert "regions[0].polygon: its polygons overlap" in capsys.readouterr().err
 
 
 SIZES = {

@@ -74,6 +74,7 @@ BOUNDS = ("x_min", "y_min", "x_max", "y_max")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 COLORS = [tuple(product((0, 85, 170, 255), repeat=3))[23 * i % 64] for i in range(64)]
 SAMPLES = 512
+OVERLAP = "its polygons overlap; a layout leaves out what two of them cover"
 FARTHEST = 10**6  # pixels; NaN is not nearer
 PALETTE = COLORS[1:]  # 63 colors far apart
 
@@ -257,8 +258,7 @@ def from_coco(data: Any, source: Source) -> Data:
     check_size(layout, source)
     for key, shape in shapes.items():
         if overlapping(shape.get("polygon", []), image.width, image.height):
-            problem = "its polygons overlap; a layout leaves out what two of them cover"
-            warn(f"{key}.segmentation: {problem}")
+            warn(f"{key}.segmentation: {OVERLAP}")
     return layout
 
 
@@ -515,6 +515,9 @@ def to_layout(source: Source, form: str, stem: str) -> Files:
     files = {}
     if size:
         layout["width"], layout["height"] = checked(size, list[Side], "size")
+        for i, region in enumerate(layout["regions"] if form == "svg" else ()):
+            if overlapping(region.get("polygon", []), layout["width"], layout["height"]):
+                warn(f"regions[{i}].polygon: {OVERLAP}")
         files = fitted(layout, stem)
     elif form not in ("forge", "rpg"):  # whose boxes are in percent
         problem = "needed, because the file does not state the size"
