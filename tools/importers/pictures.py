@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from errors import LAYOUT, MISSING, InputError, read_text
 from tools.importers import common
-from tools.importers.common import Data, boxed, json_in, percent, plain, record, report, texts_in
+from tools.importers.common import Data, boxed, json_in, percent, plain, report, texts_in
 
 SETTING = r'([A-Za-z_][\w /-]{0,60}): ("(?:\\.|[^"\\])*"|[^,]*)'
 OURS = {"Steps": "steps", "Seed": "seed", "Distilled CFG Scale": "guidance"}
@@ -17,11 +17,6 @@ READ = {"Sampler", "Schedule type", "Size", "Version", "Model hash", "Lora hashe
 NEUTRAL = (None, "", "1", 1, [])
 Unit = Annotated[float, Meta(ge=0, le=1)]
 ROWS = list[tuple[Unit, Unit, Unit, Unit, float]]
-INVOKE = record(
-    positive_prompt=str | None, negative_prompt=str | None, width=int | None, height=int | None,
-    seed=int | None, steps=int | None, guidance=float | None, cfg_scale=float | None,
-    scheduler=str | None, loras=list[Any] | None, canvas_v2_metadata=Data | None,
-)  # fmt: skip
 
 
 def from_a1111(path: Path, size: Any) -> Data:
@@ -87,13 +82,12 @@ def from_invokeai(path: Path, size: Any) -> Data:
     texts = texts_in(path)
     if "invokeai_metadata" not in texts:
         raise InputError(path, MISSING, "carries no metadata of InvokeAI")
-    found = json_in(texts["invokeai_metadata"], INVOKE, path)
-    width, height = found.width or texts["width"], found.height or texts["height"]
-    layout = {"prompt": plain(found.positive_prompt or ""), "width": width, "height": height}
-    layout |= {key: getattr(found, key) for key in ("seed", "steps", "guidance")}
-    layout |= common.sampling(sampler=found.scheduler)
-    lost = ("negative_prompt", "cfg_scale", "loras")
-    lost = [key for key in lost if getattr(found, key) not in NEUTRAL]
-    layers = (found.canvas_v2_metadata or {}).get("regionalGuidance")
-    report(lost + ["the regional layers, whose place in the image is not recorded"] * bool(layers))
-    return layout | {"regions": []}
+    found = json_in(texts["invokeai_metadata"], Data, path)
+    layout = {key: found.get(key) for key in ("seed", "steps", "guidance")}
+    layout |= {side: found.get(side) or texts[side] for side in ("width", "height")}
+    layout |= common.sampling(sampler=found.get("scheduler"))
+    lost = [key for key in ("negative_prompt", "cfg_scale", "loras") if found.get(key) not in NEUTRAL]
+    if (found.get("canvas_v2_metadata") or {}).get("regionalGuidance"):
+        lost.append("the regional layers, whose place in the image is not recorded")
+    report(lost)
+    return layout | {"prompt": plain(found.get("positive_prompt") or ""), "regions": []}
