@@ -20,7 +20,8 @@ CLIPTextEncodeFlux clip_l t5xxl guidance
 CLIPTextEncode text
 ConditioningSetArea width height x y strength
 ConditioningSetMask strength
-CreateShape shape frames location_x location_y grow frame_width frame_height shape_width shape_height
+CreateShape shape frames location_x location_y grow frame_width frame_height \
+shape_width shape_height
 Empty width height
 FluxAttnOverride double_blocks single_blocks
 FluxDeGuidance guidance
@@ -240,7 +241,8 @@ def read(path: Path, size: Any) -> Data:
         if place is None:
             base.append(prompt)
         elif shape := graph.shape(*place):
-            found["regions"].append({"prompt": prompt, **shape, "strength": 1 if strength is None else strength})
+            strength = 1 if strength is None else strength
+            found["regions"].append({"prompt": prompt, **shape, "strength": strength})
         else:
             lost.append(f"the region of {graph.nodes[place[1][0]].class_type}, {prompt}")
     found["prompt"] = ", ".join(dict.fromkeys(base))

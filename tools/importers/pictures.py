@@ -86,7 +86,8 @@ def from_invokeai(path: Path, size: Any) -> Data:
     layout = {key: found.get(key) for key in ("seed", "steps", "guidance")}
     layout |= {side: found.get(side) or texts[side] for side in ("width", "height")}
     layout |= common.sampling(sampler=found.get("scheduler"))
-    lost = [key for key in ("negative_prompt", "cfg_scale", "loras") if found.get(key) not in NEUTRAL]
+    lost = ("negative_prompt", "cfg_scale", "loras")
+    lost = [key for key in lost if found.get(key) not in NEUTRAL]
     if (found.get("canvas_v2_metadata") or {}).get("regionalGuidance"):
         lost.append("the regional layers, whose place in the image is not recorded")
     report(lost)
