@@ -391,7 +391,7 @@ MISTAKES = [
     ("svg", "<svg>" + "<g>" * 110_000, "more than 50,000 elements"),
     ("svg", "<svg width='9' height='9'>" + "<g>" * 40_000 + "</g>" * 40_000 + "</svg>", "recursion"),
     ("svg", drawing('<rect id="sun" width="50%" height="9"/>'), "width = '50%': expected a length"),
-    ("svg", drawing('<rect id="sun" width="1e9" height="9"/>'), "sun = 1000000000.0: expected a number"),
+    ("svg", drawing('<rect id="sun" width="1e9" height="9"/>'), "width = 1000000000.0: expected a number"),
     ("svg", drawing('<path id="sun" d="M0 0L1e999 3 4 5"/>'), "sun = inf: expected a number"),
     ("svg", drawing('<g transform="scale(1)">' * 100, "</g>" * 100), "nested too deeply"),
     ("svg", drawing('<path id="sun" d="M0 0', "l1 1" * 30_000, '"/>'), "more points than a layout can"),

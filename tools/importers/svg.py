@@ -63,7 +63,7 @@ def length(element: Element, path: Path, key: str) -> float:
     found = re.fullmatch(rf"({NUMBER})([a-z]*)", text)
     if not (found and found[2] in UNITS):
         raise InputError(key, text, "expected a length such as 10, 10px or 10mm", path)
-    return float(found[1]) * UNITS[found[2]]
+    return number(float(found[1]) * UNITS[found[2]], key, path)
 
 
 def outline(tag: str, element: Element, path: Path) -> str:
