@@ -202,6 +202,20 @@ def test_of_several_samplers_the_first_counts_and_what_is_lost_is_said(capsys):
     assert all(f" {words}" in err for words in [*lost, "(red:1.2)", "<lora:x:1>"]) and "denoise" not in err
 
 
+def test_masks_are_put_together_and_negative_conditionings_count_for_nothing():
+    parts = SOLID | {"white": node("SolidMask", value=1.0, width=128, height=64)}
+    hole = parts["both"]["inputs"] | {"operation": "subtract", "destination": ["white", 0]}
+    holes = positive("in", **parts | {"both": node("MaskComposite", **hole)}, **{
+        "in": node("ConditioningSetMask", mask=["both", 0], conditioning=["tree", 0])})  # fmt: skip
+    holes["guided"] = text("a town")
+    holes["sampler"]["inputs"]["negative"] = ["much", 0]
+    holes["much"] = node("FluxGuidance", guidance=9.0, conditioning=["no", 0])
+    expected = {key: value for key, value in TOWN.items() if key != "guidance"}
+    assert layout_of("comfyui", holes) == expected | {"regions": [TREE | {"polygon": [FULL, RING]}]}
+    holes["both"]["inputs"]["operation"] = "multiply"
+    assert layout_of("comfyui", holes) == expected
+
+
 # ------------------------------------------------------------------------------ pictures of others
 
 LINE = "Steps: 20, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: 4.5, Seed: 7, Size: 128x64, Model: flux1-dev"
@@ -230,9 +244,9 @@ def test_parameters_are_read_from_a_picture_and_from_text(parameters, regions):
 
 
 def test_what_parameters_have_beyond_a_layout_is_said(capsys):
-    layout_of("a1111", f"a town\nNegative prompt: ugly\n{LINE.replace('Euler', 'LMS')}, Hires steps: 5")
+    found = layout_of("a1111", f"a town\nNegative prompt: ugly\n{LINE.replace('Euler', 'DPM++ 2M')}, Hires steps: 5")
     err = capsys.readouterr().err
-    assert "sampler lms\n" in err and "Hires steps 5, Model flux1-dev, Negative prompt ugly" in err
+    assert "dpmpp_2m" in err + str(found) and "Hires steps 5, Model flux1-dev, Negative prompt ugly" in err
 
 
 def test_a_picture_of_this_program_is_read_as_others_are():
@@ -316,7 +330,7 @@ CURVES = {  # the area that calculus gives
     '<path id="x y" d="M0 60Q30 -60 60 60z"/>': 60 * 120 / 3,
     '<path id="x y" d="M0 32q15 -30 30 0t30 0V60H0z"/>': 60 * 28,
     '<path id="x y" d="M0 60C0 20 60 20 60 60z"/>': 60 * 40 * 0.6,
-    '<path id="x y" d="M0 32c10 -30 20 -30 30 0s20 30 30 0V60H0z"/>': 60 * 28,
+    '<path id="x y" d="M0 32c0 0 30 -30 30 0s30 0 30 0V60H0z"/>': 60 * 28,
     '<path id="x y" d="M34 32a30 30 0 0 1 60 0a30 30 0 0 1-60 0M44 32a20 20 0 0 0 40 0a20 20 0 0 0-40 0"/>':
         np.pi * 500,
 }  # fmt: skip
