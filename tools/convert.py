@@ -12,6 +12,12 @@ invokeai    width, height, positive_prompt, and regions with bounds or a mask
 gradio      what gradio_image_annotation returns: image, and boxes with a label
 seg2any     Seg2Any's caption and segments_info, with its color map in a .png of the same name
 
+Only --from:
+comfyui     a workflow, as it is saved or exported (API), or a PNG that carries one
+a1111       a PNG of A1111 or Forge, Forge Couple's parts included, or its parameters as a text
+svg         shapes, with a title, label or id of theirs or of their group as the prompt
+forge, invokeai   also PNGs that these programs made
+
 Sizes become the nearest multiples of 16. Images and prompts TARGET needs are written next to it.
 What the other form cannot hold is reported on stderr, or refused if regions would change.
 """
@@ -26,9 +32,10 @@ import sys
 import tempfile
 from contextlib import suppress
 from fractions import Fraction
+from functools import partial
 from itertools import accumulate, chain, groupby, product
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import msgspec
 import numpy as np
@@ -53,6 +60,8 @@ from regional.images import readable
 from regional.layout import FLUX_DEV, MAX_REGIONS, RGB, SHAPES, Layout, Region
 from regional.mask import in_polygons, pixels_inside, topmost_first
 from regional.reader import read_layout, value_at
+from tools.importers import comfyui, pictures, svg
+from tools.importers.common import boxed, percent, record, texts_in
 from tools.metadata import check_writable
 
 Data = dict[str, Any]
@@ -65,6 +74,7 @@ BOUNDS = ("x_min", "y_min", "x_max", "y_max")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 COLORS = [tuple(product((0, 85, 170, 255), repeat=3))[23 * i % 64] for i in range(64)]
 SAMPLES = 512
+OVERLAP = "its polygons overlap; a layout leaves out what two of them cover"
 FARTHEST = 10**6  # pixels; NaN is not nearer
 PALETTE = COLORS[1:]  # 63 colors far apart
 
@@ -104,12 +114,6 @@ def data_in(text: Any, source: Source, key: str = "it") -> Any:
         raise
 
 
-def record(**kinds: Any) -> type[msgspec.Struct]:
-    """A type of mappings with at least these keys; what may be None may be missing."""
-    fields = [(n, k, None) if type(None) in get_args(k) else (n, k) for n, k in kinds.items()]
-    return msgspec.defstruct("Record", fields, kw_only=True)
-
-
 def checked(value: Any, kind: Any, key: str = "") -> Any:
     """The value as this type. InputError names the culprit's path, which begins with `key`."""
     try:
@@ -120,13 +124,6 @@ def checked(value: Any, kind: Any, key: str = "") -> Any:
     raise InputError(name, value_at(value, path), problem[0].lower() + problem[1:])
 
 
-def boxed(prompts: list[str], boxes: list[Any], key: str) -> list[Data]:
-    """Regions from their prompts and boxes. key: the boxes'."""
-    if len(prompts) != len(boxes):
-        raise InputError(key, MISSING, f"{len(boxes)} boxes, for {len(prompts)} prompts")
-    return [{"prompt": prompt, "box": list(box)} for prompt, box in zip(prompts, boxes)]
-
-
 def chosen(entries: list[Any], names: list[tuple[Any, ...]], source: Source) -> Any:
     """The entry that --image names, or the only one."""
     wanted = source.image
@@ -135,11 +132,6 @@ def chosen(entries: list[Any], names: list[tuple[Any, ...]], source: Source) -> 
         problem = f"{len(found)} of the {len(entries)} images match, expected one"
         raise InputError("--image", MISSING if wanted is None else wanted, problem, source.path)
     return found[0]
-
-
-def percent(fraction: Fraction) -> str:
-    """1/4 -> 25%. Rounded down, so borders stay on the same side of every pixel."""
-    return f"{math.floor(fraction * 10**11) / 10**9:.9f}".rstrip("0").rstrip(".") + "%"
 
 
 def boxes_of(layout: Layout, form: str) -> list[list[int]]:
@@ -276,8 +268,7 @@ def from_coco(data: Any, source: Source) -> Data:
     check_size(layout, source)
     for key, shape in shapes.items():
         if overlapping(shape.get("polygon", []), image.width, image.height):
-            problem = "its polygons overlap; a layout leaves out what two of them cover"
-            warn(f"{key}.segmentation: {problem}")
+            warn(f"{key}.segmentation: {OVERLAP}")
     return layout
 
 
@@ -333,17 +324,7 @@ def from_forge(data: Any, source: Source) -> Data:
     path = source.beside or source.path.with_suffix(".txt")
     lines = read_text(path, CONFIG).splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
-    boxes = [(x0, y0, x1, y1) for x0, x1, y0, y1, _ in mapping]
-    boxes = [[percent(Fraction(str(edge))) for edge in box] for box in boxes]
-    layout = {"regions": boxed(prompts, boxes, "mapping")}
-    for region, row in zip(layout["regions"], mapping):
-        region["strength"] = row[-1]
-    if boxes[:1] == [["0%", "0%", "100%", "100%"]]:
-        base = layout["regions"].pop(0)
-        layout["prompt"] = base["prompt"]
-        weight = f"its weight {base['strength']:g}"
-        warn(f"mapping[0] is the base prompt; a layout has no place for {weight}")
-    return layout
+    return pictures.coupled(mapping, prompts)
 
 
 def to_forge(layout: Layout, stem: str) -> Files:
@@ -514,12 +495,22 @@ FORMS = {  # reader, writer, and the keys that the form holds besides shapes
     "gradio": (from_gradio, to_gradio, {"width", "height"}),
     "seg2any": (from_seg2any, to_seg2any, {*SIZED, "seed", "overlap", "order"}),
 }
+IMPORTED = {"comfyui": comfyui.read, "a1111": pictures.from_a1111, "svg": svg.read}
+PICTURES = {"invokeai": pictures.from_invokeai, "forge": pictures.from_a1111}  # beside FORMS
+
+
+def read_form(source: Source, form: str) -> Data:
+    """A layout's keys, shapes in pixels or percent."""
+    if form in IMPORTED or form in PICTURES and texts_in(source.path):
+        read = partial(IMPORTED.get(form) or PICTURES[form], size=source.size)
+        return parsed(read, source.path, source.path, f"cannot be read as {form} has it")
+    text = read_text(source.path, SOURCE if form in ("coco", "layoutsam") else CONFIG)
+    return FORMS[form][0](text if form == "rpg" else data_in(text, source), source)
 
 
 def to_layout(source: Source, form: str, stem: str) -> Files:
     """The layout in YAML and its images."""
-    text = read_text(source.path, SOURCE if form in ("coco", "layoutsam") else CONFIG)
-    found = FORMS[form][0](text if form == "rpg" else data_in(text, source), source)
+    found = read_form(source, form)
     if not found.get("prompt"):
         found["prompt"] = ", ".join(region["prompt"] for region in found["regions"])
         warn("there is no base prompt; the prompts of the regions, joined, stand in for it")
@@ -534,6 +525,9 @@ def to_layout(source: Source, form: str, stem: str) -> Files:
     files = {}
     if size:
         layout["width"], layout["height"] = checked(size, list[Side], "size")
+        for i, region in enumerate(layout["regions"] if form == "svg" else ()):
+            if overlapping(region.get("polygon", []), layout["width"], layout["height"]):
+                warn(f"regions[{i}].polygon: {OVERLAP}")
         files = fitted(layout, stem)
     elif form not in ("forge", "rpg"):  # whose boxes are in percent
         problem = "needed, because the file does not state the size"
@@ -545,7 +539,7 @@ def to_layout(source: Source, form: str, stem: str) -> Files:
 
 def check_size(layout: Data, source: Source) -> None:
     """Refuse too large a layout before it takes long; in YAML it is as long."""
-    size = len(json.dumps(layout, ensure_ascii=False))
+    size = len(json.dumps(layout, ensure_ascii=False, default=str))
     if size > LAYOUT:
         problem = f"{size:,} bytes for a layout, which has {LAYOUT:,} at most"
         raise InputError(source.path, MISSING, problem)
@@ -577,7 +571,8 @@ def fitted(layout: Data, stem: str) -> Files:
     files = {}
     for holder, key, name in images:
         if key in holder:
-            files[name] = read_image(holder[key], key)
+            image = holder[key]
+            files[name] = image if isinstance(image, Image.Image) else read_image(image, key)
             if new != old:
                 files[name] = files[name].resize(new, Image.Resampling.NEAREST)
             holder[key] = name
@@ -634,9 +629,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m tools.convert", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_mutually_exclusive_group(required=True).add_argument
-    form = {"choices": FORMS, "metavar": "FORM"}
-    add("--from", dest="reads", help="SOURCE has this form, TARGET becomes a layout", **form)
-    add("--to", dest="writes", help="SOURCE is a layout, TARGET gets this form", **form)
+    form = {"metavar": "FORM"}
+    known = {"choices": [*FORMS, *IMPORTED], **form}
+    add("--from", dest="reads", help="SOURCE has this form, TARGET becomes a layout", **known)
+    known = {"choices": FORMS, **form}
+    add("--to", dest="writes", help="SOURCE is a layout, TARGET gets this form", **known)
     add = parser.add_argument
     add("source", type=Path, metavar="SOURCE")
     add("target", type=Path, metavar="TARGET")

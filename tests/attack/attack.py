@@ -250,6 +250,41 @@ def conversions() -> dict[str, Kind]:
     return found
 
 
+def imports(folder: Path) -> dict[str, Kind]:
+    """What is read of other programs' files without being written."""
+    import test_importers as made
+
+    here = os.getcwd()
+    os.chdir(folder)
+    pictures = {}
+    graph = json.dumps(made.as_drawn(made.bboxes(), made.ORDER)).encode()
+    graphs = [json.dumps(nodes).encode() for nodes, _ in made.WORKFLOWS.values()]
+    for form, texts in {
+        "comfyui": [{"prompt": nodes.decode(), "workflow": "{}"} for nodes in graphs] + [{"workflow": graph.decode()}],
+        "a1111": [{"parameters": text} for text in made.PARAMETERS],
+        "invokeai": [{"invokeai_metadata": json.dumps(made.INVOKE)}],
+    }.items():
+        pictures[form] = []
+        for text in texts:
+            made.png("x.png", **text)
+            pictures[form].append(("x.png", Path("x.png").read_bytes()))
+    os.chdir(here)
+    mask = [("scan.png", inputs.image_bytes(Image.new("L", (128, 64), 255), "PNG"))]
+    text = [("x.txt", text.encode()) for text in made.PARAMETERS]
+    shapes = [*made.BOXES, *made.CURVES]
+    drawings = [("x.svg", made.drawing(shape, size=size).encode()) for shape in shapes for size in made.SIZES]
+    large = inputs.or_large(inputs.large_drawing, inputs.mutated_bytes)
+    return {
+        "comfyui": Kind([("x.json", data) for data in (*graphs, graph)], inputs.either, converted("comfyui"), mask),
+        **{
+            f"picture of {form}": Kind(found, inputs.mutated_png, converted(form), mask)
+            for form, found in pictures.items()
+        },
+        "parameters": Kind(text, inputs.mutated_bytes, converted("a1111")),
+        "svg": Kind(drawings, large, converted("svg")),
+    }
+
+
 def all_kinds(folder: Path) -> dict[str, Kind]:
     recorded = json.dumps(RECORDED).encode()
     image = Image.new("RGB", (64, 64), "red")
@@ -312,6 +347,7 @@ def all_kinds(folder: Path) -> dict[str, Kind]:
         "prompt cache": Kind([("x.safetensors", states_file)], inputs.mutated_header, prompt_cache),
         "plan": Kind([("x.json", json.dumps(answer).encode())], inputs.either, planned),
         **conversions(),
+        **imports(folder),
     }  # fmt: skip
     pocket = ROOT / "pocket" / "checkpoint" / "tokenizer_2" / "spiece.model"
     kinds["spiece.model"] = Kind([("spiece.model", pocket.read_bytes())], inputs.mutated_bytes, T5Tokenizer)

@@ -236,3 +236,30 @@ def mutated_carrier(metadata: bytes, rng: random.Random, carrier: bytes) -> byte
     except (ValueError, struct.error, OSError):  # more than the format holds
         data = image_bytes(image, "PNG", text[:1000].decode(errors="replace"))
     return mutated_bytes(rng, rng.choice((data, carrier))) if draw >= 0.7 else data
+
+
+def mutated_png(rng: random.Random, data: bytes) -> bytes:
+    """A PNG whose bytes or texts are changed."""
+    if rng.random() < 0.2:
+        return mutated_bytes(rng, data)
+    texts = PngImagePlugin.PngInfo()
+    with Image.open(io.BytesIO(data)) as image:
+        for key, text in image.info.items():
+            texts.add_text(key, either(rng, text.encode()).decode(errors="replace"))
+        made = io.BytesIO()
+        image.save(made, "PNG", pnginfo=texts)
+    return made.getvalue()
+
+
+def large_drawing(rng: random.Random) -> str:
+    """An SVG that repeats something as often as it may."""
+    part = rng.choice(
+        ("<g>", '<g id="a">', "<g/>", "<!-- -->", "M0 0h9v9z", "a9 9 0 0 1 9 9", "1" * 99, " ", "scale(", ",")
+    )
+    count = rng.choice((1000, 40000, 400000))
+    if part.startswith("<"):
+        return f'<svg width="9" height="9">{part * count}{"</g>" * count * ("/" not in part)}</svg>'
+    key, tag = rng.choice(
+        (("d", "path"), ("transform", "path"), ("points", "polygon"), ("id", "rect"), ("width", "rect"))
+    )
+    return f'<svg width="9" height="9"><{tag} {key}="{part * count}"/></svg>'
