@@ -30,7 +30,8 @@ CHECKPOINT = 2**50
 MAX_PIXELS = 25_000_000  # of an image; reading them takes up to 500 MB (WebP)
 NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # for EPS, Pillow would run Ghostscript
+# of images; for EPS, Pillow would run Ghostscript
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MISSING: Any = object()  # the value of an InputError without one
 MOST = 10  # mistakes reported at once
 
@@ -192,7 +193,8 @@ def parse_yaml(text: str, loader: type[yaml.SafeLoader], file: str | Path) -> An
 
 def parse_json(data: bytes | str, kind: Any, file: str | Path) -> Any:
     """JSON of this type from this file, checked by msgspec."""
-    return parsed(lambda text: msgspec.json.decode(text, type=kind), data, file, "damaged JSON")
+    decoder = msgspec.json.Decoder(kind)
+    return parsed(decoder.decode, data, file, "damaged JSON")
 
 
 def converted(value: Any, kind: Any, file: str | Path, what: str) -> Any:

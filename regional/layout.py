@@ -178,8 +178,10 @@ class Layout(Part, dict=True):
         if isinstance(own, str):
             own = max(2, count_of(own, length))
         lengths = {"max_sequence_length": length, "region_max_sequence_length": own}
-        size = {"width": self.width or defaults.size, "height": self.height or defaults.size}
-        return replace(self, steps=self.steps or defaults.steps, **lengths, **size)
+        width = self.width or defaults.size
+        height = self.height or defaults.size
+        steps = self.steps or defaults.steps
+        return replace(self, steps=steps, width=width, height=height, **lengths)
 
     def styled(self) -> "Layout":
         """The layout with its style in all prompts."""

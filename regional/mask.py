@@ -107,12 +107,10 @@ def region_tokens(layout: Layout) -> RegionTokens:
 
 def topmost_first(layout: Layout, areas: Sequence[float]) -> list[int]:
     """The regions' indices: `order` counts before `overlap`."""
-    indices = list(range(len(layout.regions)))
-    if layout.overlap == "last":
-        indices.reverse()
-    elif layout.overlap == "smallest":
-        indices.sort(key=lambda i: areas[i])
-    return sorted(indices, key=lambda i: -layout.regions[i].order)
+    indices = range(len(layout.regions))
+    ranks = {"last": [-i for i in indices], "smallest": areas}
+    rank = ranks.get(layout.overlap, indices)
+    return sorted(indices, key=lambda i: (-layout.regions[i].order, rank[i]))
 
 
 def regional_stages(layout: Layout, tokens: RegionTokens) -> list[tuple[int, Tensor]]:
@@ -211,13 +209,9 @@ def most_covered(region: Region, layout: Layout) -> np.ndarray:
     """The one token that a tiny region covers most, (h, w) bool."""
     h = layout.height // 16
     w = layout.width // 16
-    if region.box:
-        x0, y0, x1, y1 = region.box
+    if box := region.box or region.ellipse:
+        x0, y0, x1, y1 = box
         area = np.outer(overlap(y0, y1, h), overlap(x0, x1, w))
-    elif region.ellipse:  # the token of its center
-        x0, y0, x1, y1 = region.ellipse
-        area = np.zeros((h, w))
-        area[min(int(y0 + y1) // 32, h - 1), min(int(x0 + x1) // 32, w - 1)] = 1
     elif region.polygon:
         fine = in_polygons(region.polygon, np.arange(2, 16 * w, 4), np.arange(2, 16 * h, 4))
         area = fine.reshape(h, 4, 4 * w).sum(axis=1, dtype=np.uint8).reshape(h, w, 4).sum(axis=2)

@@ -107,7 +107,8 @@ def check_node(node: yaml.Node) -> None:
         for key, _ in node.value:
             is_word = key.tag == TEXT and re.fullmatch(r"[\w .-]{1,60}", key.value)
             if not is_word and key.tag != MERGE:
-                name = describe(key.value) if isinstance(key.value, str) else "that is a list"
+                is_text = isinstance(key.value, str)
+                name = describe(key.value) if is_text else "that is a list"
                 refuse(key, f"invalid key {name}")
             if key.value in seen:  # YAML would take the last
                 refuse(key, f"the key {key.value} is written twice")
@@ -133,7 +134,9 @@ def fields_of(struct: type[Struct]) -> dict[str, tuple[Any, type[Struct] | None]
     for name, kind in get_type_hints(struct, include_extras=True).items():
         entry = next(iter(get_args(get_args(kind)[0])), None)
         is_part = isinstance(entry, type) and issubclass(entry, Struct)
-        found[name] = (Annotated[list, *kind.__metadata__], entry) if is_part else (kind, None)
+        found[name] = (kind, None)
+        if is_part:
+            found[name] = (Annotated[list, *kind.__metadata__], entry)
     return found
 
 
@@ -238,7 +241,8 @@ def checked_part(part: Struct, layout: Layout, folder: Path, path: str) -> Struc
         return checked_region(part, layout, folder, path)
     if isinstance(part, Control):
         end = part.end
-        require(part.start < end, f"{path}.start", part.start, f"not before its end, {end:g}")
+        problem = f"not before its end, {end:g}"
+        require(part.start < end, f"{path}.start", part.start, problem)
         count = len(layout.regions)
         is_there = part.region is None or part.region < count
         problem = f"the layout has {count} regions, counted from 0"
@@ -255,7 +259,8 @@ def located(folder: Path, name: str) -> str:
     """A file or folder by its path; a repository of the hub as it is."""
     path = folder / name
     if os.path.exists(path):  # False also for names that no file can have
-        require(path.is_file() or path.is_dir(), path, MISSING, "neither a file nor a folder")
+        is_good = path.is_file() or path.is_dir()
+        require(is_good, path, MISSING, "neither a file nor a folder")
     elif re.fullmatch(REPOSITORY, name):
         return name
     elif re.fullmatch(REPOSITORY, str(path)):
@@ -337,7 +342,8 @@ def check_color(color: Any, layout: Layout, key: str) -> None:
     problem = "a color needs the layout's map, an image, and there is none"
     require(layout.map is not None, key, color, problem)
     is_good = not isinstance(color, str) or re.search(HEX, color)
-    require(is_good, key, color, 'expected "#rrggbb", [r, g, b] from 0 to 255, or an index')
+    problem = 'expected "#rrggbb", [r, g, b] from 0 to 255, or an index'
+    require(is_good, key, color, problem)
     inside = readable(partial(read_color, color=color), layout.map, key)
     empty = ""
     if not inside.any():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from math import exp, factorial, gamma, log
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor
 
 # (img (B, L_img, 64), t, step) -> (B, L_img, 64), the velocity at t, in [0, 1]; the step's
@@ -43,9 +43,8 @@ def image_ids(width: int, height: int) -> Tensor:
     """Positions (0, row, column) of the image tokens: (1, h w, 3)."""
     rows = torch.arange(height // 16)
     columns = torch.arange(width // 16)
-    row, column = torch.meshgrid(rows, columns, indexing="ij")
-    ids = torch.stack([torch.zeros_like(row), row, column], dim=-1)
-    return repeat(ids, "h w axes -> 1 (h w) axes")
+    zero = torch.zeros(1, dtype=torch.long)
+    return torch.cartesian_prod(zero, rows, columns)[None]
 
 
 def text_ids(length: int) -> Tensor:

@@ -148,14 +148,15 @@ MASKS = positive(
     file=node("ConditioningSetMask", mask=["scan", 0], conditioning=["tree", 0]))  # fmt: skip
 RING = [[64, 16], [128, 16], [128, 64], [64, 64]]
 FULL = [[0, 0], [128, 0], [128, 64], [0, 64]]
+COMFY = TOWN | {"schedule": "simple"}
 WORKFLOWS = {
-    "plain": (workflow(), TOWN),
-    "areas": (AREAS, TOWN | {"regions": [TREE | {"box": [0, 0, 64, 64]}, HOUSE | {"box": RIGHT, "strength": 2}]}),
-    "masks": (MASKS, TOWN | {"regions": [
+    "plain": (workflow(), COMFY),
+    "areas": (AREAS, COMFY | {"regions": [TREE | {"box": [0, 0, 64, 64]}, HOUSE | {"box": RIGHT, "strength": 2}]}),
+    "masks": (MASKS, COMFY | {"regions": [
         HOUSE | {"box": RIGHT, "strength": 1.5}, TREE | {"polygon": [FULL, RING]}, TREE | {"mask": "layout.2.png"}]}),
-    "FluxRegionAttention": (bboxes(), TOWN | {"regions": [
+    "FluxRegionAttention": (bboxes(), COMFY | {"regions": [
         TREE | {"box": LEFT}, HOUSE | {"box": [0, 0, 128, 64]}]}),
-    "Fluxtapoz": (fluxtapoz(), TOWN | {"double_blocks": [0, 2, 4], "single_blocks": [], "regions": [
+    "Fluxtapoz": (fluxtapoz(), COMFY | {"double_blocks": [0, 2, 4], "single_blocks": [], "regions": [
         TREE | {"box": LEFT}, HOUSE | {"polygon": [FULL, [[64, 0], [128, 0], [128, 64], [64, 64]]]}]}),
 }  # fmt: skip
 
@@ -210,7 +211,7 @@ def test_masks_are_put_together_and_negative_conditionings_count_for_nothing():
     holes["guided"] = text("a town")
     holes["sampler"]["inputs"]["negative"] = ["much", 0]
     holes["much"] = node("FluxGuidance", guidance=9.0, conditioning=["no", 0])
-    expected = {key: value for key, value in TOWN.items() if key != "guidance"}
+    expected = {key: value for key, value in COMFY.items() if key != "guidance"}
     assert layout_of("comfyui", holes) == expected | {"regions": [TREE | {"polygon": [FULL, RING]}]}
     holes["both"]["inputs"]["operation"] = "multiply"
     assert layout_of("comfyui", holes) == expected

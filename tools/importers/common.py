@@ -10,7 +10,6 @@ from typing import Any, get_args
 import msgspec
 
 from errors import MISSING, SOURCE, InputError, converted, opened, opened_image, parsed, shown, warn
-from regional.layout import Layout
 
 Data = dict[str, Any]
 LORA_OR_WEIGHT = r"<lora:[^<>]{1,200}>|\(([^()]{1,999}?):[\d.]{1,9}\)"
@@ -80,9 +79,8 @@ def plain(prompt: str) -> str:
 def sampling(**names: Any) -> Data:
     """The layout's keys for a sampler and a schedule of these names."""
     names = {key: str(name).lower().replace("++ ", "pp_") for key, name in names.items() if name}
-    known = NAMES * ("sampler" in Layout.__struct_fields__)
-    report(f"{k} {name}" for k, name in names.items() if name not in ("euler", *known))
-    return {key: name for key, name in names.items() if name in known}
+    report(f"{key} {name}" for key, name in names.items() if name not in ("euler", *NAMES))
+    return {key: name for key, name in names.items() if name in NAMES}
 
 
 def report(lost: Any) -> None:
