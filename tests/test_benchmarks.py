@@ -46,6 +46,7 @@ def test_its_operations_are_those_of_the_published_code():
     assert operations(4, late=True) == pytest.approx(105.6, rel=0.001)
 
 
+@pytest.mark.published
 @torch.inference_mode()
 def test_all_participants_compute_the_same_and_have_their_rows(monkeypatch, capsys):
     """Steps of every kind, and whole runs, on weights that they share; fp8 nearly."""

@@ -219,7 +219,7 @@ def test_attentions_agree_and_streamed_blocks_give_the_same_bits():
 def test_fp8_is_near_float32_by_its_three_bits(method):
     given = layout(method=method)
     exact = latents(given, "float32")
-    assert 2 * relative(latents(given), exact) < relative(latents(given, quantize="fp8"), exact) < 0.5
+    assert 1.5 * relative(latents(given), exact) < relative(latents(given, quantize="fp8"), exact) < 0.5
 
 
 def test_compiled_blocks_are_near_float32(monkeypatch):

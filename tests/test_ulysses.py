@@ -126,6 +126,7 @@ def test_several_processes_compute_what_one_computes(tmp_path):
     assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(cases) for b in cases[:i])
 
 
+@pytest.mark.published
 def test_a_run_of_two_processes_is_the_published_image(golden, tmp_path):
     case = "regional_3boxes_full"
     out, saved = tmp_path / "image.png", tmp_path / "latents.safetensors"

@@ -4,8 +4,8 @@ In the checkout, modules import each other by short names such as `errors`. Inst
 could clash with other packages', so the package's name is put before them.
 """
 
-import ast
 import hashlib
+import re
 import tomllib
 from base64 import urlsafe_b64encode
 from pathlib import Path
@@ -15,17 +15,11 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 ROOT = Path(__file__).parents[1]
 PACKAGE = "regional_flux"
 FOLDERS = ("model", "sampler", "regional", "formats", "extensions", "runtime", "tools")
-MODULES = sorted(ROOT.glob("*.py"))
-for folder in FOLDERS:
-    MODULES += sorted((ROOT / folder).rglob("*.py"))
-OURS = {*FOLDERS, *(path.stem for path in MODULES if path.parent == ROOT)}
+OURS = {*FOLDERS, *(path.stem for path in ROOT.glob("*.py"))}
 INIT = """from regional_flux.pipeline import Pipeline
 from regional_flux.regional.layout import Layout, Region
-
-__all__ = ["Layout", "Pipeline", "Region"]
 """
 WHEEL = """Wheel-Version: 1.0
-Generator: regional_flux
 Root-Is-Purelib: true
 Tag: py3-none-any
 """
@@ -66,30 +60,18 @@ def build_wheel(folder: str, settings: Any = None, metadata: Any = None) -> str:
 def package_files() -> dict[str, str | bytes]:
     """The package's files: the program, and the pocket model."""
     files = {f"{PACKAGE}/__init__.py": INIT}
-    for path in MODULES:
+    places = [ROOT / folder for folder in FOLDERS]
+    for path in [*ROOT.glob("*.py"), *(path for place in places for path in place.rglob("*.py"))]:
         text = path.read_text(encoding="utf-8")
         files[f"{PACKAGE}/{path.relative_to(ROOT).as_posix()}"] = with_full_names(text)
-    for path in sorted((ROOT / "pocket" / "checkpoint").rglob("*")):
+    for path in (ROOT / "pocket" / "checkpoint").rglob("*"):
         if path.is_file() and path.suffix != ".log":
             files[f"{PACKAGE}/{path.relative_to(ROOT).as_posix()}"] = path.read_bytes()
     return files
 
 
 def with_full_names(text: str) -> str:
-    """A module that imports ours, by any statement, from the package."""
-    lines = text.splitlines(keepends=True)
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom):
-            name = node.module
-            statement = f"from {PACKAGE}."
-        elif isinstance(node, ast.Import):
-            name = node.names[0].name
-            statement = f"from {PACKAGE} import "
-        else:
-            continue
-        if name.split(".")[0] in OURS:
-            line = lines[node.lineno - 1]
-            start = node.col_offset
-            rest = line[start:].split(maxsplit=1)[1]
-            lines[node.lineno - 1] = line[:start] + statement + rest
-    return "".join(lines)
+    """A module that imports ours from the package."""
+    names = "|".join(OURS)
+    text = re.sub(rf"(?m)^( *)import (?=({names})$)", rf"\1from {PACKAGE} import ", text)
+    return re.sub(rf"(?m)^( *)from (?=({names})\b[\w.]* import )", rf"\1from {PACKAGE}.", text)
