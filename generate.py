@@ -10,7 +10,6 @@ import contextlib
 import os
 import sys
 import time
-from functools import partial
 
 import msgspec
 
@@ -62,16 +61,13 @@ def run(command: Command, stop: batch.Stop, start: float) -> int:
     if dry_run.check or dry_run.preview or dry_run.plan is not None:
         from tools.check import run_dry
 
-        read = partial(batch.read, command)
-        return run_dry(command, read) if batch.is_first(settings) else 0
+        return run_dry(command) if batch.is_first(settings) else 0
     tally = batch.Tally(command)
-    jobs = None
     if is_repository(settings.model) and not output.decode:
         # Find mistakes before downloading a repository's gigabytes.
-        jobs = batch.plan_jobs(command, tally, FLUX_DEV.size)
+        batch.plan_jobs(command, tally, FLUX_DEV.size)
     device = batch.device_of(settings.device)
     pipeline = Pipeline(msgspec.structs.replace(settings, device=device))
-    size = pipeline.defaults.size
     with contextlib.ExitStack() as stack:
         if pipeline.parallel:
             stack.callback(pipeline.parallel.close)
@@ -82,8 +78,7 @@ def run(command: Command, stop: batch.Stop, start: float) -> int:
         if output.decode:
             decode(pipeline, output)
             return 0
-        if jobs is None or tally.is_alone or size != FLUX_DEV.size:
-            jobs = batch.plan_jobs(command, tally, size, pipeline)
+        jobs = batch.plan_jobs(command, tally, pipeline.defaults.size, pipeline)
         batch.generate_all(pipeline, jobs, command, tally, stop, start)
     return 1 if tally.counts["failed"] else 0
 

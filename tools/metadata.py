@@ -246,19 +246,15 @@ def save_image(image: Image.Image, metadata: Metadata | None, path: Path) -> Non
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
     """A contact sheet, which says what it is: it may be made again."""
-    how = {}
-    if path.suffix.lower() == ".png":
-        how["pnginfo"] = PngImagePlugin.PngInfo()
-        how["pnginfo"].add_text(SHEET, "of a sweep")
-    else:
-        how["exif"] = Image.Exif()
-        how["exif"][EXIF_SOFTWARE] = SHEET
-    write(path, partial(sheet.save, **how))
+    exif = Image.Exif()
+    exif[EXIF_SOFTWARE] = SHEET
+    write(path, partial(sheet.save, exif=exif))
 
 
 def is_sheet(path: Path) -> bool:
     with suppress(InputError), opened_image(path, ANY_SIZE) as image:
-        return SHEET in image.info or image.getexif().get(EXIF_SOFTWARE) == SHEET
+        is_old = SHEET in image.info  # as earlier versions wrote PNG
+        return is_old or image.getexif().get(EXIF_SOFTWARE) == SHEET
     return False
 
 
@@ -357,18 +353,17 @@ class Timing(msgspec.Struct):
     memory: int
 
 
-def keep_timing(settings: Settings, layout: Layout, ends: list[float]) -> None:
-    """For --check, without prompts. ends: of steps, this image's last. The image is written, so
-    no failure here ends a run."""
-    ends = ends[-layout.steps :]
-    if len(ends) < 2 or layout.controlnets or any(region.loras for region in layout.regions):
+def keep_timing(settings: Settings, layout: Layout, seconds: float) -> None:
+    """For --check, without prompts. seconds: of the steps after the first. The image is written,
+    so no failure here ends a run."""
+    if layout.steps < 2 or layout.controlnets or any(region.loras for region in layout.regions):
         return  # The cost of these isn't known.
     with suppress(Exception):
         regions = tuple(replace(region, prompt="x") for region in layout.regions)
         layout = replace(layout, prompt="", background_prompt="", loras=(), regions=regions)
         key = f"{conditions(settings)} {layout.width} x {layout.height}"
         found = {name: timing for name, timing in read_timings().items() if name != key}
-        found[key] = Timing(layout, ends[-1] - ends[0], torch.cuda.max_memory_allocated())
+        found[key] = Timing(layout, seconds, torch.cuda.max_memory_allocated())
         data = msgspec.json.encode(dict([*found.items()][-50:]))
         timings_file().parent.mkdir(parents=True, exist_ok=True)
         write(timings_file(), partial(Path.write_bytes, data=data))
