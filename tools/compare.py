@@ -91,8 +91,8 @@ def check_kept(path: Path, metadata: Metadata, output: Any) -> bool:
     tools.flags.Output."""
     found = metadata_in(path)
     if found is None:
-        problem = "exists already, and nothing in it says how it was made"
-        raise InputError(path, MISSING, f"{problem}; --overwrite replaces it")
+        problem = "and nothing in it says how it was made; --overwrite replaces it"
+        raise InputError(path, MISSING, f"exists already, {problem}")
     changed = differences(found, metadata)
     if not changed and is_whole(path):
         return not output.same_code or found.get("source") == metadata.get("source")
@@ -100,13 +100,11 @@ def check_kept(path: Path, metadata: Metadata, output: Any) -> bool:
     is_own = not changed or (layout is not None and found.get("layout_file") == layout)
     if output.update and is_own:
         return False
-    problem = f"exists already, made with other settings ({'; '.join(changed[:MOST])})"
     if len(changed) > MOST:
-        problem = f"{problem[:-1]}; and {len(changed) - MOST} more)"
-    if not changed:
-        problem = "exists already, and is damaged"
+        changed[MOST:] = [f"and {len(changed) - MOST} more"]
+    problem = f"made with other settings ({'; '.join(changed)})" if changed else "and is damaged"
     advice = "--update draws it again" if is_own else "--overwrite replaces it"
-    raise InputError(path, MISSING, f"{problem}; {advice}")
+    raise InputError(path, MISSING, f"exists already, {problem}; {advice}")
 
 
 def is_whole(path: Path) -> bool:

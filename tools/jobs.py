@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import msgspec
 import torch
@@ -85,8 +85,12 @@ class Tally:
         self.spoke = time.perf_counter()
         self.bar = None
         self.log = None
-        if output.log and is_first(command.settings):
-            self.log = opened_log(output.log, inputs_of(command, ()))
+        if (log := output.log) and is_first(command.settings):
+            check_suffix("--log", log, (".jsonl",))
+            check_output("--log", log, inputs_of(command, ()))
+            check_writable(log, overwrite=True)
+            log.parent.mkdir(parents=True, exist_ok=True)
+            self.log = open(log, "ab", buffering=0)  # Several processes may append records.
 
     @contextmanager
     def running(self, total: int, start: float) -> Iterator[None]:
@@ -101,6 +105,8 @@ class Tally:
         finally:
             if self.bar is not None:
                 self.bar.close()
+            if self.log:
+                self.log.close()
             if not isinstance(sys.exception(), Exception):  # it is said by itself
                 found = [f"{count} {outcome}" for outcome, count in self.counts.items()]
                 info(f"{', '.join(found)}, {time.perf_counter() - start:.1f} s")
@@ -132,7 +138,6 @@ class Tally:
         if error is None:
             with tqdm.external_write_mode(nolock=True):
                 print(shown(file), flush=True)
-        warnings = [*warnings, *heard()]
         if self.log:
             from tools.compare import settings_hash
 
@@ -143,7 +148,7 @@ class Tally:
                 "seed": job.seed,
                 "settings": metadata and settings_hash(metadata),
                 "seconds": round(seconds, 3),
-                "warnings": warnings,
+                "warnings": [*warnings, *heard()],
                 "error": error and str(error),
             }
             with suppress(OSError):  # A log that can't be written does not end a run.
@@ -182,17 +187,6 @@ class Tally:
             self.spoke = self.last_step
             place = f"{self.place()}: " if self.total > 1 else ""
             info(f"{place}step {step} of {steps}")
-
-
-def opened_log(log: Path, inputs: dict[str, str]) -> BinaryIO:
-    """--log; each record is a line of JSON, written at once: several processes may append."""
-    check_suffix("--log", log, (".jsonl",))
-    check_output("--log", log, inputs)
-    check_writable(log, overwrite=True)
-    if log.exists() and not log.is_file():
-        raise InputError("--log", log, "not a regular file")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    return open(log, "ab", buffering=0)
 
 
 def heard() -> list[str]:
@@ -328,7 +322,6 @@ def plan_jobs(command: Command, tally: Tally, size: int, pipeline: Any = None) -
     output = command.output
     files = layout_files(output)
     worker = worker_of(command)
-    is_one = len(files) == 1
     sweep = [{}]
     if output.sweep:
         from tools.sheets import swept_settings
@@ -338,19 +331,20 @@ def plan_jobs(command: Command, tally: Tally, size: int, pipeline: Any = None) -
     jobs = []
     for file in files:
         unread = [Job(file, None, None, (), {}, None)] * count
-        with tally.caught(unread) if pipeline or is_one else suppress(InputError):
+        with tally.caught(unread) if pipeline or tally.is_alone else suppress(InputError):
             layouts = {}
             for swept in sweep:
                 labels = tuple(f"{key}={value}" for key, value in swept.items())
                 layouts[labels] = read(command, file, swept, size)
-            jobs += jobs_of(file, layouts, output, worker, is_one, pipeline)
+            jobs += jobs_of(file, layouts, output, worker, len(files) == 1, pipeline)
     inputs = inputs_of(command, {id(job.layout): job.layout for job in jobs}.values())
     check_names(jobs, inputs)
     for sheet in {job.sheet for job in jobs} - {None}:
         check_writable(sheet, output.overwrite or is_sheet(sheet))
     jobs = jobs[worker.index :: worker.count]
-    for file in (file for job in jobs for file in job.files.values() if is_one):
-        check_writable(file, output.overwrite or metadata_in(file) is not None)
+    for job in jobs if tally.is_alone else ():
+        for file in job.files.values():
+            check_writable(file, output.overwrite or metadata_in(file) is not None)
     return jobs
 
 
@@ -363,9 +357,6 @@ def jobs_of(
     if None in seeds and worker.is_shared:
         source = file or "the command line"
         raise InputError("seed", MISSING, "is missing; workers can't choose one each", source)
-    for seed in seeds:
-        if seed is not None and not 0 <= seed < 2**63:
-            raise InputError("--seed", seed, "expected a number from 0 to 2^63 - 1")
     images = [(sweep, seed) for sweep in layouts for seed in seeds]
     has_seeds = len(seeds) > 1
     name = file.stem if file else "picture"
@@ -374,13 +365,13 @@ def jobs_of(
 
     def is_free(template: str) -> bool:
         """Is each image missing, or there with these settings?"""
+        from tools.compare import matches
+
         for sweep, seed in images:
             path = path_of(sweep, seed, template)
             if path.exists():
                 if pipeline is None or seed is None:
                     return False
-                from tools.compare import matches
-
                 if not matches(path, metadata_of(file, layouts[sweep], seed, pipeline, output)):
                     return False
         sheet = sheet_of(None, template)
@@ -428,8 +419,7 @@ def metadata_of(
     name = file and file.name
     if output.config_from_metadata:  # its own layout's
         name = read_metadata(file).get("layout_file")
-    layout = layout.filled(pipeline.defaults)
-    return image_metadata(layout, seed, run_metadata(pipeline), name)
+    return image_metadata(layout, seed, pipeline, name)
 
 
 def fill(name: str, sweep: Labels, seed: int | None, template: str, has_seeds: bool) -> Path:
@@ -446,7 +436,8 @@ def inputs_of(command: Command, layouts: Iterable[Layout]) -> dict[str, str]:
     files = {file: "a layout" for file in layout_files(command.output) if file}
     for key in MODEL_KEYS:
         place = Path(getattr(command.settings, key) or "pocket")
-        files |= {file: f"a file of {flag(key)}" for file in (place, *place.glob("*"), *place.glob("*/*"))}
+        found = (place, *place.glob("*"), *place.glob("*/*"))
+        files |= dict.fromkeys(found, f"a file of {flag(key)}")
     for layout in layouts:
         files |= {name: key for key, name in names_in(msgspec.to_builtins(layout))}
     return {os.path.realpath(file): what for file, what in files.items()}
@@ -506,21 +497,23 @@ def generate_all(
     output = command.output
     worker = worker_of(command)
     announce(jobs, worker, pipeline)
+    heard()  # These are of all images.
     if output.config_from_metadata:
         check_weights(output.config_from_metadata, run_metadata(pipeline))
-    heard()  # These are of the whole run.
     by_layout = [list(group) for _, group in itertools.groupby(jobs, lambda job: id(job.layout))]
     with tally.running(len(jobs), start):
         for first in range(0, len(by_layout), CHUNK):
             ready = []
             for group in by_layout[first : first + CHUNK]:
                 stop.check()
-                if missing := unfinished(group, pipeline, output, tally):
-                    source = group[0].source
-                    with tally.caught([job for job, _ in missing]), naming(source, command.overrides):
-                        prepared = pipeline.prepare(group[0].layout)
-                        warnings = [*heard(), *(doubts_of([prepared.layout], pipeline) if tally.log else ())]
-                        ready += [(*entry, prepared, warnings) for entry in missing]
+                missing = unfinished(group, pipeline, output, tally)
+                waiting = [job for job, _ in missing]
+                with tally.caught(waiting), naming(group[0].source, command.overrides):
+                    prepared = pipeline.prepare(group[0].layout) if missing else None
+                    warnings = heard()
+                    if prepared and tally.log:
+                        warnings += doubts_of([prepared.layout], pipeline)
+                    ready += [(*entry, prepared, warnings) for entry in missing]
             pipeline.drop("t5", "clip")
             if len(jobs) == 1:  # VAE and transformer may not fit together.
                 pipeline.drop("ae")

@@ -114,7 +114,8 @@ def check_writable(path: Path, overwrite: bool) -> None:
     if not folder.is_dir():
         raise InputError(path, MISSING, f"{folder} is no folder to write it to")
     name = os.fsencode(path.name)
-    if len(name) > 200 or path.is_dir() or not os.access(folder, os.W_OK):
+    is_other = path.exists() and not path.is_file()  # a folder, a device
+    if len(name) > 200 or is_other or not os.access(folder, os.W_OK):
         raise InputError(path, MISSING, "no file of this name can be written there")
     if path.exists() and not overwrite:
         raise InputError(path, MISSING, "exists already; --overwrite replaces it")
@@ -178,10 +179,11 @@ def run_metadata(pipeline: Any) -> Metadata:
     return found | {"given": given, "inputs": inputs}
 
 
-def image_metadata(layout: Layout, seed: int | None, run: Metadata, file: str | None) -> Metadata:
-    """All that determines an image, as JSON; layout: filled in; run: `run_metadata`; file: the
-    layout's name. inputs: checksums of what it names."""
-    keys = msgspec.to_builtins(layout)
+def image_metadata(layout: Layout, seed: int, pipeline: Any, file: str | None) -> Metadata:
+    """All that determines an image, as JSON. file: the layout's name. inputs: checksums of what
+    it names."""
+    keys = msgspec.to_builtins(layout.filled(pipeline.defaults))
+    run = run_metadata(pipeline)
     inputs = dict(run["inputs"])
     for key, name in names_in(keys):
         if key.rpartition(".")[2] in PICTURES or os.path.exists(name):
@@ -362,7 +364,8 @@ def keep_timing(settings: Settings, layout: Layout, seconds: float) -> None:
         regions = tuple(replace(region, prompt="x") for region in layout.regions)
         layout = replace(layout, prompt="", background_prompt="", loras=(), regions=regions)
         key = f"{conditions(settings)} {layout.width} x {layout.height}"
-        found = {name: timing for name, timing in read_timings().items() if name != key}
+        found = read_timings()
+        found.pop(key, None)  # The latest is the last.
         found[key] = Timing(layout, seconds, torch.cuda.max_memory_allocated())
         data = msgspec.json.encode(dict([*found.items()][-50:]))
         timings_file().parent.mkdir(parents=True, exist_ok=True)

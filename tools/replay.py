@@ -64,23 +64,18 @@ def located(metadata: Metadata, folder: Path) -> Metadata:
     return with_names(metadata, change)
 
 
-def recorded(metadata: Metadata) -> dict[str, Any]:
-    """The settings in an image's metadata, unchecked; the reverse of `run_metadata`."""
-    given = metadata.get("given")
-    files = given if isinstance(given, dict) else {"model": metadata["model"]}
+def repeated(metadata: Metadata, given: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The settings that an image records, except those given; the reverse of `run_metadata`."""
+    files = metadata.get("given")
+    files = files if isinstance(files, dict) else {"model": metadata["model"]}
     dtype = str(metadata.get("dtype", "auto"))
-    return {
+    settings = {
         **{key: str(value) for key, value in files.items() if key in MODEL_KEYS},
         "dtype": dtype.removeprefix("torch."),
         "attention": metadata.get("attention", "auto"),
         "quantize": "fp8" if metadata.get("fp8") is True else "none",
         "compile": metadata.get("compile") is True,
     }
-
-
-def repeated(metadata: Metadata, given: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The settings that an image records, except those given."""
-    settings = recorded(metadata)
     try:
         msgspec.convert(settings, Settings)
     except msgspec.ValidationError as error:
