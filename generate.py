@@ -9,7 +9,6 @@ the same command resumes a run.
 import contextlib
 import os
 import sys
-import time
 
 import msgspec
 
@@ -32,14 +31,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_with_messages(argv: list[str] | None) -> int:
-    start = time.perf_counter()
     settings = Settings()
     stop = batch.Stop()
     try:
         with stop.handled():
             command = parse(argv, replayed)
             settings = command.settings
-            return run(command, stop, start)
+            return run(command, stop)
     except (InputError, OSError) as error:
         if batch.is_first(settings):
             print_error(error)
@@ -54,7 +52,7 @@ def run_with_messages(argv: list[str] | None) -> int:
         return 130
 
 
-def run(command: Command, stop: batch.Stop, start: float) -> int:
+def run(command: Command, stop: batch.Stop) -> int:
     settings = command.settings
     output = command.output
     dry_run = command.dry_run
@@ -79,7 +77,7 @@ def run(command: Command, stop: batch.Stop, start: float) -> int:
             decode(pipeline, output)
             return 0
         jobs = batch.plan_jobs(command, tally, pipeline.defaults.size, pipeline)
-        batch.generate_all(pipeline, jobs, command, tally, stop, start)
+        batch.generate_all(pipeline, jobs, command, tally, stop)
     return 1 if tally.counts["failed"] else 0
 
 

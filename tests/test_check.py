@@ -142,6 +142,14 @@ def test_a_run_says_it_once_before_the_first_step_and_check_for_each_layout(run)
     assert run("--prompt", "a cat", "--check", model="org/name").code == 0  # nothing of it is here
 
 
+def test_previews_of_one_name_do_not_replace_each_other(run):
+    for name in "x", "y":
+        Path(name).mkdir()
+        Path(name, "a.yaml").write_text("{prompt: a red cube, width: 64, height: 64}")
+    ran = run("--layout", "x", "y", "--preview", "p.png", "--overwrite")
+    assert ran.code == 2 and "p_a.png: several layouts would have this name" in ran.errors[-1]
+
+
 def test_a_damaged_list_of_what_a_model_knows_is_a_mistake(run, model):
     Path(model, "config.json").write_text('{"known": {"words": ["cat"]}}')
     try:

@@ -26,9 +26,10 @@ def run_dry(command: Command) -> int:
     """A dry run; returns the exit code."""
     settings, overrides, output, dry_run, _ = command
     checkpoint = None  # A repository's headers may not be at hand.
+    defaults = FLUX_DEV
     if not is_repository(settings.model):
         checkpoint = weights.find(*(getattr(settings, key) for key in MODEL_KEYS))
-    defaults = Defaults(**components.model_defaults(checkpoint.flux)) if checkpoint else FLUX_DEV
+        defaults = Defaults(**components.model_defaults(checkpoint.flux))
     if dry_run.plan is None:
         return check_layouts(command, checkpoint, defaults)
     file = Path(output.output or "plan.yaml")

@@ -49,10 +49,12 @@ Labels = tuple[str, ...]  # of swept settings, each key=value
 
 
 class Job(NamedTuple):
-    """One image. source: its layout. files: to be written, by content; all hold the metadata.
+    """One image. source: its layout's file; origin: that file's name, or what an image that is
+    made again recorded. files: to be written, by content; all hold the metadata.
     sheet: its sweep's contact sheet."""
 
     source: Path | None
+    origin: str | None
     layout: Layout
     seed: int
     sweep: Labels
@@ -79,10 +81,10 @@ class Tally:
         self.is_alone = len(layout_files(output)) == 1 or bool(command.settings.parallel)
         self.total = 0
         self.seconds = 0.0  # in which images were drawn
-        self.start = 0.0  # of the program, by time.perf_counter()
+        self.start = time.perf_counter()
         self.first_step = None  # when the first step of an image ended, and the latest
         self.last_step = 0.0
-        self.spoke = time.perf_counter()
+        self.spoke = self.start
         self.bar = None
         self.log = None
         if (log := output.log) and is_first(command.settings):
@@ -93,13 +95,18 @@ class Tally:
             self.log = open(log, "ab", buffering=0)  # Several processes may append records.
 
     @contextmanager
-    def running(self, total: int, start: float) -> Iterator[None]:
+    def running(self, total: int) -> Iterator[None]:
         """total: images, without those that could not be planned."""
-        self.start = start
         self.total = total + self.counts["failed"]
         if self.total > 1:
-            look = {"bar_format": "{desc} |{bar}|", "initial": self.counts["failed"]}
-            self.bar = tqdm(desc=self.place(), total=self.total, disable=None, leave=False, **look)
+            self.bar = tqdm(
+                desc=self.place(),
+                total=self.total,
+                initial=self.done(),
+                bar_format="{desc} |{bar}|",
+                disable=None,
+                leave=False,
+            )
         try:
             yield
         finally:
@@ -109,7 +116,7 @@ class Tally:
                 self.log.close()
             if not isinstance(sys.exception(), Exception):  # it is said by itself
                 found = [f"{count} {outcome}" for outcome, count in self.counts.items()]
-                info(f"{', '.join(found)}, {time.perf_counter() - start:.1f} s")
+                info(f"{', '.join(found)}, {time.perf_counter() - self.start:.1f} s")
                 if self.of_other_code:
                     made = f"{self.of_other_code} images were made by another version of the code"
                     info(f"{made}; --update --same-code draws them again")
@@ -276,8 +283,9 @@ def layout_files(output: Output) -> list[Path | None]:
     """Those of --layout, or an image that embeds one; None if flags are the layout."""
     files = []
     for path in output.layout:
-        is_folder = os.path.isdir(path)
-        found = sorted([*path.glob("[!.]*.yaml"), *path.glob("[!.]*.yml")]) if is_folder else [path]
+        found = [path]
+        if os.path.isdir(path):
+            found = sorted([*path.glob("[!.]*.yaml"), *path.glob("[!.]*.yml")])
         if not found:
             raise InputError("--layout", path, "there is no layout (.yaml, .yml) in this folder")
         files += found
@@ -330,8 +338,9 @@ def plan_jobs(command: Command, tally: Tally, size: int, pipeline: Any = None) -
     count = len(sweep) * (len({*output.seed}) or 1)
     jobs = []
     for file in files:
-        unread = [Job(file, None, None, (), {}, None)] * count
-        with tally.caught(unread) if pipeline or tally.is_alone else suppress(InputError):
+        unread = [Job(file, None, None, None, (), {}, None)] * count
+        is_last = pipeline or tally.is_alone
+        with tally.caught(unread) if is_last else suppress(InputError):
             layouts = {}
             for swept in sweep:
                 labels = tuple(f"{key}={value}" for key, value in swept.items())
@@ -360,7 +369,11 @@ def jobs_of(
     images = [(sweep, seed) for sweep in layouts for seed in seeds]
     has_seeds = len(seeds) > 1
     name = file.stem if file else "picture"
-    path_of = partial(fill, name, has_seeds=has_seeds or bool(output.seed and not output.output))
+    origin = file and file.name
+    if output.config_from_metadata:
+        origin = read_metadata(file).get("layout_file")
+    shows_seed = has_seeds or bool(output.seed and not output.output)
+    path_of = partial(fill, name, has_seeds=shows_seed)
     sheet_of = partial(fill, name, ("sheet",), has_seeds=False)
 
     def is_free(template: str) -> bool:
@@ -369,11 +382,13 @@ def jobs_of(
 
         for sweep, seed in images:
             path = path_of(sweep, seed, template)
-            if path.exists():
-                if pipeline is None or seed is None:
-                    return False
-                if not matches(path, metadata_of(file, layouts[sweep], seed, pipeline, output)):
-                    return False
+            if not path.exists():
+                continue
+            if pipeline is None or seed is None:
+                return False
+            metadata = image_metadata(layouts[sweep], seed, pipeline, origin)
+            if not matches(path, metadata):
+                return False
         sheet = sheet_of(None, template)
         return not output.sweep or not sheet.exists() or is_sheet(sheet)
 
@@ -401,7 +416,7 @@ def jobs_of(
         if output.attention_maps:
             files["maps"] = output.attention_maps / f"{image.stem}.safetensors"
         sheet = sheet_of(seed, template) if output.sweep else None
-        jobs.append(Job(file, layouts[sweep], seed, sweep, files, sheet))
+        jobs.append(Job(file, origin, layouts[sweep], seed, sweep, files, sheet))
     return jobs
 
 
@@ -410,16 +425,6 @@ def templates() -> Iterator[str]:
     yield "{name}.png"
     for i in itertools.count(1):
         yield f"{{name}}_{i}.png"
-
-
-def metadata_of(
-    file: Path | None, layout: Layout, seed: int, pipeline: Any, output: Output
-) -> Metadata:  # fmt: skip
-    """What an image is to record."""
-    name = file and file.name
-    if output.config_from_metadata:  # its own layout's
-        name = read_metadata(file).get("layout_file")
-    return image_metadata(layout, seed, pipeline, name)
 
 
 def fill(name: str, sweep: Labels, seed: int | None, template: str, has_seeds: bool) -> Path:
@@ -489,7 +494,7 @@ def doubts_of(layouts: list[Layout], pipeline: Any) -> Iterator[str]:
 
 
 def generate_all(
-    pipeline: Any, jobs: list[Job], command: Command, tally: Tally, stop: Stop, start: float
+    pipeline: Any, jobs: list[Job], command: Command, tally: Tally, stop: Stop
 ) -> None:  # fmt: skip
     """Prepare up to CHUNK layouts at a time, then write their images."""
     if pipeline.parallel:
@@ -500,8 +505,9 @@ def generate_all(
     heard()  # These are of all images.
     if output.config_from_metadata:
         check_weights(output.config_from_metadata, run_metadata(pipeline))
-    by_layout = [list(group) for _, group in itertools.groupby(jobs, lambda job: id(job.layout))]
-    with tally.running(len(jobs), start):
+    groups = itertools.groupby(jobs, lambda job: id(job.layout))
+    by_layout = [list(group) for _, group in groups]
+    with tally.running(len(jobs)):
         for first in range(0, len(by_layout), CHUNK):
             ready = []
             for group in by_layout[first : first + CHUNK]:
@@ -515,13 +521,13 @@ def generate_all(
                         warnings += doubts_of([prepared.layout], pipeline)
                     ready += [(*entry, prepared, warnings) for entry in missing]
             pipeline.drop("t5", "clip")
-            if len(jobs) == 1:  # VAE and transformer may not fit together.
+            if tally.total == 1:  # VAE and transformer may not fit together.
                 pipeline.drop("ae")
             for job, metadata, prepared, warnings in ready:
                 stop.check()
                 with tally.caught([job], metadata):
                     began = time.perf_counter()
-                    make(job, prepared, metadata, pipeline, command, tally, stop, len(jobs) == 1)
+                    make(job, prepared, metadata, pipeline, command, tally, stop)
                     seconds = time.perf_counter() - began
                     tally.add("generated", job, metadata, seconds, warnings)
                     steps = tally.last_step - tally.first_step
@@ -547,7 +553,7 @@ def unfinished(
             info(f"{shown(image)}: no step of it is regional, so it has no attention maps")
             del job.files["maps"]
         with tally.caught([job]):
-            metadata = metadata or metadata_of(job.source, layout, job.seed, pipeline, output)
+            metadata = metadata or image_metadata(layout, job.seed, pipeline, job.origin)
             metadata = metadata | {"seed": job.seed}
             if not is_finished(job, output, metadata):
                 missing.append((job, metadata))
@@ -586,7 +592,7 @@ def check_weights(file: Path, run: Metadata) -> None:
 
 def make(
     job: Job, prepared: Any, metadata: Metadata, pipeline: Any, command: Command, tally: Tally,
-    stop: Stop, is_alone: bool,
+    stop: Stop,
 ) -> None:  # fmt: skip
     """Denoise and decode an image, and write its job's files, it last: where it is, the others
     are, too."""
@@ -604,7 +610,7 @@ def make(
 
     with stop.drawing():
         latents = pipeline.denoise(prepared, job.seed, [maps.extend] if maps else [], on_step)
-    if is_alone:
+    if tally.total == 1:
         pipeline.drop("flux")
     if not is_first(command.settings):
         return

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 import torch
@@ -39,6 +39,7 @@ from errors import (
     read_text,
     warn,
 )
+from formats.safetensors import read_header
 from regional.layout import Layout, Seed
 from settings import MODEL_KEYS, Settings
 
@@ -114,7 +115,7 @@ def check_writable(path: Path, overwrite: bool) -> None:
     if not folder.is_dir():
         raise InputError(path, MISSING, f"{folder} is no folder to write it to")
     name = os.fsencode(path.name)
-    is_other = path.exists() and not path.is_file()  # a folder, a device
+    is_other = os.path.exists(path) and not os.path.isfile(path)
     if len(name) > 200 or is_other or not os.access(folder, os.W_OK):
         raise InputError(path, MISSING, "no file of this name can be written there")
     if path.exists() and not overwrite:
@@ -306,12 +307,6 @@ class Recorded(msgspec.Struct):
     model: str
 
 
-class Header(msgspec.Struct):
-    """What is read of a safetensors header."""
-
-    metadata: dict[str, str] = msgspec.field(name="__metadata__", default_factory=dict)
-
-
 def read_metadata(path: Path) -> Metadata:
     """The metadata of an image, of latents, or of a .json. InputError if there are none."""
     text = metadata_text(path)
@@ -327,19 +322,13 @@ def metadata_text(path: Path) -> str | None:
     if path.suffix.lower() == ".json":
         return read_text(path, CONFIG)
     if path.suffix.lower() == ".safetensors":
-        with opened(path, CHECKPOINT) as file:
-            return header_of(path, file).metadata.get("layout")
+        return read_header(path).metadata.get("layout")
     with opened_image(path, ANY_SIZE) as image:
         text = image.info.get("layout") or image.getexif().get(EXIF_DESCRIPTION)
     side_car = path.with_suffix(".json")
     if text is None and side_car.exists():
         return read_text(side_car, CONFIG)
     return text if isinstance(text, str) else None
-
-
-def header_of(path: Path, file: BinaryIO) -> Header:
-    length = int.from_bytes(file.read(8), "little")
-    return parse_json(file.read(min(length, CONFIG)), Header, path)
 
 
 def metadata_in(path: Path) -> Metadata | None:
@@ -375,7 +364,8 @@ def keep_timing(settings: Settings, layout: Layout, seconds: float) -> None:
 def conditions(settings: Settings) -> str:
     """What a step's time depends on besides the layout."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    settings = replace(settings, model=settings.model or "pocket", prompt_cache=None, verbose=False)
+    model = settings.model or "pocket"
+    settings = replace(settings, model=model, prompt_cache=None, verbose=False)
     return f"{HOST} {gpu} {torch.get_num_threads()} {settings}"
 
 
@@ -387,5 +377,6 @@ def timings_file() -> Path:
 def read_timings() -> dict[str, Timing]:
     """By their conditions and sizes."""
     with suppress(InputError, RuntimeError):  # RuntimeError: the user has no home
-        return parse_json(read_bytes(timings_file(), CONFIG), dict[str, Timing], timings_file())
+        file = timings_file()
+        return parse_json(read_bytes(file, CONFIG), dict[str, Timing], file)
     return {}
