@@ -25,8 +25,9 @@ from tools.replay import decode, replayed
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0; 2 for bad input; 1 if the machine refuses or some of many
     layouts fail; 130 for Ctrl-C or SIGTERM."""
-    streams = batch.Tolerant(sys.stdout), batch.Tolerant(sys.stderr)
-    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+    out = batch.Tolerant(sys.stdout)
+    errors = batch.Tolerant(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         return run_with_messages(argv)
 
 
@@ -45,7 +46,8 @@ def run_with_messages(argv: list[str] | None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not batch.is_full(error):
             raise
-        info(f"generate.py: out of memory: {batch.advice(error, settings)}")
+        advice = batch.advice(error, settings)
+        info(f"generate.py: out of memory: {advice}")
         return 1
     except KeyboardInterrupt:
         info("generate.py: interrupted")
@@ -59,7 +61,9 @@ def run(command: Command, stop: batch.Stop) -> int:
     if dry_run.check or dry_run.preview or dry_run.plan is not None:
         from tools.check import run_dry
 
-        return run_dry(command) if batch.is_first(settings) else 0
+        if not batch.is_first(settings):
+            return 0
+        return run_dry(command)
     tally = batch.Tally(command)
     if is_repository(settings.model) and not output.decode:
         # Find mistakes before downloading a repository's gigabytes.

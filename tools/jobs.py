@@ -330,7 +330,7 @@ def plan_jobs(command: Command, tally: Tally, size: int, pipeline: Any = None) -
     output = command.output
     files = layout_files(output)
     worker = worker_of(command)
-    sweep = [{}]
+    sweep = {(): {}}
     if output.sweep:
         from tools.sheets import swept_settings
 
@@ -342,8 +342,7 @@ def plan_jobs(command: Command, tally: Tally, size: int, pipeline: Any = None) -
         is_last = pipeline or tally.is_alone
         with tally.caught(unread) if is_last else suppress(InputError):
             layouts = {}
-            for swept in sweep:
-                labels = tuple(f"{key}={value}" for key, value in swept.items())
+            for labels, swept in sweep.items():
                 layouts[labels] = read(command, file, swept, size)
             jobs += jobs_of(file, layouts, output, worker, len(files) == 1, pipeline)
     inputs = inputs_of(command, {id(job.layout): job.layout for job in jobs}.values())
