@@ -9,8 +9,6 @@ the same command resumes a run.
 import contextlib
 import os
 import sys
-import time
-from functools import partial
 
 import msgspec
 
@@ -27,20 +25,20 @@ from tools.replay import decode, replayed
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0; 2 for bad input; 1 if the machine refuses or some of many
     layouts fail; 130 for Ctrl-C or SIGTERM."""
-    streams = batch.Tolerant(sys.stdout), batch.Tolerant(sys.stderr)
-    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+    out = batch.Tolerant(sys.stdout)
+    errors = batch.Tolerant(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         return run_with_messages(argv)
 
 
 def run_with_messages(argv: list[str] | None) -> int:
-    start = time.perf_counter()
     settings = Settings()
     stop = batch.Stop()
     try:
         with stop.handled():
             command = parse(argv, replayed)
             settings = command.settings
-            return run(command, stop, start)
+            return run(command, stop)
     except (InputError, OSError) as error:
         if batch.is_first(settings):
             print_error(error)
@@ -48,30 +46,30 @@ def run_with_messages(argv: list[str] | None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not batch.is_full(error):
             raise
-        info(f"generate.py: out of memory: {batch.advice(error, settings)}")
+        advice = batch.advice(error, settings)
+        info(f"generate.py: out of memory: {advice}")
         return 1
     except KeyboardInterrupt:
         info("generate.py: interrupted")
         return 130
 
 
-def run(command: Command, stop: batch.Stop, start: float) -> int:
+def run(command: Command, stop: batch.Stop) -> int:
     settings = command.settings
     output = command.output
     dry_run = command.dry_run
     if dry_run.check or dry_run.preview or dry_run.plan is not None:
         from tools.check import run_dry
 
-        read = partial(batch.read, command)
-        return run_dry(command, read) if batch.is_first(settings) else 0
+        if not batch.is_first(settings):
+            return 0
+        return run_dry(command)
     tally = batch.Tally(command)
-    jobs = None
     if is_repository(settings.model) and not output.decode:
         # Find mistakes before downloading a repository's gigabytes.
-        jobs = batch.plan_jobs(command, tally, FLUX_DEV.size)
+        batch.plan_jobs(command, tally, FLUX_DEV.size)
     device = batch.device_of(settings.device)
     pipeline = Pipeline(msgspec.structs.replace(settings, device=device))
-    size = pipeline.defaults.size
     with contextlib.ExitStack() as stack:
         if pipeline.parallel:
             stack.callback(pipeline.parallel.close)
@@ -82,9 +80,8 @@ def run(command: Command, stop: batch.Stop, start: float) -> int:
         if output.decode:
             decode(pipeline, output)
             return 0
-        if jobs is None or tally.is_alone or size != FLUX_DEV.size:
-            jobs = batch.plan_jobs(command, tally, size, pipeline)
-        batch.generate_all(pipeline, jobs, command, tally, stop, start)
+        jobs = batch.plan_jobs(command, tally, pipeline.defaults.size, pipeline)
+        batch.generate_all(pipeline, jobs, command, tally, stop)
     return 1 if tally.counts["failed"] else 0
 
 

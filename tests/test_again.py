@@ -16,6 +16,7 @@ from test_batch import BOAT, MASKED, counts, kept, settings_of, write, write_mas
 
 from model.transformer import Flux
 from tools import compare, jobs, metadata
+from tools.flags import parse
 
 OUT = ["--output", "out/{name}_{seed}.png"]
 BATCH = ["--layout", "layouts", "--seed", 1, 2, *OUT]
@@ -208,7 +209,7 @@ def test_progress_in_a_log_and_on_a_terminal(run, monkeypatch):
 def test_a_log_gets_a_record_of_each_image(run):
     write_batch()
     Path("layouts/bad.yaml").write_text("prompt: [")
-    write("layouts/c.yaml", prompt="long " * 30, steps=1)
+    write("layouts/c.yaml", prompt="long " * 30 + "<lora:x>", steps=1)
     flags = [*BATCH, "--log", "logs/run.jsonl"]
     assert run("--layout", "layouts/a.yaml", "--seed", 1, *OUT).code == 0
     ran = run(*flags)
@@ -218,11 +219,13 @@ def test_a_log_gets_a_record_of_each_image(run):
     outcomes = [record["outcome"] for record in records]
     assert outcomes == ["failed"] * 2 + ["kept"] + ["generated"] * 5
     assert "bad.yaml" in records[0]["error"] and records[0]["seconds"] == 0
+    assert records[0]["layout"] == "layouts/bad.yaml"
     last = records[-1]
     assert last["layout"] == "layouts/c.yaml" and last["seed"] == 2 and last["seconds"] > 0
     assert last["settings"] == compare.settings_hash(settings_of(last["file"]))
     assert len({record["settings"] for record in records[2:]}) == 6
     assert ["long" in "".join(record["warnings"]) for record in records[2:]] == [False] * 4 + [True] * 2
+    assert ["<lora:x>" in "".join(record["warnings"]) for record in records[2:]] == [False] * 4 + [True] * 2
     assert run(*flags).code == 1
     again = [json.loads(line) for line in Path("logs/run.jsonl").read_text().splitlines()]
     assert again[: len(records)] == records and [x["outcome"] for x in again[8:]] == ["failed"] * 2 + ["kept"] * 6
@@ -233,6 +236,32 @@ def test_a_log_gets_a_record_of_each_image(run):
     shutil.copy("layouts/a.yaml", "a.jsonl")
     ran = run("--layout", "a.jsonl", "--log", "a.jsonl")
     assert ran.code == 2 and "this run reads that file" in ran.errors[0]
+
+
+def test_an_error_among_several_layouts_names_its_layout_and_is_counted_once(run, monkeypatch):
+    """Also where a repository's layouts are read twice, before and after its download."""
+    write("a.yaml", steps=1), write("b.yaml", loras=[{"file": "gone.safetensors"}])
+    Path("c.yaml").write_text("prompt: [")
+    monkeypatch.setattr("generate.is_repository", lambda name: True)
+    ran = run("--layout", "a.yaml", "b.yaml", "c.yaml")
+    errors = [error for error in ran.errors if error.startswith("generate.py: ")]
+    assert counts(ran) == (1, 0, 2) and len(errors) == 2
+    assert errors[1].startswith("generate.py: b.yaml: loras[0].file = gone.safetensors")
+    assert any(error.startswith("image 3 of 3: a.png") for error in ran.errors)
+
+
+def test_the_steps_of_each_image_are_timed_on_a_gpu_that_is_behind(monkeypatch):
+    """Its first and last step end when the GPU says so."""
+    now = [0.0]
+    monkeypatch.setattr(jobs.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: now.__setitem__(0, now[0] + 10))
+    tally = jobs.Tally(parse(["--prompt", "a"]))
+    for _ in range(2):
+        for step in range(1, 5):
+            now[0] += 1
+            tally.on_step(step, 4)
+        assert tally.last_step - tally.first_step == 3 + 10
 
 
 def paths_in(found: dict) -> list[str]:
@@ -353,3 +382,10 @@ def test_an_old_image_without_metadata_is_not_taken_for_the_one_that_its_new_jso
         patch.setattr(jobs, "save_image", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run("--layout", "a.yaml", *flags, "--update").code == 130
     assert counts(run("--layout", "a.yaml", *flags, "--update")) == (1, 0, 0)
+
+
+def test_an_image_without_metadata_is_not_lost_when_its_successor_cannot_be_written(run, monkeypatch):
+    flags = ["--layout", write("a.yaml", steps=1), "--output", "x.png", "--no-metadata"]
+    assert run(*flags).code == 0
+    monkeypatch.setattr(jobs, "save_image", lambda *_: (_ for _ in ()).throw(OSError("no room")))
+    assert run(*flags, "--overwrite").code == 1 and Path("x.png").exists()

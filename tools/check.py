@@ -1,6 +1,5 @@
 """Before a run: layouts checked, previewed, or planned by a language model."""
 
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,22 @@ from regional.mask import region_tokens
 from settings import MODEL_KEYS, Settings
 from tools.cost import evaluations, resolved, stages
 from tools.flags import Command
-from tools.jobs import POCKET, check_output, inputs_of, layout_files
+from tools.jobs import POCKET, check_output, inputs_of, layout_files, read
 from tools.metadata import check_suffix, check_writable, conditions, read_timings, write
 from tools.plan import plan, write_plan
 from tools.preview import grid_tokens, preview, report
 
 
-def run_dry(command: Command, read: Callable[..., Layout]) -> int:
-    """A dry run; returns the exit code. read: gives a layout by its file, overrides and size."""
+def run_dry(command: Command) -> int:
+    """A dry run; returns the exit code."""
     settings, overrides, output, dry_run, _ = command
     checkpoint = None  # A repository's headers may not be at hand.
+    defaults = FLUX_DEV
     if not is_repository(settings.model):
         checkpoint = weights.find(*(getattr(settings, key) for key in MODEL_KEYS))
-    defaults = Defaults(**components.model_defaults(checkpoint.flux)) if checkpoint else FLUX_DEV
+        defaults = Defaults(**components.model_defaults(checkpoint.flux))
     if dry_run.plan is None:
-        return check_layouts(command, read, checkpoint, defaults)
+        return check_layouts(command, checkpoint, defaults)
     file = Path(output.output or "plan.yaml")
     check_suffix("--output", file, (".yaml", ".yml"))
     check_writable(file, output.overwrite)
@@ -45,9 +45,7 @@ def run_dry(command: Command, read: Callable[..., Layout]) -> int:
     return 0
 
 
-def check_layouts(
-    command: Command, read: Callable[..., Layout], checkpoint: Any, defaults: Defaults
-) -> int:  # fmt: skip
+def check_layouts(command: Command, checkpoint: Any, defaults: Defaults) -> int:
     """--check and --preview, without reading weights."""
     settings, _, output, dry_run, _ = command
     files = layout_files(output)
@@ -57,7 +55,7 @@ def check_layouts(
     layouts = []
     for file in files:
         try:
-            layout = read(file, {}, defaults.size).filled(defaults)
+            layout = read(command, file, {}, defaults.size).filled(defaults)
         except InputError as error:
             print_error(error)
             continue
@@ -70,10 +68,14 @@ def check_layouts(
             for warning in [*warnings, *doubts([layout.resolved(defaults)], flux, t5)]:
                 warn(warning)
     inputs = inputs_of(command, [layout for _, layout in layouts])
+    drawn = set()
     for file, layout in layouts if dry_run.preview else ():
         path = dry_run.preview
-        if len(layouts) > 1:
+        if len(files) > 1:
             path = path.with_stem(f"{path.stem}_{file.stem}")
+        if path in drawn:
+            raise InputError("--preview", path, "several layouts would have this name")
+        drawn.add(path)
         check_suffix("--preview", path)
         check_output("--preview", path, inputs)
         check_writable(path, output.overwrite)

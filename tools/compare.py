@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from errors import CHECKPOINT, MISSING, InputError, converted, describe, opened, opened_image, parse_json
+from formats.safetensors import read_header
 from regional.layout import Layout
 from tools.metadata import (
     ANY_SIZE,
@@ -17,19 +18,18 @@ from tools.metadata import (
     PICTURES,
     SUFFIXES,
     Metadata,
-    header_of,
     metadata_in,
     with_names,
 )
 
 # What says where an image was made, and not what it shows; `files` and `inputs` say more.
 IGNORED = ("torch", "model", "given", "source", "layout_file", "inputs", "pictures", "files")
-MOST = 3  # differences that a message names
+MOST = 3  # differences in a message
 
 
 def settings_in(metadata: Metadata, is_exact: bool = True) -> dict[str, Any]:
     """What determines an image, by flat keys: defaults filled in, models and pictures by their
-    checksums, wherever they are. is_exact: not of an earlier version, which summed pictures alone."""
+    checksums. is_exact: not of an earlier version, which summed pictures alone."""
     sums = {}
     for key in "pictures", "inputs":
         found = metadata.get(key)
@@ -48,9 +48,8 @@ def settings_in(metadata: Metadata, is_exact: bool = True) -> dict[str, Any]:
     files = metadata.get("files")
     for part, name in files.items() if isinstance(files, dict) else ():
         keys[part] = content(part, part if part in sums and is_exact else str(name))
-    rest = {key: value for key, value in metadata.items() if key not in IGNORED}
-    rest = {key: value for key, value in rest.items() if key not in Layout.__struct_fields__}
-    return {**keys, **rest}
+    known = {*IGNORED, *Layout.__struct_fields__}
+    return keys | {key: metadata[key] for key in metadata if key not in known}
 
 
 def flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -91,8 +90,8 @@ def check_kept(path: Path, metadata: Metadata, output: Any) -> bool:
     tools.flags.Output."""
     found = metadata_in(path)
     if found is None:
-        problem = "exists already, and nothing in it says how it was made"
-        raise InputError(path, MISSING, f"{problem}; --overwrite replaces it")
+        problem = "and nothing in it says how it was made; --overwrite replaces it"
+        raise InputError(path, MISSING, f"exists already, {problem}")
     changed = differences(found, metadata)
     if not changed and is_whole(path):
         return not output.same_code or found.get("source") == metadata.get("source")
@@ -100,21 +99,22 @@ def check_kept(path: Path, metadata: Metadata, output: Any) -> bool:
     is_own = not changed or (layout is not None and found.get("layout_file") == layout)
     if output.update and is_own:
         return False
-    problem = f"exists already, made with other settings ({'; '.join(changed[:MOST])})"
     if len(changed) > MOST:
-        problem = f"{problem[:-1]}; and {len(changed) - MOST} more)"
-    if not changed:
-        problem = "exists already, and is damaged"
+        changed[MOST:] = [f"and {len(changed) - MOST} more"]
+    problem = "and is damaged"
+    if changed:
+        problem = f"made with other settings ({'; '.join(changed)})"
     advice = "--update draws it again" if is_own else "--overwrite replaces it"
-    raise InputError(path, MISSING, f"{problem}; {advice}")
+    raise InputError(path, MISSING, f"exists already, {problem}; {advice}")
 
 
 def is_whole(path: Path) -> bool:
     """Can the image be decoded, or have the latents their checksum?"""
     if path.suffix.lower() == ".safetensors":
+        text = read_header(path).metadata["layout"]
+        expected = parse_json(text, dict[str, Any], path).get(CHECKSUM)
         with opened(path, CHECKPOINT) as file:
-            text = header_of(path, file).metadata["layout"]
-            expected = parse_json(text, dict[str, Any], path).get(CHECKSUM)
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
             return expected in (None, hashlib.file_digest(file, "sha256").hexdigest())
     with suppress(InputError):
         if path.suffix.lower() in SUFFIXES:

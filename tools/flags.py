@@ -207,7 +207,7 @@ def seeds(text: str) -> range:
     """Of 7 or 1-90."""
     if found := re.fullmatch(r"([0-9]{1,19})(?:-([0-9]{1,19}))?", text):
         low, high = int(found[1]), int(found[2] or found[1])
-        if low <= high < low + 100_000:
+        if low <= high < min(low + 100_000, 2**63):
             return range(low, high + 1)
     raise argparse.ArgumentTypeError(f"expected seeds, such as 1 2 3 or 1-90, not {text}")
 

@@ -2,13 +2,14 @@
 
 import glob
 import itertools
+import json
 import os
 import random
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -16,15 +17,12 @@ from typing import Any, NamedTuple, TextIO
 
 import msgspec
 import torch
-from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from errors import MISSING, InputError, flag, info, print_error, shown, warn
 from formats.known import doubts
 from model.tokenizers import T5Tokenizer
 from regional.layout import Layout
-from regional.mask import RegionTokens
 from regional.reader import read_layout
 from settings import MODEL_KEYS, Settings
 from tools.flags import Command, Output, naming
@@ -51,10 +49,12 @@ Labels = tuple[str, ...]  # of swept settings, each key=value
 
 
 class Job(NamedTuple):
-    """One image. source: its layout. files: to be written, by content; all hold the metadata.
+    """One image. source: its layout's file; origin: that file's name, or what an image that is
+    made again recorded. files: to be written, by content; all hold the metadata.
     sheet: its sweep's contact sheet."""
 
     source: Path | None
+    origin: str | None
     layout: Layout
     seed: int
     sweep: Labels
@@ -71,46 +71,58 @@ class Worker(NamedTuple):
 
 
 class Tally:
-    """What becomes of a run's images. A failure ends the run if there is one layout; of
-    several, it is reported and the others continue."""
+    """What becomes of a run's images: counted, shown, and appended to --log. A failure ends the
+    run if there is one layout; of several, it is reported and the others continue."""
 
     def __init__(self, command: Command):
         output = command.output
         self.counts = {"generated": 0, "kept": 0, "failed": 0}
         self.of_other_code = 0
         self.is_alone = len(layout_files(output)) == 1 or bool(command.settings.parallel)
-        self.spoke = time.perf_counter()
-        self.progress = None  # of more than one image, or with --log
-        if output.log and is_first(command.settings):
-            check_output("--log", output.log, inputs_of(command, ()))
-            self.show(output.log)
-
-    def show(self, log: Path | None = None) -> None:
-        from tools.progress import Progress
-
-        self.progress = Progress(log)
+        self.total = 0
+        self.seconds = 0.0  # in which images were drawn
+        self.start = time.perf_counter()
+        self.first_step = None  # when the first step of an image ended, and the latest
+        self.last_step = 0.0
+        self.spoke = self.start
+        self.bar = None
+        self.log = None
+        if (log := output.log) and is_first(command.settings):
+            check_suffix("--log", log, (".jsonl",))
+            check_output("--log", log, inputs_of(command, ()))
+            check_writable(log, overwrite=True)
+            log.parent.mkdir(parents=True, exist_ok=True)
+            self.log = open(log, "ab", buffering=0)  # Several processes may append records.
 
     @contextmanager
-    def running(self, total: int, start: float) -> Iterator[None]:
-        """start: of the program, by time.perf_counter()."""
-        if total > 1 and not self.progress:
-            self.show()
-        if self.progress:
-            self.progress.begin(total)
+    def running(self, total: int) -> Iterator[None]:
+        """total: images, without those that could not be planned."""
+        self.total = total + self.counts["failed"]
+        if self.total > 1:
+            self.bar = tqdm(
+                desc=self.place(),
+                total=self.total,
+                initial=self.done(),
+                bar_format="{desc} |{bar}|",
+                disable=None,
+                leave=False,
+            )
         try:
             yield
         finally:
-            if self.progress:
-                self.progress.close()
+            if self.bar is not None:
+                self.bar.close()
+            if self.log:
+                self.log.close()
             if not isinstance(sys.exception(), Exception):  # it is said by itself
                 found = [f"{count} {outcome}" for outcome, count in self.counts.items()]
-                info(f"{', '.join(found)}, {time.perf_counter() - start:.1f} s")
+                info(f"{', '.join(found)}, {time.perf_counter() - self.start:.1f} s")
                 if self.of_other_code:
                     made = f"{self.of_other_code} images were made by another version of the code"
                     info(f"{made}; --update --same-code draws them again")
 
     @contextmanager
-    def caught(self, jobs: Sequence[Job | None], metadata: Metadata | None = None) -> Iterator[None]:
+    def caught(self, jobs: Sequence[Job], metadata: Metadata | None = None) -> Iterator[None]:
         try:
             yield
         except (InputError, OSError, MemoryError, RuntimeError) as error:
@@ -123,26 +135,64 @@ class Tally:
             print_error(error)
 
     def add(
-        self, outcome: str, job: Job | None, metadata: Metadata | None, seconds: float = 0.0,
+        self, outcome: str, job: Job, metadata: Metadata | None, seconds: float = 0.0,
         warnings: Sequence[str] = (), error: BaseException | None = None,
     ) -> None:  # fmt: skip
         self.counts[outcome] += 1
+        self.seconds += seconds
+        self.spoke = time.perf_counter()
+        file = job.files.get("image")
         if error is None:
             with tqdm.external_write_mode(nolock=True):
-                print(shown(job.files["image"]), flush=True)
-        if self.progress:
+                print(shown(file), flush=True)
+        if self.log:
             from tools.compare import settings_hash
 
-            settings = settings_hash(metadata) if metadata else None
-            self.progress.add(outcome, job, settings, seconds, [*warnings, *heard()], error)
-        self.spoke = time.perf_counter()
+            found = {
+                "outcome": outcome,
+                "file": file and str(file),
+                "layout": job.source and str(job.source),
+                "seed": job.seed,
+                "settings": metadata and settings_hash(metadata),
+                "seconds": round(seconds, 3),
+                "warnings": [*warnings, *heard()],
+                "error": error and str(error),
+            }
+            with suppress(OSError):  # A log that can't be written does not end a run.
+                self.log.write(json.dumps(found).encode() + b"\n")
+        if self.bar is not None:
+            if outcome == "generated" and self.bar.disable:
+                text = f"image {self.done()} of {self.total}: {shown(file)}, {seconds:.1f} s"
+                info(f"{text}; {self.rate()}")
+            self.bar.set_description_str(self.place(), refresh=False)
+            self.bar.update()
+
+    def done(self) -> int:
+        return sum(self.counts.values())
+
+    def place(self) -> str:
+        """The image that is being drawn, and when all will be."""
+        text = f"image {min(self.done() + 1, self.total)} of {self.total}"
+        return f"{text}, {self.rate()}" if self.seconds else text
+
+    def rate(self) -> str:
+        rate = self.counts["generated"] / self.seconds
+        left = tqdm.format_interval((self.total - self.done()) / rate)
+        return f"{60 * rate:.1f} a minute, {left} left"
 
     def on_step(self, step: int, steps: int) -> None:
-        """In a log, that an image that takes long is being drawn."""
-        now = time.perf_counter()
-        if now - self.spoke > SILENCE and not sys.stderr.isatty():
-            self.spoke = now
-            place = f"{self.progress.place()}: " if self.progress else ""
+        """Note when a step ended; say when the run's first did and, in a log, that an image
+        that takes long is being drawn."""
+        if step in (1, steps) and torch.cuda.is_available():
+            torch.cuda.synchronize()  # A GPU is behind.
+        self.last_step = time.perf_counter()
+        if self.first_step is None:
+            info(f"the first step ended {self.last_step - self.start:.1f} s after the start")
+        if step == 1:
+            self.first_step = self.last_step
+        if self.last_step - self.spoke > SILENCE and not sys.stderr.isatty():
+            self.spoke = self.last_step
+            place = f"{self.place()}: " if self.total > 1 else ""
             info(f"{place}step {step} of {steps}")
 
 
@@ -198,6 +248,7 @@ class Stop:
 
     is_asked = False
     is_drawing = False
+    is_any = bool  # of a parallel run: is it true of any process?
 
     @contextmanager
     def handled(self) -> Iterator[None]:
@@ -223,13 +274,18 @@ class Stop:
         self.is_asked = True
         info("generate.py: stopping after this step")
 
+    def check(self) -> None:
+        if self.is_any(self.is_asked):
+            raise KeyboardInterrupt
+
 
 def layout_files(output: Output) -> list[Path | None]:
     """Those of --layout, or an image that embeds one; None if flags are the layout."""
     files = []
     for path in output.layout:
-        is_folder = os.path.isdir(path)
-        found = sorted([*path.glob("[!.]*.yaml"), *path.glob("[!.]*.yml")]) if is_folder else [path]
+        found = [path]
+        if os.path.isdir(path):
+            found = sorted([*path.glob("[!.]*.yaml"), *path.glob("[!.]*.yml")])
         if not found:
             raise InputError("--layout", path, "there is no layout (.yaml, .yml) in this folder")
         files += found
@@ -269,12 +325,12 @@ def read(command: Command, file: Path | None, swept: dict[str, Any], size: int) 
 
 def plan_jobs(command: Command, tally: Tally, size: int, pipeline: Any = None) -> list[Job]:
     """This worker's images. size: a layout's without one. InputError for what could not be
-    written. pipeline: if it is there, to tell which images it would make again."""
+    written. pipeline: to tell which images it would make again; without it, mistakes of one
+    layout among several are not reported yet."""
     output = command.output
     files = layout_files(output)
     worker = worker_of(command)
-    is_one = len(files) == 1
-    sweep = [{}]
+    sweep = {(): {}}
     if output.sweep:
         from tools.sheets import swept_settings
 
@@ -282,19 +338,21 @@ def plan_jobs(command: Command, tally: Tally, size: int, pipeline: Any = None) -
     count = len(sweep) * (len({*output.seed}) or 1)
     jobs = []
     for file in files:
-        with tally.caught([None] * count):
+        unread = [Job(file, None, None, None, (), {}, None)] * count
+        is_last = pipeline or tally.is_alone
+        with tally.caught(unread) if is_last else suppress(InputError):
             layouts = {}
-            for swept in sweep:
-                labels = tuple(f"{key}={value}" for key, value in swept.items())
+            for labels, swept in sweep.items():
                 layouts[labels] = read(command, file, swept, size)
-            jobs += jobs_of(file, layouts, output, worker, is_one, pipeline)
+            jobs += jobs_of(file, layouts, output, worker, len(files) == 1, pipeline)
     inputs = inputs_of(command, {id(job.layout): job.layout for job in jobs}.values())
     check_names(jobs, inputs)
     for sheet in {job.sheet for job in jobs} - {None}:
         check_writable(sheet, output.overwrite or is_sheet(sheet))
     jobs = jobs[worker.index :: worker.count]
-    for job in jobs if is_one else ():
-        is_finished(job, output, None)
+    for job in jobs if tally.is_alone else ():
+        for file in job.files.values():
+            check_writable(file, output.overwrite or metadata_in(file) is not None)
     return jobs
 
 
@@ -307,26 +365,29 @@ def jobs_of(
     if None in seeds and worker.is_shared:
         source = file or "the command line"
         raise InputError("seed", MISSING, "is missing; workers can't choose one each", source)
-    for seed in seeds:
-        if seed is not None and not 0 <= seed < 2**63:
-            raise InputError("--seed", seed, "expected a number from 0 to 2^63 - 1")
     images = [(sweep, seed) for sweep in layouts for seed in seeds]
     has_seeds = len(seeds) > 1
     name = file.stem if file else "picture"
-    path_of = partial(fill, name, has_seeds=has_seeds or bool(output.seed and not output.output))
+    origin = file and file.name
+    if output.config_from_metadata:
+        origin = read_metadata(file).get("layout_file")
+    shows_seed = has_seeds or bool(output.seed and not output.output)
+    path_of = partial(fill, name, has_seeds=shows_seed)
     sheet_of = partial(fill, name, ("sheet",), has_seeds=False)
 
     def is_free(template: str) -> bool:
         """Is each image missing, or there with these settings?"""
+        from tools.compare import matches
+
         for sweep, seed in images:
             path = path_of(sweep, seed, template)
-            if path.exists():
-                if pipeline is None or seed is None:
-                    return False
-                from tools.compare import matches
-
-                if not matches(path, metadata_of(file, layouts[sweep], seed, pipeline, output)):
-                    return False
+            if not path.exists():
+                continue
+            if pipeline is None or seed is None:
+                return False
+            metadata = image_metadata(layouts[sweep], seed, pipeline, origin)
+            if not matches(path, metadata):
+                return False
         sheet = sheet_of(None, template)
         return not output.sweep or not sheet.exists() or is_sheet(sheet)
 
@@ -354,7 +415,7 @@ def jobs_of(
         if output.attention_maps:
             files["maps"] = output.attention_maps / f"{image.stem}.safetensors"
         sheet = sheet_of(seed, template) if output.sweep else None
-        jobs.append(Job(file, layouts[sweep], seed, sweep, files, sheet))
+        jobs.append(Job(file, origin, layouts[sweep], seed, sweep, files, sheet))
     return jobs
 
 
@@ -363,17 +424,6 @@ def templates() -> Iterator[str]:
     yield "{name}.png"
     for i in itertools.count(1):
         yield f"{{name}}_{i}.png"
-
-
-def metadata_of(
-    file: Path | None, layout: Layout, seed: int, pipeline: Any, output: Output
-) -> Metadata:  # fmt: skip
-    """What an image is to record."""
-    name = file and file.name
-    if output.config_from_metadata:  # its own layout's
-        name = read_metadata(file).get("layout_file")
-    layout = layout.filled(pipeline.defaults)
-    return image_metadata(layout, seed, run_metadata(pipeline), name)
 
 
 def fill(name: str, sweep: Labels, seed: int | None, template: str, has_seeds: bool) -> Path:
@@ -390,7 +440,8 @@ def inputs_of(command: Command, layouts: Iterable[Layout]) -> dict[str, str]:
     files = {file: "a layout" for file in layout_files(command.output) if file}
     for key in MODEL_KEYS:
         place = Path(getattr(command.settings, key) or "pocket")
-        files |= {file: f"a file of {flag(key)}" for file in (place, *place.glob("*"), *place.glob("*/*"))}
+        found = (place, *place.glob("*"), *place.glob("*/*"))
+        files |= dict.fromkeys(found, f"a file of {flag(key)}")
     for layout in layouts:
         files |= {name: key for key, name in names_in(msgspec.to_builtins(layout))}
     return {os.path.realpath(file): what for file, what in files.items()}
@@ -406,24 +457,17 @@ def check_names(jobs: list[Job], inputs: dict[str, str]) -> None:
     """InputError if a file would be written twice, or is an input."""
     taken = set()
     for job in jobs:
-        for path in (*job.files.values(), *step_sheets(job, inputs), job.sheet):
-            if path:
-                check_output("--output", path, inputs)
+        found = [*job.files.values(), *([job.sheet] if job.sheet else [])]
+        if maps := job.files.get("maps"):  # inputs that lie where its sheets are drawn
+            sheet = re.escape(os.path.join(os.path.realpath(maps.parent), maps.stem))
+            found += [Path(x) for x in inputs if re.fullmatch(sheet + r"_step\d+\.png", x)]
+        for path in found:
+            check_output("--output", path, inputs)
         for path in map(os.path.realpath, job.files.values()):
             if path in taken:
                 problem = "several images would have this name; put {name} or {seed} into it"
                 raise InputError("--output", Path(path), problem)
             taken.add(path)
-
-
-def step_sheets(job: Job, inputs: dict[str, str]) -> list[Path]:
-    """The inputs that lie where a job's attention maps are drawn."""
-    if "maps" not in job.files:
-        return []
-    folder = os.path.realpath(job.files["maps"].parent)
-    name = re.escape(job.files["maps"].stem) + r"_step\d+\.png"
-    found = [Path(path) for path in inputs if os.path.dirname(path) == folder]
-    return [path for path in found if re.fullmatch(name, path.name)]
 
 
 def is_first(settings: Settings) -> bool:
@@ -436,107 +480,104 @@ def announce(jobs: list[Job], worker: Worker, pipeline: Any) -> None:
         info(f"worker {worker.index} of {worker.count}: {len(jobs)} images")
     if seeds := dict.fromkeys(str(job.seed) for job in jobs):
         info(f"seed {', '.join(seeds)}")
-    checkpoint = pipeline.checkpoint
-    if checkpoint.name == "pocket":
+    if pipeline.checkpoint.name == "pocket":
         info(POCKET)
     layouts = {id(job.layout): job.layout.resolved(pipeline.defaults) for job in jobs}
-    t5 = T5Tokenizer(checkpoint.t5_tokenizer)
-    for doubt in doubts(list(layouts.values()), checkpoint.flux, t5):
+    for doubt in doubts_of([*layouts.values()], pipeline):
         warn(doubt)
 
 
+def doubts_of(layouts: list[Layout], pipeline: Any) -> Iterator[str]:
+    checkpoint = pipeline.checkpoint
+    return doubts(layouts, checkpoint.flux, T5Tokenizer(checkpoint.t5_tokenizer))
+
+
 def generate_all(
-    pipeline: Any, jobs: list[Job], command: Command, tally: Tally, stop: Stop, start: float
+    pipeline: Any, jobs: list[Job], command: Command, tally: Tally, stop: Stop
 ) -> None:  # fmt: skip
     """Prepare up to CHUNK layouts at a time, then write their images."""
-    is_any = pipeline.parallel.is_any if pipeline.parallel else bool
+    if pipeline.parallel:
+        stop.is_any = pipeline.parallel.is_any
+    output = command.output
     worker = worker_of(command)
-    ends: list[float] = []
     announce(jobs, worker, pipeline)
-    if command.output.config_from_metadata:
-        check_weights(command.output.config_from_metadata, run_metadata(pipeline))
-
-    def check() -> None:
-        if is_any(stop.is_asked):
-            raise KeyboardInterrupt
-
-    def on_step(step: int, steps: int) -> None:
-        report_step(ends, start)
-        tally.on_step(step, steps)
-        check()
-
-    by_layout = [list(group) for _, group in itertools.groupby(jobs, lambda job: id(job.layout))]
-    with tally.running(len(jobs), start):
+    heard()  # These are of all images.
+    if output.config_from_metadata:
+        check_weights(output.config_from_metadata, run_metadata(pipeline))
+    groups = itertools.groupby(jobs, lambda job: id(job.layout))
+    by_layout = [list(group) for _, group in groups]
+    with tally.running(len(jobs)):
         for first in range(0, len(by_layout), CHUNK):
             ready = []
             for group in by_layout[first : first + CHUNK]:
-                check()
-                with naming(group[0].source, command.overrides):
-                    missing = unfinished(group, pipeline, command.output, tally)
-                    with tally.caught([job for job, _ in missing]):
-                        prepared = pipeline.prepare(group[0].layout) if missing else None
-                        warnings = heard()
-                        ready += [(*entry, prepared, warnings) for entry in missing]
+                stop.check()
+                missing = unfinished(group, pipeline, output, tally)
+                waiting = [job for job, _ in missing]
+                with tally.caught(waiting), naming(group[0].source, command.overrides):
+                    prepared = pipeline.prepare(group[0].layout) if missing else None
+                    warnings = heard()
+                    if prepared and tally.log:
+                        warnings += doubts_of([prepared.layout], pipeline)
+                    ready += [(*entry, prepared, warnings) for entry in missing]
             pipeline.drop("t5", "clip")
-            if len(jobs) == 1:  # VAE and transformer may not fit together.
+            if tally.total == 1:  # VAE and transformer may not fit together.
                 pipeline.drop("ae")
             for job, metadata, prepared, warnings in ready:
-                check()
+                stop.check()
                 with tally.caught([job], metadata):
                     began = time.perf_counter()
-                    make(job, prepared, metadata, pipeline, command, stop, on_step, len(jobs) == 1)
+                    make(job, prepared, metadata, pipeline, command, tally, stop)
                     seconds = time.perf_counter() - began
                     tally.add("generated", job, metadata, seconds, warnings)
-                    keep_timing(command.settings, prepared.layout, ends)
+                    steps = tally.last_step - tally.first_step
+                    keep_timing(command.settings, prepared.layout, steps)
             pipeline.drop("flux")
-    if command.output.sweep and not tally.counts["failed"] and is_first(command.settings):
+    if output.sweep and not tally.counts["failed"] and is_first(command.settings):
         from tools.sheets import write_sheets
 
         write_sheets(jobs, worker.count)
-
-
-def make(
-    job: Job, prepared: Any, metadata: Metadata, pipeline: Any, command: Command, stop: Stop,
-    on_step: Callable[[int, int], None], is_alone: bool,
-) -> None:  # fmt: skip
-    """Denoise, decode and write an image and its job's other files."""
-    maps = None
-    if "maps" in job.files:
-        from extensions.attention_maps import AttentionMaps
-
-        maps = AttentionMaps(pipeline.defaults.depth, pipeline.defaults.depth_single_blocks)
-    steps = itertools.count(1)
-    with stop.drawing():
-        after_step = lambda: on_step(next(steps), prepared.layout.steps)  # noqa: E731
-        latents = pipeline.denoise(prepared, job.seed, [maps.extend] if maps else [], after_step)
-    if is_alone:
-        pipeline.drop("flux")
-    if not is_first(command.settings):
-        return
-    image = pipeline.decode(latents)
-    save(job, image, latents, maps, prepared.tokens, metadata, not command.output.no_metadata)
 
 
 def unfinished(
     group: list[Job], pipeline: Any, output: Output, tally: Tally
 ) -> list[tuple[Job, Metadata]]:  # fmt: skip
     """One layout's images still to be made, with their metadata."""
-    has_maps = group[0].layout.resolved(pipeline.defaults).regional_steps() > 0
+    layout = group[0].layout
+    has_maps = layout.resolved(pipeline.defaults).regional_steps() > 0
     missing = []
+    metadata = None
     for job in group:
         image = job.files["image"]
         if "maps" in job.files and not has_maps:
             info(f"{shown(image)}: no step of it is regional, so it has no attention maps")
             del job.files["maps"]
         with tally.caught([job]):
-            metadata = metadata_of(job.source, job.layout, job.seed, pipeline, output)
-            if is_finished(job, output, metadata):
-                found = metadata_in(image) or metadata
-                tally.of_other_code += found.get("source") != metadata["source"]
-                tally.add("kept", job, metadata)
-            else:
+            metadata = metadata or image_metadata(layout, job.seed, pipeline, job.origin)
+            metadata = metadata | {"seed": job.seed}
+            if not is_finished(job, output, metadata):
                 missing.append((job, metadata))
+                continue
+            found = metadata_in(image) or metadata
+            tally.of_other_code += found.get("source") != metadata["source"]
+            tally.add("kept", job, metadata)
     return missing
+
+
+def is_finished(job: Job, output: Output, metadata: Metadata) -> bool:
+    """Do all files of an image exist with this metadata? InputError for others in the way."""
+    from tools.compare import check_kept
+
+    for file in job.files.values():
+        check_writable(file, overwrite=True)
+    if output.overwrite:
+        return False
+    there = [file for file in job.files.values() if file.exists()]
+    kept = [file for file in there if check_kept(file, metadata, output)]
+    maps = job.files.get("maps")
+    if maps and maps not in kept:
+        for sheet in maps.parent.glob(f"{glob.escape(maps.stem)}_step*.png"):
+            check_kept(sheet, metadata, output)  # A killed run left it, or it is in the way.
+    return len(kept) == len(job.files)
 
 
 def check_weights(file: Path, run: Metadata) -> None:
@@ -548,56 +589,40 @@ def check_weights(file: Path, run: Metadata) -> None:
         warn(f"{file} was made by other weights: {', '.join(other)}")
 
 
-def report_step(ends: list[float], start: float) -> None:
-    """Note when a step ended; say when the run's first did. start: of the program."""
-    if not ends and torch.cuda.is_available():
-        torch.cuda.synchronize()
-    ends.append(time.perf_counter())
-    if len(ends) == 1:
-        info(f"the first step ended {ends[0] - start:.1f} s after the start")
-
-
-def save(
-    job: Job, image: Image.Image, latents: Tensor, maps: Any, tokens: RegionTokens | None,
-    metadata: Metadata, is_embedded: bool,
+def make(
+    job: Job, prepared: Any, metadata: Metadata, pipeline: Any, command: Command, tally: Tally,
+    stop: Stop,
 ) -> None:  # fmt: skip
-    """Write a job's files, the image last: where it is, the others are, too."""
-    if not is_embedded:  # With the new .json beside it, an old image would be taken for new.
-        job.files["image"].unlink(missing_ok=True)
-    if "latents" in job.files:
-        save_tensor("latents", latents, metadata, job.files["latents"])
-    if "metadata" in job.files:
-        save_json(metadata, job.files["metadata"])
+    """Denoise and decode an image, and write its job's files, it last: where it is, the others
+    are, too."""
+    files = job.files
+    maps = None
+    if "maps" in files:
+        from extensions.attention_maps import AttentionMaps
+
+        maps = AttentionMaps(pipeline.defaults.depth, pipeline.defaults.depth_single_blocks)
+    steps = itertools.count(1)
+
+    def on_step() -> None:
+        tally.on_step(next(steps), prepared.layout.steps)
+        stop.check()
+
+    with stop.drawing():
+        latents = pipeline.denoise(prepared, job.seed, [maps.extend] if maps else [], on_step)
+    if tally.total == 1:
+        pipeline.drop("flux")
+    if not is_first(command.settings):
+        return
+    image = pipeline.decode(latents)
+    if "latents" in files:
+        save_tensor("latents", latents, metadata, files["latents"])
     if maps:
         from tools.sheets import save_maps
 
-        save_maps(maps, job.files["maps"].with_suffix(""), image, tokens.prompts, metadata)
-    save_image(image, metadata if is_embedded else None, job.files["image"])
-
-
-def is_finished(job: Job, output: Output, metadata: Metadata | None) -> bool:
-    """Do all files of an image exist with this metadata, or any if that is None? InputError for
-    others in the way."""
-    files = [*job.files.values()]
-    for file in files:
-        check_writable(file, overwrite=True)
-    if output.overwrite:
-        return False
-    missing = [file for file in files if not is_kept(file, metadata, output)]
-    maps = job.files.get("maps")
-    if maps in missing:
-        for sheet in maps.parent.glob(f"{glob.escape(maps.stem)}_step*.png"):
-            is_kept(sheet, metadata, output)  # A killed run left it, or it is in the way.
-    return not missing
-
-
-def is_kept(file: Path, metadata: Metadata | None, output: Output) -> bool:
-    """Is a file there, to stay? Without metadata, whatever settings it was made with."""
-    if not file.exists():
-        return False
-    if metadata is None:
-        check_writable(file, overwrite=metadata_in(file) is not None)
-        return True
-    from tools.compare import check_kept
-
-    return check_kept(file, metadata, output)
+        save_maps(maps, files["maps"].with_suffix(""), image, prepared.tokens.prompts, metadata)
+    is_embedded = not command.output.no_metadata
+    if "metadata" in files:
+        if not is_embedded:  # The new .json must not describe an old image.
+            files["image"].unlink(missing_ok=True)
+        save_json(metadata, files["metadata"])
+    save_image(image, metadata if is_embedded else None, files["image"])

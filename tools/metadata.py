@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 import torch
@@ -39,6 +39,7 @@ from errors import (
     read_text,
     warn,
 )
+from formats.safetensors import read_header
 from regional.layout import Layout, Seed
 from settings import MODEL_KEYS, Settings
 
@@ -114,7 +115,8 @@ def check_writable(path: Path, overwrite: bool) -> None:
     if not folder.is_dir():
         raise InputError(path, MISSING, f"{folder} is no folder to write it to")
     name = os.fsencode(path.name)
-    if len(name) > 200 or path.is_dir() or not os.access(folder, os.W_OK):
+    is_other = os.path.exists(path) and not os.path.isfile(path)
+    if len(name) > 200 or is_other or not os.access(folder, os.W_OK):
         raise InputError(path, MISSING, "no file of this name can be written there")
     if path.exists() and not overwrite:
         raise InputError(path, MISSING, "exists already; --overwrite replaces it")
@@ -178,10 +180,11 @@ def run_metadata(pipeline: Any) -> Metadata:
     return found | {"given": given, "inputs": inputs}
 
 
-def image_metadata(layout: Layout, seed: int | None, run: Metadata, file: str | None) -> Metadata:
-    """All that determines an image, as JSON; layout: filled in; run: `run_metadata`; file: the
-    layout's name. inputs: checksums of what it names."""
-    keys = msgspec.to_builtins(layout)
+def image_metadata(layout: Layout, seed: int, pipeline: Any, file: str | None) -> Metadata:
+    """All that determines an image, as JSON. file: the layout's name. inputs: checksums of what
+    it names."""
+    keys = msgspec.to_builtins(layout.filled(pipeline.defaults))
+    run = run_metadata(pipeline)
     inputs = dict(run["inputs"])
     for key, name in names_in(keys):
         if key.rpartition(".")[2] in PICTURES or os.path.exists(name):
@@ -246,19 +249,15 @@ def save_image(image: Image.Image, metadata: Metadata | None, path: Path) -> Non
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
     """A contact sheet, which says what it is: it may be made again."""
-    how = {}
-    if path.suffix.lower() == ".png":
-        how["pnginfo"] = PngImagePlugin.PngInfo()
-        how["pnginfo"].add_text(SHEET, "of a sweep")
-    else:
-        how["exif"] = Image.Exif()
-        how["exif"][EXIF_SOFTWARE] = SHEET
-    write(path, partial(sheet.save, **how))
+    exif = Image.Exif()
+    exif[EXIF_SOFTWARE] = SHEET
+    write(path, partial(sheet.save, exif=exif))
 
 
 def is_sheet(path: Path) -> bool:
     with suppress(InputError), opened_image(path, ANY_SIZE) as image:
-        return SHEET in image.info or image.getexif().get(EXIF_SOFTWARE) == SHEET
+        is_old = SHEET in image.info  # as earlier versions wrote PNG
+        return is_old or image.getexif().get(EXIF_SOFTWARE) == SHEET
     return False
 
 
@@ -308,12 +307,6 @@ class Recorded(msgspec.Struct):
     model: str
 
 
-class Header(msgspec.Struct):
-    """What is read of a safetensors header."""
-
-    metadata: dict[str, str] = msgspec.field(name="__metadata__", default_factory=dict)
-
-
 def read_metadata(path: Path) -> Metadata:
     """The metadata of an image, of latents, or of a .json. InputError if there are none."""
     text = metadata_text(path)
@@ -329,19 +322,13 @@ def metadata_text(path: Path) -> str | None:
     if path.suffix.lower() == ".json":
         return read_text(path, CONFIG)
     if path.suffix.lower() == ".safetensors":
-        with opened(path, CHECKPOINT) as file:
-            return header_of(path, file).metadata.get("layout")
+        return read_header(path).metadata.get("layout")
     with opened_image(path, ANY_SIZE) as image:
         text = image.info.get("layout") or image.getexif().get(EXIF_DESCRIPTION)
     side_car = path.with_suffix(".json")
     if text is None and side_car.exists():
         return read_text(side_car, CONFIG)
     return text if isinstance(text, str) else None
-
-
-def header_of(path: Path, file: BinaryIO) -> Header:
-    length = int.from_bytes(file.read(8), "little")
-    return parse_json(file.read(min(length, CONFIG)), Header, path)
 
 
 def metadata_in(path: Path) -> Metadata | None:
@@ -357,18 +344,18 @@ class Timing(msgspec.Struct):
     memory: int
 
 
-def keep_timing(settings: Settings, layout: Layout, ends: list[float]) -> None:
-    """For --check, without prompts. ends: of steps, this image's last. The image is written, so
-    no failure here ends a run."""
-    ends = ends[-layout.steps :]
-    if len(ends) < 2 or layout.controlnets or any(region.loras for region in layout.regions):
+def keep_timing(settings: Settings, layout: Layout, seconds: float) -> None:
+    """For --check, without prompts. seconds: of the steps after the first. The image is written,
+    so no failure here ends a run."""
+    if layout.steps < 2 or layout.controlnets or any(region.loras for region in layout.regions):
         return  # The cost of these isn't known.
     with suppress(Exception):
         regions = tuple(replace(region, prompt="x") for region in layout.regions)
         layout = replace(layout, prompt="", background_prompt="", loras=(), regions=regions)
         key = f"{conditions(settings)} {layout.width} x {layout.height}"
-        found = {name: timing for name, timing in read_timings().items() if name != key}
-        found[key] = Timing(layout, ends[-1] - ends[0], torch.cuda.max_memory_allocated())
+        found = read_timings()
+        found.pop(key, None)  # The latest is the last.
+        found[key] = Timing(layout, seconds, torch.cuda.max_memory_allocated())
         data = msgspec.json.encode(dict([*found.items()][-50:]))
         timings_file().parent.mkdir(parents=True, exist_ok=True)
         write(timings_file(), partial(Path.write_bytes, data=data))
@@ -377,7 +364,8 @@ def keep_timing(settings: Settings, layout: Layout, ends: list[float]) -> None:
 def conditions(settings: Settings) -> str:
     """What a step's time depends on besides the layout."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    settings = replace(settings, model=settings.model or "pocket", prompt_cache=None, verbose=False)
+    model = settings.model or "pocket"
+    settings = replace(settings, model=model, prompt_cache=None, verbose=False)
     return f"{HOST} {gpu} {torch.get_num_threads()} {settings}"
 
 
@@ -389,5 +377,6 @@ def timings_file() -> Path:
 def read_timings() -> dict[str, Timing]:
     """By their conditions and sizes."""
     with suppress(InputError, RuntimeError):  # RuntimeError: the user has no home
-        return parse_json(read_bytes(timings_file(), CONFIG), dict[str, Timing], timings_file())
+        file = timings_file()
+        return parse_json(read_bytes(file, CONFIG), dict[str, Timing], file)
     return {}

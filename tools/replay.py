@@ -14,12 +14,14 @@ from formats.hub import is_cached, is_repository
 from formats.safetensors import read, read_header
 from regional.layout import Layout
 from settings import MODEL_KEYS, Settings, invalid
-from tools.compare import is_whole, matches
+from tools.compare import check_kept, is_whole, matches
 from tools.flags import Output
-from tools.jobs import Job, check_output, fill, is_finished, templates
+from tools.jobs import check_output, fill, templates
 from tools.metadata import (
+    ROOT,
     Metadata,
     check_suffix,
+    check_writable,
     checksum,
     names_in,
     read_metadata,
@@ -56,7 +58,8 @@ def located(metadata: Metadata, folder: Path) -> Metadata:
 
     def change(key: str, name: str) -> str:
         place = folder / name
-        if name == "pocket" or not (name.startswith(".") if is_portable else os.path.exists(place)):
+        is_path = name.startswith(".") if is_portable else os.path.exists(place)
+        if name == "pocket" or not is_path:
             return name
         is_plain = place.is_absolute() or str(place).startswith(".")
         return str(place) if is_plain else f"./{place}"  # never taken for a repository
@@ -64,23 +67,18 @@ def located(metadata: Metadata, folder: Path) -> Metadata:
     return with_names(metadata, change)
 
 
-def recorded(metadata: Metadata) -> dict[str, Any]:
-    """The settings in an image's metadata, unchecked; the reverse of `run_metadata`."""
-    given = metadata.get("given")
-    files = given if isinstance(given, dict) else {"model": metadata["model"]}
+def repeated(metadata: Metadata, given: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The settings that an image records, except those given; the reverse of `run_metadata`."""
+    files = metadata.get("given")
+    files = files if isinstance(files, dict) else {"model": metadata["model"]}
     dtype = str(metadata.get("dtype", "auto"))
-    return {
+    settings = {
         **{key: str(value) for key, value in files.items() if key in MODEL_KEYS},
         "dtype": dtype.removeprefix("torch."),
         "attention": metadata.get("attention", "auto"),
         "quantize": "fp8" if metadata.get("fp8") is True else "none",
         "compile": metadata.get("compile") is True,
     }
-
-
-def repeated(metadata: Metadata, given: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The settings that an image records, except those given."""
-    settings = recorded(metadata)
     try:
         msgspec.convert(settings, Settings)
     except msgspec.ValidationError as error:
@@ -94,7 +92,7 @@ def repeated(metadata: Metadata, given: dict[str, Any], file: Path) -> dict[str,
 def check_trust(file: Path, named: dict[str, Any], argv: list[str]) -> None:
     """InputError if an image's metadata, which may be a stranger's, name what is not here yet or
     lies elsewhere than the image, the working directory and the program."""
-    folders = [file.resolve().parent, Path.cwd().resolve(), Path(__file__).resolve().parents[1]]
+    folders = [file.resolve().parent, Path.cwd().resolve(), ROOT]
     for key, name in names_in(named):
         repository = name.partition(":")[0]
         if is_repository(repository):
@@ -143,8 +141,9 @@ def decode(pipeline: Any, output: Output) -> None:
     path = next(x for x in paths if is_fixed or not x.exists() or matches(x, metadata))
     check_suffix("--output", path)
     check_output("--output", path, {os.path.realpath(file): "latents"})
-    job = Job(file, None, metadata["seed"], (), {"image": path}, None)
-    if not is_finished(job, output, metadata):
+    check_writable(path, overwrite=True)
+    is_new = output.overwrite or not path.exists()
+    if is_new or not check_kept(path, metadata, output):
         save_image(pipeline.decode(latents), None if output.no_metadata else metadata, path)
     print(shown(path))
 

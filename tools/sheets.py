@@ -22,8 +22,8 @@ SWEPT = (
 )  # fmt: skip
 
 
-def swept_settings(sweeps: Sequence[str]) -> list[dict[str, Any]]:
-    """The layout keys of each combination of KEY=A,B, KEY=C,D ..."""
+def swept_settings(sweeps: Sequence[str]) -> dict[tuple[str, ...], dict[str, Any]]:
+    """The layout keys of each combination of KEY=A,B, KEY=C,D ..., by its labels, key=value."""
     found = {}
     for text in sweeps:
         key, _, values = text.partition("=")
@@ -36,7 +36,8 @@ def swept_settings(sweeps: Sequence[str]) -> list[dict[str, Any]]:
             found[key] = [parse_yaml(x, yaml.SafeLoader, "") for x in values.split(",")]
         except InputError:
             raise InputError("--sweep", text, "its values are not valid YAML") from None
-    return [dict(zip(found, values)) for values in itertools.product(*found.values())]
+    swept = [dict(zip(found, values)) for values in itertools.product(*found.values())]
+    return {tuple(f"{key}={value}" for key, value in keys.items()): keys for keys in swept}
 
 
 def contact_sheet(
