@@ -8,9 +8,13 @@ the same command resumes a run.
 
 import contextlib
 import os
+import signal
 import sys
 import time
 from functools import partial
+
+if __name__ == "__main__":  # Ctrl-C while modules load: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import msgspec
 
