@@ -8,7 +8,11 @@ the same command resumes a run.
 
 import contextlib
 import os
+import signal
 import sys
+
+if __name__ == "__main__":  # Ctrl-C while modules load: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import msgspec
 

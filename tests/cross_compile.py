@@ -1,7 +1,7 @@
 """Compile the kernels for GPUs that need not be present, as they are launched on them.
 
-Prints what the compiler made of each, lists of JSON objects. It runs with Triton 3.6 to 3.9, which
-bring ptxas and the disassembler along.
+Prints what the compiler made of each, lists of JSON objects, and a line that sums it up. It runs
+with Triton 3.6 to 3.9, which bring ptxas and the disassembler along.
 
     python tests/cross_compile.py
 """
@@ -163,3 +163,6 @@ if __name__ == "__main__":
         "gluon": [compile_gluon(dtype) for dtype in HALVES],
     }
     json.dump(made, sys.stdout, indent=1)
+    spilling = [sum(each["stack"] > 0 for each in kernels) for kernels in made.values()]
+    count = sum(map(len, made.values()))
+    print(f"\n{count} kernels compiled, {sum(spilling)} spill registers", file=sys.stderr)

@@ -189,6 +189,9 @@ def test_check_tells_seconds_and_memory_by_what_a_run_of_this_model_took(run, mo
     assert estimate(run, *STARTED) == "125 s, from a run of 64 x 64 here"
     change(timings, memory=2 * 10**9)
     assert estimate(run, *STARTED) == "125 s and 2.0 GB on the GPU, from a run of 64 x 64 here"
+    change(timings, seconds=8000)
+    assert estimate(run, *STARTED).startswith("3 hours and 2.0 GB")
+    change(timings, seconds=100)
     params = weights.flux_params(weights.find(model).flux)
     seconds = 125 * plain_flops(params, 512, 256) / plain_flops(params, 512, 16)
     assert estimate(run, *STARTED, "--width", 256, "--height", 256) == f"{seconds:.0f} s, from a run of 64 x 64 here"

@@ -261,6 +261,9 @@ def test_attention_maps_are_fractions_inside_the_regions(run, layout):
     assert maps.min() >= 0 and maps.sum(2).max() <= 1.001
     assert Image.open("maps/z_step1.png").size[0] == 5 * 96 + 4 * 8
     assert not Path("maps/z_step2.png").exists()
+    assert run(*flags, "--attention-maps", "ten", "--steps", 10, "--mask-inject-steps", 10).code == 0
+    steps = [f"z_step{i:02}.png" for i in range(1, 11)]
+    assert sorted(path.name for path in Path("ten").glob("*.png")) == steps
     assert AttentionMaps(7, 0).groups == ["double 0-2", "double 3-4", "double 5-6"]
     Path("maps/a_step7.png").write_text("mine")
     flags = ["--layout", layout, "--attention-maps", "maps"]

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -128,6 +129,13 @@ def test_streams_that_take_nothing_do_not_end_a_run(run, model, monkeypatch, str
     monkeypatch.setattr(sys, "stderr", stream)
     flags = ["--layout", write("a.yaml"), "--output", "x.png", "--model", model, "--device", "cpu"]
     assert generate.main(flags) == 0 and Path("x.png").exists()
+
+
+def test_control_c_while_modules_load_prints_no_traceback(tmp_path):
+    (tmp_path / "msgspec.py").write_text("import os\nos.kill(os.getpid(), 2)\nraise ImportError\n")
+    command = [sys.executable, generate.__file__]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True)
+    assert done.returncode == -signal.SIGINT and not done.stderr
 
 
 @pytest.mark.parametrize("phase", ["read_layout", "Pipeline"])

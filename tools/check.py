@@ -99,7 +99,10 @@ def estimate(layout: Layout, params: FluxParams, settings: Settings) -> str:
     with suppress(Exception):  # There is none; its mask is gone; another version's layout.
         run = runs[-1]
         seconds = run.seconds * work(layout, params) / work(run.layout, params, 1)
-        text = f"\nsteps: about {seconds:.{int(seconds < 10)}f} s"
+        time = f"{seconds:.{int(seconds < 10)}f} s"
+        if seconds >= 7200:
+            time = f"{seconds / 3600:,.0f} hours"
+        text = f"\nsteps: about {time}"
         if (run.layout.width, run.layout.height) == size and run.memory:
             text += f" and {run.memory / 1e9:.1f} GB on the GPU"
         return f"{text}, from a run of {run.layout.width} x {run.layout.height} here"

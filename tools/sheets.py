@@ -111,9 +111,12 @@ def overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
 def save_maps(
     maps: Any, path: Path, image: Image.Image, prompts: list[str], metadata: Metadata
 ) -> None:  # fmt: skip
-    """Write the sheets, path_step1.png ..., and their numbers, path.safetensors."""
-    for i, sheet in enumerate(map_sheets(maps, image, prompts), 1):
-        save_image(sheet, metadata, path.with_name(f"{path.name}_step{i}.png"))
+    """Write the sheets, path_step1.png ..., and their numbers, path.safetensors. Ten sheets and
+    more are numbered from 01, so that listings sort them by step."""
+    sheets = map_sheets(maps, image, prompts)
+    digits = len(str(len(sheets)))
+    for i, sheet in enumerate(sheets, 1):
+        save_image(sheet, metadata, path.with_name(f"{path.name}_step{i:0{digits}}.png"))
     save_tensor("maps", maps.maps, metadata, path.with_name(f"{path.name}.safetensors"))
 
 
