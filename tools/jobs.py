@@ -477,7 +477,7 @@ def is_first(settings: Settings) -> bool:
 
 def announce(jobs: list[Job], worker: Worker, pipeline: Any) -> None:
     if worker.count > 1:
-        info(f"worker {worker.index} of {worker.count}: {len(jobs)} images")
+        info(f"worker {worker.index} of {worker.count}, images: {len(jobs)}")
     if seeds := dict.fromkeys(str(job.seed) for job in jobs):
         info(f"seed {', '.join(seeds)}")
     if pipeline.checkpoint.name == "pocket":
