@@ -44,8 +44,7 @@ def read_layout(file: str | Path | None, overrides: dict | None = None, size: in
     mistakes = InputErrors(file)
     with mistakes.caught():
         check_types(data, Layout, "", mistakes)
-    if not mistakes.errors:
-        layout = msgspec.convert(data, Layout)
+    if layout := without(mistakes, data):
         preset = PRESETS[layout.preset](len(layout.regions))
         missing = {key: value for key, value in preset.items() if key not in data}
         missing |= {side: getattr(layout, side) or size for side in ("width", "height")}
@@ -55,6 +54,31 @@ def read_layout(file: str | Path | None, overrides: dict | None = None, size: in
         raise mistakes
     layout.__dict__["is_checked"] = True  # `replace` forgets it
     return layout
+
+
+def without(mistakes: InputErrors, data: Any) -> Layout | None:
+    """The layout with harmless values in place of mistakes, so that the rest can be checked
+    too; None if that depends on them."""
+    if mistakes.errors and not isinstance(data, dict):
+        return None
+    rest = dict(data)
+    for error in mistakes.errors:
+        key, index = re.match(r"([^.[]*)(?:\[(\d+))?", error.key).groups()
+        if key == "regions" and index:
+            rest[key] = [*rest[key]]
+            rest[key][int(index)] = {"prompt": "-", "box": ["0%", "0%", "100%", "100%"]}
+        elif key in ("width", "height", "map", "overlap", "regions"):
+            return None
+        else:
+            rest.pop(key, None)
+    if mistakes.errors:
+        rest.setdefault("prompt", "-")
+    try:
+        return msgspec.convert(rest, Layout)
+    except (msgspec.ValidationError, UnicodeEncodeError):
+        if not mistakes.errors:
+            raise
+        return None  # an unknown key with a dot
 
 
 def checked_in_code(layout: Layout, size: int) -> Layout:

@@ -271,6 +271,12 @@ def test_up_to_ten_mistakes_are_found_at_once(write):
         read_layout(file, {})
     keys = ["regions[0].box", "regions[1].ellipse", "regions[2].order", "regions[3].mask"]
     assert [error.key for error in caught.value.errors] == keys
+    regions = "[{prompt: 3, box: [0, 0, 9, 9]}, {prompt: y, box: [0, 0, 1.5x, 9]}, {prompt: y}]"
+    file = write(f"prompt: x\nguidance: much\nheight: 250\nregions: {regions}")  # wrong types and wrong values
+    with pytest.raises(InputErrors) as caught:
+        read_layout(file, {})
+    keys = ["guidance", "regions[0].prompt", "height", "regions[1].box[2]", "regions[2]"]
+    assert [error.key for error in caught.value.errors] == keys
     file = write(f"prompt: x\nregions: [{'{prompt: y, box: [9, 9, 9, 9]}, ' * 61}]")
     with pytest.raises(InputErrors) as caught:
         read_layout(file, {})

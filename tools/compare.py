@@ -9,7 +9,16 @@ from typing import Any
 
 import msgspec
 
-from errors import CHECKPOINT, MISSING, InputError, converted, describe, opened, opened_image, parse_json
+from errors import (
+    CHECKPOINT,
+    MISSING,
+    InputError,
+    converted,
+    describe,
+    opened,
+    opened_image,
+    parse_json,
+)
 from formats.safetensors import read_header
 from regional.layout import Layout
 from tools.metadata import (
