@@ -181,11 +181,14 @@ def download(repo: str, listing: Listing, files: list[File], purpose: str) -> Pa
         tree[file.name] = TreeCacheEntry(file.size, file.oid, *large)
     write_tree_cache(str(storage), listing.commit, tree)
     folder = storage / "snapshots" / listing.commit
-    for file in files:
-        place = folder / file.name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if not (place.exists() and place.samefile(blobs / file.sum)):
-            _create_symlink(str(blobs / file.sum), str(place))
+    lock = storage.parent / ".locks" / storage.name / "links.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):  # A link that another worker has made would be made anew.
+        for file in files:
+            place = folder / file.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if not (place.exists() and place.samefile(blobs / file.sum)):
+                _create_symlink(str(blobs / file.sum), str(place))
     _cache_commit_hash_for_specific_revision(str(storage), "main", listing.commit)
     return folder
 
