@@ -103,7 +103,7 @@ def look_of(picture: np.ndarray, area: np.ndarray | None = None) -> str | None:
     color = np.array(list(COLORS.values())[found.color])
     pale = [BACKGROUNDS[name] for name in ("white", "gray", "beige")]
     is_pale = nearest_of(found.picture, np.stack([color, DARK * color, *pale])) >= 2
-    return best_tile(body, is_pale, {None: np.zeros((PERIOD, PERIOD)), **LOOKS})
+    return best_tile(body, is_pale, {None: np.zeros((PERIOD, PERIOD), np.float32), **LOOKS})
 
 
 def grown(mask: np.ndarray, pixels: int) -> np.ndarray:
@@ -132,12 +132,19 @@ def best_tile(body: np.ndarray, marked: np.ndarray, tiles: dict) -> Any:
         cells = np.pad(values.astype(np.float32), pad)
         return cells.reshape(height // PERIOD, PERIOD, width // PERIOD, PERIOD).sum((0, 2))
 
-    count, marks = fold(body), fold(body & marked)
+    count, marks = fold(body).ravel(), fold(body & marked).ravel()
     errors = {}
     for name, tile in tiles.items():
-        shifted = [np.roll(tile, (y, x), (0, 1)) for y in range(PERIOD) for x in range(PERIOD)]
-        errors[name] = min((count * t + marks - 2 * t * marks).sum() for t in shifted)
+        # sum of count * t + marks - 2 * t * marks, less what is the same for every tile
+        errors[name] = (all_shifts(tile.tobytes()) @ (count - 2 * marks)).min()
     return min(errors, key=errors.get)
+
+
+@lru_cache(maxsize=16)
+def all_shifts(tile: bytes) -> np.ndarray:
+    """A tile, the bytes of (PERIOD, PERIOD) float32, at its PERIOD * PERIOD shifts, one in a row."""
+    square = np.frombuffer(tile, dtype=np.float32).reshape(PERIOD, PERIOD)
+    return np.stack([np.roll(square, (y, x), (0, 1)).ravel() for y in range(PERIOD) for x in range(PERIOD)])
 
 
 def silhouette(found: Found) -> np.ndarray:
