@@ -52,7 +52,7 @@ class AttentionMaps:
                     if branches.is_masked(block):
                         added = added_scores(tokens, start + rows, every)
                         scores += 0 if added is None else added.to(scores)
-                        hidden = ~allowed(bits, value)
+                        hidden = ~allowed(value, bits)
                         scores = scores.masked_fill(hidden.to(q.device), -torch.inf)
                     found = scores.float().softmax(-1)[..., :start]
                     found = found.unflatten(-1, (-1, words)).sum(-1).mean((0, 1))

@@ -25,13 +25,23 @@ from torch import Tensor
 
 from model.attention import Block, plain_attention, text_then_image
 
-OPEN_BIT = 62  # of image tokens that all see each other; regions have bits 0-61
+# Regions have bits 0-60.
+BACKGROUND_BIT = 61
+OPEN_BIT = 62  # of image tokens that all see each other
+ONE_WAY_BIT = 63  # of image tokens that those of the background see
+ONE_WAY = -(2**63)  # this bit, as int64 has it
+
+
+def query_bits(bits: Tensor) -> Tensor:
+    """A token's bits as a query, of its bits as a key: ONE_WAY_BIT stays with the background."""
+    background = bits << (ONE_WAY_BIT - BACKGROUND_BIT)
+    return bits & (background | ~ONE_WAY)
 
 
 def allowed(bits_q: Tensor, bits_k: Tensor) -> Tensor:
     """Whether queries with these region bits see keys with those: the whole mask. To
     try another, change kernel.py too; a token without bits must see and be seen by none."""
-    return (bits_q & bits_k) != 0
+    return (query_bits(bits_q) & bits_k) != 0
 
 
 class Tokens(NamedTuple):
@@ -89,9 +99,9 @@ def portable_attention(tokens: Tokens) -> MaskedAttention:
     """The same without an L x L tensor: for each value of the bits an unmasked attention
     over the keys it may see."""
     groups = []
-    kinds = tokens.bits
+    kinds = query_bits(tokens.bits)
     if tokens.log_weight is not None:  # rows that weigh their keys are apart
-        kinds = tokens.bits << 1 | tokens.log_weight.any(dim=1)
+        kinds = kinds.unique(return_inverse=True)[1] * 2 + tokens.log_weight.any(dim=1)
     for kind in kinds.unique():
         rows = (kinds == kind).nonzero().flatten()
         keys = allowed(tokens.bits, tokens.bits[rows[0]]).nonzero().flatten()
@@ -145,7 +155,7 @@ def in_one_sequence(
     columns = torch.arange(1, regions + 1, device=bits.device)
     of_text = columns.repeat_interleave(len(texts) // regions)
     # An image token in one region alone has that region's column.
-    is_alone = (image & ~(1 << OPEN_BIT))[:, None] == texts[:: len(texts) // regions]
+    is_alone = (image & ~ONE_WAY & ~(1 << OPEN_BIT))[:, None] == texts[:: len(texts) // regions]
     of_image = (is_alone * (regions + columns)).sum(dim=1)
     return tokens._replace(
         log_weight=F.pad(log_weights, (1, 0, len(tokens.bits) - image_length, 0)),

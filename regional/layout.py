@@ -32,6 +32,7 @@ Tokens = Annotated[int, Meta(ge=2, le=4096)]
 Interval = Annotated[int, Meta(ge=1)]
 Index = Annotated[int, Meta(ge=0)]
 Ratio = Annotated[float, Meta(ge=0, le=1)]
+Opacity = Annotated[float, Meta(gt=0, le=1)]
 Scale = Annotated[float, Meta(ge=-100, le=100)]
 Strength = Annotated[float, Meta(ge=0, le=100)]
 Feather = Annotated[float, Meta(ge=0, le=8192)]
@@ -59,7 +60,7 @@ MODE = f"a union's mode, a number or {', '.join(MODES)}"
 RESIDUALS = "published: none of the single blocks' for the base branch, as in the paper's code"
 WHICH_BLOCKS = 'which are masked, in place of the interval: "every 2", "0-18", "0-4, 8" or a list'
 COLOR = 'one of the layout\'s map: "#rrggbb", [r, g, b] or an index'
-OPEN = "open: all image tokens see each other"
+ACROSS = "open: all image tokens see each other; one-way: the background's see all"
 SHARED = "shared: one image stream in single blocks too; cheaper, not as published"
 REGION_TOKENS = "text tokens of each region, a count or 25% of max_sequence_length"
 PRESET = "control: other defaults, which suit many regions"
@@ -126,6 +127,7 @@ class Region(Part):
     mask: Annotated[str | None, "an image; pixels >= 128 are inside"] = None
     color: Annotated[Color | None, COLOR] = None
     order: Annotated[int, ORDER] = 0
+    opacity: Annotated[Opacity, "how far it hides the regions below; not with overlap: share"] = 1.0
     strength: Annotated[Strength, "attention weight of its prompt; published: 1"] = 1.0
     feather: Annotated[Feather, "over how many pixels its edge is soft"] = 0.0
     mask_inject_steps: Annotated[Count | None, "its own steps, a count or 40%"] = None
@@ -159,7 +161,7 @@ class Layout(Part, dict=True):
     single_inject_interval: Annotated[Interval, "mask every N-th single block"] = 1
     double_blocks: Annotated[Blocks | None, WHICH_BLOCKS] = None
     single_blocks: Annotated[Blocks | None, WHICH_BLOCKS] = None
-    image_attention: Annotated[Literal["isolated", "open"], OPEN] = "isolated"
+    image_attention: Annotated[Literal["isolated", "open", "one-way"], ACROSS] = "isolated"
     base_stream: Annotated[Literal["separate", "shared"], SHARED] = "separate"
     max_sequence_length: Annotated[Tokens | None, "text tokens of the base prompt"] = None
     region_max_sequence_length: Annotated[Tokens | SomePercent | None, REGION_TOKENS] = None

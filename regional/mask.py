@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from regional.attention import OPEN_BIT
+from regional.attention import BACKGROUND_BIT, ONE_WAY, OPEN_BIT
 from regional.images import read_color, read_mask
 from regional.layout import Layout, Region
 
-BACKGROUND_BIT = 61  # the written regions have bits 0-60
+IMAGE_BITS = {"isolated": 0, "open": 1 << OPEN_BIT, "one-way": ONE_WAY}  # of image tokens
 
 
 class RegionTokens(NamedTuple):
@@ -21,7 +21,7 @@ class RegionTokens(NamedTuple):
 
     image_bits: (h w,) int64, the bits of the image tokens, row by row.
     cover: (P, h w) float32, how far each region covers each image token.
-    open_images: all image tokens see each other.
+    image_attention: Layout's.
     """
 
     prompts: list[str]
@@ -29,13 +29,13 @@ class RegionTokens(NamedTuple):
     image_bits: Tensor
     cover: Tensor
     strength: list[float]
-    open_images: bool
+    image_attention: str
     warnings: list[str]
 
     def bits(self, text_length: int) -> Tensor:
         """Bits of [txt_1 .. txt_R, img], text_length tokens a prompt: (L,) int64."""
         text = torch.tensor([1 << bit for bit in self.prompt_bits])
-        image = self.image_bits | (self.open_images << OPEN_BIT)
+        image = self.image_bits | IMAGE_BITS[self.image_attention]
         return torch.cat([text.repeat_interleave(text_length), image])
 
     def log_weights(self) -> Tensor | None:
@@ -79,6 +79,7 @@ def region_tokens(layout: Layout) -> RegionTokens:
         above = np.zeros_like(cover[0])
         for i in topmost_first(layout, [own.sum() for own in cover]):
             cover[i] = np.minimum(cover[i], 1 - above.clip(max=1))
+            cover[i] *= layout.regions[i].opacity
             cover[i][cover[i] < 1e-6] = 0
             above += cover[i]
             if not cover[i].any():
@@ -100,7 +101,7 @@ def region_tokens(layout: Layout) -> RegionTokens:
         image_bits=torch.from_numpy(image_bits.flatten()),
         cover=torch.from_numpy(cover.reshape(len(cover), -1)),
         strength=strength,
-        open_images=layout.image_attention == "open",
+        image_attention=layout.image_attention,
         warnings=warnings,
     )
 

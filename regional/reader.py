@@ -300,9 +300,10 @@ def checked_region(region: Region, layout: Layout, folder: Path, path: str) -> R
     if layout.map and not shapes:
         problem += '; "#rrggbb" needs its quotes'
     require(len(shapes) == 1, path, MISSING, problem)
-    is_good = not region.order or layout.overlap != "share"
-    problem = "overlap: share has no order; write overlap: last"
-    require(is_good, f"{path}.order", region.order, problem)
+    for name, unset in ("order", 0), ("opacity", 1):
+        value = getattr(region, name)
+        problem = f"overlap: share has no {name}; write overlap: last"
+        require(value == unset or layout.overlap != "share", f"{path}.{name}", value, problem)
     key = f"{path}.{region.shape}"
     shape = getattr(region, region.shape)
     if region.box or region.ellipse:
