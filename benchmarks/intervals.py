@@ -22,21 +22,23 @@ class Mean(NamedTuple):
         return self.value - self.low, self.high - self.value
 
 
-def mean_of(values: list[float] | np.ndarray, is_fraction: bool = True) -> Mean:
+def mean_of(values: list[float] | np.ndarray, is_fraction: bool = True, weights: list[float] | None = None) -> Mean:
     """The mean over layouts, and a percentile bootstrap over them. Where a fraction is 0 or 1 in every layout, a
     bootstrap has no width: Wilson's interval with n = layouts. NaN values are layouts with nothing to measure; no ends
-    are known from one value."""
+    are known from one value. weights: how often a layout counts, as by its instances."""
     values = np.asarray(values, dtype=float)
-    values = values[~np.isnan(values)]
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
+    weights, values = weights[~np.isnan(values)], values[~np.isnan(values)]
     if not len(values):
         return Mean(np.nan, np.nan, np.nan)
-    mean = values.mean()
+    mean = (values * weights).sum() / weights.sum()
     if is_fraction and mean in (0, 1):
         return wilson(mean, len(values))
     if len(values) == 1:
         return Mean(float(mean), np.nan, np.nan)
     rng = np.random.default_rng(0)
-    means = rng.choice(values, (RESAMPLES, len(values))).mean(1)
+    drawn = rng.integers(0, len(values), (RESAMPLES, len(values)))
+    means = (values * weights)[drawn].sum(1) / weights[drawn].sum(1)
     low, high = np.percentile(means, (2.5, 97.5))
     return Mean(float(mean), float(low), float(high))
 
