@@ -33,10 +33,12 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.intervals import Mean, mean_of  # noqa: E402
+from benchmarks.variants import StepCache, hard_binding, open_images, texts_at_corners  # noqa: E402
 from model.attention import Block  # noqa: E402
+from model.transformer import Flux  # noqa: E402
 from pipeline import Pipeline  # noqa: E402
 from pocket.judge import KINDS, Case, drawn, judge, random_case  # noqa: E402
-from regional.extension import Branches, Extension, Forward, Pass  # noqa: E402
+from regional.extension import Extension  # noqa: E402
 from regional.layout import PRESETS  # noqa: E402
 from tools.sheets import contact_sheet  # noqa: E402
 
@@ -61,6 +63,8 @@ class Setting(NamedTuple):
     region_length: int | str = 64
     strength: float = 1
     feather: float = 0
+    overlap: str = "share"
+    opacity: float = 1
     variant: str = ""
 
     def __str__(self) -> str:
@@ -71,6 +75,8 @@ class Setting(NamedTuple):
         parts += [f"{self.region_length} text tokens"] if self.region_length != 64 else []
         parts += [f"strength {self.strength:g}"] if self.strength != 1 else []
         parts += [f"feather {self.feather:g}"] if self.feather else []
+        parts += [f"overlap {self.overlap}"] if self.overlap != "share" else []
+        parts += [f"opacity {self.opacity:g}"] if self.opacity != 1 else []
         return ", ".join(parts + [self.variant] * bool(self.variant))
 
 
@@ -83,6 +89,7 @@ MASKED_BLOCKS: dict[str, Callable[[Block], bool]] = {
     "early single": lambda block: block.kind == "single" and block.index < 2,
     "middle single": lambda block: block.kind == "single" and 2 <= block.index < 4,
     "late single": lambda block: block.kind == "single" and block.index >= 4,
+    "late two single": lambda block: block.kind == "single" and block.index >= 3,
     "double and early single": lambda block: block.kind == "double" or block.index < 2,
     "no": lambda block: False,
 }
@@ -90,29 +97,19 @@ VARIANTS = {  # which are not the published method
     "": {},
     "shared stream": {"base_stream": "shared"},
     "open image attention": {"image_attention": "open"},
+    "one-way image attention": {"image_attention": "one-way"},
 }
-AT_CORNERS = "texts at corners"  # not a setting of the program: an experiment, by the extension below
-
-
-def texts_at_corners(case: Case, prompts: int) -> Extension:
-    """Gives each region's prompt the position of its region's upper left token, in place of 0. prompts: those of the
-    regional pass, the background's included."""
-    tops, lefts = (case.areas.any(axis).argmax(1) // 16 for axis in (2, 1))
-
-    def extend(forward: Forward, branches: Branches) -> Forward:
-        if branches.is_masked is None:  # a plain pass
-            return forward
-
-        def at_corners(given: Pass, step: int) -> torch.Tensor:
-            ids = given.txt_ids.clone()
-            length = (ids.shape[1] - branches.has_base * branches.text_length) // prompts
-            for i, corner in enumerate(zip(tops, lefts)):
-                ids[:, i * length : (i + 1) * length, 1:] = torch.tensor(corner)
-            return forward(given._replace(txt_ids=ids), step)
-
-        return at_corners
-
-    return extend
+# Not settings of the program: by the extensions of benchmarks/variants.py.
+AT_CORNERS = "texts at corners"
+EXPERIMENTS: dict[str, Callable[[Case, int, Flux], list[Extension]]] = {
+    AT_CORNERS: lambda case, prompts, flux: [texts_at_corners(case, prompts)],
+    "late images open": lambda case, prompts, flux: [open_images(MASKED_BLOCKS["late two single"])],
+    "early images open": lambda case, prompts, flux: [open_images(MASKED_BLOCKS["double"])],
+    "bound for 1 step": lambda case, prompts, flux: [hard_binding(1, len(case.wanted))],
+    "bound for 2 steps": lambda case, prompts, flux: [hard_binding(2, len(case.wanted))],
+    "cache .1": lambda case, prompts, flux: [StepCache(flux, 0.1).extend],
+    "cache .2": lambda case, prompts, flux: [StepCache(flux, 0.2).extend],
+}
 
 
 PLAIN = Setting("plain")
@@ -127,7 +124,7 @@ class Model:
 
     def draw(self, case: Case, setting: Setting, steps: int) -> tuple[np.ndarray, float]:
         """The image (H, W, 3) uint8, and the seconds its sampling took."""
-        own = {"strength": setting.strength, "feather": setting.feather}
+        own = {"strength": setting.strength, "feather": setting.feather, "opacity": setting.opacity}
         is_masked = MASKED_BLOCKS[setting.masked_blocks]
         depths = {"double": self.flux.defaults.depth, "single": self.flux.defaults.depth_single_blocks}
         blocks = {
@@ -136,14 +133,16 @@ class Model:
         }
         layout = msgspec.structs.replace(
             case.layout, steps=steps, region_max_sequence_length=setting.region_length, method=setting.method,
-            base_ratio=setting.base_ratio, mask_inject_steps=setting.mask_inject_steps, **blocks,
+            base_ratio=setting.base_ratio, mask_inject_steps=setting.mask_inject_steps, overlap=setting.overlap, **blocks,
             regions=tuple(msgspec.structs.replace(region, **own) for region in case.layout.regions),
             **VARIANTS.get(setting.variant, {}),
         )  # fmt: skip
         prepared = self.exact.prepare(layout)
         start = time.perf_counter()
-        at_corners = setting.variant == AT_CORNERS
-        extensions = [texts_at_corners(case, len(prepared.tokens.prompts))] if at_corners else []
+        extensions = []
+        if setting.variant in EXPERIMENTS:
+            flux = self.flux.parts.get("flux")
+            extensions = EXPERIMENTS[setting.variant](case, len(prepared.tokens.prompts), flux)
         latents = self.flux.denoise(prepared, layout.seed, extensions)
         seconds = time.perf_counter() - start
         return np.asarray(self.exact.decode(latents)), seconds

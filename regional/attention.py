@@ -104,7 +104,7 @@ def portable_attention(tokens: Tokens) -> MaskedAttention:
         kinds = kinds.unique(return_inverse=True)[1] * 2 + tokens.log_weight.any(dim=1)
     for kind in kinds.unique():
         rows = (kinds == kind).nonzero().flatten()
-        keys = allowed(tokens.bits, tokens.bits[rows[0]]).nonzero().flatten()
+        keys = allowed(tokens.bits[rows[0]], tokens.bits).nonzero().flatten()
         if len(keys):  # rows with nothing allowed stay zero
             groups.append((rows, keys, added_scores(tokens, rows, keys)))
 

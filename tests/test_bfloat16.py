@@ -90,6 +90,8 @@ SETTINGS = {
     "steps and a ratio of its own": layout(OWN_STEPS, RIGHT),
     "one image stream": layout(base_stream="shared"),
     "unmasked image attention": layout(image_attention="open"),
+    "the background sees the regions": layout(LEFT, image_attention="one-way"),
+    "opacity": layout(replaced(LEFT, opacity=0.6), RIGHT, overlap="last"),
     "lists of blocks": layout(double_blocks=(1,), single_blocks="1-3"),
     "intervals": layout(double_inject_interval=2, single_inject_interval=2),
     "a LoRA on the whole image": layout(loras=(Lora(file=BARRED),)),

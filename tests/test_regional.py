@@ -35,11 +35,11 @@ TEXT, WIDTH, HEIGHT = 5, 96, 64  # text tokens a prompt; 6 x 4 image tokens
 IMAGE = WIDTH * HEIGHT // 256
 
 
-def boxes(*corners, width=WIDTH, height=HEIGHT, strength=(), feather=(), **settings) -> Layout:
-    given = itertools.zip_longest(corners, strength, feather)
+def boxes(*corners, width=WIDTH, height=HEIGHT, strength=(), feather=(), opacity=(), **settings) -> Layout:
+    given = itertools.zip_longest(corners, strength, feather, opacity)
     regions = tuple(
-        Region(prompt=f"region {i}", box=box, strength=1 if s is None else s, feather=f or 0)
-        for i, (box, s, f) in enumerate(given)
+        Region(prompt=f"region {i}", box=box, strength=1 if s is None else s, feather=f or 0, opacity=o or 1)
+        for i, (box, s, f, o) in enumerate(given)
     )
     return Layout(prompt="base", regions=regions, width=width, height=height, **settings)
 
@@ -50,6 +50,7 @@ LAYOUTS = {
     "overlapping": boxes((0, 0, 64, 48), (32, 16, 96, 64), (48, 0, 80, 32)),
     "last wins": boxes((0, 0, 64, 48), (32, 16, 96, 64), overlap="last"),
     "one token": boxes((20, 20, 22, 22), (0, 0, 96, 32)),
+    "one-way": boxes((16, 16, 48, 48), (48, 0, 80, 64), image_attention="one-way"),
     "61 regions": boxes(
         *[(16 * (i % 6), 16 * (i // 6 % 4), 16 * (i % 6) + 16, 16 * (i // 6 % 4) + 16) for i in range(61)]
     ),
@@ -81,13 +82,18 @@ def test_tokens_and_mask_are_those_of_the_published_code(case):
 @published
 @LAYOUT
 def test_tokens_see_each_other_where_they_share_a_region(layout):
-    """The rule in words, by region and token. The background counts as a region."""
+    """The rule in words, by region and token. The background counts as a region; where it sees the others' image
+    tokens, they do not see its."""
     tokens = region_tokens(layout)
     covered = (tokens.cover > 0).tolist()
     members = [{i} for i in range(len(covered)) for _ in range(TEXT)]  # of each token, the regions that it is in
     members += [{i for i, cover in enumerate(covered) if cover[token]} for token in range(IMAGE)]
     bits = tokens.bits(TEXT)
     seen = [[not own.isdisjoint(other) for other in members] for own in members]
+    if layout.image_attention == "one-way":
+        for i, own in enumerate(members):
+            if i >= len(members) - IMAGE and BACKGROUND_BIT in [tokens.prompt_bits[j] for j in own]:
+                seen[i][-IMAGE:] = [True] * IMAGE
     assert allowed(bits[:, None], bits[None, :]).tolist() == seen
 
 
@@ -109,6 +115,25 @@ def test_a_region_that_shows_nothing_is_reported():
     tokens = region_tokens(boxes((27, 30, 31, 40)))
     assert (tokens.image_bits == 1).sum() == 1 and tokens.image_bits.reshape(4, 6)[2, 1] == 1
     assert "regions[0]" in tokens.warnings[0]
+
+
+def test_opacity_is_how_far_a_region_hides_those_below():
+    """LaRender's weights (arXiv 2508.07647): a_i M_i prod of (1 - a_j M_j) of those above; the background has the rest."""
+    corners = (0, 0, 64, 48), (32, 16, 96, 64), (48, 0, 80, 32)
+    opacity = torch.tensor([0.9, 0.6, 0.3])
+    tokens = region_tokens(boxes(*corners, opacity=opacity.tolist(), overlap="last"))
+    inside = [region_tokens(boxes(box)).cover[0] for box in corners]
+    left = torch.ones(IMAGE)
+    for i in (2, 1, 0):
+        assert torch.allclose(tokens.cover[i], opacity[i] * inside[i] * left, atol=1e-6)
+        left = left * (1 - opacity[i] * inside[i])
+    assert tokens.prompt_bits[-1] == BACKGROUND_BIT and torch.allclose(tokens.cover[3], left, atol=1e-6)
+
+
+def test_full_opacity_changes_nothing():
+    for overlap in "last", "first", "smallest":
+        one, other = (boxes((0, 0, 64, 48), (32, 16, 96, 64), feather=(48,), overlap=overlap, opacity=o) for o in ((), (1, 1)))
+        assert torch.equal(region_tokens(one).cover, region_tokens(other).cover)
 
 
 def inside(mask: Path) -> list[list[int]]:
@@ -161,6 +186,8 @@ WEIGHED = {
     "strength": boxes((0, 0, 48, 64), (48, 0, 96, 64), strength=(0.5, 2)),
     "no strength": boxes((0, 0, 64, 48), (32, 16, 96, 64), strength=(0, 1)),
     "feather": boxes((0, 0, 64, 48), feather=(48,)),
+    "feather, one-way": boxes((0, 0, 64, 48), feather=(48,), image_attention="one-way"),
+    "opacity": boxes((0, 0, 64, 48), (32, 16, 96, 64), opacity=(1, 0.75), overlap="last"),
     "both": boxes((0, 0, 64, 48), (32, 16, 96, 64), strength=(1.5, 0.2), feather=(0, 64)),
 }
 
@@ -192,7 +219,7 @@ def test_image_tokens_weigh_their_regions_texts(layout, implementation):
                 times[n] = region.strength[j // TEXT]
             for a, b in (i, j), (j, i):
                 if a >= texts and (home := home_of(b)) is not None:
-                    times[n] *= region.cover[home, a - texts]
+                    times[n] *= region.cover[home, a - texts] or 1  # not where it lies outside
         weights = times * torch.einsum("bhd,bhkd->bhk", q[:, :, i], k[:, :, keys]).div(4).exp()
         expected = torch.einsum("bhk,bhkd->bhd", weights / weights.sum(-1, keepdim=True), v[:, :, keys])
         assert (out[:, :, i] - expected).abs().max() < 1e-6  # the logarithms are float32
