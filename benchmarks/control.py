@@ -3,10 +3,10 @@
     python benchmarks/control.py             # everything; Ctrl-C writes the rows that are whole, a new run goes on
     python benchmarks/control.py --quick     # 4 regions in boxes alone, under 2 minutes; exit code 1 below 85 %
 
-The pocket model draws random layouts (pocket/judge.py) by three methods: `plain`, the base prompt alone, which names
-every object and no place; `rpg`, one whole picture for each region put together in every step (regional/sampling.py);
-`regional`, this program's. The same layouts and seeds for all. The sweeps have layouts of their own, 0 to 49; settings
-chosen there are compared on others, 100 to 149.
+The pocket model draws random layouts (pocket/judge.py) by several methods: `plain`, the base prompt alone, which names
+every object and no place; `rpg`, a whole picture for each region, put together in every step (regional/sampling.py);
+`regional`, this program's, and variants of it. The same layouts and seeds for all. The sweeps have layouts of their own,
+1000 to 1029; settings chosen there are compared on others, 2000 to 2049, which appear nowhere else.
 
 Writes docs/control/: tables.md, tables.json, plots and contact sheets of the first layouts. The single results are kept
 in benchmarks/run/control.jsonl.
@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import msgspec
 import numpy as np
@@ -37,14 +38,18 @@ from benchmarks.variants import StepCache, hard_binding, open_images, texts_at_c
 from model.attention import Block  # noqa: E402
 from model.transformer import Flux  # noqa: E402
 from pipeline import Pipeline  # noqa: E402
-from pocket.judge import KINDS, Case, drawn, judge, random_case  # noqa: E402
+from pocket.judge import Case, drawn, judge, random_case  # noqa: E402
+from regional import sampling  # noqa: E402
 from regional.extension import Extension  # noqa: E402
 from regional.layout import PRESETS  # noqa: E402
+from regional.mask import regional_stages  # noqa: E402
 from tools.sheets import contact_sheet  # noqa: E402
 
 RUN, DOCS = ROOT / "benchmarks" / "run", ROOT / "docs" / "control"
-REGIONS = (1, 2, 3, 4, 6, 8, 12, 16)
+KINDS = ("boxes", "overlapping boxes", "free forms")
+REGIONS = (1, 2, 4, 8, 16)
 SWEPT_REGIONS = (2, 4, 8)
+MANY = (4, 8, 16)
 MEASURES = (
     "both", "color", "pattern", "shape", "strict", "all", "leakage", "duplicates", "background", "seams", "visible",
     "cut", "coherence", "seconds",
@@ -112,6 +117,22 @@ EXPERIMENTS: dict[str, Callable[[Case, int, Flux], list[Extension]]] = {
 }
 
 
+# What becomes of the regional stages, (end, base ratio of each image token): patched, not settings either.
+Stages = list[tuple[int, torch.Tensor]]
+STAGES: dict[str, Callable[[Stages], Stages]] = {
+    "from step 1 on": lambda stages: [(1, torch.ones_like(stages[0][1])), *stages],
+    "from step 2 on": lambda stages: [(2, torch.ones_like(stages[0][1])), *stages],
+    "beta from 0 to 0.5": lambda stages: ramp(stages, 0, 0.5),
+    "beta from 0.3 to 0": lambda stages: ramp(stages, 0.3, 0),
+}
+
+
+def ramp(stages: Stages, first: float, last: float) -> Stages:
+    end, ratio = stages[-1]
+    values = np.linspace(first, last, end)
+    return [(step + 1, torch.full_like(ratio, values[step])) for step in range(end)]
+
+
 PLAIN = Setting("plain")
 
 
@@ -133,7 +154,8 @@ class Model:
         }
         layout = msgspec.structs.replace(
             case.layout, steps=steps, region_max_sequence_length=setting.region_length, method=setting.method,
-            base_ratio=setting.base_ratio, mask_inject_steps=setting.mask_inject_steps, overlap=setting.overlap, **blocks,
+            base_ratio=setting.base_ratio, mask_inject_steps=setting.mask_inject_steps, **blocks,
+            overlap=setting.overlap,
             regions=tuple(msgspec.structs.replace(region, **own) for region in case.layout.regions),
             **VARIANTS.get(setting.variant, {}),
         )  # fmt: skip
@@ -143,7 +165,9 @@ class Model:
         if setting.variant in EXPERIMENTS:
             flux = self.flux.parts.get("flux")
             extensions = EXPERIMENTS[setting.variant](case, len(prepared.tokens.prompts), flux)
-        latents = self.flux.denoise(prepared, layout.seed, extensions)
+        change = STAGES.get(setting.variant, lambda stages: stages)
+        with patch.object(sampling, "regional_stages", lambda *given: change(regional_stages(*given))):
+            latents = self.flux.denoise(prepared, layout.seed, extensions)
         seconds = time.perf_counter() - start
         return np.asarray(self.exact.decode(latents)), seconds
 
@@ -220,26 +244,54 @@ STEPS, DTYPE = 10, "bfloat16"  # all shares are whole steps; on 40 layouts 12 st
 PUBLISHED = Setting("regional")
 EQUAL = Setting("regional", base_ratio=0.1)  # to RPG_BEST, in base ratio and regional steps
 RPG_BEST = Setting("rpg", base_ratio=0.1)
-SWEEPS = {
-    "Base ratio and regional steps": [
-        PLAIN,
-        *(Setting("regional", beta, T) for T in ("20%", "40%", "60%", "100%") for beta in (0.0, 0.1, 0.3, 0.5)),
-    ],
-    "The same by composition (RPG)": [Setting("rpg", beta, T) for T in ("40%", "60%") for beta in (0.0, 0.1, 0.3)],
-    "Which blocks are masked": [PUBLISHED._replace(masked_blocks=blocks) for blocks in MASKED_BLOCKS],
-    "Strength of the regions' texts": [EQUAL._replace(strength=strength) for strength in (0, 0.25, 0.5, 1, 2, 4)],
-    "Feather": [EQUAL._replace(feather=feather) for feather in (0, 32, 64, 96)],
-    "Variants": [EQUAL._replace(variant=variant) for variant in VARIANTS],
-    "Text tokens of each region": [PUBLISHED._replace(region_length=length) for length in (64, 32, 16)],
-}
+STEPS_AND_RATIOS = [
+    Setting("regional", beta, T) for T in ("20%", "40%", "60%", "80%", "100%") for beta in (0.0, 0.1, 0.3)
+]
+RULES = ("", "one-way image attention", "late images open", "early images open", "open image attention")
+SWEEPS = {  # title: the kind of layouts, the numbers of regions, the settings
+    "Base ratio and regional steps": ("boxes", SWEPT_REGIONS, [PLAIN, *STEPS_AND_RATIOS]),
+    "The same by composition (RPG)": (
+        "boxes", SWEPT_REGIONS, [Setting("rpg", beta, T) for T in ("40%", "60%") for beta in (0.0, 0.1, 0.3)],
+    ),
+    "Which blocks are masked": (
+        "boxes", SWEPT_REGIONS, [PUBLISHED._replace(masked_blocks=blocks) for blocks in MASKED_BLOCKS],
+    ),
+    "Strength of the regions' texts": (
+        "boxes", SWEPT_REGIONS, [EQUAL._replace(strength=strength) for strength in (0, 0.25, 0.5, 1, 2, 4)],
+    ),
+    "Feather": ("boxes", SWEPT_REGIONS, [EQUAL._replace(feather=feather) for feather in (0, 32, 64, 96)]),
+    "Text tokens of each region": (
+        "boxes", SWEPT_REGIONS, [PUBLISHED._replace(region_length=length) for length in (64, 32, 16)],
+    ),
+    "Which image tokens see each other": (
+        "boxes", MANY, [EQUAL._replace(mask_inject_steps=T, variant=rule) for T in ("40%", "60%") for rule in RULES],
+    ),
+    "Overlap": (
+        "overlapping boxes", MANY,
+        [EQUAL._replace(mask_inject_steps=T, overlap=overlap)
+         for T in ("40%", "60%", "80%") for overlap in ("share", "last", "smallest")]
+        + [EQUAL._replace(mask_inject_steps="60%", overlap="last", opacity=opacity) for opacity in (0.95, 0.8, 0.5)],
+    ),
+    "Free forms": (
+        "free forms", MANY,
+        [EQUAL._replace(mask_inject_steps=T, variant=rule) for T in ("40%", "60%", "80%") for rule in RULES[:2]],
+    ),
+    "When regions begin, and ratios that change": (
+        "boxes", MANY, [EQUAL._replace(variant=name) for name in ("", *STAGES)],
+    ),
+    "Binding and caching": (
+        "boxes", MANY,
+        [EQUAL._replace(variant=name) for name in ("", "bound for 1 step", "bound for 2 steps", "shared stream")],
+    ),
+}  # fmt: skip
 
 
 def control(regions: int) -> Setting:
-    """The preset, chosen by the sweeps (and by T 60 % at 8 and more regions, on their layouts)."""
+    """The preset, chosen by the sweeps."""
     settings = PRESETS["control"](regions)
     return Setting(
         "regional", settings["base_ratio"], settings["mask_inject_steps"],
-        region_length=settings["region_max_sequence_length"],
+        region_length=settings["region_max_sequence_length"], overlap=settings.get("overlap", "share"),
     )  # fmt: skip
 
 
@@ -249,7 +301,7 @@ CURVES: dict[str, Callable[[int], Setting]] = {
     "regional, published": lambda regions: PUBLISHED,
     "regional, preset control": control,
 }
-SWEEP_SEEDS, SEEDS = range(50), range(100, 150)
+SWEEP_SEEDS, SEEDS = range(1000, 1030), range(2000, 2050)
 
 
 class Row(NamedTuple):
@@ -266,14 +318,14 @@ def tables() -> dict[str, list[Row]]:
     """Title -> rows, the most telling table first."""
     found = {}
     for kind in KINDS:
-        published = [PUBLISHED, EQUAL] if kind == "boxes" else []
+        published = [PUBLISHED, EQUAL] if kind == "boxes" else [PUBLISHED]
         found[f"Methods: {kind}"] = [
             Row(kind, regions, setting, SEEDS)
             for regions in REGIONS
             for setting in (None, PLAIN, *published, control(regions), RPG_BEST)
         ]
-    for title, settings in SWEEPS.items():
-        found[title] = [Row("boxes", regions, each, SWEEP_SEEDS) for regions in SWEPT_REGIONS for each in settings]
+    for title, (kind, counts, settings) in SWEEPS.items():
+        found[title] = [Row(kind, regions, each, SWEEP_SEEDS) for regions in counts for each in settings]
     found["Positions of the regions' texts"] = [
         Row("boxes", regions, control(regions)._replace(variant=variant), SEEDS)
         for regions in (2, 4, 8, 16)
@@ -342,7 +394,7 @@ def plot_sweep(results: dict[str, dict[str, float]]) -> None:
     figure, axes = plt.subplots(len(SWEPT_REGIONS), len(measures), figsize=(12, 9), layout="constrained")
     for regions, line in zip(SWEPT_REGIONS, axes):
         for measure_, axis in zip(measures, line):
-            swept = SWEEPS["Base ratio and regional steps"][1:]
+            swept = STEPS_AND_RATIOS
             for beta in sorted({setting.base_ratio for setting in swept}):
                 rows = [Row("boxes", regions, each, SWEEP_SEEDS) for each in swept if each.base_ratio == beta]
                 rows = whole(rows, results)
@@ -394,7 +446,7 @@ def write_all(results: dict[str, dict[str, float]]) -> None:
 
 def quick(workers: int) -> int:
     """Prints one table; 0 if 85 % of the regions of 4 show what they should."""
-    seeds = range(100, 124)
+    seeds = range(3000, 3024)
     rows = [Row("boxes", 4, setting, seeds) for setting in (None, PLAIN, PUBLISHED, control(4))]
     jobs = [job for row in rows for job in row.jobs()]
     results = run(jobs, workers, None)

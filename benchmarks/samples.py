@@ -1,6 +1,6 @@
 """The images of the README: three layouts by their seeds 1 to 5, as generate.py draws them.
 
-    python benchmarks/samples.py     # writes docs/samples.png
+python benchmarks/samples.py     # writes docs/samples.png
 """
 
 import sys

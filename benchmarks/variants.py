@@ -1,4 +1,4 @@
-"""Variants of the method that are measured (benchmarks/control.py) and are no settings of the program: each an extension
+"""Variants of the method that benchmarks/control.py measures and that are no settings of the program: each an extension
 of the sampling loop (docs/extensions.md)."""
 
 import sys

@@ -359,7 +359,8 @@ def test_the_lists_are_the_mask(bits, block_m, block_n):
     mask, covered = torch.zeros(2, length, length + block_n, dtype=torch.int64)
     for (start, end, first, mixed, last), bits_q in zip(queries.tolist(), query_bits):
         assert 0 < end - start <= block_m
-        assert torch.equal(bits_q[: end - start], kernel.query_bits(bits[start:end])) and not bits_q[end - start :].any()
+        assert torch.equal(bits_q[: end - start], kernel.query_bits(bits[start:end]))
+        assert not bits_q[end - start :].any()
         for i in range(first, last):
             key, j = keys[i].tolist()
             here = slice(start, end), slice(key, key + block_n)

@@ -222,7 +222,10 @@ MISTAKES = [  # YAML, and what its sentence has behind the file's name; {at} is 
     ("prompt: x\nmask_inject_steps: 10.0", "a count or 40%); write 10."),
     ("prompt: x\nsteps: 20.0", "expected int, got float (denoising steps; default: the model's); write 20."),
     ("prompt: x\nsteps: 20.5", "default: the model's)."),
-    (region("box: [0, 0, 9, 9], opacity: 0.5"), "regions[0].opacity = 0.5: overlap: share has no opacity; write overlap: last."),
+    (
+        region("box: [0, 0, 9, 9], opacity: 0.5"),
+        "regions[0].opacity = 0.5: overlap: share has no opacity; write overlap: last.",
+    ),
     (region("box: [0, 0, 9, 9], order: 1"), "regions[0].order = 1: overlap: share has no order; write overlap: last."),
     ("prompt: style: a fox", "line 1, column 14: mapping values are not allowed here; quote text with : or # or {."),
     ("prompt: x\nstyle: {prompt} in ink", "expected <block end>, but found '<scalar>'; quote text with : or # or {."),

@@ -118,7 +118,8 @@ def test_a_region_that_shows_nothing_is_reported():
 
 
 def test_opacity_is_how_far_a_region_hides_those_below():
-    """LaRender's weights (arXiv 2508.07647): a_i M_i prod of (1 - a_j M_j) of those above; the background has the rest."""
+    """LaRender's weights (arXiv 2508.07647), a_i M_i times the (1 - a_j M_j) of those above; the background has the
+    rest."""
     corners = (0, 0, 64, 48), (32, 16, 96, 64), (48, 0, 80, 32)
     opacity = torch.tensor([0.9, 0.6, 0.3])
     tokens = region_tokens(boxes(*corners, opacity=opacity.tolist(), overlap="last"))
@@ -132,7 +133,8 @@ def test_opacity_is_how_far_a_region_hides_those_below():
 
 def test_full_opacity_changes_nothing():
     for overlap in "last", "first", "smallest":
-        one, other = (boxes((0, 0, 64, 48), (32, 16, 96, 64), feather=(48,), overlap=overlap, opacity=o) for o in ((), (1, 1)))
+        corners = (0, 0, 64, 48), (32, 16, 96, 64)
+        one, other = (boxes(*corners, feather=(48,), overlap=overlap, opacity=o) for o in ((), (1, 1)))
         assert torch.equal(region_tokens(one).cover, region_tokens(other).cover)
 
 
