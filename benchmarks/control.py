@@ -3,10 +3,10 @@
     python benchmarks/control.py             # everything; Ctrl-C writes the rows that are whole, a new run goes on
     python benchmarks/control.py --quick     # 4 regions in boxes alone, under 2 minutes; exit code 1 below 85 %
 
-The pocket model draws random layouts (pocket/judge.py) by several methods: `plain`, the base prompt alone, which names
-every object and no place; `rpg`, a whole picture for each region, put together in every step (regional/sampling.py);
-`regional`, this program's, and variants of it. The same layouts and seeds for all. The sweeps have layouts of their own,
-1000 to 1029; settings chosen there are compared on others, 2000 to 2049, which appear nowhere else.
+The pocket model draws random layouts (pocket/judge.py) by several methods: `plain`, the base prompt alone, which
+names every object and no place; `rpg`, a whole picture for each region, put together in every step; `regional`, this
+program's, and variants of it. The same layouts and seeds for all. The sweeps have layouts of their own, 1000 to 1029;
+settings chosen there are compared on others, 2000 to 2049, which appear nowhere else.
 
 Writes docs/control/: tables.md, tables.json, plots and contact sheets of the first layouts. The single results are kept
 in benchmarks/run/control.jsonl.
@@ -42,7 +42,7 @@ from pocket.judge import Case, drawn, judge, random_case  # noqa: E402
 from regional import sampling  # noqa: E402
 from regional.extension import Extension  # noqa: E402
 from regional.layout import PRESETS  # noqa: E402
-from regional.mask import regional_stages  # noqa: E402
+from regional.mask import stage_ratios  # noqa: E402
 from tools.sheets import contact_sheet  # noqa: E402
 
 RUN, DOCS = ROOT / "benchmarks" / "run", ROOT / "docs" / "control"
@@ -117,20 +117,20 @@ EXPERIMENTS: dict[str, Callable[[Case, int, Flux], list[Extension]]] = {
 }
 
 
-# What becomes of the regional stages, (end, base ratio of each image token): patched, not settings either.
-Stages = list[tuple[int, torch.Tensor]]
+# What becomes of the regional stages, (end, base ratio of each region): patched, not settings either.
+Stages = list[tuple[int, list[float]]]
 STAGES: dict[str, Callable[[Stages], Stages]] = {
-    "from step 1 on": lambda stages: [(1, torch.ones_like(stages[0][1])), *stages],
-    "from step 2 on": lambda stages: [(2, torch.ones_like(stages[0][1])), *stages],
+    "from step 1 on": lambda stages: [(1, [1.0] * len(stages[0][1])), *stages],
+    "from step 2 on": lambda stages: [(2, [1.0] * len(stages[0][1])), *stages],
     "beta from 0 to 0.5": lambda stages: ramp(stages, 0, 0.5),
     "beta from 0.3 to 0": lambda stages: ramp(stages, 0.3, 0),
 }
 
 
 def ramp(stages: Stages, first: float, last: float) -> Stages:
-    end, ratio = stages[-1]
-    values = np.linspace(first, last, end)
-    return [(step + 1, torch.full_like(ratio, values[step])) for step in range(end)]
+    end, ratios = stages[-1]
+    values = np.linspace(first, last, end).tolist()
+    return [(step + 1, [values[step]] * len(ratios)) for step in range(end)]
 
 
 PLAIN = Setting("plain")
@@ -166,7 +166,7 @@ class Model:
             flux = self.flux.parts.get("flux")
             extensions = EXPERIMENTS[setting.variant](case, len(prepared.tokens.prompts), flux)
         change = STAGES.get(setting.variant, lambda stages: stages)
-        with patch.object(sampling, "regional_stages", lambda *given: change(regional_stages(*given))):
+        with patch.object(sampling, "stage_ratios", lambda *given: change(stage_ratios(*given))):
             latents = self.flux.denoise(prepared, layout.seed, extensions)
         seconds = time.perf_counter() - start
         return np.asarray(self.exact.decode(latents)), seconds

@@ -25,16 +25,14 @@ from torch import Tensor
 
 from model.attention import Block, plain_attention, text_then_image
 
-# Regions have bits 0-60.
-BACKGROUND_BIT = 61
+BACKGROUND_BIT = 61  # regions have bits 0-60
 OPEN_BIT = 62  # of image tokens that all see each other
-ONE_WAY_BIT = 63  # of image tokens that those of the background see
-ONE_WAY = -(2**63)  # this bit, as int64 has it
+ONE_WAY = -(2**63)  # bit 63, of image tokens that those of the background see
 
 
 def query_bits(bits: Tensor) -> Tensor:
-    """A token's bits as a query, of its bits as a key: ONE_WAY_BIT stays with the background."""
-    background = bits << (ONE_WAY_BIT - BACKGROUND_BIT)
+    """A token's bits as a query, of its bits as a key: ONE_WAY stays with the background."""
+    background = bits << (63 - BACKGROUND_BIT)
     return bits & (background | ~ONE_WAY)
 
 

@@ -114,23 +114,15 @@ def topmost_first(layout: Layout, areas: Sequence[float]) -> list[int]:
     return sorted(indices, key=lambda i: (-layout.regions[i].order, rank[i]))
 
 
-def regional_stages(layout: Layout, tokens: RegionTokens) -> list[tuple[int, Tensor]]:
-    """The regional steps in stages of equal settings: where each ends, and the base branch's
-    weight for each image token."""
-    return [(end, tokens.mean(ratios)) for end, ratios in stage_ratios(layout, tokens)]
-
-
 def stage_ratios(layout: Layout, tokens: RegionTokens) -> list[tuple[int, list[float]]]:
-    """Where each stage ends, and the base branch's weight for each region, 1 where its steps
-    are over."""
+    """The regional steps in stages of equal settings: where each ends, and the base branch's
+    weight for each region, 1 where its steps are over."""
     parts = (*layout.regions, layout)[: len(tokens.prompts)]  # the layout is the background
-    stages = []
-    start = 0
-    for end in sorted({part.mask_inject_steps for part in parts} - {0}):
-        ratios = [part.base_ratio if start < part.mask_inject_steps else 1.0 for part in parts]
-        stages.append((end, ratios))
-        start = end
-    return stages
+    ends = sorted({part.mask_inject_steps for part in parts} - {0})
+    return [
+        (end, [part.base_ratio if start < part.mask_inject_steps else 1.0 for part in parts])
+        for start, end in zip([0, *ends], ends)
+    ]
 
 
 def feathered(tokens: np.ndarray, feather: float) -> np.ndarray:

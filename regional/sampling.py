@@ -17,7 +17,7 @@ from model.transformer import Flux, FluxParams, as_it_is
 from regional.attention import MaskedAttention, RegionalAttention, Tokens
 from regional.extension import Branches, Conditioning, Extension, Pass
 from regional.layout import Layout
-from regional.mask import RegionTokens, regional_stages
+from regional.mask import RegionTokens, stage_ratios
 from sampler.flow import SAMPLERS, SCHEDULES, Velocity, image_ids, noise, pack, text_ids, unpack
 
 MakeAttention = Callable[[Tokens], MaskedAttention]
@@ -61,13 +61,12 @@ def sample(
     txt = conditioning.txt
     steps = layout.steps
     levels = noise_levels(layout, flux.params)
-    denoise = SAMPLERS[layout.sampler]
     img = pack(noise(layout.width, layout.height, seed))
     img = img.to(txt.device, txt.dtype).float()
     order = torch.arange(img.shape[1])
     stages = []
     if layout.regional_steps():
-        stages = regional_stages(layout, tokens)
+        stages = [(end, tokens.mean(ratios)) for end, ratios in stage_ratios(layout, tokens)]
         tokens, order = tokens.sorted()  # tokens of the same regions side by side
     modulation = modulation or modulations(flux, layout, conditioning.y)
     run = Run(flux, layout, tokens, conditioning, order, modulation, extensions)
@@ -83,7 +82,7 @@ def sample(
                 velocity = composed(run, ratio[order].to(txt.device), plain)
             else:
                 velocity = regional(run, ratio[order], masked_attention)
-            for latest in denoise(velocity, img, levels, range(start, end)):
+            for latest in SAMPLERS[layout.sampler](velocity, img, levels, range(start, end)):
                 img = latest
                 bar.update()
                 on_step()

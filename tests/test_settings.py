@@ -18,7 +18,7 @@ from regional.mask import (
     in_polygons,
     pixels_inside,
     region_tokens,
-    regional_stages,
+    stage_ratios,
 )
 from regional.reader import read_layout
 from tools import colors
@@ -188,7 +188,8 @@ def stages(layout: Layout) -> list[tuple[int, dict[int, float]]]:
     """Where each stage ends, and the base branch's share by the bits of the tokens."""
     tokens = region_tokens(layout)
     bits = tokens.image_bits.tolist()
-    return [(end, dict(zip(bits, ratio.tolist()))) for end, ratio in regional_stages(layout.resolved(FLUX_DEV), tokens)]
+    found = stage_ratios(layout.resolved(FLUX_DEV), tokens)
+    return [(end, dict(zip(bits, tokens.mean(ratios).tolist()))) for end, ratios in found]
 
 
 @pytest.mark.published
