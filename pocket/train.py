@@ -1,6 +1,6 @@
 """Step 2 of the pocket checkpoint: the transformer and both text encoders, trained together on scenes. Resumable.
 
-    python -m pocket.train --folder pocket/run --steps 22400 --distill 1100
+    python -m pocket.train --folder pocket/run --steps 24000 --distill 1000
 
 First a rectified flow is learned (`--steps`), with the guidance input fixed at 1. Then the network learns to answer in
 one pass what two passes of classifier-free guidance would (`--distill`), as FLUX.1-dev did.
@@ -296,8 +296,8 @@ def start(rank: int, run: Path, steps: int, distill: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("pocket/run"))
-    parser.add_argument("--steps", type=int, default=22400)
-    parser.add_argument("--distill", type=int, default=1100)
+    parser.add_argument("--steps", type=int, default=24000)
+    parser.add_argument("--distill", type=int, default=1000)
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     train_together(args.folder, args.steps, args.distill, args.processes)
