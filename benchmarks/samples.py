@@ -20,7 +20,7 @@ def main() -> None:
     pipeline = Pipeline("pocket")
     rows = {}
     for name in LAYOUTS:
-        layout = read_layout(ROOT / name, {})
+        layout = read_layout(ROOT / name, {}, pipeline.defaults.size)
         rows[name] = [pipeline(layout, seed=seed).resize((SIDE, SIDE)) for seed in range(1, 6)]
     contact_sheet(rows).save(ROOT / "docs" / "samples.png", optimize=True)
 
