@@ -209,6 +209,7 @@ class State:
         self.model, self.average = Pocket(run), frozen(run)
         self.average.load_state_dict(self.model.state_dict())
         self.optimizer, self.teacher, self.step = Optimizer(self.model), None, 0
+        self.averaged = 0  # steps in the average: with the distillation it begins anew
         if self.file.exists():
             self.resume(torch.load(self.file, weights_only=True))
 
@@ -217,7 +218,7 @@ class State:
         self.average.load_state_dict(saved["average"])
         for part, state in zip(self.optimizer.parts, saved["optimizer"]):
             part.load_state_dict(state)
-        self.step = saved["step"]
+        self.step, self.averaged = saved["step"], saved.get("averaged", saved["step"])
         if saved["teacher"]:
             self.teacher = frozen(self.run)
             self.teacher.load_state_dict(saved["teacher"])
@@ -227,13 +228,14 @@ class State:
         self.teacher = frozen(self.run)
         self.teacher.load_state_dict(self.average.state_dict())
         self.model.load_state_dict(self.average.state_dict())
-        self.optimizer = Optimizer(self.model)
+        self.optimizer, self.averaged = Optimizer(self.model), 0
 
     def update(self, loss: Tensor, scale: float) -> None:
         loss.backward()
         self.optimizer.step(scale)
         self.step += 1
-        weight = 1 - min(0.999, self.step / (self.step + 10))
+        self.averaged += 1
+        weight = 1 - min(0.999, self.averaged / (self.averaged + 10))
         torch._foreach_lerp_(list(self.average.parameters()), [p.detach() for p in self.model.parameters()], weight)
 
     def save(self) -> None:
@@ -243,6 +245,7 @@ class State:
             "optimizer": [part.state_dict() for part in self.optimizer.parts],
             "teacher": self.teacher.state_dict() if self.teacher else {},
             "step": self.step,
+            "averaged": self.averaged,
         }
         torch.save(state, self.file.with_suffix(".new"))
         self.file.with_suffix(".new").rename(self.file)
