@@ -4,6 +4,7 @@ A case is a layout together with what every region should show. `judge` looks at
 the case; it does not know by which method, or by which settings, the picture was made.
 """
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +56,9 @@ def random_case(seed: int, regions: int, kind: str = "boxes", folder: Path | Non
     for i in range(regions):
         if free:
             path = folder / f"{kind} {regions} {seed} {i}.png"
-            Image.fromarray(areas[i].astype(np.uint8) * 255).save(path)
+            own = folder / f"{os.getpid()}.png"  # another process may be reading the file
+            Image.fromarray(areas[i].astype(np.uint8) * 255).save(own)
+            own.replace(path)
             shapes.append({"mask": str(path)})
         else:
             shapes.append({"box": tuple(boxes[i])})
