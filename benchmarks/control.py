@@ -324,13 +324,13 @@ def tables() -> dict[str, list[Row]]:
             for regions in REGIONS
             for setting in (None, PLAIN, *published, control(regions), RPG_BEST)
         ]
-    for title, (kind, counts, settings) in SWEEPS.items():
-        found[title] = [Row(kind, regions, each, SWEEP_SEEDS) for regions in counts for each in settings]
     found["Positions of the regions' texts"] = [
         Row("boxes", regions, control(regions)._replace(variant=variant), SEEDS)
         for regions in (2, 4, 8, 16)
         for variant in ("", AT_CORNERS)
     ]
+    for title, (kind, counts, settings) in SWEEPS.items():
+        found[title] = [Row(kind, regions, each, SWEEP_SEEDS) for regions in counts for each in settings]
     return found
 
 

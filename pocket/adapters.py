@@ -235,11 +235,13 @@ class LoRA(nn.Module):
                 self.down[key] = nn.Parameter(torch.randn(RANK, linear.in_features) * linear.in_features**-0.5)
                 self.up[key] = nn.Parameter(torch.zeros(linear.out_features, RANK))
                 stream = "both" if "single" in name else "txt" if "txt" in name else "img"
-                linear.register_forward_hook(self.adds(key, stream))
+                linear.register_forward_hook(self.adds(key, stream), with_kwargs=True)
 
     def adds(self, key: str, stream: str) -> Callable:
-        def hook(linear: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
-            return out + self.acts[stream] * (ALPHA / RANK) * (inputs[0] @ self.down[key].T @ self.up[key].T)
+        def hook(linear: nn.Module, inputs: tuple[Tensor], more: dict[str, slice], out: Tensor) -> Tensor:
+            up = self.up[key][more.get("rows", slice(None))]  # linear1 computes its outputs in two parts
+            acts = self.acts[stream][:, -out.shape[1] :]  # the last block goes on with the image tokens alone
+            return out + acts * (ALPHA / RANK) * (inputs[0] @ self.down[key].T @ up.T)
 
         return hook
 

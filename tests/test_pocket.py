@@ -17,6 +17,7 @@ from extensions import loading
 from extensions.lora_files import read_lora
 from extensions.region_lora import can_be_regional
 from formats import components
+from pocket import adapters
 from pocket.adapters import draw_edges, draw_looks
 from pocket.detect import borders_agree, detect, look_of
 from pocket.judge import KINDS, drawn, judge, random_case
@@ -24,6 +25,7 @@ from pocket.scenes import BACKGROUNDS, COLORS, LOOKS, PATTERNS, Scene, caption, 
 from regional.layout import Layout
 from regional.mask import region_tokens
 from regional.reader import read_layout
+from sampler.flow import pack
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "pocket" / "checkpoint"
@@ -186,3 +188,15 @@ def test_every_region_of_the_starter_layout_shows_what_its_prompt_says(tmp_path)
     for region in written.regions:
         seen = detect(picture, area_of(picture, *map(int, region.box)))
         assert seen and seen.color in region.prompt and seen.pattern in region.prompt, (region.prompt, seen)
+
+
+def test_a_look_trains_every_layer_that_its_lora_adapts():
+    model, rng = adapters.Model(), np.random.default_rng(0)
+    scene, boxes = adapters.scene_with_boxes(rng, 64, 64, 1)
+    picture, acts = adapters.with_look("barred")(rng, scene, boxes)
+    img = pack(model.encode([picture]))
+    batch = model.batch(rng, [adapters.Pool(64, 64, 1, [scene], img, torch.from_numpy(acts)[None].float())])
+    lora = adapters.LoRA(model.flux)
+    lora.act_on(torch.ones(1, batch.txt.shape[1], 1), torch.ones(1, batch.noisy.shape[1], 1))
+    (model.velocity(batch, adapters.any_guidance(batch)) - batch.target).square().mean().backward()
+    assert all(up.grad.any() for up in lora.up.values())
