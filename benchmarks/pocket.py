@@ -67,6 +67,21 @@ def moved(place: Place) -> Extension:
     return extend
 
 
+def guided(scale: float) -> Extension:
+    """Classifier-free guidance by a second pass without a prompt, for weights that have not learned it yet."""
+    layout = Layout(prompt="", width=64, height=64, steps=1, method="plain", guidance=1)
+    empty = pipeline.prepare(layout).conditioning.txt
+
+    def extend(forward: Forward, branches: Branches) -> Forward:
+        def both(given: Pass, step: int) -> torch.Tensor:
+            without = forward(given._replace(txt=empty), step)
+            return torch.lerp(without, forward(given, step), scale)
+
+        return both
+
+    return extend
+
+
 pipeline: Pipeline | None = None  # of this process
 
 
@@ -81,13 +96,15 @@ def wanted_of(seed: int) -> tuple[Looks, str]:
     return Looks(*random_looks(rng)), str(rng.choice(list(BACKGROUNDS)))
 
 
-def draw(row: Row, seed: int) -> Image.Image:
+def draw(row: Row, seed: int, by_two_passes: bool = False) -> Image.Image:
     looks, background = wanted_of(seed)
     prompt = f"a {looks.pattern} {looks.color} {looks.shape} on a {background} background"
-    layout = Layout(prompt=prompt, width=row.width, height=row.height, steps=10, method="plain")
+    guidance = 1 if by_two_passes else 3.5
+    layout = Layout(prompt=prompt, width=row.width, height=row.height, steps=10, method="plain", guidance=guidance)
     prepared = pipeline.prepare(layout)
+    extensions = [moved(row.place)] + [guided(3.5)] * by_two_passes
     pipeline.embeddings.clear()
-    return pipeline.decode(pipeline.denoise(prepared, seed, [moved(row.place)]))
+    return pipeline.decode(pipeline.denoise(prepared, seed, extensions))
 
 
 def measure(row: Row, seed: int) -> dict[str, float]:
@@ -124,7 +141,7 @@ def plot_curve(log: str) -> None:
 
 
 def samples_over_time(states: list[Path]) -> None:
-    """Eight objects by the averaged weights of each state, pocket.train.Pocket's, named by its step."""
+    """Eight objects by the weights of each state, pocket.train.Pocket's, named by its step; guidance by two passes."""
     from pocket.train import Pocket
 
     flux = pipeline.parts.get("flux")
@@ -137,7 +154,8 @@ def samples_over_time(states: list[Path]) -> None:
         pipeline.parts.get("t5").load_state_dict(model.t5.state_dict())
         pipeline.parts.get("clip").load_state_dict(model.clip.state_dict())
         row = Row(128, 128, (4, 4))
-        rows[f"step {int(state.stem):,}"] = [draw(row, seed).resize((96, 96)) for seed in range(1, 9)]
+        images = [draw(row, seed, by_two_passes=True).resize((96, 96)) for seed in range(1, 9)]
+        rows[f"step {int(state.stem):,}"] = images
     contact_sheet(rows).save(DOCS / "samples.jpg", quality=88)
 
 
