@@ -207,7 +207,7 @@ def details(layout: Layout, tokens: RegionTokens, i: int) -> str:
     own = [*layout.regions, DEFAULT][i]
     cover = tokens.cover[i]
     found = [counted(int((cover > 0).sum())), f"{cover.mean():.1%}"]
-    for key in "strength", "feather", "base_ratio", "mask_inject_steps":
+    for key in "opacity", "strength", "feather", "base_ratio", "mask_inject_steps":
         value = getattr(own, key)
         if value != getattr(DEFAULT, key):
             found.append(f"{key} {value if isinstance(value, str) else format(value, 'g')}")

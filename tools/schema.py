@@ -57,8 +57,9 @@ def json_schema() -> dict[str, Any]:
         return {"if": some, "then": needs(other, {"not": then})}
 
     null = {"type": "null"}
-    stacked = implied("order", {"const": 0}, "overlap", {"const": "share"})
-    whole["allOf"] = [implied("color", null, "map", null), stacked]
+    unset = {"order": 0, "opacity": 1}
+    stacked = [implied(k, {"const": x}, "overlap", {"const": "share"}) for k, x in unset.items()]
+    whole["allOf"] = [implied("color", null, "map", null), *stacked]
     draft = "https://json-schema.org/draft/2020-12/schema"
     return {"$schema": draft, **whole, "$defs": parts}
 
