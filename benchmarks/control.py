@@ -58,8 +58,8 @@ NO_FRACTIONS = ("seams", "coherence", "seconds")
 
 
 class Setting(NamedTuple):
-    """How a layout is drawn: a method and its settings; masked_blocks, where it is not all of them, by name. strength
-    and feather are those of every region."""
+    """How a layout is drawn: a method and its settings; masked_blocks, where it is not all of them, by name. strength,
+    feather and opacity are those of every region."""
 
     method: str
     base_ratio: float = 0.3

@@ -77,12 +77,8 @@ def from_overlaybench(file: Path) -> dict[str, Truth]:
             prompt = entry.get("local_prompt") or entry.get("local_prompts") or name
             instances.append(Instance(prompt, entry["category"], entry["category"], list(entry["bbox"])))
         overlaps = [tuple(pair["overlap_box"]) for pair in about.get("valid_overlap", ())]
-        found[name_of(row["image_id"])] = Truth(about["caption"], instances, overlaps)
+        found[row["image_id"]] = Truth(about["caption"], instances, overlaps)
     return found
-
-
-def name_of(image_id: int | str) -> str:
-    return f"{image_id:08}" if isinstance(image_id, int) else str(image_id)
 
 
 def from_layoutsam(file: Path) -> dict[str, Truth]:

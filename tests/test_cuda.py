@@ -242,7 +242,7 @@ SETTINGS = {
     "intervals": layout(double_inject_interval=2, single_inject_interval=2),
     "soft and strong": layout(
         msgspec.structs.replace(LEFT, feather=48),
-        msgspec.structs.replace(OVER, strength=2.0, feather=48),
+        msgspec.structs.replace(OVER, strength=4.0, feather=48),
     ),
     "a LoRA on the whole image": layout(loras=(Lora(file=BARRED.file),)),
     "a region's LoRA": layout(with_lora(LEFT), OVER),
@@ -254,7 +254,7 @@ SETTINGS = {
 def test_settings_act_as_on_the_cpu(given, dtype, limit):
     found, expected = latents(given, pipeline(dtype=dtype)), latents(given, on_cpu())
     assert relative(found, expected) < limit
-    assert relative(expected, default_on_cpu()) > 0.15
+    assert relative(expected, default_on_cpu()) > 0.25
 
 
 @pytest.mark.parametrize("dtype, limit", [("float32", 2e-3), ("bfloat16", 0.1)])
