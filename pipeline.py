@@ -24,7 +24,6 @@ from torch import Tensor, nn
 import weights
 from errors import MISSING, InputError, info, warn
 from formats import components
-from formats.recognize import Source
 from model.autoencoder import to_uint8
 from model.tokenizers import CLIPTokenizer, T5Tokenizer
 from model.transformer import Flux
@@ -44,18 +43,13 @@ NO_LORAS: Loras = {}
 
 
 class Prepared(NamedTuple):
-    """A resolved layout and all that is encoded and read for it, for every seed.
-
-    controls: each ControlNet's file and its control image or packed latents.
-    control_latents: a control LoRA's, (1, L_img, 64).
-    """
+    """A resolved layout and all that is encoded and read for it, for every seed. extras:
+    extensions.extras.Extras, of a layout that needs them."""
 
     layout: Layout
     tokens: RegionTokens | None
     conditioning: Conditioning
-    loras: Loras
-    controls: list[tuple[Source, Tensor]]
-    control_latents: Tensor | None
+    extras: Any = None
 
 
 def alone(method: Callable) -> Callable:
@@ -110,7 +104,7 @@ class Pipeline:
     def __call__(self, layout: Layout, seed: int) -> Image.Image:
         prepared = self.prepare(layout)
         self.embeddings.clear()  # New prompts must not fill the memory.
-        return self.decode(self.denoise(prepared, seed))
+        return self.decode(self.denoise(prepared, seed), prepared.layout)
 
     def drop(self, *names: str) -> None:
         """Free t5, clip, flux or ae; with t5 also the prompt embeddings."""
@@ -123,17 +117,14 @@ class Pipeline:
     def prepare(self, layout: Layout) -> Prepared:
         """Read and encode what a layout names; most errors precede loading."""
         layout = checked_in_code(layout, self.defaults.size).resolved(self.defaults)
-        own = [lora for region in layout.regions for lora in region.loras]
-        controls = []
-        loras: Loras = {}
-        control_image = None
-        if layout.controlnets or layout.loras or own:
-            from extensions import loading
+        extras = None
+        sizes = components.flux_params(self.checkpoint.flux)
+        if layout.has_extras() or sizes.in_channels != sizes.out_channels:
+            from extensions.extras import Extras
 
-            controls = loading.plan_controls(layout, self.checkpoint.flux)
-            loras = loading.read_loras(layout, self.checkpoint, self.loras)
-            self.loras |= loras
-            control_image = loading.control_of(layout)
+            extras = Extras(layout, self.checkpoint, self.loras)
+            self.loras |= extras.loras
+        own = [lora for region in layout.regions for lora in region.loras]
         tokens = None
         if layout.regional_steps() or any(lora.plain_steps for lora in own):
             tokens = region_tokens(layout)
@@ -142,14 +133,12 @@ class Pipeline:
         self.masked_attention(layout)
         t5 = T5Tokenizer(self.checkpoint.t5_tokenizer)
         clip = CLIPTokenizer(self.checkpoint.clip_tokenizer)
-        encode = partial(self.embedding, layout)
-        conditioning = encode_prompts(layout, tokens, t5, clip, encode)
-        if control_image is not None:
-            control_image = self.latents_of(control_image)
-        for i, (source, image) in enumerate(controls):
-            if not loading.controlnet_params(source).hint_width:
-                controls[i] = source, self.latents_of(image)
-        return Prepared(layout, tokens, conditioning, loras, controls, control_image)
+        how = {"t5": t5, "clip": clip, "encode": partial(self.embedding, layout)}
+        encode = partial(encode_prompts, **how)
+        conditioning = encode(layout, tokens)
+        if extras:
+            conditioning = extras.encode(self, conditioning, tokens, encode)
+        return Prepared(layout, tokens, conditioning, extras)
 
     def masked_attention(self, layout: Layout, verbose: bool = False) -> MakeAttention:
         if layout.method != "regional" or not layout.regional_steps():
@@ -204,14 +193,12 @@ class Pipeline:
         layout's. on_step: called after each step."""
         layout = prepared.layout
         verbose = self.settings.verbose
-        flux = self.parts.get("flux", layout, prepared.loras)
-        where = (self.device, self.dtype)
-        encoded = (x if x is None else x.to(*where) for x in prepared.conditioning)
-        conditioning = Conditioning(*encoded)
-        if prepared.loras or prepared.controls or self.parallel:
-            from extensions.loading import extensions_of
+        flux = self.parts.get("flux", layout, self.loras)
+        conditioning = prepared.conditioning.to(self.device, self.dtype)
+        if prepared.extras or self.parallel:
+            from extensions.extras import extensions_of
 
-            extensions = extensions_of(self, flux, prepared, conditioning, extensions)
+            extensions = extensions_of(self, flux, prepared, conditioning, extensions, seed)
         modulation = self.parts.modulation(flux, prepared, conditioning.y)
         masked = self.masked_attention(layout, verbose)
         unmasked = library_attention(flux, layout, conditioning.txt, verbose)
@@ -227,13 +214,19 @@ class Pipeline:
 
     @alone
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> Image.Image:
+    def decode(self, latents: Tensor, layout: Layout | None = None) -> Image.Image:
+        """The image. layout: if it repaints an image, the rest keeps its pixels."""
         vae = self.parts.get("ae")
         pixels = vae.decode(latents.to(self.device, self.dtype))
-        return Image.fromarray(to_uint8(pixels)[0].cpu().numpy())
+        image = Image.fromarray(to_uint8(pixels)[0].cpu().numpy())
+        if layout and layout.image and layout.image.repaint:
+            from extensions.repaint import pasted
+
+            image = pasted(image, layout)
+        return image
 
     def latents_of(self, image: Tensor) -> Tensor:
-        """The packed latents of a control image, (1, L_img, 64)."""
+        """The packed latents of pixels (1, 3, H, W) in [-1, 1], (1, L_img, 64)."""
         vae = self.parts.get("ae")
         return pack(vae.encode(image.to(self.device, self.dtype))).cpu()
 

@@ -31,21 +31,21 @@ class AttentionMaps:
         order = branches.order
         length = len(order)
         start = len(bits) - length
-        prompts = len(bits[:start].unique())
-        words = start // prompts
+        own = bits[:start].unique_consecutive()
+        words = (bits[:start, None] == own).float()  # (L_txt, R), whose they are
         no_base = torch.zeros(length)
-        tokens = in_one_sequence(bits, 0, words, no_base, branches.log_weights)
+        tokens = in_one_sequence(bits, 0, start, no_base, branches.log_weights)
         every = torch.arange(len(bits))
 
         def watched(given: Pass, step: int) -> Tensor:
             if step in self.steps:  # Heun's second evaluation
                 return forward(given, step)
-            maps = self.steps[step] = torch.zeros(len(self.groups), prompts, length)
+            maps = self.steps[step] = torch.zeros(len(self.groups), len(own), length)
 
             def attention(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
                 group, blocks = self.group_of[block]
-                q_img = q[:, :, -length:]
-                seen = torch.cat([k[:, :, :start], k[:, :, -length:]], dim=2)
+                q_img = q[:1, :, -length:]  # of a batch of two, the second is the negative prompt
+                seen = torch.cat([k[:1, :, :start], k[:1, :, -length:]], dim=2)
                 for value in bits[start:].unique():
                     rows = (bits[start:] == value).nonzero().flatten()
                     scores = q_img[:, :, rows] @ seen.mT / q.shape[-1] ** 0.5
@@ -54,8 +54,8 @@ class AttentionMaps:
                         scores += 0 if added is None else added.to(scores)
                         hidden = ~allowed(value, bits)
                         scores = scores.masked_fill(hidden.to(q.device), -torch.inf)
-                    found = scores.float().softmax(-1)[..., :start]
-                    found = found.unflatten(-1, (-1, words)).sum(-1).mean((0, 1))
+                    found = scores.float().softmax(-1)[..., :start] @ words.to(q.device)
+                    found = found.mean((0, 1))
                     maps[group][:, order[rows]] += found.T.cpu() / blocks
                 return given.attention(q, k, v, block)
 

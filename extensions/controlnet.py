@@ -102,7 +102,7 @@ def controlnets(
 ) -> Extension:
     """params: the transformer's; part: a process's part of the tokens, dimension 1."""
     depths = {"double": params.depth, "single": params.depth_single_blocks}
-    txt, _, y = conditioning
+    txt, _, y, _ = conditioning
 
     def residuals_of(control: LoadedControl, given: Pass, order: Tensor) -> Residuals:
         net, tokens, scale, setting = control
@@ -145,8 +145,9 @@ def add(x: Tensor, residual: Tensor, streams: int) -> None:
     x[:, -streams * length :].unflatten(1, (streams, length)).add_(residual[:, None])
 
 
-def control_lora(latents: Tensor) -> Extension:
-    """A control LoRA's image: packed latents (1, L_img, 64), row by row."""
+def more_channels(latents: Tensor) -> Extension:
+    """Joins channels (1, L_img, C) to the image's: packed latents of a control image, row by
+    row."""
 
     def extend(forward: Forward, branches: Branches) -> Forward:
         own = latents[:, branches.order]

@@ -1,7 +1,6 @@
 """A layout's LoRAs and ControlNets: found, read and checked."""
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from errors import MISSING, InputError, warn
-from extensions.controlnet import (
-    ControlNet,
-    ControlNetParams,
-    LoadedControl,
-    control_lora,
-    controlnets,
-)
+from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl
 from extensions.lora import Loras, can_be_regional, merge
 from extensions.lora_files import lora_file, read_lora
-from extensions.region_lora import region_loras
 from formats import components
 from formats.hub import locate
 from formats.recognize import CONTROLNET_FILES, Source, pick
 from formats.safetensors import wrong
-from model.transformer import Flux
-from regional.extension import Conditioning, Extension
 from regional.images import read_image
 from regional.layout import Control, Layout
 from regional.mask import region_tokens
@@ -64,14 +54,6 @@ def read_loras(layout: Layout, checkpoint: Any, known: Loras) -> Loras:
     return loras
 
 
-def control_of(layout: Layout) -> Tensor | None:
-    """The control LoRA's image, (1, 3, height, width) in [-1, 1]."""
-    files = [lora.image for lora in layout.loras if lora.image]
-    if len(files) > 1:
-        raise InputError("loras", files, "there can be only one control LoRA, with one image")
-    return control_image(files[0], None, layout) if files else None
-
-
 def merges_of(layout: Layout, loras: Loras, part: str) -> components.Merges:
     """By tensor, what merges the LoRAs for the whole image."""
     changes = {}
@@ -84,7 +66,7 @@ def merges_of(layout: Layout, loras: Loras, part: str) -> components.Merges:
 def plan_controls(layout: Layout, flux: Source) -> list[tuple[Source, Tensor]]:
     """Each one's file, which fits, and image, (1, 3, height, width) in [-1, 1]."""
     found = []
-    steps = layout.steps
+    steps = layout.run_steps()
     for i, control in enumerate(layout.controlnets):
         key = f"controlnets[{i}]"
         source = find_controlnet(control.model, f"{key}.model")
@@ -161,30 +143,6 @@ def controlnet_params(source: Source) -> ControlNetParams:
 
 
 CONTROLNET = components.Kind(ControlNet, controlnet_params)
-
-
-def extensions_of(
-    pipeline: Any, flux: Flux, prepared: Any, conditioning: Conditioning,
-    own: Sequence[Extension],
-) -> list[Extension]:  # fmt: skip
-    """A layout's extensions and a call's own, the innermost first. Those before `parallel`
-    see a process's part of the tokens, the others all. prepared: pipeline.Prepared."""
-    layout = prepared.layout
-    where = (pipeline.device, pipeline.dtype)
-    parallel = pipeline.parallel
-    part = parallel.part if parallel else lambda x, dim=1: x
-    found = []
-    if any(region.loras for region in layout.regions):
-        found.append(region_loras(flux, layout, prepared.loras, *where, partial(part, dim=0)))
-    if parallel:
-        found.append(parallel.extend)
-    if prepared.control_latents is not None:
-        found.append(control_lora(prepared.control_latents.to(*where)))
-    found += own
-    if prepared.controls:  # outermost: they read the image without a control LoRA's
-        controls = load_controls(layout, prepared.controls, *where, pipeline.parts.controlnets)
-        found.append(controlnets(controls, flux.params, layout.steps, conditioning, part))
-    return found
 
 
 def scale_of(control: Control, layout: Layout) -> Tensor:

@@ -117,7 +117,6 @@ FOREIGN = {
     r"\.quant_state\.bitsandbytes|\.absmax$|\.quant_map$": "quantized by bitsandbytes",
     r"\.qweight$|\.wscales$|\.smooth_factor$": "quantized by nunchaku",
 }
-VARIANTS = {128: "FLUX.1 Canny or Depth", 384: "FLUX.1 Fill"}  # by the transformer's in_channels
 
 
 def foreign_format(file: CheckpointFile, part: str) -> str | None:
@@ -128,8 +127,6 @@ def foreign_format(file: CheckpointFile, part: str) -> str | None:
             return name
     for key, tensor in file.tensors.items():
         width = tensor.shape[1] if len(tensor.shape) > 1 else 0
-        if re.search(r"(^|\.)(img_in|x_embedder)\.weight$", key) and width in VARIANTS:
-            return f"{VARIANTS[width]} ({key} takes {width} channels), not supported yet"
         if re.search(r"(^|\.)decoder\.conv_in\.weight$", key) and width != 16:
             return f"an autoencoder of {width} latent channels; FLUX.1's has 16"
     if method := file.config.get("quantization_config"):

@@ -149,11 +149,12 @@ def in_one_sequence(
     )
     if log_weights is None:
         return tokens
-    regions = log_weights.shape[1] // 2
+    own, lengths = texts.unique_consecutive(return_counts=True)
+    regions = len(own)
     columns = torch.arange(1, regions + 1, device=bits.device)
-    of_text = columns.repeat_interleave(len(texts) // regions)
+    of_text = columns.repeat_interleave(lengths)
     # An image token in one region alone has that region's column.
-    is_alone = (image & ~ONE_WAY & ~(1 << OPEN_BIT))[:, None] == texts[:: len(texts) // regions]
+    is_alone = (image & ~ONE_WAY & ~(1 << OPEN_BIT))[:, None] == own
     of_image = (is_alone * (regions + columns)).sum(dim=1)
     return tokens._replace(
         log_weight=F.pad(log_weights, (1, 0, len(tokens.bits) - image_length, 0)),

@@ -14,6 +14,7 @@ from sampler.flow import SAMPLERS, SCHEDULES
 
 MAX_REGIONS = 61
 SHAPES = ("box", "ellipse", "polygon", "mask", "color")
+EXTRAS = ("loras", "controlnets", "image", "control_image", "image_prompts", "references")
 UNION_MODES = ("canny", "tile", "depth", "blur", "pose", "gray", "lq")
 MODES = {name: mode for mode, name in enumerate(UNION_MODES)}
 
@@ -36,6 +37,8 @@ Opacity = Annotated[float, Meta(gt=0, le=1)]
 Scale = Annotated[float, Meta(ge=-100, le=100)]
 Strength = Annotated[float, Meta(ge=0, le=100)]
 Feather = Annotated[float, Meta(ge=0, le=8192)]
+CFG = Annotated[float, Meta(ge=1, le=1000)]
+Denoise = Annotated[float, Meta(gt=0, le=1)]
 Percent = Annotated[str, Meta(pattern=rf"^{PERCENT}$(?!\n)")]
 SomePercent = Annotated[str, Meta(pattern=rf"^(?![0.]*%){PERCENT}$(?!\n)")]
 Count = Index | Percent
@@ -63,6 +66,9 @@ COLOR = 'one of the layout\'s map: "#rrggbb", [r, g, b] or an index'
 ACROSS = "open: all image tokens see each other; one-way: the background's see all"
 SHARED = "shared: one image stream in single blocks too; cheaper, not as published"
 REGION_TOKENS = "text tokens of each region, a count or 25% of max_sequence_length"
+DENOISE = "the fraction of the steps that is run; default: 0.6, with repaint 1"
+LOOKS = "images whose looks the prompt takes on (FLUX.1 Redux)"
+REFERENCES = "images to work from (FLUX.1 Kontext)"
 PRESET = "control: other defaults, which suit many regions"
 METHOD = "rpg: blend whole images, the paper's baseline; plain: unmodified FLUX"
 
@@ -117,6 +123,32 @@ class Control(Part):
         return step / steps >= self.start and (step + 1) / steps <= self.end
 
 
+class ImagePrompt(Part):
+    """An image as further tokens of a prompt."""
+
+    file: Annotated[str, "the image"]
+    strength: Annotated[Strength, "what its tokens are multiplied by"] = 1.0
+
+
+class Repaint(Part):
+    """A part of an image, by exactly one shape."""
+
+    box: Annotated[Box | None, "as a region's"] = None
+    ellipse: Annotated[Box | None, "as a region's"] = None
+    polygon: Annotated[Polygon | None, "as a region's"] = None
+    mask: Annotated[str | None, "as a region's"] = None
+    regions: Annotated[tuple[Index, ...] | None, "the indices of regions"] = None
+    feather: Annotated[Feather, "over how many pixels beyond it the images blend"] = 0.0
+
+
+class Start(Part):
+    """An image to start from."""
+
+    file: Annotated[str, "the image"]
+    denoise: Annotated[Denoise | None, DENOISE] = None
+    repaint: Annotated[Repaint | None, "draw this anew; the rest keeps its pixels"] = None
+
+
 class Region(Part):
     """A region: its prompt, and exactly one shape."""
 
@@ -133,6 +165,9 @@ class Region(Part):
     mask_inject_steps: Annotated[Count | None, "its own steps, a count or 40%"] = None
     base_ratio: Annotated[Ratio | None, "its own, in place of the layout's"] = None
     loras: Annotated[tuple[RegionLora, ...], "LoRAs for this region alone"] = ()
+    negative_prompt: Annotated[str | None, "its own, in place of the layout's"] = None
+    image_prompts: Annotated[tuple[ImagePrompt, ...], LOOKS] = ()
+    references: Annotated[tuple[str, ...], REFERENCES] = ()
 
     @property
     def shape(self) -> str:
@@ -171,6 +206,13 @@ class Layout(Part, dict=True):
     method: Annotated[Literal["regional", "rpg", "plain"], METHOD] = "regional"
     loras: Annotated[tuple[Lora, ...], "LoRAs for the whole image"] = ()
     controlnets: Annotated[tuple[Control, ...], "ControlNets for the whole image"] = ()
+    image: Annotated[Start | None, "an image to start from"] = None
+    control_image: Annotated[str | None, "what FLUX.1 Canny or Depth follows"] = None
+    negative_prompt: Annotated[str, "what is not wanted; with true_cfg_scale"] = ""
+    true_cfg_scale: Annotated[CFG, "away from the negative prompt; 1: it is unused"] = 1.0
+    cfg_batch: Annotated[bool, "both prompts in one forward pass"] = False
+    image_prompts: Annotated[tuple[ImagePrompt, ...], LOOKS] = ()
+    references: Annotated[tuple[str, ...], REFERENCES] = ()
     regions: Annotated[Regions, f"at most {MAX_REGIONS}"] = ()
 
     def filled(self, defaults: Defaults) -> "Layout":
@@ -207,7 +249,8 @@ class Layout(Part, dict=True):
         def own(part: Any) -> Any:
             ratio = self.base_ratio if part.base_ratio is None else part.base_ratio
             steps = part.mask_inject_steps
-            steps = count_of(self.mask_inject_steps if steps is None else steps, layout.steps)
+            steps = self.mask_inject_steps if steps is None else steps
+            steps = count_of(steps, layout.run_steps())
             if ratio == 1 or self.method == "plain":  # Both are plain FLUX.
                 steps = 0
             return replace(part, mask_inject_steps=steps, base_ratio=float(ratio))
@@ -226,6 +269,21 @@ class Layout(Part, dict=True):
             single_blocks=masked("single", defaults.depth_single_blocks),
             controlnets=tuple(controls),
         )
+
+    def run_steps(self) -> int:
+        """How many steps of a filled layout are run, by diffusers' formula: without those
+        that the image to start from stands for."""
+        skipped = 0
+        if self.image is not None:
+            denoise = self.image.denoise or (1.0 if self.image.repaint else 0.6)
+            skipped = int(self.steps - self.steps * denoise)
+        return self.steps - skipped
+
+    def has_extras(self) -> bool:
+        """Does it ask for what only extensions can do?"""
+        parts = (self, *self.regions)
+        found = any(getattr(part, key, None) for part in parts for key in EXTRAS)
+        return found or self.true_cfg_scale > 1
 
     def regional_steps(self) -> int:
         """How many steps of a resolved layout may be regional."""

@@ -32,11 +32,11 @@ class RegionTokens(NamedTuple):
     image_attention: str
     warnings: list[str]
 
-    def bits(self, text_length: int) -> Tensor:
-        """Bits of [txt_1 .. txt_R, img], text_length tokens a prompt: (L,) int64."""
+    def bits(self, lengths: int | Tensor) -> Tensor:
+        """Bits of [txt_1 .. txt_R, img], by the prompts' lengths: (L,) int64."""
         text = torch.tensor([1 << bit for bit in self.prompt_bits])
         image = self.image_bits | IMAGE_BITS[self.image_attention]
-        return torch.cat([text.repeat_interleave(text_length), image])
+        return torch.cat([text.repeat_interleave(lengths), image])
 
     def log_weights(self) -> Tensor | None:
         """How image tokens weigh each region's prompt, then its image tokens: logarithms of

@@ -7,7 +7,7 @@ from contextlib import suppress
 from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args, get_type_hints
+from typing import Annotated, Any, NoReturn, get_args, get_origin, get_type_hints
 
 import msgspec
 import numpy as np
@@ -21,11 +21,13 @@ from regional.layout import BLOCKS, HEX, PERCENT, PRESETS, SHAPES, Control, Layo
 
 MAX_NUMBER = 100  # characters; a file full of 1:1:1:1... would take hours
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*(:.+)?"  # org/name, or one of its files
+REPAINTED = ("box", "ellipse", "polygon", "mask", "regions")  # one of these
 SYNONYMS = {
     "cfg": "guidance",
     "cfg_scale": "guidance",
     "weight": "strength",
     "circle": "ellipse",
+    "denoising_strength": "image",
 }
 
 
@@ -47,13 +49,26 @@ def read_layout(file: str | Path | None, overrides: dict | None = None, size: in
     if layout := without(mistakes, data):
         preset = PRESETS[layout.preset](len(layout.regions))
         missing = {key: value for key, value in preset.items() if key not in data}
-        missing |= {side: getattr(layout, side) or size for side in ("width", "height")}
         folder = Path(file).parent if file else Path()
+        sides = default_size(layout, Path() if "image" in overrides else folder, size)
+        missing |= {side: getattr(layout, side) or own for side, own in sides.items()}
         layout = checked(replace(layout, **missing), folder, overrides, mistakes)
     if mistakes.errors:
         raise mistakes
     layout.__dict__["is_checked"] = True  # `replace` forgets it
     return layout
+
+
+def default_size(layout: Layout, folder: Path, size: int) -> dict[str, int]:
+    """The model's, or that of the image to start from, at most as many pixels."""
+    sides = {"width": size, "height": size}
+    with suppress(InputError):  # an image that can't be read is reported later
+        if layout.image:
+            image = read_image(str(folder / layout.image.file))
+            scale = min(1, size / (image.width * image.height) ** 0.5)
+            own = (int(scale * side) // 16 * 16 for side in image.size)
+            sides = {key: max(side, 16) for key, side in zip(sides, own)}
+    return sides
 
 
 def without(mistakes: InputErrors, data: Any) -> Layout | None:
@@ -153,14 +168,16 @@ def refuse(part: yaml.Node | yaml.Event, problem: str) -> NoReturn:
 
 @cache
 def fields_of(struct: type[Struct]) -> dict[str, tuple[Any, type[Struct] | None]]:
-    """Each key's type, and for lists of parts that of an entry."""
+    """Each key's type, and for parts and lists of them the part's."""
     found = {}
     for name, kind in get_type_hints(struct, include_extras=True).items():
-        entry = next(iter(get_args(get_args(kind)[0])), None)
+        outer = get_args(kind)[0]
+        entry = next(iter(get_args(outer)), None)
         is_part = isinstance(entry, type) and issubclass(entry, Struct)
         found[name] = (kind, None)
         if is_part:
-            found[name] = (Annotated[list, *kind.__metadata__], entry)
+            plain = list if get_origin(outer) is tuple else dict | None
+            found[name] = (Annotated[plain, *kind.__metadata__], entry)
     return found
 
 
@@ -175,7 +192,10 @@ def check_types(data: Any, struct: type[Struct], path: str, mistakes: InputError
     for key, value in data.items():
         with mistakes.caught():
             entry = check_type(value, struct, key, path)
-            for i, part in enumerate(value if entry else ()):
+            if entry and isinstance(value, dict):
+                check_types(value, entry, f"{path}{key}.", mistakes)
+                continue
+            for i, part in enumerate(value or () if entry else ()):
                 with mistakes.caught():
                     check_types(part, entry, f"{path}{key}[{i}].", mistakes)
 
@@ -186,10 +206,6 @@ def check_type(value: Any, struct: type[Struct], key: str, path: str) -> type[St
     if key not in known:
         close = difflib.get_close_matches(SYNONYMS.get(key, key), known, 1)
         hint = f"did you mean {close[0]}" if close else f"known keys are {', '.join(known)}"
-        if key.startswith("negative"):
-            hint = "FLUX.1-dev has no negative prompt"
-        if key.startswith("denois"):
-            hint = "an image begins as noise alone"
         raise InputError(path + key, value, f"no such key, {hint}")
     kind, entry = known[key]
     inner = ""
@@ -249,6 +265,11 @@ def checked(layout: Layout, folder: Path, overrides: dict, mistakes: InputErrors
         problem = 'expected "every 2", "0-18", "0-4, 8" or a list of indices'
         with mistakes.caught():
             require(is_good, key, value, problem)
+    base = Path() if "image" in overrides else folder
+    with mistakes.caught():
+        layout = with_pictures(layout, base, "")
+        if layout.image:
+            layout = replace(layout, image=checked_start(layout, base))
     for name in ("regions", "loras", "controlnets"):
         base = Path() if name in overrides else folder
         parts = []
@@ -304,19 +325,63 @@ def checked_region(region: Region, layout: Layout, folder: Path, path: str) -> R
         value = getattr(region, name)
         problem = f"overlap: share has no {name}; write overlap: last"
         require(value == unset or layout.overlap != "share", f"{path}.{name}", value, problem)
-    key = f"{path}.{region.shape}"
-    shape = getattr(region, region.shape)
-    if region.box or region.ellipse:
-        shape = box_in_pixels(shape, layout, key)
-    elif region.polygon:
-        shape = polygons_in_pixels(shape, layout, key)
-    elif region.mask is not None:
+    region = with_pictures(region, folder, f"{path}.")
+    own = checked_shape(region, region.shape, layout, folder, path)
+    return replace(region, loras=loras, **{region.shape: own})
+
+
+def checked_shape(part: Struct, name: str, layout: Layout, folder: Path, path: str) -> Any:
+    """A region's or a repainted part's shape of this name, in pixels or with its path."""
+    key = f"{path}.{name}"
+    shape = getattr(part, name)
+    if name in ("box", "ellipse"):
+        return box_in_pixels(shape, layout, key)
+    if name == "polygon":
+        return polygons_in_pixels(shape, layout, key)
+    if name == "mask":
         shape = str(folder / shape)
         empty = "nothing in it is white, no opaque pixel reaches 128"
         check_mask(readable(read_mask, shape, key), layout, key, Path(shape), empty)
-    else:
+    elif name == "color":
         check_color(shape, layout, key)
-    return replace(region, loras=loras, **{region.shape: shape})
+    else:
+        count = len(layout.regions)
+        is_good = shape and max(shape) < count
+        require(is_good, key, shape, f"the layout has {count} regions, counted from 0")
+    return shape
+
+
+def checked_start(layout: Layout, folder: Path) -> Struct:
+    """The image to start from, with what is repainted in pixels."""
+    area = layout.image.repaint
+    if area is None:
+        return layout.image
+    shapes = [key for key in REPAINTED if getattr(area, key) is not None]
+    problem = f"expected exactly one of {', '.join(REPAINTED)}"
+    require(len(shapes) == 1, "image.repaint", MISSING, problem)
+    own = checked_shape(area, *shapes, layout, folder, "image.repaint")
+    return replace(layout.image, repaint=replace(area, **{shapes[0]: own}))
+
+
+def with_pictures(part: Struct, folder: Path, path: str) -> Struct:
+    """A layout or a region with its images' paths from the working directory."""
+
+    def located(name: str, key: str) -> str:
+        file = str(folder / name)
+        readable(read_image, file, path + key)
+        return file
+
+    prompts = []
+    for i, prompt in enumerate(part.image_prompts):
+        file = located(prompt.file, f"image_prompts[{i}].file")
+        prompts.append(replace(prompt, file=file))
+    references = [located(x, f"references[{i}]") for i, x in enumerate(part.references)]
+    found = {"image_prompts": tuple(prompts), "references": tuple(references)}
+    if getattr(part, "control_image", None):
+        found["control_image"] = located(part.control_image, "control_image")
+    if getattr(part, "image", None):
+        found["image"] = replace(part.image, file=located(part.image.file, "image.file"))
+    return replace(part, **found)
 
 
 def box_in_pixels(box: tuple, layout: Layout, key: str) -> tuple[float, ...]:

@@ -26,7 +26,8 @@ Modulations = list[dict[float, list[Vectors]]]  # by the prompt's row in y and b
 
 def noise_levels(layout: Layout, params: FluxParams) -> list[float]:
     image_tokens = layout.width * layout.height // 256
-    return SCHEDULES[layout.schedule](layout.steps, image_tokens, params.guidance_embed)
+    levels = SCHEDULES[layout.schedule](layout.steps, image_tokens, params.guidance_embed)
+    return levels[layout.steps - layout.run_steps() :]
 
 
 def guidance_of(layout: Layout, device: torch.device) -> Tensor:
@@ -59,10 +60,12 @@ def sample(
     """Latents (1, 16, height / 8, width / 8), float32. extensions: the first is the
     innermost. modulation: `modulations`, if known; what it lacks is added."""
     txt = conditioning.txt
-    steps = layout.steps
+    steps = layout.run_steps()
     levels = noise_levels(layout, flux.params)
     img = pack(noise(layout.width, layout.height, seed))
     img = img.to(txt.device, txt.dtype).float()
+    if conditioning.image is not None:
+        img = levels[0] * img + (1 - levels[0]) * conditioning.image
     order = torch.arange(img.shape[1])
     stages = []
     if layout.regional_steps():
@@ -132,20 +135,19 @@ class Run:
 
 def regional(run: Run, base_ratio: Tensor, masked_attention: MakeAttention) -> Velocity:
     """Every region's prompt in its region, blended with the base prompt: base_ratio (L_img,)."""
-    txt, regions, _ = run.conditioning
+    txt, regions, *_ = run.conditioning
     layout = run.layout
     length = txt.shape[1]
-    bits = run.tokens.bits(regions.shape[1]).to(txt.device)
+    own = torch.tensor([len(x) for x in regions])
+    bits = run.tokens.bits(own).to(txt.device)
     how = (base_ratio, layout.is_masked, run.tokens.log_weights())
     is_shared = layout.base_stream == "shared"
     lengths = (length, len(run.order))
     attention = RegionalAttention(masked_attention, bits, *lengths, *how, is_shared)
-    texts = [regions.flatten(0, 1)[None]]
-    if attention.has_base:
-        texts.append(txt)
+    texts = torch.cat([*regions, txt[0, : length * attention.has_base]])
     streams = (attention.has_base, attention.streams)
     branches = Branches(bits, run.order, length, 0, *streams, *how)
-    return run.velocity(torch.cat(texts, dim=1), branches, attention, attention.join)
+    return run.velocity(texts[None], branches, attention, attention.join)
 
 
 def composed(run: Run, base_ratio: Tensor, plain: Velocity) -> Velocity:

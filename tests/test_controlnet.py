@@ -402,7 +402,9 @@ def test_mistakes_in_flags_name_the_flag(folder, run, message):
     assert ran.code == 2 and message in ran.errors[-1]
 
 
-@pytest.mark.parametrize("flags", [FLAGS[:2], FLAGS[2:], ["--control-scale", "1"], ["--preprocess", "canny"]])
+@pytest.mark.parametrize(
+    "flags", [FLAGS[:2], [*FLAGS[2:], "--control-scale", "1"], ["--control-scale", "1"], ["--preprocess", "canny"]]
+)
 def test_half_a_controlnet_is_refused(folder, run, flags):
     ran = run("--layout", written(), *flags)
     assert ran.code == 2 and "needs both --controlnet and --control-image" in ran.errors[-1]

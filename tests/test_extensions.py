@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from test_parity import random, randomized
 from torch import Tensor
 
-from extensions.controlnet import control_lora
+from extensions.controlnet import more_channels
 from model.attention import plain_attention
 from model.transformer import Flux, text_then_image
 from pipeline import Pipeline
@@ -262,7 +262,7 @@ def joined(layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
     wide = randomized(Flux(dataclasses.replace(tiny.FLUX, in_channels=128)))
     image = pack(random(1, 16, 8, 8, seed=8))
     expected = euler(wide, lambda img, t: plain_velocity(wide, torch.cat([img, image], dim=-1), t))
-    return latents(wide, control_lora(image), layout=layout), expected
+    return latents(wide, more_channels(image), layout=layout), expected
 
 
 def test_latents_can_be_joined_by_channel():

@@ -91,11 +91,11 @@ def test_lack_of_memory_fails_one_layout_and_not_the_others(run, monkeypatch, er
     decode = pipeline.Pipeline.decode
     calls = []
 
-    def failing(self, latents):
+    def failing(self, latents, layout):
         calls.append(latents)
         if len(calls) == 1:
             raise error
-        return decode(self, latents)
+        return decode(self, latents, layout)
 
     monkeypatch.setattr(pipeline.Pipeline, "decode", failing)
     ran = run("--layout", write("a.yaml"), write("b.yaml"), "--output", "{name}.png")

@@ -292,8 +292,6 @@ FOREIGN = {
     "FLUX.2": {"double_blocks.0.img_attn.qkv.weight": (24, 8), "double_stream_modulation_img.lin.weight": (48, 8)},
     "Chroma": {"double_blocks.0.img_attn.qkv.weight": (24, 8), "distilled_guidance_layer.in_proj.weight": (8, 8)},
     "FLUX.1 Redux": {"redux_up.weight": (12, 8), "redux_down.weight": (8, 12)},
-    "FLUX.1 Canny or Depth": {"double_blocks.0.img_attn.qkv.weight": (24, 8), "img_in.weight": (8, 128)},
-    "FLUX.1 Fill": {"transformer_blocks.0.attn.to_q.weight": (8, 8), "x_embedder.weight": (8, 384)},
     "bitsandbytes": {"double_blocks.0.img_attn.qkv.weight.quant_state.bitsandbytes__nf4": (8,)},
     "nunchaku": {"transformer_blocks.0.attn.to_q.qweight": (8, 8), "transformer_blocks.0.attn.to_q.wscales": (8, 8)},
     "is a T5 encoder in": {"encoder.block.0.layer.0.SelfAttention.q.weight": (8, 8)},

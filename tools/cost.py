@@ -33,16 +33,21 @@ def cost(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[str]:
         start = end
     times = f"{total / (start * plain):.2f} times plain FLUX.1"
     lines.append(f"altogether: {amount(total)}, {times}")
+    parts = (layout, *layout.regions)
     if layout.controlnets or any(region.loras for region in layout.regions):
         lines[-1] += "; ControlNets and regions' LoRAs come on top"
+    if any(part.image_prompts or part.references for part in parts):
+        lines[-1] += "; image prompts and references come on top"
     return lines
 
 
 def evaluations(layout: Layout, start: int, end: int) -> int:
-    """How often steps ask for the velocity: Heun's twice, but for the image's last."""
-    if layout.sampler != "heun":
-        return end - start
-    return 2 * (end - start) - (start < end == layout.steps)
+    """How often steps ask for the velocity: Heun's twice, but for the image's last; true
+    guidance for that of the negative prompts, too."""
+    count = end - start
+    if layout.sampler == "heun":
+        count = 2 * count - (start < end == layout.run_steps())
+    return count * (2 if layout.true_cfg_scale > 1 else 1)
 
 
 def amount(flops: float) -> str:
@@ -63,7 +68,7 @@ def stages(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[Sta
         found.append((end, work(base), what))
     image = tokens.cover.shape[1]
     plain = plain_flops(params, layout.max_sequence_length, image)
-    return [*found, (layout.steps, plain, "plain")]
+    return [*found, (layout.run_steps(), plain, "plain")]
 
 
 def regional_flops(layout: Layout, params: FluxParams, tokens: RegionTokens, base: bool) -> int:

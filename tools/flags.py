@@ -14,14 +14,16 @@ import msgspec
 from msgspec import Struct, inspect
 
 from errors import MISSING, InputError, flag
-from regional.layout import Control, Layout
+from regional.layout import Control, Layout, Start
 from settings import Name, Settings
 
 ABOUT = "Layouts in, images out. A layout's keys may also be given as flags."
 USAGE = "python generate.py --layout layout.yaml [--seed 1-5] [--output FILE] [more flags]"
 LORA = "a LoRA for the whole image, as --controlnet, and its scale; repeatable"
 NO_FLAGS = ("seed", "map", "loras", "controlnets", "regions")  # keys of Layout
+NO_FLAGS = (*NO_FLAGS, "image", "control_image", "image_prompts")
 LAYOUT_FLAGS = {key: key for key in Layout.__struct_fields__ if key not in NO_FLAGS}
+START_FLAGS = {"file": "image", "denoise": "denoise"}
 CONTROL_FLAGS = {key: f"control_{key}" for key in ("image", "mode", "scale", "start", "end")}
 CONTROL_FLAGS = {"model": "controlnet", **CONTROL_FLAGS, "preprocess": "preprocess"}
 GROUPS = {  # of --help, by their first flags
@@ -32,6 +34,7 @@ GROUPS = {  # of --help, by their first flags
     "device": "speed and memory",
     "prompt": "what is drawn",
     "base_ratio": "how regions are kept apart",
+    "image": "an image to start from",
     "controlnet": "a ControlNet and LoRAs, which replace the layout's",
 }
 TYPES = {
@@ -60,6 +63,8 @@ class Output(Struct, frozen=True, kw_only=True):
     metadata: Annotated[bool, "also write the metadata next to the image, .json"] = False
     no_metadata: Annotated[bool, "do not embed the metadata in the image"] = False
     config_from_metadata: Annotated[File, "repeat the run that an image records"] = None
+    repaint: Annotated[tuple[int, ...], "draw only these regions of that image anew"] = ()
+    region_prompt: Annotated[tuple[str, ...], "I TEXT: another prompt for region I of it"] = ()
     trust_metadata: Annotated[bool, "whatever models and files the metadata name"] = False
     decode: Annotated[File, "draw the latents that --save-latents wrote"] = None
     log: Annotated[File, "append a line for each image to this .jsonl file"] = None
@@ -96,7 +101,7 @@ def naming(file: Path | None, overrides: dict[str, Any]) -> Iterator[None]:
             parts = re.match(r"(?s)(\w*)(\[\d+\])?\.?(\w*)(.*)", str(mistake.key))
             key, entry, field, rest = parts.groups()
             control = CONTROL_FLAGS.get(field, "controlnet")
-            flags = {"loras": "lora", "controlnets": control}
+            flags = {"loras": "lora", "controlnets": control, "image": START_FLAGS.get(field, "repaint")}
             if key in overrides and (key in flags or not entry):
                 mistake.key = flag(flags.get(key, key)) + rest
                 mistake.source = here
@@ -119,7 +124,16 @@ def parse(argv: list[str] | None = None, replay: Replay | None = None) -> Comman
     overrides = {key: given[key] for key in LAYOUT_FLAGS if key in given}
     if "lora" in given:
         overrides["loras"] = [lora_of(parser, values) for values in given["lora"]]
+    start = {key: given[name] for key, name in START_FLAGS.items() if name in given}
+    if start and not output.repaint:
+        overrides["image"] = start
+        if "file" not in start:
+            parser.error("--denoise goes with --image or --repaint")
+    if (output.repaint or output.region_prompt) and not output.config_from_metadata:
+        parser.error("--repaint and --region-prompt go with --config-from-metadata")
     control = {key: given[name] for key, name in CONTROL_FLAGS.items() if name in given}
+    if control.keys() == {"image"}:
+        overrides["control_image"] = control.pop("image")
     if control:
         overrides["controlnets"] = [control]
         if not {"model", "image"} <= control.keys():
@@ -138,6 +152,9 @@ def parse(argv: list[str] | None = None, replay: Replay | None = None) -> Comman
     if file:
         again = sys.argv[1:] if argv is None else argv
         settings, keys = replay(output, settings, overrides, again)
+        if output.repaint:
+            area = {"repaint": {"regions": output.repaint}}
+            keys["image"] = {"file": str(file), **area, **start}
     return Command(Settings(**settings), overrides, output, dry_run, keys)
 
 
@@ -159,6 +176,7 @@ def make_parser() -> Parser:
     add_flags(parser, Output)
     add_flags(parser, DryRun)
     add_flags(parser, Layout, LAYOUT_FLAGS)
+    add_flags(parser, Start, START_FLAGS)
     add_flags(parser, Settings)
     group = add_flags(parser, Control, CONTROL_FLAGS)
     how = {"action": "append", "nargs": "+", "metavar": ("FILE", "SCALE")}

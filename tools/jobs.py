@@ -604,7 +604,7 @@ def make(
     steps = itertools.count(1)
 
     def on_step() -> None:
-        tally.on_step(next(steps), prepared.layout.steps)
+        tally.on_step(next(steps), prepared.layout.run_steps())
         stop.check()
 
     with stop.drawing():
@@ -613,7 +613,7 @@ def make(
         pipeline.drop("flux")
     if not is_first(command.settings):
         return
-    image = pipeline.decode(latents)
+    image = pipeline.decode(latents, prepared.layout)
     if "latents" in files:
         save_tensor("latents", latents, metadata, files["latents"])
     if maps:

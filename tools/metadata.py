@@ -53,9 +53,11 @@ SHEET = "contact sheet"
 SAMPLERS = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}  # in other programs
 CHECKSUM = "sha256"  # of a tensor, among the metadata of its file
 ANY_SIZE = 10**9  # pixels
-PICTURES = ("map", "mask", "image")  # keys of layouts
+PICTURES = ("map", "mask", "image", "control_image")  # keys of layouts
 NAMES = (*MODEL_KEYS, *PICTURES, "file")  # keys of models and files in layouts and settings
 PARTS = ("given", "regions", "loras", "controlnets")  # the keys below which there are such
+PARTS = (*PARTS, "image", "repaint", "image_prompts", "references")
+PICTURE = rf"({'|'.join(PICTURES)}|image\.file|image_prompts\[\d+\]\.file|references\[\d+\])$"
 WHOLE = 2**26  # bytes; of a larger model's file samples are read
 SAMPLES = 64  # of 4 kB
 FOLDERS = ("model", "sampler", "regional", "formats", "extensions", "runtime")
@@ -147,11 +149,15 @@ def fingerprint(*files: Path) -> str:
 
 def checksum(key: str, name: str) -> str:
     """Of what a layout names by this key: a picture's sha256, a model's fingerprint."""
-    if key.rpartition(".")[2] in PICTURES:
+    if is_picture(key):
         return hashlib.sha256(read_bytes(name, IMAGE)).hexdigest()
     path = Path(name)
     files = sorted(path.glob("*")) if path.is_dir() else [path]
     return fingerprint(*(file for file in files if file.is_file()))
+
+
+def is_picture(key: str) -> bool:
+    return re.search(rf"(^|\.){PICTURE}", key) is not None
 
 
 def run_metadata(pipeline: Any) -> Metadata:
@@ -187,7 +193,7 @@ def image_metadata(layout: Layout, seed: int, pipeline: Any, file: str | None) -
     run = run_metadata(pipeline)
     inputs = dict(run["inputs"])
     for key, name in names_in(keys):
-        if key.rpartition(".")[2] in PICTURES or os.path.exists(name):
+        if is_picture(key) or os.path.exists(name):
             inputs[name] = checksum(key, name)
     found = {**keys, "seed": seed, **run, "layout_file": file, "inputs": inputs}
     return json.loads(json.dumps(found))
@@ -197,6 +203,8 @@ def with_names(value: Any, change: Callable[[str, str], str], key: str = "") -> 
     """A layout, settings or metadata with each name of a model or a file changed."""
     if isinstance(value, list | tuple):
         return [with_names(part, change, f"{key}[{i}]") for i, part in enumerate(value)]
+    if isinstance(value, str) and key.endswith("]") and is_picture(key):
+        return change(key, value)
     if not isinstance(value, dict) or len(key) > 100:  # or nested without end
         return value
     found = {}

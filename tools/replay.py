@@ -48,7 +48,21 @@ def replayed(
     if not output.trust_metadata:
         check_trust(file, named, argv)
     check_inputs(file, metadata, named)
-    return settings, keys
+    return settings, with_prompts(keys, output.region_prompt)
+
+
+def with_prompts(keys: dict[str, Any], given: tuple[str, ...]) -> dict[str, Any]:
+    """The recorded layout with other prompts of regions, given as I TEXT, I TEXT ..."""
+    regions = keys.get("regions")
+    count = len(regions) if isinstance(regions, list) else 0
+    if len(given) % 2:
+        raise InputError("--region-prompt", given[-1], "expected a region's index and a prompt")
+    for index, prompt in zip(given[::2], given[1::2]):
+        if not (index.isdecimal() and int(index) < count):
+            problem = f"the image has {count} regions, counted from 0"
+            raise InputError("--region-prompt", index, problem)
+        regions[int(index)]["prompt"] = prompt
+    return keys
 
 
 def located(metadata: Metadata, folder: Path) -> Metadata:

@@ -1,0 +1,58 @@
+"""FLUX.1 Fill, Canny and Depth, whose transformers read further channels beside the image's, and
+control LoRAs, which make others read them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from errors import MISSING, InputError
+from extensions.loading import control_image
+from extensions.repaint import repainted
+from model.transformer import FluxParams
+from regional.layout import Layout
+from sampler.flow import pack
+
+
+class Channels(NamedTuple):
+    """What is joined: an image (1, 3, height, width) in [-1, 1], for Fill without what its mask
+    (1, 1, height, width) covers."""
+
+    image: Tensor
+    mask: Tensor | None = None
+
+    def encoded(self, latents_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """(1, L_img, C): packed latents, and of a mask each latent's 8 x 8 pixels."""
+        latents = latents_of(self.image)
+        if self.mask is None:
+            return latents
+        pixels = rearrange(self.mask, "B 1 (h ph) (w pw) -> B (ph pw) h w", ph=8, pw=8)
+        return torch.cat([latents, pack(pixels).to(latents)], dim=-1)
+
+
+def is_fill(params: FluxParams) -> bool:
+    return params.in_channels == 6 * params.out_channels
+
+
+def channels_for(layout: Layout, params: FluxParams, start: Tensor | None) -> Channels | None:
+    """What this transformer reads beside the image. start: the image to start from. InputError
+    where a layout lacks it, or has what nothing reads."""
+    lora = [x.image for x in layout.loras if x.image]
+    if len(lora) > 1:
+        raise InputError("loras", lora, "there can be only one control LoRA, with one image")
+    if is_fill(params):
+        if layout.image is None or layout.image.repaint is None:
+            raise InputError("image", MISSING, "FLUX.1 Fill needs an image, and what to repaint")
+        mask = torch.from_numpy(repainted(layout) >= 0.5).float()[None, None]
+        return Channels(start * (1 - mask), mask)
+    own = layout.control_image
+    is_control = params.in_channels == 2 * params.out_channels
+    if is_control and own is None:
+        raise InputError("control_image", MISSING, "FLUX.1 Canny and Depth need an image")
+    if own is not None and not is_control:
+        problem = "only FLUX.1 Canny and Depth read it; others need a control LoRA or ControlNet"
+        raise InputError("control_image", own, problem)
+    image = own or next(iter(lora), None)
+    return None if image is None else Channels(control_image(image, None, layout))

@@ -1,0 +1,2 @@
+def vision_of(layout, checkpoint):
+    return None

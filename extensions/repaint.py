@@ -1,0 +1,83 @@
+"""Images to start from, and parts of them that are drawn anew."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from errors import warn
+from extensions.loading import control_image
+from regional.extension import Branches, Extension, Forward, Pass
+from regional.images import read_image
+from regional.layout import Layout
+from regional.mask import pixels_inside
+from sampler.flow import noise, pack
+
+
+def start_of(layout: Layout) -> Tensor | None:
+    """The image to start from, (1, 3, height, width) in [-1, 1]."""
+    if layout.image is None:
+        return None
+    file = layout.image.file
+    if layout.image.repaint and Path(file).suffix.lower() not in (".png", ".webp", ".bmp"):
+        warn(f"{file}: a lossless format would keep the pixels that are not repainted")
+    return control_image(file, None, layout)
+
+
+def repainted(layout: Layout) -> np.ndarray:
+    """How far each pixel is drawn anew, (height, width) in [0, 1]: 1 inside, and down to 0 at
+    `feather` pixels outside."""
+    area = layout.image.repaint
+    if area.regions is None:
+        shapes = [area]
+    else:
+        shapes = [layout.regions[i] for i in area.regions]
+    pixels = (np.arange(layout.width), np.arange(layout.height))
+    inside = np.logical_or.reduce([pixels_inside(shape, layout, *pixels) for shape in shapes])
+    reach = round(area.feather / 2)
+    return mean_around(mean_around(inside, reach) > 0, reach)
+
+
+def mean_around(values: np.ndarray, reach: int) -> np.ndarray:
+    """The mean of the square of 2 reach + 1 pixels around each; edges repeat."""
+    width = 2 * reach + 1
+    for _ in range(2):  # columns, then rows
+        padded = np.pad(values.T.astype(float), ((0, 0), (reach + 1, reach)), mode="edge")
+        sums = padded.cumsum(axis=1)
+        values = sums[:, width:] - sums[:, :-width]
+    return (values / width**2).clip(0, 1)
+
+
+def kept(layout: Layout, image: Tensor, seed: int, dtype: torch.dtype) -> Extension:
+    """Leads what is not repainted along the straight line from the noise to the image, whose
+    velocity is their difference: with any sampler as if it were put back after each step.
+    image: packed latents (1, L_img, 64). dtype: the noise's, in sampling."""
+    start = pack(noise(layout.width, layout.height, seed)).to(dtype).to(image)
+    straight = start - image
+    anew = torch.from_numpy(repainted(layout) > 0).float()[None, None]
+    anew = torch.nn.functional.max_pool2d(anew, 8)  # latents of which any pixel is repainted
+    anew = pack(anew.expand(1, 16, -1, -1)).to(image)
+
+    def extend(forward: Forward, branches: Branches) -> Forward:
+        new = anew[:, branches.order]
+        line = straight[:, branches.order]
+
+        def outside_kept(given: Pass, step: int) -> Tensor:
+            velocity = forward(given, step)
+            return torch.where(new > 0, velocity.to(line), line)
+
+        return outside_kept
+
+    return extend
+
+
+def pasted(image: Image.Image, layout: Layout) -> Image.Image:
+    """The image to start from, at its own size, with what was drawn anew."""
+    original = read_image(layout.image.file)
+    fraction = Image.fromarray((255 * repainted(layout)).round().astype(np.uint8))
+    if image.size != original.size:
+        image = image.resize(original.size, Image.Resampling.LANCZOS)
+        fraction = fraction.resize(original.size, Image.Resampling.BILINEAR)
+    return Image.composite(image, original, fraction)
