@@ -33,7 +33,7 @@ from regional.layout import Defaults, Layout
 from regional.mask import RegionTokens, region_tokens
 from regional.prompts import encode_prompts
 from regional.reader import checked_in_code
-from regional.sampling import MakeAttention, Modulations, modulations, sample
+from regional.sampling import MakeAttention, Modulations, by, modulations, sample
 from runtime.choose import choose_attention, choose_device, choose_fp8, library_attention
 from sampler.flow import pack
 from settings import MODEL_KEYS, Settings, invalid
@@ -200,13 +200,15 @@ class Pipeline:
 
             extensions = extensions_of(self, flux, prepared, conditioning, extensions, seed)
         modulation = self.parts.modulation(flux, prepared, conditioning.y)
-        masked = self.masked_attention(layout, verbose)
+        method = by(self.masked_attention(layout, verbose))
+        if layout.method == "rpg":
+            from extensions.rpg import composed as method
         unmasked = library_attention(flux, layout, conditioning.txt, verbose)
         stance = nullcontext()
         if self.settings.compile and any(region.loras for region in layout.regions):
             info("regions' own LoRAs: this layout's blocks run uncompiled")
             stance = torch.compiler.set_stance("force_eager")
-        known = (conditioning, seed, masked, extensions, on_step, modulation)
+        known = (conditioning, seed, method, extensions, on_step, modulation)
         with unmasked, stance:
             latents = sample(flux, layout, prepared.tokens, *known)
         self.parts.release()  # room for the VAE

@@ -34,7 +34,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.intervals import Mean, mean_of  # noqa: E402
-from benchmarks.variants import StepCache, hard_binding, open_images, texts_at_corners  # noqa: E402
+from benchmarks.variants import StepCache, hard_binding, one_way, open_images, texts_at_corners  # noqa: E402
 from model.attention import Block  # noqa: E402
 from model.transformer import Flux  # noqa: E402
 from pipeline import Pipeline  # noqa: E402
@@ -102,12 +102,12 @@ VARIANTS = {  # which are not the published method
     "": {},
     "shared stream": {"base_stream": "shared"},
     "open image attention": {"image_attention": "open"},
-    "one-way image attention": {"image_attention": "one-way"},
 }
 # Not settings of the program: by the extensions of benchmarks/variants.py.
 AT_CORNERS = "texts at corners"
 EXPERIMENTS: dict[str, Callable[[Case, int, Flux], list[Extension]]] = {
     AT_CORNERS: lambda case, prompts, flux: [texts_at_corners(case, prompts)],
+    "one-way image attention": lambda case, prompts, flux: [one_way(prompts)],
     "late images open": lambda case, prompts, flux: [open_images(MASKED_BLOCKS["late two single"])],
     "early images open": lambda case, prompts, flux: [open_images(MASKED_BLOCKS["double"])],
     "bound for 1 step": lambda case, prompts, flux: [hard_binding(1, len(case.wanted))],

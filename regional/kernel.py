@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from regional.attention import MaskedAttention, Tokens, allowed, query_bits
+from regional.attention import MaskedAttention, Tokens, allowed
 
 INTERPRETED = triton.knobs.runtime.interpret
 MIXED_COST = 1.9  # a partial tile's instructions over a full one's on sm_90
@@ -30,7 +30,7 @@ HEADS_TOGETHER = 8  # in the grid; K and V of more do not fit into L2
 
 @triton.jit
 def bits_allowed(bits_q, bits_k):
-    """The whole mask, as `allowed` in regional/attention.py; bits_q: `query_bits` of them."""
+    """The whole mask, as `allowed` in regional/attention.py."""
     return (bits_q & bits_k) != 0
 
 
@@ -170,7 +170,7 @@ class Plan(NamedTuple):
     queries: (n, 5) int32, a tile's first row, the row after its last, and where in `keys`
         its full tiles begin, its partial tiles begin, and its tiles end; the longest lists
         come first.
-    query_bits: (n, block_m) int64, those rows' bits as queries, then zeros.
+    query_bits: (n, block_m) int64, those rows' bits, then zeros.
     keys: (m + 1, 2) int32, a tile's first row, and its row in key_bits.
     key_bits: (tiles, block_n) int64.
     The rest are of `Tokens`, in 32 bits; weights are empty without any.
@@ -244,7 +244,7 @@ def tile_lists(tokens: Tokens, block_m: int, block_n: int) -> tuple[Plan, int]:
         base_row=tokens.base_row.int(),
         base_weight=tokens.base_weight.float(),
         queries=torch.tensor(queries).int(),
-        query_bits=padded(query_bits(bits), [query_tiles[i] for i in order], block_m),
+        query_bits=padded(bits, [query_tiles[i] for i in order], block_m),
         keys=torch.tensor(keys).int(),
         key_bits=padded(bits, key_tiles, block_n),
         as_key=as_key.int(),

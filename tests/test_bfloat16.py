@@ -20,12 +20,12 @@ from tiny import Recorder, maps_of
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from extensions.rpg import composed
 from formats import components
 from formats.recognize import POCKET
 from pipeline import Pipeline
 from regional.layout import Control, Layout, Lora, Region, RegionLora
 from regional.mask import region_tokens
-from regional.sampling import composed
 
 ADAPTERS = POCKET.parent / "adapters"
 BARRED = str(ADAPTERS / "barred.safetensors")
@@ -90,8 +90,7 @@ SETTINGS = {
     "steps and a ratio of its own": layout(OWN_STEPS, RIGHT),
     "one image stream": layout(base_stream="shared"),
     "unmasked image attention": layout(image_attention="open"),
-    "the background sees the regions": layout(LEFT, image_attention="one-way"),
-    "opacity": layout(replaced(LEFT, opacity=0.6), RIGHT, overlap="last"),
+    "opacity": layout(LEFT, replaced(RIGHT, box=(32, 0, 128, 128), opacity=0.6), overlap="last"),
     "lists of blocks": layout(double_blocks=(1,), single_blocks="1-3"),
     "intervals": layout(double_inject_interval=2, single_inject_interval=2),
     "a LoRA on the whole image": layout(loras=(Lora(file=BARRED),)),
@@ -133,10 +132,10 @@ def test_composition_converts_nothing_but_velocities():
     tokens = region_tokens(layout(*OVERLAPPING))
     *own, base = [torch.full((1, 64, 64), float(i)).bfloat16() for i in range(len(tokens.prompts) + 1)]
     run = SimpleNamespace(
-        conditioning=SimpleNamespace(regions=[torch.zeros(2, 8)] * len(own)), tokens=tokens, order=torch.arange(64),
-        velocity=lambda txt, branches: lambda img, t, step: own[branches.prompt - 1],
+        conditioning=SimpleNamespace(txt=torch.zeros(1, 2, 8), regions=[torch.zeros(2, 8)] * len(own)), tokens=tokens, order=torch.arange(64),
+        velocity=lambda txt, branches: lambda img, t, step: own[branches.prompt - 1] if branches.prompt else base,
     )  # fmt: skip
-    velocity = composed(run, torch.full((64,), 0.25), lambda img, t, step: base)
+    velocity = composed(run, torch.full((64,), 0.25))
     with Recorder() as made:
         out = velocity(torch.zeros(1, 64, 64), 1.0, 0)
     assert made.operations.count(torch.ops.aten._to_copy.default) == 1  # the base's

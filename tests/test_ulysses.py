@@ -21,11 +21,12 @@ from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl, c
 from extensions.loading import scale_of
 from extensions.lora import Change, Lora, LowRank
 from extensions.region_lora import region_loras
+from extensions.rpg import composed
 from model.transformer import Flux, FluxParams
 from regional.attention import portable_attention
 from regional.layout import Control, Defaults, Layout, Region, RegionLora
 from regional.mask import region_tokens
-from regional.sampling import Conditioning, sample
+from regional.sampling import Conditioning, by, sample
 from runtime.ulysses import Ulysses
 from tools.metadata import read_metadata
 
@@ -103,7 +104,8 @@ def latents(parallel: Ulysses | None = None) -> dict[str, Tensor]:
         extensions += [parallel.extend] if parallel else []
         if name.startswith("control"):
             extensions.append(controlnets([control_of(name, of)], flux.params, of.steps, conditioning, part))
-        found[name] = sample(flux, of, tokens, conditioning, 0, portable_attention, extensions)
+        method = composed if of.method == "rpg" else by(portable_attention)
+        found[name] = sample(flux, of, tokens, conditioning, 0, method, extensions)
     return found
 
 
