@@ -31,11 +31,10 @@ from regional.attention import portable_attention
 from regional.extension import Conditioning, Extension
 from regional.layout import Defaults, Layout
 from regional.mask import RegionTokens, region_tokens
-from regional.prompts import encode_prompts
+from regional.prompts import encode_prompts, moved
 from regional.reader import checked_in_code
 from regional.sampling import MakeAttention, Modulations, by, modulations, sample
 from runtime.choose import choose_attention, choose_device, choose_fp8, library_attention
-from sampler.flow import pack
 from settings import MODEL_KEYS, Settings, invalid
 
 Loras = dict[str, Any]  # extensions.lora.Lora by the names in layouts
@@ -194,7 +193,7 @@ class Pipeline:
         layout = prepared.layout
         verbose = self.settings.verbose
         flux = self.parts.get("flux", layout, self.loras)
-        conditioning = prepared.conditioning.to(self.device, self.dtype)
+        conditioning = moved(prepared.conditioning, self.device, self.dtype)
         if prepared.extras or self.parallel:
             from extensions.extras import extensions_of
 
@@ -226,11 +225,6 @@ class Pipeline:
 
             image = pasted(image, layout)
         return image
-
-    def latents_of(self, image: Tensor) -> Tensor:
-        """The packed latents of pixels (1, 3, H, W) in [-1, 1], (1, L_img, 64)."""
-        vae = self.parts.get("ae")
-        return pack(vae.encode(image.to(self.device, self.dtype))).cpu()
 
 
 def changing(part: str, entries: Sequence[Any], loras: Loras) -> list[Any]:

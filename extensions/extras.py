@@ -17,6 +17,8 @@ from model.transformer import Flux
 from regional.extension import Conditioning, Extension
 from regional.layout import Layout
 from regional.mask import RegionTokens
+from regional.prompts import moved
+from sampler.flow import pack
 
 Encode = Callable[[Layout, RegionTokens | None], Conditioning]
 
@@ -48,18 +50,23 @@ class Extras:
     ) -> Conditioning:  # fmt: skip
         """Encode the images and negative prompts; the conditioning with what it gains."""
         layout = self.layout
+
+        def latents_of(image: Tensor) -> Tensor:
+            """Packed, (1, L, 64), of pixels (1, 3, H, W) in [-1, 1]."""
+            vae = pipeline.parts.get("ae")
+            return pack(vae.encode(image.to(pipeline.device, pipeline.dtype))).cpu()
+
         for i, (source, image) in enumerate(self.controls):
             if not loading.controlnet_params(source).hint_width:
-                self.controls[i] = source, pipeline.latents_of(image)
+                self.controls[i] = source, latents_of(image)
         if self.tools:
-            self.channels = self.tools.encoded(pipeline.latents_of)
+            self.channels = self.tools.encoded(latents_of)
         if layout.true_cfg_scale > 1:
             self.negative = encode(*guidance.negative(layout, tokens))
         if self.start is not None:
-            start = pipeline.latents_of(self.start).float()
-            conditioning = conditioning._replace(image=start)
+            conditioning = conditioning._replace(image=latents_of(self.start))
         if self.references:
-            self.references.encode(pipeline.latents_of)
+            self.references.encode(latents_of)
         if self.vision:
             conditioning = self.vision.extended(conditioning, tokens)
         return conditioning
@@ -99,12 +106,12 @@ def extensions_of(
         found.append(more_channels(extras.channels.to(*where)))
     found += own
     if extras.negative:
-        negative = extras.negative.to(*where)
+        negative = moved(extras.negative, *where)
         found.append(guidance.true_cfg(flux, layout, negative))
     if extras.controls:  # they read the image without further channels
         nets = pipeline.parts.controlnets
         controls = loading.load_controls(layout, extras.controls, *where, nets)
         found.append(controlnets(controls, flux.params, layout.run_steps(), conditioning, part))
     if layout.image and layout.image.repaint and not flux_tools.is_fill(flux.params):
-        found.append(repaint.kept(layout, conditioning.image, seed, pipeline.dtype))
+        found.append(repaint.kept(layout, conditioning.image, seed))
     return found

@@ -50,15 +50,15 @@ def mean_around(values: np.ndarray, reach: int) -> np.ndarray:
     return (values / width**2).clip(0, 1)
 
 
-def kept(layout: Layout, image: Tensor, seed: int, dtype: torch.dtype) -> Extension:
+def kept(layout: Layout, image: Tensor, seed: int) -> Extension:
     """Leads what is not repainted along the straight line from the noise to the image, whose
     velocity is their difference: with any sampler as if it were put back after each step.
-    image: packed latents (1, L_img, 64). dtype: the noise's, in sampling."""
-    start = pack(noise(layout.width, layout.height, seed)).to(dtype).to(image)
-    straight = start - image
+    image: packed latents (1, L_img, 64)."""
+    start = pack(noise(layout.width, layout.height, seed)).to(image)  # as `sample` rounds it
+    straight = start.float() - image.float()
     anew = torch.from_numpy(repainted(layout) > 0).float()[None, None]
     anew = torch.nn.functional.max_pool2d(anew, 8)  # latents of which any pixel is repainted
-    anew = pack(anew.expand(1, 16, -1, -1)).to(image)
+    anew = pack(anew.expand(1, 16, -1, -1)).to(image.device)
 
     def extend(forward: Forward, branches: Branches) -> Forward:
         new = anew[:, branches.order]

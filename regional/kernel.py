@@ -18,7 +18,6 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from regional.attention import MaskedAttention, Tokens, allowed
@@ -330,13 +329,6 @@ def empty_output(q: Tensor, length: int) -> Tensor:
 # torch.compile, the meta device and FlopCounterMode know what an operator does.
 attend_op = torch.library.custom_op("regional::attend", attend, mutates_args=())
 attend_op.register_fake(lambda q, *rest: empty_output(q, q.shape[2]))
-
-
-@register_flop_formula(torch.ops.regional.attend)
-def flops(q_shape, k_shape, v_shape, base_shape, plan, pairs, launch, **more) -> int:
-    """An allowed pair of tokens costs two products of 2 D operations."""
-    batch, heads, _, head_dim = q_shape
-    return 4 * batch * heads * head_dim * pairs
 
 
 def kernel_attention(tokens: Tokens, dtype: torch.dtype, device: torch.device) -> MaskedAttention:

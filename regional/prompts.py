@@ -1,6 +1,7 @@
 """Prompts to embeddings: T5's for every prompt, and CLIP's pooled one for the base prompt."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,17 @@ def encode_prompts(
         warn(f"CLIP reads 77 tokens of the base prompt, not {describe(cut[0])}")
     y = torch.cat([encode("clip", row[None], ()) for row in ids])
     return Conditioning(txt, torch.cat(states) if states else None, y)
+
+
+def moved(conditioning: Conditioning, *where: Any) -> Conditioning:
+    """The same on this device, in this dtype."""
+
+    def to(x: Any) -> Any:
+        if x is None or isinstance(x, Tensor):
+            return x if x is None else x.to(*where)
+        return [part.to(*where) for part in x]
+
+    return Conditioning(*map(to, conditioning))
 
 
 def tokenize(tokenizer: T5Tokenizer, prompts: list[str], length: int) -> Tensor:

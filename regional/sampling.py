@@ -67,7 +67,7 @@ def sample(
     img = pack(noise(layout.width, layout.height, seed))
     img = img.to(txt.device, txt.dtype).float()
     if conditioning.image is not None:
-        img = levels[0] * img + (1 - levels[0]) * conditioning.image
+        img = levels[0] * img + (1 - levels[0]) * conditioning.image.float()
     order = torch.arange(img.shape[1])
     stages = []
     if layout.regional_steps():

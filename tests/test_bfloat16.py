@@ -132,7 +132,8 @@ def test_composition_converts_nothing_but_velocities():
     tokens = region_tokens(layout(*OVERLAPPING))
     *own, base = [torch.full((1, 64, 64), float(i)).bfloat16() for i in range(len(tokens.prompts) + 1)]
     run = SimpleNamespace(
-        conditioning=SimpleNamespace(txt=torch.zeros(1, 2, 8), regions=[torch.zeros(2, 8)] * len(own)), tokens=tokens, order=torch.arange(64),
+        conditioning=SimpleNamespace(txt=torch.zeros(1, 2, 8), regions=[torch.zeros(2, 8)] * len(own)),
+        tokens=tokens, order=torch.arange(64),
         velocity=lambda txt, branches: lambda img, t, step: own[branches.prompt - 1] if branches.prompt else base,
     )  # fmt: skip
     velocity = composed(run, torch.full((64,), 0.25))

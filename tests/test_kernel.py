@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from tiny import Recorder
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from benchmarks import model
 from benchmarks.gluon_attention import gluon_attention, head_view
@@ -434,6 +434,13 @@ def test_no_square_tensor_and_no_memory_beyond_the_two_outputs(kind, monkeypatch
     assert not is_square and measure(dense_attention)[1]
     assert outputs <= taken <= outputs + 2**20 < outputs + length**2
     assert sum(x.nbytes for x in plan_of(bits, 128, 128)) < 2**20
+
+
+@register_flop_formula(torch.ops.regional.attend)
+def flops(q_shape, k_shape, v_shape, base_shape, plan, pairs, launch, **more) -> int:
+    """An allowed pair of tokens costs two products of 2 D operations."""
+    batch, heads, _, head_dim = q_shape
+    return 4 * batch * heads * head_dim * pairs
 
 
 @pytest.mark.published

@@ -1,5 +1,6 @@
 """The images of a run: names, seeds, shards, which are finished, and how they are made."""
 
+import contextlib
 import glob
 import itertools
 import json
@@ -9,7 +10,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -277,6 +278,40 @@ class Stop:
     def check(self) -> None:
         if self.is_any(self.is_asked):
             raise KeyboardInterrupt
+
+
+def with_exit_code(parse: Callable[[], Command], run: Callable[[Command, Stop], int]) -> int:
+    """What `run` returns, or the code of its error, whose message is printed."""
+    settings = Settings()
+    stop = Stop()
+    out = Tolerant(sys.stdout)
+    errors = Tolerant(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            with stop.handled():
+                command = parse()
+                settings = command.settings
+                return run(command, stop)
+        except (InputError, OSError) as error:
+            if is_first(settings):
+                print_error(error)
+            return 2 if isinstance(error, InputError) else 1
+        except (MemoryError, RuntimeError) as error:
+            if not is_full(error):
+                raise
+            info(f"generate.py: out of memory: {advice(error, settings)}")
+            return 1
+        except KeyboardInterrupt:
+            info("generate.py: interrupted")
+            return 130
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Nothing is printed within it."""
+    with open(os.devnull, "w") as nowhere:
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            yield
 
 
 def layout_files(output: Output) -> list[Path | None]:
