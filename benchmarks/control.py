@@ -119,11 +119,13 @@ EXPERIMENTS: dict[str, Callable[[Case, int, Flux], list[Extension]]] = {
 
 # What becomes of the regional stages, (end, base ratio of each region): patched, not settings either.
 Stages = list[tuple[int, list[float]]]
+NO_BASE = "no base branch after 40%"
 STAGES: dict[str, Callable[[Stages], Stages]] = {
     "from step 1 on": lambda stages: [(1, [1.0] * len(stages[0][1])), *stages],
     "from step 2 on": lambda stages: [(2, [1.0] * len(stages[0][1])), *stages],
     "beta from 0 to 0.5": lambda stages: ramp(stages, 0, 0.5),
     "beta from 0.3 to 0": lambda stages: ramp(stages, 0.3, 0),
+    NO_BASE: lambda stages: [(2 * STEPS // 5, stages[0][1]), (stages[-1][0], [0.0] * len(stages[0][1]))],
 }
 
 
@@ -277,7 +279,10 @@ SWEEPS = {  # title: the kind of layouts, the numbers of regions, the settings
         [EQUAL._replace(mask_inject_steps=T, variant=rule) for T in ("40%", "60%", "80%") for rule in RULES[:2]],
     ),
     "When regions begin, and ratios that change": (
-        "boxes", MANY, [EQUAL._replace(variant=name) for name in ("", *STAGES)],
+        "boxes", MANY, [EQUAL._replace(variant=name) for name in ("", *STAGES) if name != NO_BASE],
+    ),
+    "No base branch in the later regional steps": (
+        "boxes", (2, *MANY), [EQUAL._replace(mask_inject_steps=T, variant=NO_BASE) for T in ("60%", "80%")],
     ),
     "Binding and caching": (
         "boxes", MANY,
