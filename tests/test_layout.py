@@ -242,7 +242,7 @@ MISTAKES = [  # YAML, and what its sentence has behind the file's name; {at} is 
     ("prompt: x\nfoo.bar: 1", "foo.bar = 1: no such key"),
     ("prompt: x\n3: y", "line 2, column 1: invalid key '3'."),
     ("prompt: x\n? [a, b]\n: y", "line 2, column 3: invalid key that is a list."),
-    ("prompt: 2024-01-31", "line 1, column 9: 'timestamp' is not a type of a layout's values; write text in quotes."),
+    ("prompt: 2024-01-31", "line 1, column 9: 'timestamp' is not a type of layouts; write text in quotes."),
     ("prompt: " + "[" * 3000, "cannot be read as YAML (maximum recursion depth exceeded"),
     ("prompt: a\x00b", "unacceptable character #x0000: special characters are not allowed"),
     ("prompt: !!python/object/apply:os.system [ls]", "line 1, column 9: 'tag:yaml.org,2002:python/object/apply:os."),

@@ -229,16 +229,14 @@ def test_the_control_preset_is_what_is_not_written():
 
 
 def test_after_its_steps_the_base_branch_is_gone():
-    """Stages: with it, without it, and a region whose steps end in between."""
-    regions = tuple(change(region, mask_inject_steps=steps) for region, steps in zip(LAYOUT.regions, (2, 8, 6)))
-    layout = change(LAYOUT, regions=regions, steps=10, base_ratio=0.3, mask_inject_steps=8, base_steps="40%")
-    layout = layout.resolved(FLUX_DEV)
+    """Of two regions and a background, whose own steps end at 2, 6 and 8."""
+    regions = tuple(change(region, mask_inject_steps=steps) for region, steps in zip(REGIONS, (2, 6)))
+    layout = change(LAYOUT, regions=regions, base_ratio=0.3, mask_inject_steps=8, base_steps="40%").resolved(FLUX_DEV)
     tokens = region_tokens(layout)
-    own = {2: [0.3] * 4, 4: [1, 0.3, 0.3, 0.3], 6: [1, 0, 0, 0], 8: [1, 0, 1, 0]}
-    count = len(tokens.prompts)
-    assert stage_ratios(layout, tokens) == [(end, ratios[:count]) for end, ratios in own.items()]
-    whole = change(layout, base_steps=10)
-    assert [end for end, _ in stage_ratios(whole, tokens)] == [2, 6, 8]
+    found = stage_ratios(layout, tokens)
+    assert found == [(2, [0.3, 0.3, 0.3]), (4, [1, 0.3, 0.3]), (6, [1, 0, 0]), (8, [1, 1, 0])]
+    assert [end for end, _ in stage_ratios(change(layout, base_steps=10), tokens)] == [2, 6, 8]
+    assert stage_ratios(change(layout, base_steps=0), tokens)[0] == (2, [0, 0, 0])
 
 
 def test_open_images_see_each_other_and_not_others_texts():
