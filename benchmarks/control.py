@@ -333,20 +333,15 @@ SWEEP_SEEDS, SEEDS, VARIANT_SEEDS = range(1000, 1030), range(4000, 4050), range(
 OF_PRESET: dict[str, dict[str, object]] = {  # what becomes of the preset's settings, one at a time
     "beta 0": {"base_ratio": 0.0, "base_steps": "100%"},
     "base branch throughout": {"base_steps": "100%"},
-    "T 40%": {"mask_inject_steps": "40%"},
-    "T 60%": {"mask_inject_steps": "60%"},
-    "all text tokens": {"region_length": 64},
     "one-way": {"variant": "one-way image attention"},
     "late open": {"variant": "late images open"},
     "begins at step 1": {"variant": "from step 1 on"},
     "bound for 2 steps (RAG)": {"variant": "bound for 2 steps"},
-    "shared stream": {"variant": "shared stream"},
 }
 IF_OVERLAPPING: dict[str, dict[str, object]] = {
     "share": {"overlap": "share"},
     "last": {"overlap": "last"},
     "opacity 0.8": {"overlap": "last", "opacity": 0.8},
-    "opacity 0.5": {"overlap": "last", "opacity": 0.5},
 }
 
 
