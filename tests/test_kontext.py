@@ -341,6 +341,14 @@ def test_all_attention_functions_agree(variant):
         assert results[0].std() > 0.1
 
 
+def test_a_regions_references_are_weighed_like_its_image_tokens_and_weigh_nothing():
+    attention, branches = attention_of(dense_attention, "weights")
+    tokens = attention.tokens("double", True)
+    assert torch.equal(tokens.log_weight[-16:, 1:], branches.log_weights) and not tokens.log_weight[:-16].any()
+    columns = tokens.as_key[-16 - sum(COUNTS) : -16].tolist()  # of four prompts', then of their image tokens'
+    assert columns == [0] * COUNTS[0] + [4 + 1] * COUNTS[1] + [4 + 3] * COUNTS[3]
+
+
 def expected_rows(variant: str, kind: str, is_masked: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The definition, row by row, from who each token is: ("text", i), ("base text",), ("shared",), ("own", i),
     ("base image", j) or ("image", j)."""
