@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from errors import warn
+from errors import MISSING, InputError, warn
 from extensions.loading import control_image
 from regional.extension import Branches, Extension, Forward, Pass
 from regional.images import read_image
@@ -23,6 +23,8 @@ def start_of(layout: Layout) -> Tensor | None:
     file = layout.image.file
     if layout.image.repaint and Path(file).suffix.lower() not in (".png", ".webp", ".bmp"):
         warn(f"{file}: a lossless format would keep the pixels that are not repainted")
+    if layout.image.repaint and not repainted(layout).any():
+        raise InputError("image.repaint", MISSING, "no pixel's center lies in it")
     return control_image(file, None, layout)
 
 
@@ -36,7 +38,7 @@ def repainted(layout: Layout) -> np.ndarray:
         shapes = [layout.regions[i] for i in area.regions]
     pixels = (np.arange(layout.width), np.arange(layout.height))
     inside = np.logical_or.reduce([pixels_inside(shape, layout, *pixels) for shape in shapes])
-    reach = round(area.feather / 2)
+    reach = int(area.feather / 2)
     return mean_around(mean_around(inside, reach) > 0, reach)
 
 

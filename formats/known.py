@@ -52,6 +52,10 @@ def doubts(layouts: list[Any], flux: Source | None, t5: T5Tokenizer | None) -> I
             beyond[f"{layout.width} x {layout.height}"] = None
     if beyond:
         yield f"{listed(beyond)} pixels: the model was trained on {known.sizes}."
+    unset = any(layout.guidance == 3.5 for layout in layouts)
+    sizes = [flux.shape(name) for name in ("img_in.weight", "final_layer.linear.weight") if flux]
+    if unset and sizes and sizes[0][1] > sizes[1][0]:
+        yield "guidance is 3.5, but FLUX.1 Fill and Canny are made for 30, and Depth for 10."
     text = normalize("NFKC", "\n".join(dict.fromkeys(prompts)))
     if known.words:
         learned = sum(known.words.values(), [""])

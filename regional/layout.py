@@ -276,7 +276,7 @@ class Layout(Part, dict=True):
         skipped = 0
         if self.image is not None:
             denoise = self.image.denoise or (1.0 if self.image.repaint else 0.6)
-            skipped = int(self.steps - self.steps * denoise)
+            skipped = min(int(self.steps - self.steps * denoise), self.steps - 1)
         return self.steps - skipped
 
     def has_extras(self) -> bool:

@@ -69,7 +69,7 @@ def default_size(layout: Layout, folder: Path, size: int) -> dict[str, int]:
             image = read_image(str(folder / layout.image.file))
             scale = min(1, size / (image.width * image.height) ** 0.5)
             own = (int(scale * side) // 16 * 16 for side in image.size)
-            sides = {key: max(side, 16) for key, side in zip(sides, own)}
+            sides = {key: min(max(side, 16), 8192) for key, side in zip(sides, own)}
     return sides
 
 

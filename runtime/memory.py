@@ -73,6 +73,8 @@ def working_bytes(hidden: int, layout: Layout, dtype: torch.dtype, fp8: bool) ->
     if layout.regions:  # and the background; the second image stream
         prompts = len(layout.regions) + 1
         tokens += pixels // 256 + prompts * layout.region_max_sequence_length
+    if layout.cfg_batch and layout.true_cfg_scale > 1:
+        tokens *= 2
     per_token = VALUES_PER_TOKEN_IN_FP8 if fp8 else VALUES_PER_TOKEN
     values = max(tokens * per_token * hidden, VALUES_PER_PIXEL * pixels)
     return values * dtype.itemsize
