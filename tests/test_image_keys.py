@@ -16,11 +16,9 @@ from tiny import maps_of
 from torch import Tensor
 
 from extensions.repaint import repainted
-from extensions.rpg import composed
 from model.transformer import Flux
 from pipeline import Pipeline
 from regional.layout import FLUX_DEV, Control, Layout, Region, RegionLora, Repaint, Start
-from regional.mask import region_tokens
 
 ROOT = Path(__file__).parent.parent
 WIDTH, HEIGHT = 96, 64
@@ -265,11 +263,11 @@ def test_a_regions_negative_prompt_acts_in_its_region_alone_to_the_bit(made, met
 
 
 def test_the_background_has_the_layouts_negative_prompt(made):
-    keys = {"true_cfg_scale": 3.0, "base_ratio": 0.0, "mask_inject_steps": "100%"}
+    """As a region in its place has."""
     left = replace(LEFT, negative_prompt="A house.")
-    found = [latents(made["dev"], layout(left, negative_prompt=text, **keys)) for text in ("", WORSE)]
-    assert torch.equal(found[0][..., :BORDER], found[1][..., :BORDER])
-    assert apart(found[0][..., BORDER:], found[1][..., BORDER:]) > 0.1
+    keys = GUIDED | {"base_ratio": 0.0}
+    rest = replace(RIGHT, prompt="a photo")
+    assert apart(latents(made["dev"], layout(left, **keys)), latents(made["dev"], layout(left, rest, **keys))) < 1e-4
 
 
 def test_a_controlnets_residuals_are_computed_once_for_both_prompts(made, golden, file, spy):
@@ -309,8 +307,8 @@ def test_offloading_and_other_attention_give_the_same(models, made, file, how): 
 
 def test_with_fp8_weights_it_runs_near_the_exact_result(models, made, file):  # noqa: F811
     start = Start(file=file, denoise=0.8, repaint=Repaint(box=(16, 0, 80, 48)))
-    for name, more in ("dev", GUIDED), ("fill", {}), ("canny", {"control_image": file, "image": None} | GUIDED):
-        given = layout(LEFT, RIGHT, **{"image": start} | more)
+    for name, more in ("dev", GUIDED), ("fill", {}):
+        given = layout(LEFT, RIGHT, image=start, steps=2, mask_inject_steps=1, **more)
         found = latents(Pipeline(str(models[name]), device="cpu", quantize="fp8"), given)
         exact = latents(made[name], given)
         assert 1e-3 < (found - exact).norm() / exact.norm() < 0.5
@@ -319,7 +317,9 @@ def test_with_fp8_weights_it_runs_near_the_exact_result(models, made, file):  # 
 
 def test_the_kernel_gives_the_same_in_a_batch(models, made):  # noqa: F811
     pytest.importorskip("triton", reason="the kernel is Triton's")
-    given = layout(LEFT, RIGHT, steps=1, mask_inject_steps=1, cfg_batch=True, **GUIDED)
+    small = {"width": 32, "height": 16, "steps": 1, "mask_inject_steps": 1, "max_sequence_length": 4}
+    regions = (replace(LEFT, box=(0, 0, 16, 16)), replace(RIGHT, box=(16, 0, 32, 16)))
+    given = layout(*regions, **small, double_blocks=(0,), single_blocks=(), cfg_batch=True, **GUIDED)
     kernel = Pipeline(str(models["dev"]), device="cpu", attention="kernel")
     assert apart(latents(kernel, given), latents(made["dev"], given)) < 1e-4
 
@@ -330,4 +330,3 @@ def test_what_is_counted_on_in_memory_is_twice_as_much_in_a_batch():
     resolved = [layout(LEFT, **GUIDED, cfg_batch=x).resolved(FLUX_DEV) for x in (False, True)]
     one, two = (working_bytes(3072, x, torch.bfloat16, False) for x in resolved)
     assert two == 2 * one
-    assert region_tokens(resolved[0]) and composed
