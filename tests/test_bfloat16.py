@@ -100,7 +100,7 @@ SETTINGS = {
     "a region's LoRA in the plain steps": layout(OWN_LORA_TO_THE_END, RIGHT),
     "true guidance": layout(replaced(LEFT, negative_prompt="a pink heart"), RIGHT, **GUIDED),
     "true guidance in a batch, composed": layout(method="rpg", cfg_batch=True, **GUIDED),
-    "starting from an image": layout(image=Start(file=DISC, denoise=0.7)),
+    "starting from an image": layout(image=Start(file=DISC, denoise=0.5)),
     "repainting": layout(image=Start(file=DISC, repaint=Repaint(regions=(1,)))),
 }
 

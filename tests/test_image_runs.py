@@ -214,7 +214,8 @@ MISTAKES = {
     "fill: a control image": (repaint(regions=[0]) | {"control_image": "in/a.png"}, "control_image = in/a.png: only"),
     "canny: no image": (of(), "control_image: FLUX.1 Canny and Depth need an image"),
     "canny: a control LoRA": (
-        of(control_image="in/a.png", loras=[{"file": "x", "image": "in/a.png"}]), "loras = ['in/a.png']: there can be only one"),
+        of(control_image="in/a.png", loras=[{"file": "x", "image": "in/a.png"}]),
+        "loras = ['in/a.png']: there can be only one control LoRA"),
 }  # fmt: skip
 
 
