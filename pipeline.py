@@ -83,7 +83,7 @@ class Pipeline:
         self.device = choose_device(settings)
         automatic = "float32" if self.device.type == "cpu" else "bfloat16"
         self.dtype = getattr(torch, settings.dtype.replace("auto", automatic))
-        if self.dtype == torch.float32:  # With TF32 in cuDNN the VAE would err by 3e-4.
+        if self.dtype == torch.float32:  # TF32 in cuDNN errs by 3e-4.
             torch.backends.cudnn.allow_tf32 = False
         self.checkpoint = weights.find(*(getattr(settings, key) for key in MODEL_KEYS))
         flux = self.checkpoint.flux
@@ -256,8 +256,8 @@ class Parts:
         self.modulated = (None, [])  # one layout's
 
     def get(self, name: str, layout: Layout | None = None, loras: Loras = NO_LORAS) -> nn.Module:
-        """t5, clip, flux or ae with the layout's LoRAs merged; reloaded for others, and the
-        transformer also for an image that needs more memory than it left free."""
+        """t5, clip, flux or ae with the layout's LoRAs merged; reloaded for others, the
+        transformer also for an image that needs more memory."""
         used = changing(name, layout.loras, loras) if layout else []
         key = [(lora.file, lora.scale) for lora in used]
         room = self.room_for(layout) if name == "flux" else 0

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from errors import InputError, warn
+from errors import MISSING, InputError, warn
 from extensions import flux_tools, guidance, kontext, loading, redux, repaint
 from extensions.controlnet import controlnets, more_channels
 from extensions.lora import Loras
@@ -41,6 +41,9 @@ class Extras:
         self.tools = flux_tools.channels_for(layout, params, self.start)
         self.vision = redux.vision_of(layout, checkpoint)
         self.references = kontext.read_references(layout)
+        if self.references and self.tools:
+            problem = "do not go with FLUX.1 Fill, Canny, Depth and control LoRAs"
+            raise InputError("references", MISSING, problem)
         self.channels: Tensor | None = None
         self.negative: Conditioning | None = None
 
@@ -50,6 +53,8 @@ class Extras:
     ) -> Conditioning:  # fmt: skip
         """Encode the images and negative prompts; the conditioning with what it gains."""
         layout = self.layout
+        if self.references and pipeline.parallel:
+            check_parallel(layout)
 
         def latents_of(image: Tensor) -> Tensor:
             """Packed, (1, L, 64), of pixels (1, 3, H, W) in [-1, 1]."""
@@ -79,9 +84,19 @@ def check_together(layout: Layout, params: FluxParams) -> None:
     if layout.true_cfg_scale > 1 and prompts:
         problem = "does not go with image_prompts, which negative prompts lack"
         raise InputError("true_cfg_scale", layout.true_cfg_scale, problem)
-    negative = [part.negative_prompt for part in (layout, *layout.regions)]
-    if any(negative) and layout.true_cfg_scale == 1:
+    parts = (layout, *layout.regions)
+    if any(part.references for part in parts) and any(x.loras for x in layout.regions):
+        raise InputError("references", MISSING, "do not go with LoRAs of regions")
+    if any(part.negative_prompt for part in parts) and layout.true_cfg_scale == 1:
         warn("negative_prompt has no effect with true_cfg_scale 1")
+
+
+def check_parallel(layout: Layout) -> None:
+    """InputError where processes could not tell references and image tokens apart."""
+    two_streams = layout.regional_steps() and layout.base_stream == "separate"
+    if two_streams or layout.controlnets:
+        problem = "references need base_stream: shared there, and no ControlNets"
+        raise InputError("--parallel", "ulysses", problem)
 
 
 def extensions_of(
@@ -102,11 +117,11 @@ def extensions_of(
         found.append(parallel.extend)
     if extras is None:
         return [*found, *own]
-    if extras.references:
-        found.append(extras.references.extend)
     if extras.channels is not None:
         found.append(more_channels(extras.channels.to(*where)))
     found += own
+    if extras.references:
+        found.append(extras.references.extend)
     if extras.negative:
         negative = moved(extras.negative, *where)
         found.append(guidance.true_cfg(flux, layout, negative))

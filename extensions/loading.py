@@ -172,6 +172,11 @@ def control_image(file: str, preprocess: str | None, layout: Layout) -> Tensor:
             raise InputError("preprocess", "canny", problem) from error
         edges = cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), 100, 200)
         pixels = np.stack([edges] * 3, axis=2)
+    return as_pixels(pixels)
+
+
+def as_pixels(image: np.ndarray) -> Tensor:
+    """An image (H, W, 3) of bytes as (1, 3, H, W) in [-1, 1]."""
     # On CPUs, group norms over channels-last images lose digits.
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
+    image = torch.from_numpy(image).permute(2, 0, 1)[None].contiguous()
     return image.float() / 127.5 - 1

@@ -211,7 +211,8 @@ def find_model(model: str, parts: list[str]) -> Path:
         return POCKET
     choices = []
     for files in (SINGLE_FILES, FOLDERS):
-        choices.append(sum((files[part] for part in parts), []) + TOKENIZERS)
+        own = sum((files[part] for part in parts), [])
+        choices.append([*own, *TOKENIZERS, "model_index.json"])
     return locate(model, choices, f"--model {model}")
 
 

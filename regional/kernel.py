@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from regional.attention import MaskedAttention, Tokens, allowed
 
 INTERPRETED = triton.knobs.runtime.interpret
-MIXED_COST = 1.9  # a partial tile's instructions over a full one's on sm_90
+MIXED_COST = 1.9  # a partial tile over a full one, on sm_90
 HEADS_TOGETHER = 8  # in the grid; K and V of more do not fit into L2
 
 

@@ -122,11 +122,15 @@ def stage_ratios(layout: Layout, tokens: RegionTokens) -> list[tuple[int, list[f
     """The regional steps in stages of equal settings: where each ends, and the base branch's
     weight for each region, 1 where its steps are over."""
     parts = (*layout.regions, layout)[: len(tokens.prompts)]  # the layout is the background
-    ends = sorted({part.mask_inject_steps for part in parts} - {0})
-    return [
-        (end, [part.base_ratio if start < part.mask_inject_steps else 1.0 for part in parts])
-        for start, end in zip([0, *ends], ends)
-    ]
+    ends = {part.mask_inject_steps for part in parts}
+    ends = sorted((ends | {min(layout.base_steps, max(ends))}) - {0})
+
+    def ratio(part: Any, start: int) -> float:
+        if start >= part.mask_inject_steps:
+            return 1.0
+        return part.base_ratio if start < layout.base_steps else 0.0
+
+    return [(end, [ratio(part, start) for part in parts]) for start, end in zip([0, *ends], ends)]
 
 
 def feathered(tokens: np.ndarray, feather: float) -> np.ndarray:
@@ -136,7 +140,7 @@ def feathered(tokens: np.ndarray, feather: float) -> np.ndarray:
     reach = math.ceil(width / 2 - 0.5)
     if reach == 0:
         return tokens.astype(np.float32)
-    outer = width / 2 + 0.5 - reach  # how much of the window's first and last token is in it
+    outer = width / 2 + 0.5 - reach  # of the window's first and last token
     cover = tokens.astype(float)
     for _ in range(2):  # columns, then rows; the sums are exact
         padded = np.pad(cover.T, ((0, 0), (reach, reach)), mode="edge")
@@ -190,7 +194,7 @@ def in_polygons(polygons: Sequence, x: np.ndarray, y: np.ndarray, marks: Any = T
     high = np.maximum(y0, y1)
     marks = np.repeat(marks, [len(points) for points in polygons] if np.ndim(marks) else len(x0))
     step = x[1] - x[0] if len(x) > 1 else 1
-    flips = np.zeros((len(y), len(x) + 1), dtype=marks.dtype)  # where a row goes in or out
+    flips = np.zeros((len(y), len(x) + 1), dtype=marks.dtype)  # where rows go in or out
     rows = max(1, 2**18 // len(x0))  # at once, to bound the memory
     for top in range(0, len(y), rows):
         height = y[top : top + rows, None]

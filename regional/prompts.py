@@ -1,4 +1,4 @@
-"""Prompts to embeddings: T5's for every prompt, and CLIP's pooled one for the base prompt."""
+"""Prompts to embeddings: T5's of all, CLIP's pooled one of the base prompt."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,12 +40,12 @@ def encode_prompts(
 def moved(conditioning: Conditioning, *where: Any) -> Conditioning:
     """The same on this device, in this dtype."""
 
-    def to(x: Any) -> Any:
-        if x is None or isinstance(x, Tensor):
-            return x if x is None else x.to(*where)
-        return [part.to(*where) for part in x]
-
-    return Conditioning(*map(to, conditioning))
+    txt, regions, y, image = conditioning
+    if regions is not None:
+        regions = [x.to(*where) for x in regions]
+    if image is not None:
+        image = image.to(*where)
+    return Conditioning(txt.to(*where), regions, y.to(*where), image)
 
 
 def tokenize(tokenizer: T5Tokenizer, prompts: list[str], length: int) -> Tensor:

@@ -49,7 +49,7 @@ def read_layout(file: str | Path | None, overrides: dict | None = None, size: in
     with mistakes.caught():
         check_types(data, Layout, "", mistakes)
     if layout := without(mistakes, data):
-        preset = PRESETS[layout.preset](len(layout.regions))
+        preset = PRESETS[layout.preset]
         missing = {key: value for key, value in preset.items() if key not in data}
         folder = Path(file).parent if file else Path()
         sides = default_size(layout, Path() if "image" in overrides else folder, size)
@@ -137,7 +137,7 @@ class Loader(yaml.SafeLoader):
         else:
             refuse(event, "a value that holds itself")
         if self.size > 2 * LAYOUT:
-            refuse(event, "too much text, with each alias counted as what it stands for")
+            refuse(event, "too much text, with aliases written out")
         return node
 
 
@@ -157,7 +157,7 @@ def check_node(node: yaml.Node) -> None:
     elif isinstance(node, yaml.ScalarNode):
         if node.tag not in TYPES:
             kind = describe(node.tag.removeprefix(TAG))
-            refuse(node, f"{kind} is not a type of a layout's values; write text in quotes")
+            refuse(node, f"{kind} is not a type of layouts; write text in quotes")
         if len(node.value) > MAX_NUMBER and node.tag != TEXT:
             refuse(node, f"a number of more than {MAX_NUMBER} characters")
         pairs = node.value.encode("utf-16", "surrogatepass")  # as JSON writes an emoji
@@ -326,7 +326,7 @@ def checked_region(region: Region, layout: Layout, folder: Path, path: str) -> R
 
 
 def checked_shape(part: Struct, name: str, layout: Layout, folder: Path, path: str) -> Any:
-    """A region's or a repainted part's shape of this name, in pixels or with its path."""
+    """This shape of a region or of what is repainted, in pixels."""
     key = f"{path}.{name}"
     shape = getattr(part, name)
     if name in ("box", "ellipse"):
@@ -357,7 +357,7 @@ def checked_start(layout: Layout, folder: Path) -> Struct:
 
 
 def with_pictures(part: Struct, folder: Path, path: str, flags: Collection[str] = ()) -> Struct:
-    """A part with its images' paths from the working directory, where those of flags start."""
+    """A part with its images' paths from the working directory, as flags' are."""
     for key in PICTURES:
         if value := getattr(part, key, None):
             base = Path() if key in flags else folder

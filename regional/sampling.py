@@ -130,12 +130,11 @@ class Run:
         return velocity
 
 
-# (run, base_ratio (L_img,)) -> the velocity of steps with these weights of the base prompt
-RegionalVelocity = Callable[[Run, Tensor], Velocity]
+RegionalVelocity = Callable[[Run, Tensor], Velocity]  # by base_ratio (L_img,)
 
 
 def by(masked_attention: MakeAttention) -> RegionalVelocity:
-    """The method: every region's prompt in its region, blended with the base prompt."""
+    """Every region's prompt in its region, blended with the base prompt."""
     return partial(regional, masked_attention)
 
 

@@ -348,7 +348,7 @@ TEXTS = {  # name: YAML, and what its sentence says, None where it is a layout
     "a control image of broken EXIF data": (
         "prompt: x\ncontrolnets: [{model: a, image: exif.jpg}]", "not an image that can be read"),
     "a large image to start from, repainted with the largest feather": (
-        "prompt: x\nwidth: 4096\nheight: 4096\nimage: {file: white.png, repaint: {mask: white.png, feather: 8192}}",
+        "prompt: x\nwidth: 1024\nheight: 1024\nimage: {file: white.png, repaint: {mask: white.png, feather: 8192}}",
         None),
     "an image to start from that is a pipe": ("prompt: x\nimage: {file: pipe}", NO_FILE),
     "an image to start from that is a device": ("prompt: x\nimage: {file: /dev/zero}", NO_FILE),
