@@ -359,7 +359,7 @@ def checked_start(layout: Layout, folder: Path) -> Struct:
 def with_pictures(part: Struct, folder: Path, path: str, flags: Collection[str] = ()) -> Struct:
     """A part with its images' paths from the working directory, as flags' are."""
     for key in PICTURES:
-        if value := getattr(part, key, None):
+        if (value := getattr(part, key, None)) is not None:
             base = Path() if key in flags else folder
             part = replace(part, **{key: picture(value, base, path + key)})
     return part
