@@ -154,7 +154,7 @@ def more_channels(latents: Tensor) -> Extension:
         own = latents[:, branches.order]
 
         def with_image(given: Pass, step: int) -> Tensor:
-            both = torch.cat([given.img, own], dim=-1)
+            both = torch.cat([given.img, own.expand(len(given.img), -1, -1)], dim=-1)
             return forward(given._replace(img=both), step)
 
         return with_image

@@ -13,7 +13,7 @@ from extensions.controlnet import controlnets, more_channels
 from extensions.lora import Loras
 from extensions.region_lora import region_loras
 from formats.components import flux_params
-from model.transformer import Flux
+from model.transformer import Flux, FluxParams
 from regional.extension import Conditioning, Extension
 from regional.layout import Layout
 from regional.mask import RegionTokens
@@ -34,13 +34,13 @@ class Extras:
         """Most that can be wrong with them is an InputError here, before models are loaded."""
         self.layout = layout
         params = flux_params(checkpoint.flux)
+        check_together(layout, params)
         self.controls = loading.plan_controls(layout, checkpoint.flux)
         self.loras = loading.read_loras(layout, checkpoint, known)
         self.start = repaint.start_of(layout)
         self.tools = flux_tools.channels_for(layout, params, self.start)
         self.vision = redux.vision_of(layout, checkpoint)
         self.references = kontext.read_references(layout)
-        check_together(layout)
         if self.references and self.tools:
             problem = "do not go with FLUX.1 Fill, Canny, Depth and control LoRAs"
             raise InputError("references", MISSING, problem)
@@ -77,8 +77,9 @@ class Extras:
         return conditioning
 
 
-def check_together(layout: Layout) -> None:
-    """InputError for two features that do not go together."""
+def check_together(layout: Layout, params: FluxParams) -> None:
+    """InputError for what does not go together, or not with a transformer of these sizes."""
+    flux_tools.check_channels(layout, params)
     prompts = [key for part in (layout, *layout.regions) for key in part.image_prompts]
     if layout.true_cfg_scale > 1 and prompts:
         problem = "does not go with image_prompts, which negative prompts lack"
@@ -86,7 +87,7 @@ def check_together(layout: Layout) -> None:
     parts = (layout, *layout.regions)
     if any(part.references for part in parts) and any(x.loras for x in layout.regions):
         raise InputError("references", MISSING, "do not go with LoRAs of regions")
-    if layout.negative_prompt and layout.true_cfg_scale == 1:
+    if any(part.negative_prompt for part in parts) and layout.true_cfg_scale == 1:
         warn("negative_prompt has no effect with true_cfg_scale 1")
 
 

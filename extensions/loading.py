@@ -101,7 +101,10 @@ def check_base(controlnet: Source, flux: Source) -> None:
     base = components.flux_params(flux)
     for key in ("hidden_size", "in_channels", "context_in_dim", "vec_in_dim"):
         found = getattr(own, key)
-        expected = getattr(base, key)
+        if key == "in_channels":  # A ControlNet reads the image without further channels.
+            expected = base.out_channels
+        else:
+            expected = getattr(base, key)
         if found != expected:
             problem = f"its {key} is {found}, that of {flux.path} is {expected}"
             raise wrong(controlnet.path, problem)

@@ -66,6 +66,12 @@ def doubts_of_kontext(layouts: list[Any], flux: Source) -> Iterator[str]:
         yield f"{flux.path} is not FLUX.1 Kontext, which alone has learned to use references."
 
 
+def doubts_of_channels(layouts: list[Any], flux: Source) -> Iterator[str]:
+    has_more = flux.shape("img_in.weight")[1] > flux.shape("final_layer.linear.weight")[0]
+    if has_more and any(layout.guidance == 3.5 for layout in layouts):
+        yield "guidance is 3.5, but FLUX.1 Fill and Canny are made for 30, and Depth for 10."
+
+
 def doubts(layouts: list[Any], flux: Source | None, t5: T5Tokenizer | None) -> Iterator[str]:
     """Of resolved layouts. flux, t5: the model's, if they are here."""
     known = known_of(flux)
@@ -84,6 +90,7 @@ def doubts(layouts: list[Any], flux: Source | None, t5: T5Tokenizer | None) -> I
         yield f"{listed(beyond)} pixels: the model was trained on {known.sizes}."
     if flux:
         yield from doubts_of_kontext(layouts, flux)
+        yield from doubts_of_channels(layouts, flux)
     text = normalize("NFKC", "\n".join(dict.fromkeys(prompts)))
     if known.words:
         learned = sum(known.words.values(), [""])

@@ -274,13 +274,13 @@ class Layout(Part, dict=True):
         )
 
     def run_steps(self) -> int:
-        """How many steps of a filled layout are run, by diffusers' formula: without those
-        that the image to start from stands for."""
+        """How many of a filled layout's steps are run, by diffusers' formula,
+        at least one."""
         skipped = 0
         if self.image is not None:
             denoise = self.image.denoise or (1.0 if self.image.repaint else 0.6)
             skipped = int(self.steps - self.steps * denoise)
-        return self.steps - skipped
+        return max(self.steps - skipped, 1)
 
     def has_extras(self) -> bool:
         """Does it ask for what only extensions can do?"""

@@ -69,7 +69,7 @@ def default_size(layout: Layout, folder: Path, size: int) -> dict[str, int]:
             image = read_image(str(folder / layout.image.file))
             scale = min(1, size / (image.width * image.height) ** 0.5)
             own = (int(scale * side) // 16 * 16 for side in image.size)
-            sides = {key: max(side, 16) for key, side in zip(sides, own)}
+            sides = {key: min(max(side, 16), 8192) for key, side in zip(sides, own)}
     return sides
 
 
@@ -359,7 +359,7 @@ def checked_start(layout: Layout, folder: Path) -> Struct:
 def with_pictures(part: Struct, folder: Path, path: str, flags: Collection[str] = ()) -> Struct:
     """A part with its images' paths from the working directory, as flags' are."""
     for key in PICTURES:
-        if value := getattr(part, key, None):
+        if (value := getattr(part, key, None)) is not None:
             base = Path() if key in flags else folder
             part = replace(part, **{key: picture(value, base, path + key)})
     return part

@@ -76,6 +76,8 @@ def working_bytes(hidden: int, layout: Layout, dtype: torch.dtype, fp8: bool) ->
         tokens += pixels // 256 + prompts * layout.region_max_sequence_length
     references = [x for part in (layout, *layout.regions) for x in part.references]
     tokens += TOKENS_PER_REFERENCE * len(references)
+    if layout.cfg_batch and layout.true_cfg_scale > 1:
+        tokens *= 2
     per_token = VALUES_PER_TOKEN_IN_FP8 if fp8 else VALUES_PER_TOKEN
     values = max(tokens * per_token * hidden, VALUES_PER_PIXEL * pixels)
     return values * dtype.itemsize

@@ -24,7 +24,7 @@ from extensions.rpg import composed
 from formats import components
 from formats.recognize import POCKET
 from pipeline import Pipeline
-from regional.layout import Control, Layout, Lora, Region, RegionLora
+from regional.layout import Control, Layout, Lora, Region, RegionLora, Repaint, Start
 from regional.mask import region_tokens
 
 ADAPTERS = POCKET.parent / "adapters"
@@ -70,6 +70,8 @@ def relative(found: Tensor, exact: Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
+GUIDED = {"negative_prompt": "a green star on a red background", "true_cfg_scale": 3.0}
+DISC = str(POCKET.parents[1] / "examples" / "disc.png")
 SOFT = (replaced(LEFT, feather=32), replaced(RIGHT, feather=32))
 OWN_LORA = replaced(LEFT, loras=(RegionLora(file=BARRED),))
 OWN_LORA_TO_THE_END = replaced(LEFT, loras=(RegionLora(file=BARRED, plain_steps=True),))
@@ -96,6 +98,10 @@ SETTINGS = {
     "a LoRA on the whole image": layout(loras=(Lora(file=BARRED),)),
     "a region's LoRA": layout(OWN_LORA, RIGHT),
     "a region's LoRA in the plain steps": layout(OWN_LORA_TO_THE_END, RIGHT),
+    "true guidance": layout(replaced(LEFT, negative_prompt="a pink heart"), RIGHT, **GUIDED),
+    "true guidance in a batch, composed": layout(method="rpg", cfg_batch=True, **GUIDED),
+    "starting from an image": layout(image=Start(file=DISC, denoise=0.5)),
+    "repainting": layout(image=Start(file=DISC, repaint=Repaint(regions=(1,)))),
 }
 
 

@@ -355,11 +355,15 @@ class Timing(msgspec.Struct):
 def keep_timing(settings: Settings, layout: Layout, seconds: float) -> None:
     """For --check, without prompts. seconds: of the steps after the first. The image is written,
     so no failure here ends a run."""
-    if layout.steps < 2 or layout.controlnets or any(region.loras for region in layout.regions):
+    parts = (layout, *layout.regions)
+    more = [part.image_prompts or part.references for part in parts]
+    more += [layout.controlnets, *(region.loras for region in layout.regions)]
+    if layout.run_steps() < 2 or any(more):
         return  # The cost of these isn't known.
     with suppress(Exception):
-        regions = tuple(replace(region, prompt="x") for region in layout.regions)
-        layout = replace(layout, prompt="", background_prompt="", loras=(), regions=regions)
+        no_words = {"prompt": "x", "negative_prompt": ""}
+        regions = tuple(replace(region, **no_words) for region in layout.regions)
+        layout = replace(layout, **no_words, background_prompt="", loras=(), regions=regions)
         key = f"{conditions(settings)} {layout.width} x {layout.height}"
         found = read_timings()
         found.pop(key, None)  # The latest is the last.
