@@ -42,8 +42,7 @@ NO_LORAS: Loras = {}
 
 
 class Prepared(NamedTuple):
-    """A resolved layout and all that is encoded and read for it, for every seed. extras:
-    extensions.extras.Extras, of a layout that needs them."""
+    """A resolved layout and what is encoded for it; extras: extensions.extras.Extras."""
 
     layout: Layout
     tokens: RegionTokens | None
@@ -120,9 +119,10 @@ class Pipeline:
         sizes = components.flux_params(self.checkpoint.flux)
         if layout.has_extras() or sizes.in_channels != sizes.out_channels:
             from extensions.extras import Extras
+            from extensions.loading import Files
 
-            extras = Extras(layout, self.checkpoint, self.loras)
-            self.loras |= extras.loras
+            extras = Extras(layout, Files(layout, self.checkpoint, self.loras))
+            self.loras |= extras.files.loras
         own = [lora for region in layout.regions for lora in region.loras]
         tokens = None
         if layout.regional_steps() or any(lora.plain_steps for lora in own):

@@ -8,11 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from errors import MISSING, InputError, warn
-from extensions import flux_tools, guidance, kontext, loading, redux, repaint
+from extensions import flux_tools, guidance, kontext, redux, repaint
 from extensions.controlnet import controlnets, more_channels
-from extensions.lora import Loras
 from extensions.region_lora import region_loras
-from formats.components import flux_params
 from model.transformer import Flux, FluxParams
 from regional.extension import Conditioning, Extension
 from regional.layout import Layout
@@ -24,22 +22,21 @@ Encode = Callable[[Layout, RegionTokens | None], Conditioning]
 
 
 class Extras:
-    """A layout's LoRAs, ControlNets, images and negative prompts.
+    """A layout's LoRAs, ControlNets, images and negative prompts. files: loading.Files.
 
     channels: (1, L_img, C), joined to the image's: a control image's, or Fill's.
     negative: the negative prompts. references: kontext.References.
     """
 
-    def __init__(self, layout: Layout, checkpoint: Any, known: Loras):
+    def __init__(self, layout: Layout, files: Any):
         """Most that can be wrong with them is an InputError here, before models are loaded."""
         self.layout = layout
-        params = flux_params(checkpoint.flux)
-        check_together(layout, params)
-        self.controls = loading.plan_controls(layout, checkpoint.flux)
-        self.loras = loading.read_loras(layout, checkpoint, known)
+        self.files = files
+        check_together(layout, files.params)
         self.start = repaint.start_of(layout)
-        self.tools = flux_tools.channels_for(layout, params, self.start)
-        self.vision = redux.vision_of(layout, checkpoint)
+        area = repaint.repainted(layout) if layout.image and layout.image.repaint else None
+        self.tools = flux_tools.channels_for(layout, files.params, self.start, area)
+        self.vision = redux.vision_of(layout, files)
         self.references = kontext.read_references(layout)
         if self.references and self.tools:
             problem = "do not go with FLUX.1 Fill, Canny, Depth and control LoRAs"
@@ -61,9 +58,7 @@ class Extras:
             vae = pipeline.parts.get("ae")
             return pack(vae.encode(image.to(pipeline.device, pipeline.dtype))).cpu()
 
-        for i, (source, image) in enumerate(self.controls):
-            if not loading.controlnet_params(source).hint_width:
-                self.controls[i] = source, latents_of(image)
+        self.files.encode_controls(latents_of)
         if self.tools:
             self.channels = self.tools.encoded(latents_of)
         if layout.true_cfg_scale > 1:
@@ -112,7 +107,7 @@ def extensions_of(
     part = parallel.part if parallel else lambda x, dim=1: x
     found = []
     if any(region.loras for region in layout.regions):
-        found.append(region_loras(flux, layout, extras.loras, *where, partial(part, dim=0)))
+        found.append(region_loras(flux, layout, extras.files.loras, *where, partial(part, dim=0)))
     if parallel:
         found.append(parallel.extend)
     if extras is None:
@@ -125,9 +120,8 @@ def extensions_of(
     if extras.negative:
         negative = moved(extras.negative, *where)
         found.append(guidance.true_cfg(flux, layout, negative))
-    if extras.controls:  # they read the image without further channels
-        nets = pipeline.parts.controlnets
-        controls = loading.load_controls(layout, extras.controls, *where, nets)
+    if layout.controlnets:  # they read the image without further channels
+        controls = extras.files.load_controls(*where, pipeline.parts.controlnets)
         found.append(controlnets(controls, flux.params, layout.run_steps(), conditioning, part))
     if layout.image and layout.image.repaint and not flux_tools.is_fill(flux.params):
         found.append(repaint.kept(layout, conditioning.image, seed))

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from errors import MISSING, InputError
-from extensions.loading import control_image
-from extensions.repaint import repainted
+from extensions.pictures import control_image
 from model.transformer import FluxParams
 from regional.layout import Layout
 from sampler.flow import pack
@@ -64,10 +64,13 @@ def check_channels(layout: Layout, params: FluxParams) -> None:
         raise InputError("control_image", Path(own), problem)
 
 
-def channels_for(layout: Layout, params: FluxParams, start: Tensor | None) -> Channels | None:
-    """What this transformer reads beside the image. start: the image to start from."""
+def channels_for(
+    layout: Layout, params: FluxParams, start: Tensor | None, repainted: np.ndarray | None
+) -> Channels | None:  # fmt: skip
+    """What this transformer reads beside the image. start: the image to start from. repainted:
+    how far each of its pixels is drawn anew."""
     if is_fill(params):
-        mask = torch.from_numpy(repainted(layout) >= 0.5).float()[None, None]
+        mask = torch.from_numpy(repainted >= 0.5).float()[None, None]
         return Channels(start * (1 - mask), mask)
     images = [layout.control_image] if is_control(params) else control_loras(layout)
     return Channels(control_image(images[0], None, layout)) if images else None

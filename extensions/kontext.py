@@ -17,14 +17,14 @@ from PIL import Image
 from torch import Tensor
 
 from errors import warn
-from extensions.loading import as_pixels
-from regional.attention import RegionalAttention, Tokens
+from extensions.pictures import as_pixels
+from regional.attention import MaskedAttention, RegionalAttention, Tokens
 from regional.extension import Branches, Forward, Pass
 from regional.images import read_image
 from regional.layout import Layout
-from regional.sampling import MakeAttention
 from sampler.flow import image_ids
 
+Make = Callable[[Tokens], MaskedAttention]
 TALL = {672: 1568, 688: 1504, 720: 1456, 752: 1392, 800: 1328, 832: 1248, 880: 1184, 944: 1104}
 SIZES = sorted([*TALL.items(), (1024, 1024), *zip(TALL.values(), TALL)])  # width, height
 EVERY = 2**63 - 1  # the bits of the layout's: those of all regions and the background
@@ -83,7 +83,7 @@ class References:
 class ReferenceAttention(RegionalAttention):
     """Regional attention with references before the image, which have these bits."""
 
-    def __init__(self, make: MakeAttention, branches: Branches, bits: Tensor):
+    def __init__(self, make: Make, branches: Branches, bits: Tensor):
         self.length = len(branches.order)
         text, image = branches.region_bits.tensor_split([-self.length])
         every = torch.cat([text, bits.to(text.device), image])

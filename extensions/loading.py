@@ -1,26 +1,50 @@
-"""A layout's LoRAs and ControlNets: found, read and checked."""
+"""The files of a layout's LoRAs and ControlNets: found, read and checked."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from errors import MISSING, InputError, warn
 from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl
+from extensions.flux_tools import check_channels
 from extensions.lora import Loras, can_be_regional, merge
 from extensions.lora_files import lora_file, read_lora
+from extensions.pictures import control_image
 from formats import components
 from formats.hub import locate
 from formats.recognize import CONTROLNET_FILES, Source, pick
 from formats.safetensors import wrong
-from regional.images import read_image
 from regional.layout import Control, Layout
 from regional.mask import region_tokens
+
+Nets = dict[Path, ControlNet]  # by their files
+
+
+class Files:
+    """What a layout's extensions need of its files. InputError for most that can be wrong with
+    them. params: the transformer's. controls: each ControlNet's file, and its image."""
+
+    def __init__(self, layout: Layout, checkpoint: Any, known: Loras):
+        self.layout = layout
+        self.params = components.flux_params(checkpoint.flux)
+        check_channels(layout, self.params)
+        self.controls = plan_controls(layout, checkpoint.flux)
+        self.loras = read_loras(layout, checkpoint, known)
+
+    def encode_controls(self, latents_of: Callable[[Tensor], Tensor]) -> None:
+        """The images as latents, where the ControlNet does not read pixels."""
+        for i, (source, image) in enumerate(self.controls):
+            if not controlnet_params(source).hint_width:
+                self.controls[i] = source, latents_of(image)
+
+    def load_controls(self, device: torch.device, dtype: torch.dtype, nets: Nets) -> list:
+        """LoadedControls. nets: the loaded ones; new ones are added."""
+        return load_controls(self.layout, self.controls, device, dtype, nets)
 
 
 def read_loras(layout: Layout, checkpoint: Any, known: Loras) -> Loras:
@@ -112,7 +136,7 @@ def check_base(controlnet: Source, flux: Source) -> None:
 
 def load_controls(
     layout: Layout, found: list[tuple[Source, Tensor]], device: torch.device, dtype: torch.dtype,
-    nets: dict[Path, ControlNet],
+    nets: Nets,
 ) -> list[LoadedControl]:  # fmt: skip
     """found: by `plan_controls`, with packed latents (1, L_img, 64) unless the net reads pixels.
     nets: the loaded ones; new ones are added."""
@@ -154,29 +178,3 @@ def scale_of(control: Control, layout: Layout) -> Tensor:
         return torch.full((layout.width * layout.height // 256, 1), control.scale)
     inside = region_tokens(layout).image_bits >> control.region & 1
     return control.scale * inside[:, None].float()
-
-
-def control_image(file: str, preprocess: str | None, layout: Layout) -> Tensor:
-    """An image of the layout's size, (1, 3, height, width) in [-1, 1]."""
-    image = read_image(file)
-    size = layout.width, layout.height
-    if abs(image.width * size[1] - image.height * size[0]) > max(size):
-        given = f"{image.width} x {image.height} pixels"
-        warn(f"{file}: its {given} are stretched to {size[0]} x {size[1]}")
-    pixels = np.array(image.resize(size, Image.Resampling.LANCZOS))
-    if preprocess == "canny":
-        try:
-            import cv2
-        except ImportError as error:
-            problem = f"needs OpenCV ({error}); pip install opencv-python-headless"
-            raise InputError("preprocess", "canny", problem) from error
-        edges = cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), 100, 200)
-        pixels = np.stack([edges] * 3, axis=2)
-    return as_pixels(pixels)
-
-
-def as_pixels(image: np.ndarray) -> Tensor:
-    """An image (H, W, 3) of bytes as (1, 3, H, W) in [-1, 1]."""
-    # On CPUs, group norms over channels-last images lose digits.
-    image = torch.from_numpy(image).permute(2, 0, 1)[None].contiguous()
-    return image.float() / 127.5 - 1

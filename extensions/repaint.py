@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from errors import MISSING, InputError, warn
-from extensions.loading import control_image
+from extensions.pictures import control_image
 from regional.extension import Branches, Extension, Forward, Pass
 from regional.images import read_image
 from regional.layout import Layout

@@ -22,7 +22,8 @@ import weights
 from errors import InputError
 from extensions import loading
 from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl, controlnets, residual_after
-from extensions.loading import CONTROLNET, control_image, find_controlnet, scale_of
+from extensions.loading import CONTROLNET, find_controlnet, scale_of
+from extensions.pictures import control_image
 from formats import components
 from model.attention import Block, plain_attention
 from model.transformer import Flux, FluxParams, as_it_is, text_then_image
