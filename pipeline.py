@@ -106,10 +106,11 @@ class Pipeline:
         return self.decode(self.denoise(prepared, seed), prepared.layout)
 
     def drop(self, *names: str) -> None:
-        """Free t5, clip, flux or ae; with t5 also the prompt embeddings."""
-        self.parts.drop(*names)
+        """Free t5, clip, flux or ae; with t5 also Redux and the prompt embeddings."""
         if "t5" in names:
+            self.parts.vision.clear()
             self.embeddings.clear()
+        self.parts.drop(*names)
 
     @alone
     @torch.inference_mode()
@@ -253,6 +254,7 @@ class Parts:
         self.fp8 = pipeline.fp8
         self.loaded: dict[str, Part] = {}
         self.controlnets: dict[Path, nn.Module] = {}  # by their files
+        self.vision: dict[Path, nn.Module] = {}  # Redux's, by their files
         self.modulated = (None, [])  # one layout's
 
     def get(self, name: str, layout: Layout | None = None, loras: Loras = NO_LORAS) -> nn.Module:

@@ -11,7 +11,7 @@ from formats.safetensors import wrong
 
 class Checkpoint(NamedTuple):
     """Where a model's components are. name: what the user called it. clip_tokenizer:
-    a folder. t5_tokenizer: a tokenizer.json or spiece.model."""
+    a folder. t5_tokenizer: a tokenizer.json or spiece.model. redux: as it was given."""
 
     name: str
     flux: Source
@@ -20,10 +20,12 @@ class Checkpoint(NamedTuple):
     ae: Source
     clip_tokenizer: Path
     t5_tokenizer: Path
+    redux: Name = None
 
 
 def find(
     model: Name = None, flux: Name = None, t5: Name = None, clip: Name = None, ae: Name = None,
+    redux: Name = None,
 ) -> Checkpoint:  # fmt: skip
     """A model's components, from headers alone. model: a repository, folder, all-in-one
     file or "pocket", the default. The others override components."""
@@ -46,7 +48,7 @@ def find(
     folder = tokenizer_folder("tokenizer_2", files, sources["t5"], near)
     t5_file = next(folder / file for (file,) in files if (folder / file).is_file())
     name = str(flux or model or "pocket")
-    return Checkpoint(name, *sources.values(), clip_folder, t5_file)
+    return Checkpoint(name, *sources.values(), clip_folder, t5_file, redux)
 
 
 def check_widths(flux: Source, t5: Source, clip: Source, ae: Source) -> None:

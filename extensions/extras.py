@@ -68,7 +68,7 @@ class Extras:
         if self.references:
             self.references.encode(latents_of)
         if self.vision:
-            conditioning = self.vision.extended(conditioning, tokens)
+            conditioning = self.vision.extended(pipeline, conditioning, tokens)
         return conditioning
 
 

@@ -39,6 +39,8 @@ from errors import (
     read_text,
     warn,
 )
+from formats.components import KINDS
+from formats.recognize import Source
 from formats.safetensors import read_header
 from regional.layout import Layout, Seed
 from settings import MODEL_KEYS, Settings
@@ -164,7 +166,7 @@ def run_metadata(pipeline: Any) -> Metadata:
     """What images record of how a pipeline makes them; tools.replay has the reverse."""
     settings = pipeline.settings
     checkpoint = pipeline.checkpoint
-    sources = {part: getattr(checkpoint, part) for part in MODEL_KEYS[1:]}
+    sources = {part: getattr(checkpoint, part) for part in KINDS}
     given = {key: getattr(settings, key) for key in MODEL_KEYS}
     attention = pipeline.attention or settings.attention.replace("auto", "")
     found = {
@@ -178,12 +180,14 @@ def run_metadata(pipeline: Any) -> Metadata:
         "attention": getattr(attention, "__qualname__", str(attention)),
         "source": source_hash(),
     }
-    inputs = {}
-    for part, source in sources.items():
-        inputs[part] = fingerprint(*{tensor.file for tensor in source.tensors.values()})
+    inputs = {part: checksum_of(source) for part, source in sources.items()}
     given = {key: value for key, value in given.items() if value}
     found = {key: value for key, value in found.items() if value}
     return found | {"given": given, "inputs": inputs}
+
+
+def checksum_of(*sources: Source) -> str:
+    return fingerprint(*{x.file for source in sources for x in source.tensors.values()})
 
 
 def image_metadata(layout: Layout, seed: int, pipeline: Any, file: str | None) -> Metadata:
@@ -192,6 +196,12 @@ def image_metadata(layout: Layout, seed: int, pipeline: Any, file: str | None) -
     keys = msgspec.to_builtins(layout.filled(pipeline.defaults))
     run = run_metadata(pipeline)
     inputs = dict(run["inputs"])
+    if any(part.image_prompts for part in (layout, *layout.regions)):
+        from extensions.redux import find_redux
+
+        siglip, projector = find_redux(pipeline.checkpoint)
+        run["files"] |= {"redux": projector.path.name}
+        inputs["redux"] = checksum_of(siglip, projector)
     for key, name in names_in(keys):
         if is_picture(key) or os.path.exists(name):
             inputs[name] = checksum(key, name)

@@ -10,6 +10,7 @@ import msgspec
 from torch import Tensor
 
 from errors import MISSING, InputError, describe, shown
+from formats.components import KINDS
 from formats.hub import is_cached, is_repository
 from formats.safetensors import read, read_header
 from regional.layout import Layout
@@ -98,7 +99,8 @@ def repeated(metadata: Metadata, given: dict[str, Any], file: Path) -> dict[str,
     except msgspec.ValidationError as error:
         problem = f"in its metadata, {invalid(settings, error)}"
         raise InputError(file, MISSING, problem) from None
-    for key in MODEL_KEYS if given.keys() & set(MODEL_KEYS) else ():
+    own = {"model", *KINDS}
+    for key in own if given.keys() & own else ():
         settings.pop(key, None)  # Files of one model are not mixed with another's.
     return settings | given
 
