@@ -242,7 +242,8 @@ def portable(metadata: Metadata, folder: Path) -> Metadata:
 
     def relative(key: str, name: str) -> str:
         is_path = name.startswith((".", "~")) or os.path.isabs(name) or os.path.exists(name)
-        if name in ("pocket", *MODEL_KEYS) or not is_path:
+        is_part = key == name and name in MODEL_KEYS  # whose checksum it is
+        if name == "pocket" or is_part or not is_path:
             return name
         path = Path(name).expanduser()
         real = os.path.realpath(path)
