@@ -10,6 +10,7 @@ import pytest
 import test_parity
 import tiny
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from test_parity import largest_difference, random, randomized
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ import weights
 from errors import InputError
 from extensions.redux import PROJECTOR, Projector, ProjectorParams, find_redux
 from extensions.siglip import SIGLIP, Siglip, SiglipParams, pixels_of, siglip_params
-from formats import components
+from formats import components, hub
 from formats.recognize import pick
 from pipeline import Pipeline
 from regional.layout import ImagePrompt, Layout, Region
@@ -387,6 +388,23 @@ def test_the_two_files_are_found_in_every_arrangement(golden, files, tmp_path):
     refuse(r"its tokens are 40 wide, but .*flux1-dev.safetensors expects 64", find_redux, found(redux=official))
 
 
+def test_without_the_flag_two_folders_of_the_official_repository_are_downloaded(golden, files, tmp_path, monkeypatch):
+    names = ["README.md", "flux1-redux-dev.safetensors", "image_embedder/diffusion_pytorch_model.safetensors"]
+    names += ["image_encoder/config.json", "image_encoder/model.safetensors", "text_encoder/model.safetensors"]
+    listing = hub.Listing("0" * 40, [hub.File(name, 1, "0" * 40) for name in names])
+    asked = []
+
+    def download(repo, listing, chosen, purpose):
+        asked.append((repo, [file.name for file in chosen]))
+        return files / "redux"
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "listed", lambda repo: listing)
+    monkeypatch.setattr(hub, "download", download)
+    find_redux(weights.find(golden / "models" / "flux-tiny-dev"))
+    assert asked == [("black-forest-labs/FLUX.1-Redux-dev", names[2:5])]
+
+
 def wrong_widths(state: tiny.State) -> tiny.State:
     return {"redux_up.weight": torch.zeros(96, 40), **{k: x for k, x in state.items() if k != "redux_up.weight"}}
 
@@ -497,7 +515,7 @@ def test_an_image_records_its_redux_and_is_made_again_by_it(run, files):
     assert ran.code == 0 and any("made by other weights: redux" in line for line in ran.errors)
     assert Path("w.png").read_bytes() != Path("z.png").read_bytes()
     ran = run("--layout", "x.yaml", "--redux", "redux", "--output", "z.png")
-    assert ran.code != 0 and "made with other settings (redux" in ran.errors[-2]
+    assert ran.code == 2 and "made with other settings (redux" in ran.errors[-1]
     save_redux(Path("other"))
     assert run(*again, "v.png", "--redux", "other", model=None).code == 0  # the model stays the recorded one
     assert np.array_equal(Image.open("v.png"), Image.open("z.png"))
