@@ -66,13 +66,13 @@ def layout_of(case: Case, name: str) -> Layout:
         return layout
     in_regions, in_base = SETTINGS[name]
     images = [(ImagePrompt(file=str(file)),) for file in references_of(case)]
-    on = f"on a {case.background} background"
+    words = f"a {case.background} background"
     regions = [
-        msgspec.structs.replace(region, prompt=f"an object {on}", image_prompts=own if in_regions else ())
+        msgspec.structs.replace(region, prompt=words, image_prompts=own if in_regions else ())
         for region, own in zip(layout.regions, images)
     ]
     base = sum(images, ()) if in_base else ()
-    return msgspec.structs.replace(layout, prompt=f"an object {on}", regions=tuple(regions), image_prompts=base)
+    return msgspec.structs.replace(layout, prompt="a photo", regions=tuple(regions), image_prompts=base)
 
 
 model: Pipeline | None = None  # of this process

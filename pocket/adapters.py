@@ -203,13 +203,11 @@ def any_guidance(b: Batch) -> Tensor:
     return 1 + 4 * torch.rand(len(b.t))
 
 
-def train(
-    parameters: list[nn.Parameter], loss_of: Callable[[], Tensor], minutes: float, lr: float, clock=time.monotonic
-) -> None:
-    """AdamW for this long by the clock, of seconds; the learning rate falls over the last half."""
+def train(parameters: list[nn.Parameter], loss_of: Callable[[], Tensor], minutes: float, lr: float) -> None:
+    """AdamW for this long; the learning rate falls over the last half."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, betas=(0.9, 0.98))
-    start, losses = clock(), []
-    while (progress := (clock() - start) / (60 * minutes)) < 1:
+    start, losses = time.monotonic(), []
+    while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = loss_of()
         loss.backward()
@@ -220,7 +218,7 @@ def train(
         optimizer.zero_grad()
         losses.append(loss.item())
         if len(losses) % 50 == 0:
-            seconds = (clock() - start) / len(losses)
+            seconds = (time.monotonic() - start) / len(losses)
             print(f"step {len(losses)} loss {np.mean(losses[-50:]):.4f} {seconds:.2f} s/step", flush=True)
 
 

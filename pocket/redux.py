@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,26 @@ from torch import Tensor, nn
 
 from extensions.redux import Projector, ProjectorParams
 from extensions.siglip import Siglip, SiglipParams
-from pocket.adapters import Model, train
-from pocket.scenes import BACKGROUNDS, COLORS, PATTERNS, SHAPES, Scene, Thing, draw, part_of, place, random_looks, split
+from pocket.adapters import Model
+from pocket.scenes import (
+    BACKGROUNDS,
+    COLORS,
+    PATTERNS,
+    PERIOD,
+    SHAPES,
+    Scene,
+    Thing,
+    draw,
+    part_of,
+    place,
+    random_looks,
+    split,
+)
 from pocket.train import CLIP_LENGTH, GRID, sample_times, small_attention, trim, wider_caption
 from pocket.train_autoencoder import to_tensor
 from sampler.flow import image_ids, pack, text_ids
 
-SIGLIP = SiglipParams(hidden_size=96, mlp_hidden=384, num_heads=4, num_layers=4, patch_size=24, image_size=96)
+SIGLIP = SiglipParams(hidden_size=96, mlp_hidden=384, num_heads=4, num_layers=4, patch_size=16, image_size=64)
 PROJECTOR = ProjectorParams(width=96, hidden_size=384, context_in_dim=128)
 LOOKS = list(itertools.product(COLORS, PATTERNS, SHAPES))
 # (width, height): the scenes that are encoded, and how many objects they have at most
@@ -41,19 +55,20 @@ VAGUE = ("an object", "a photo", "something")
 TOKENS = 1024  # in a step, of scenes and their prompts
 
 
-def reference(rng: np.random.Generator, looks: tuple[str, str, str]) -> np.ndarray:
-    """A picture (H, W, 3) uint8 of one object of these looks, of any size and place, on any background."""
-    width, height = (int(side) for side in rng.integers(5, 15, 2) * 16)
-    if rng.random() < 0.5:
-        height = width
-    room = 16  # cut off at a random place, so that patterns begin anywhere
-    left, top = rng.integers(0, room, 2)
-    box = part_of(rng, width, height, least=64) if rng.random() < 0.6 else (0, 0, width, height)
-    thing = place(rng, looks, box)
-    center = (thing.center[0] + int(left), thing.center[1] + int(top))
+def reference(rng: np.random.Generator, looks: tuple[str, str, str], is_any: bool = False) -> np.ndarray:
+    """A picture (H, W, 3) uint8 of one object of these looks, of any size and place, on any background: a square of 64
+    or 128 pixels, so that in SigLIP's patches patterns repeat as they do in tokens; is_any: of any size, and patterns
+    begin anywhere."""
+    width = height = int(rng.choice([64, 128]))
+    left = top = 0
+    if is_any:
+        width, height = (int(side) for side in rng.integers(5, 13, 2) * 16)
+        left, top = (int(x) for x in rng.integers(0, PERIOD, 2))
+    thing = place(rng, looks, part_of(rng, width, height, least=round(0.7 * width)))
+    center = (thing.center[0] + left, thing.center[1] + top)
     thing = Thing(*looks, center=center, radius=thing.radius)
-    scene = Scene(width + room, height + room, str(rng.choice(list(BACKGROUNDS))), (thing,))
-    return draw(scene)[top : top + height, left : left + width]
+    scene = Scene(width + left, height + top, str(rng.choice(list(BACKGROUNDS))), (thing,))
+    return draw(scene)[top:, left:]
 
 
 class Adapter(nn.Module):
@@ -84,10 +99,36 @@ class Pictures:
 
     def of(self, looks: tuple[str, str, str]) -> np.ndarray:
         known = self.known[looks]
-        if self.rng.random() < 0.15:
-            known.append(reference(self.rng, looks))
+        if self.rng.random() < 0.3:
+            known.append(reference(self.rng, looks, is_any=self.rng.random() < 0.2))
             return known[-1]
         return known[self.rng.integers(len(known))]
+
+
+def train(adapter: Adapter, loss_of: Callable[[], tuple[Tensor, str]], minutes: float, lr: float) -> None:
+    """Muon for the matrices and AdamW for the rest, for so many minutes of this thread's time; the learning rate falls
+    over the last half. loss_of: a step's loss, and what is shown of it now and then."""
+    layers = [*adapter.siglip.encoder.parameters(), *adapter.projector.parameters()]
+    matrices = [x for x in layers if x.ndim == 2]
+    rest = [x for x in adapter.parameters() if not any(x is y for y in matrices)]
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, ns_steps=4, adjust_lr_fn="match_rms_adamw")
+    parts = [muon, torch.optim.AdamW(rest, lr=lr, weight_decay=0.0, betas=(0.9, 0.98))]
+    start = time.thread_time()
+    losses = []
+    while (progress := (time.thread_time() - start) / (60 * minutes)) < 1:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss, shown = loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+        scale = min(1, (len(losses) + 1) / 30) * (1 if progress < 0.5 else np.cos((progress - 0.5) * np.pi))
+        for part in parts:
+            part.param_groups[0]["lr"] = lr * scale
+            part.step()
+            part.zero_grad()
+        losses.append(loss.item())
+        if len(losses) % 50 == 0:
+            seconds = (time.thread_time() - start) / len(losses)
+            print(f"step {len(losses)} loss {np.mean(losses[-50:]):.4f}{shown} {seconds:.2f} s/step", flush=True)
 
 
 def train_to_captions(adapter: Adapter, model: Model, pictures: Pictures, minutes: float) -> None:
@@ -96,12 +137,15 @@ def train_to_captions(adapter: Adapter, model: Model, pictures: Pictures, minute
         wanted = model.t5(model.t5_tokenizer(captions, SIGLIP.tokens)[0])
     scale = wanted.std()
 
-    def loss() -> Tensor:
+    def loss() -> tuple[Tensor, str]:
         rows = pictures.rng.integers(0, len(LOOKS), 48)
-        found = adapter([pictures.of(LOOKS[i]) for i in rows])
-        return ((found.float() - wanted[rows]) / scale).square().mean()
+        found = adapter([pictures.of(LOOKS[i]) for i in rows]).float()
+        nearest = torch.cdist(found.detach().flatten(1), wanted.flatten(1)).argmin(1)
+        right = np.mean([[a == b for a, b in zip(LOOKS[i], LOOKS[j])] for i, j in zip(rows, nearest)], axis=0)
+        shown = f", color {right[0]:.2f} pattern {right[1]:.2f} shape {right[2]:.2f},"
+        return ((found - wanted[rows]) / scale).square().mean(), shown
 
-    train(list(adapter.parameters()), loss, minutes, lr=2e-3, clock=time.process_time)
+    train(adapter, loss, minutes, lr=4e-3)
 
 
 class Scenes:
@@ -150,7 +194,7 @@ def train_by_the_transformer(
 ) -> None:
     rng = pictures.rng
 
-    def loss() -> Tensor:
+    def loss() -> tuple[Tensor, str]:
         some, img, ids = scenes.some()
         things = [thing for scene in some for thing in scene.things]
         own = adapter([pictures.of((x.color, x.pattern, x.shape)) for x in things])
@@ -169,9 +213,9 @@ def train_by_the_transformer(
             wanted = model.flux(noisy, ids, said, text_ids(said.shape[1]), modulation, **hook)
         txt = torch.cat([txt, own], dim=1)
         found = model.flux(noisy, ids, txt, text_ids(txt.shape[1]), modulation, **hook)
-        return (found.float() - wanted.float()).square().mean()
+        return (found.float() - wanted.float()).square().mean(), ""
 
-    train(list(adapter.parameters()), loss, minutes, lr=1e-3, clock=time.process_time)
+    train(adapter, loss, minutes, lr=1e-3)
 
 
 def save(adapter: Adapter, folder: Path) -> None:
@@ -210,15 +254,13 @@ def main() -> None:
     rng = np.random.default_rng(0)
     model = Model()
     pictures = Pictures(model, rng)
-    scenes = Scenes(model, rng)
     adapter = Adapter()
-    print(f"{sum(x.numel() for x in adapter.parameters()):,} parameters; scenes encoded after "
-          f"{time.process_time():.0f} s", flush=True)  # fmt: skip
+    print(f"{sum(x.numel() for x in adapter.parameters()):,} parameters", flush=True)
     print("to what T5 makes of captions", flush=True)
     train_to_captions(adapter, model, pictures, args.minutes[0])
     save(adapter, args.folder)
     print("by the transformer's answers", flush=True)
-    train_by_the_transformer(adapter, model, pictures, scenes, args.minutes[1])
+    train_by_the_transformer(adapter, model, pictures, Scenes(model, rng), args.minutes[1])
     save(adapter, args.folder)
 
 
