@@ -121,11 +121,10 @@ class Pipeline:
             from extensions.extras import Extras
             from extensions.loading import Files
 
-            extras = Extras(layout, Files(layout, self.checkpoint, self.loras))
+            extras = Extras(layout, Files(layout, self))
             self.loras |= extras.files.loras
-        own = [lora for region in layout.regions for lora in region.loras]
         tokens = None
-        if layout.regional_steps() or any(lora.plain_steps for lora in own):
+        if layout.regional_steps() or any(x.plain_steps for y in layout.regions for x in y.loras):
             tokens = region_tokens(layout)
             for warning in tokens.warnings:
                 warn(warning)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from errors import MISSING, InputError, warn
-from extensions import flux_tools, guidance, kontext, redux, repaint
+from extensions import flux_tools, guidance, kontext, repaint
 from extensions.controlnet import controlnets, more_channels
 from extensions.region_lora import region_loras
 from model.transformer import Flux, FluxParams
@@ -36,7 +36,6 @@ class Extras:
         self.start = repaint.start_of(layout)
         area = repaint.repainted(layout) if layout.image and layout.image.repaint else None
         self.tools = flux_tools.channels_for(layout, files.params, self.start, area)
-        self.vision = redux.vision_of(layout, files)
         self.references = kontext.read_references(layout)
         if self.references and self.tools:
             problem = "do not go with FLUX.1 Fill, Canny, Depth and control LoRAs"
@@ -67,8 +66,8 @@ class Extras:
             conditioning = conditioning._replace(image=latents_of(self.start))
         if self.references:
             self.references.encode(latents_of)
-        if self.vision:
-            conditioning = self.vision.extended(conditioning, tokens)
+        if self.files.vision:
+            conditioning = self.files.vision.extended(pipeline, conditioning, tokens)
         return conditioning
 
 

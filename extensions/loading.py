@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from errors import MISSING, InputError, warn
 from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl
@@ -15,8 +17,11 @@ from extensions.flux_tools import check_channels
 from extensions.lora import Loras, can_be_regional, merge
 from extensions.lora_files import lora_file, read_lora
 from extensions.pictures import control_image
+from extensions.redux import Projector, ProjectorParams, Vision
+from extensions.siglip import Siglip, SiglipParams, pixels_of
 from formats import components
-from formats.hub import locate
+from formats.hub import locate, redux_place
+from formats.key_names import count
 from formats.recognize import CONTROLNET_FILES, Source, pick
 from formats.safetensors import wrong
 from regional.layout import Control, Layout
@@ -27,14 +32,17 @@ Nets = dict[Path, ControlNet]  # by their files
 
 class Files:
     """What a layout's extensions need of its files. InputError for most that can be wrong with
-    them. params: the transformer's. controls: each ControlNet's file, and its image."""
+    them. params: the transformer's. controls: each ControlNet's file, and its image. vision:
+    of image prompts."""
 
-    def __init__(self, layout: Layout, checkpoint: Any, known: Loras):
+    def __init__(self, layout: Layout, pipeline: Any):
+        checkpoint = pipeline.checkpoint
         self.layout = layout
         self.params = components.flux_params(checkpoint.flux)
         check_channels(layout, self.params)
         self.controls = plan_controls(layout, checkpoint.flux)
-        self.loras = read_loras(layout, checkpoint, known)
+        self.loras = read_loras(layout, checkpoint, pipeline.loras)
+        self.vision = vision_of(layout, checkpoint, pipeline.settings.redux)
 
     def encode_controls(self, latents_of: Callable[[Tensor], Tensor]) -> None:
         """The images as latents, where the ControlNet does not read pixels."""
@@ -178,3 +186,94 @@ def scale_of(control: Control, layout: Layout) -> Tensor:
         return torch.full((layout.width * layout.height // 256, 1), control.scale)
     inside = region_tokens(layout).image_bits >> control.region & 1
     return control.scale * inside[:, None].float()
+
+
+# ------------------------------------------------------------------------ image prompts
+
+
+def vision_of(layout: Layout, checkpoint: Any, redux: str | None) -> Vision | None:
+    """What a layout's image prompts need, from headers alone; None without any. redux: where
+    FLUX.1 Redux is, if not at its place. InputError for files that are not there or do not fit."""
+    own = [prompt for region in layout.regions for prompt in region.image_prompts]
+    if own and not layout.regional_steps():
+        warn("the regions' image_prompts have no effect without regional steps")
+        own = []
+    prompts = [*layout.image_prompts, *own]
+    if not prompts:
+        return None
+    siglip, projector = find_redux(checkpoint, redux)
+    size = siglip_params(siglip).image_size
+    images = {x.file: pixels_of(x.file, size) for x in prompts}
+
+    def load(device: torch.device, dtype: torch.dtype) -> list[nn.Module]:
+        kinds = ((siglip, SIGLIP), (projector, PROJECTOR))
+        return [components.load(source, device, dtype, kind=kind) for source, kind in kinds]
+
+    return Vision(layout, images, f"{siglip.path} {projector.path}", load)
+
+
+def find_redux(checkpoint: Any, redux: str | None = None) -> tuple[Source, Source]:
+    """SigLIP and the projector: in --redux, or near it where that is the projector's file."""
+    place = redux_place(checkpoint.name, redux)
+    projector = pick("redux", "--redux", place)
+    siglip = pick("siglip", "--redux", place) if place.is_dir() else siglip_near(place)
+    components.check_loads(siglip, SIGLIP)
+    components.check_loads(projector, PROJECTOR)
+    width, _, context = projector_params(projector)
+    hidden = siglip_params(siglip).hidden_size
+    if width != hidden:
+        problem = f"it reads tokens {width} wide, but those of {siglip.path} are {hidden}"
+        raise wrong(projector.path, problem)
+    expected = components.flux_params(checkpoint.flux).context_in_dim
+    if context != expected:
+        problem = f"its tokens are {context} wide, but {checkpoint.flux.path} expects {expected}"
+        raise wrong(projector.path, problem)
+    return siglip, projector
+
+
+def siglip_near(file: Path) -> Source:
+    """SigLIP for a projector's file: in its folder, in the one that a repository has for it, or in
+    ComfyUI's, where clip_vision is beside style_models."""
+    above = file.absolute().parents[1]
+    for folder in (above / "image_encoder", above / "clip_vision"):
+        if folder.is_dir():
+            with suppress(InputError):
+                return pick("siglip", "--redux", folder)
+    return pick("siglip", "--redux", file.parent)
+
+
+def siglip_params(source: Source) -> SiglipParams:
+    """config.json has the number of heads and the image's size. Without it heads have so400m's
+    size, 72, and images the next multiple of 32 pixels: 384, of which 27 x 14 = 378 are seen."""
+    key = "embeddings.patch_embedding.weight"
+    hidden, _, patch, _ = source.shape(key, dims=4)
+    if hidden * patch == 0:
+        raise source.misshapen(key, "no dimension of size 0")
+    heads = int(source.number("config.json", "num_attention_heads", max(hidden // 72, 1)))
+    if heads == 0 or hidden % heads:
+        problem = f"config.json's {heads} heads do not divide the hidden size {hidden}"
+        raise wrong(source.path, problem)
+    tokens, _ = source.shape("embeddings.position_embedding.weight")
+    seen = isqrt(tokens) * patch
+    size = int(source.number("config.json", "image_size", -(-seen // 32) * 32))
+    if (size // patch) ** 2 != tokens:
+        problem = f"it has {tokens} positions for {size} x {size} pixels in patches of {patch}"
+        raise wrong(source.path, problem)
+    return SiglipParams(
+        hidden_size=hidden,
+        mlp_hidden=source.shape("encoder.layers.0.mlp.fc1.weight")[0],
+        num_heads=heads,
+        num_layers=count(source.tensors, r"encoder\.layers\.(\d+)\."),
+        patch_size=patch,
+        image_size=size,
+    )
+
+
+def projector_params(source: Source) -> ProjectorParams:
+    hidden, width = source.shape("redux_up.weight")
+    context, _ = source.shape("redux_down.weight")
+    return ProjectorParams(width, hidden, context)
+
+
+SIGLIP = components.Kind(Siglip, siglip_params)
+PROJECTOR = components.Kind(Projector, projector_params)

@@ -20,6 +20,7 @@ VALUES_PER_TOKEN = 18  # times the hidden size
 VALUES_PER_TOKEN_IN_FP8 = 30  # without torch.compile
 VALUES_PER_PIXEL = 1000
 TOKENS_PER_REFERENCE = 4150  # at most; each has about a megapixel
+IMAGE_PROMPT = 729  # tokens of an image, by FLUX.1 Redux
 WORKING_T5 = 10**9
 GB = 1e9
 
@@ -71,6 +72,8 @@ def working_bytes(hidden: int, layout: Layout, dtype: torch.dtype, fp8: bool) ->
     """About what activations take in a regional step, or in the VAE if more."""
     pixels = layout.width * layout.height
     tokens = pixels // 256 + layout.max_sequence_length
+    prompts = [x for part in (layout, *layout.regions) for x in part.image_prompts]
+    tokens += IMAGE_PROMPT * len(prompts)
     if layout.regions:  # and the background; the second image stream
         prompts = len(layout.regions) + 1
         tokens += pixels // 256 + prompts * layout.region_max_sequence_length

@@ -37,7 +37,6 @@ from tools.metadata import (
     metadata_in,
     names_in,
     read_metadata,
-    run_metadata,
     save_image,
     save_json,
     save_tensor,
@@ -537,8 +536,9 @@ def generate_all(
     worker = worker_of(command)
     announce(jobs, worker, pipeline)
     heard()  # These are of all images.
-    if output.config_from_metadata:
-        check_weights(output.config_from_metadata, run_metadata(pipeline))
+    if jobs and output.config_from_metadata:
+        made = image_metadata(jobs[0].layout, jobs[0].seed, pipeline, None)
+        check_weights(output.config_from_metadata, made)
     groups = itertools.groupby(jobs, lambda job: id(job.layout))
     by_layout = [list(group) for _, group in groups]
     with tally.running(len(jobs)):
@@ -615,11 +615,11 @@ def is_finished(job: Job, output: Output, metadata: Metadata) -> bool:
     return len(kept) == len(job.files)
 
 
-def check_weights(file: Path, run: Metadata) -> None:
+def check_weights(file: Path, made: Metadata) -> None:
     """Warn if an image that is to be made again was made by other weights."""
     sums = read_metadata(file).get("inputs")
     sums = sums if isinstance(sums, dict) else {}
-    other = [part for part, own in run["inputs"].items() if sums.get(part, own) != own]
+    other = [part for part, own in made["inputs"].items() if sums.get(part, own) != own]
     if other:
         warn(f"{file} was made by other weights: {', '.join(other)}")
 
