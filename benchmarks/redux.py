@@ -6,7 +6,7 @@ Random layouts of 4 regions in boxes (pocket/judge.py), preset control. No promp
 each region has a reference image of its own, drawn by pocket/scenes.py on a background of its own. The judge looks
 for what is in the references.
 
-Writes docs/control/redux_table.md, and redux.jpg with the first layouts; the single results are kept in
+Writes docs/control/redux.md, and redux.jpg with the first layouts; the single results are kept in
 benchmarks/run/redux.jsonl.
 """
 
@@ -121,6 +121,44 @@ def table(results: dict[str, dict[str, float]], seeds: range) -> str:
     return "\n".join(lines)
 
 
+ABOUT = f"""# Image prompts of regions, measured
+
+`python benchmarks/redux.py`: {len(SEEDS)} random layouts of {REGIONS} regions in boxes (seeds {SEEDS[0]} to
+{SEEDS[-1]}), preset control, {STEPS} steps, bfloat16, means over layouts with 95 % intervals. Each region has a
+reference image of its own, drawn on any of the four backgrounds, a square of 64 or 128 pixels. The words say no color,
+pattern or shape: a region's are `a white background` (or the layout's other one), the base prompt's `a photo`. color,
+pattern, both, shape: of the regions, the fraction that show their reference's; leakage: of a region's object pixels,
+the fraction in a color that only other references have.
+
+{{table}}
+
+The image says what the object is, and its region's words which background: of the pixels around the objects of the
+second row, 0.99 have the layout's background, whatever the reference's. Without images there is nothing but the
+background, so all that the second row shows comes from the images. Shape is the weakest here, 0.59; by words it is 0.92.
+
+**Words beside images.** On 15 other layouts (6000 to 6014), on which these words were chosen, color and pattern were
+both right in 0.92 of the regions, but in 0.58 with `an object on a white background` as the base's and the regions'
+prompt: the plain steps have the base prompt alone, whose words name no object that the model knows, and they repaint
+the colors. With those words in the regions alone and `a photo` as the base prompt it was 0.82.
+
+![References in their regions, and what is drawn: the first layouts](redux.jpg)
+
+## How the adapter was trained
+
+`python -m pocket.redux`, 8 minutes of one core's time with the model frozen: 3 until the 16 tokens of an image are what
+T5 makes of its object's caption, then 5 in which the transformer, given these tokens after a vague prompt, is to answer
+as it does to a caption. After the first part, the caption nearest to a new image's tokens had the right color, pattern
+and shape in 1.00, 1.00 and 0.89 of 240 images. The second part changes little: on those 15 layouts, both were right in
+0.92 in place of 0.90, with leakage 0.020 in place of 0.022.
+[training.log](../../pocket/adapters/redux/training.log) has all of it.
+
+Images of other sizes than squares of 64 and 128 pixels, in which patterns begin anywhere, were a fifth of the training:
+of 240 new ones, color, pattern and shape were read in 1.00, 0.68 and 0.84. A first try was stopped after 600 steps at a
+loss of 0.136, little below the 0.158 of knowing the color alone: its patches had 24 pixels, all its images were of
+such sizes, and it was trained by AdamW alone.
+"""
+
+
 def draw_sheet(seeds: range) -> None:
     """The first layouts: the references of each, in its regions, and what is drawn; not the best."""
     rows = {"references": []}
@@ -150,7 +188,7 @@ def main() -> int:
     text = table(results, seeds)
     print(text)
     if len(seeds) == len(SEEDS):
-        write(DOCS / "redux_table.md", lambda path: path.write_text(text + "\n"))
+        write(DOCS / "redux.md", lambda path: path.write_text(ABOUT.format(table=text)))
         draw_sheet(seeds[:8])
     return 0
 
