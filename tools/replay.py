@@ -20,6 +20,7 @@ from tools.compare import check_kept, is_whole, matches
 from tools.flags import Output, naming
 from tools.jobs import check_output, fill, templates
 from tools.metadata import (
+    FILE_KEYS,
     ROOT,
     Metadata,
     check_suffix,
@@ -44,7 +45,7 @@ def replayed(
     metadata = located(read_metadata(file), file.parent)
     settings = repeated(metadata, given, file)
     keys = {key: metadata[key] for key in Layout.__struct_fields__ if key in metadata}
-    named = {key: settings[key] for key in MODEL_KEYS if key in settings.keys() - given}
+    named = {key: settings[key] for key in FILE_KEYS if key in settings.keys() - given}
     if not output.decode:
         named |= {key: keys[key] for key in keys.keys() - overrides}
     if output.decode:
@@ -116,7 +117,7 @@ def repeated(metadata: Metadata, given: dict[str, Any], file: Path) -> dict[str,
     files = files if isinstance(files, dict) else {"model": metadata["model"]}
     dtype = str(metadata.get("dtype", "auto"))
     settings = {
-        **{key: str(value) for key, value in files.items() if key in MODEL_KEYS},
+        **{key: str(value) for key, value in files.items() if key in FILE_KEYS},
         "dtype": dtype.removeprefix("torch."),
         "attention": metadata.get("attention", "auto"),
         "quantize": "fp8" if metadata.get("fp8") is True else "none",
