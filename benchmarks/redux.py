@@ -134,7 +134,8 @@ the fraction in a color that only other references have.
 
 The image says what the object is, and its region's words which background: of the pixels around the objects of the
 second row, 0.99 have the layout's background, whatever the reference's. Without images there is nothing but the
-background, so all that the second row shows comes from the images. Shape is the weakest here, 0.59; by words it is 0.92.
+background, so all that the second row shows comes from the images. Shape is the weakest here, 0.59; by words it is
+0.92.
 
 **Words beside images.** On 15 other layouts (6000 to 6014), on which these words were chosen, color and pattern were
 both right in 0.92 of the regions, but in 0.58 with `an object on a white background` as the base's and the regions'
