@@ -16,7 +16,6 @@ from regional.layout import Layout
 from regional.reader import fields_of
 from tools.convert import FORMS, IMPORTED, Source, to_form, to_layout
 from tools.convert import write as write_all
-from tools.editor.yaml_text import dumped, edited, same, values_in
 from tools.jobs import heard
 from tools.metadata import (
     SUFFIXES,
@@ -29,6 +28,7 @@ from tools.metadata import (
     with_names,
     write,
 )
+from tools.yaml_text import dumped, edited, same, values_in
 
 YAML = (".yaml", ".yml")
 MASK = 16_000_000  # bytes of a mask or of a file to import
@@ -75,8 +75,9 @@ class Folder:
                 break
         return found[:MOST_FILES]
 
-    def results(self, base: Path, most: int = 24) -> list[Data]:
+    def results(self, file: str, most: int = 24) -> Data:
         """The newest images beside a layout that say how they were made."""
+        base = self.path(file).parent
         files = [x for x in base.glob("[!.]*") if x.suffix.lower() in SUFFIXES and x.is_file()]
         files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
         found = []
@@ -85,7 +86,7 @@ class Folder:
                 found.append({"name": self.name(file), "seed": metadata["seed"]})
                 if len(found) == most:
                     break
-        return found
+        return {"results": found}
 
     def text(self, path: Path) -> str:
         return parsed(bytes.decode, read_bytes(path, LAYOUT), path, "not UTF-8")
@@ -201,6 +202,8 @@ class Folder:
         heard()
         suffix = ".txt" if form == "rpg" else ".json"
         stem = f"{path.stem}.{form}"
+        while path.with_name(stem + suffix).exists():
+            stem += "_new"
         files = to_form(layout, form, stem)
         write_all(files, path.with_name(stem + suffix), overwrite=False, source=None)
         names = [self.name(path.with_name(name or stem + suffix)) for name in files]

@@ -6,7 +6,6 @@ import itertools
 import json
 import multiprocessing
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +31,7 @@ class Queue:
         self.requests: dict[str, Data] = {}  # of those not finished
         self.maps: dict[str, Data] = {}  # by the images' names
         self.worker: Data = {"state": "starting", "error": None}
-        self.changed = threading.Condition()
+        self.changed = threading.Condition()  # its lock may be taken twice
         self.ids = itertools.count(1)
         self.process: Any = None
         self.pipe: Any = None
@@ -42,39 +41,35 @@ class Queue:
 
     def close(self) -> None:
         """End the other process at once."""
-        self.is_closed = True
         with self.changed:
+            self.is_closed = True
             self.changed.notify_all()
-        if self.process is not None:
-            self.process.kill()
+            if self.process is not None:
+                self.process.kill()
 
-    # ------------------------------------------------------------------ for the server
-
-    def submit(self, request: Data) -> Data:
-        """A new job. request: file, name (its own, of the job), layout, seed or None, maps."""
+    def submit(self, name: str, request: Data) -> Data:
+        """A new job for a layout of this name. request: file, layout, seed or None, maps."""
         with self.changed:
             if len(self.requests) >= WAITING:
                 raise OverflowError(f"{WAITING} images are waiting already")
             key = str(next(self.ids))
             self.requests[key] = {"kind": "draw", "id": key, **request}
-            known = {"file": request["name"], "seed": request["seed"]}
-            self.jobs[key] = {"id": key, "state": "waiting", "time": time.time(), **known}
+            self.jobs[key] = {"id": key, "state": "waiting", "file": name, "seed": request["seed"]}
             self.changed.notify_all()
         self.tell_places()
         return self.jobs[key]
 
-    def cancel(self, key: str) -> bool:
-        """False if there is no such job, or it is over."""
+    def cancel(self, id: str) -> Data:
+        """A running image stops after its step. cancelled: false if it is over, or unknown."""
         with self.changed:
-            job = self.jobs.get(key)
-            if key not in self.requests or job is None:
-                return False
-            if job["state"] == "running":
+            if id not in self.requests:
+                return {"cancelled": False}
+            if self.jobs[id]["state"] == "running":
                 with contextlib.suppress(OSError):
-                    worker.send(self.pipe, kind="cancel", id=key)
-                return True
-        self.finish(key, state="cancelled")
-        return True
+                    worker.send(self.pipe, kind="cancel", id=id)
+                return {"cancelled": True}
+            self.finish(id, state="cancelled")
+        return {"cancelled": True}
 
     def listen(self) -> asyncio.Queue:
         """Events for one listener: first all that is known. To be called in its loop."""
@@ -89,18 +84,16 @@ class Queue:
         with self.changed:
             self.listeners.pop(events, None)
 
-    # ------------------------------------------------------------------ its thread
-
     def tell(self, event: Data) -> None:
-        """To all listeners; who lags far behind is dropped, and may listen anew."""
+        """To all listeners; the stream of one who lags far behind ends, and may begin anew."""
 
         def put(events: asyncio.Queue) -> None:
-            try:
-                events.put_nowait(event)
-            except asyncio.QueueFull:
+            if events.full():
                 self.forget(events)
                 events.get_nowait()
                 events.put_nowait(None)
+            else:
+                events.put_nowait(event)
 
         with self.changed:
             for events, loop in self.listeners.items():
@@ -110,8 +103,7 @@ class Queue:
     def update(self, key: str, **known: Any) -> None:
         with self.changed:
             self.jobs[key] |= known
-            job = dict(self.jobs[key])
-        self.tell({"kind": "job", "job": job})
+            self.tell({"kind": "job", "job": dict(self.jobs[key])})
 
     def finish(self, key: str, **known: Any) -> None:
         with self.changed:
@@ -125,16 +117,16 @@ class Queue:
     def tell_places(self) -> None:
         with self.changed:
             waiting = [key for key in self.requests if self.jobs[key]["state"] == "waiting"]
-        for place, key in enumerate(waiting, 1):
-            if self.jobs[key].get("place") != place:
-                self.update(key, place=place)
+            for place, key in enumerate(waiting, 1):
+                if self.jobs[key].get("place") != place:
+                    self.update(key, place=place)
 
     def set_worker(self, state: str, error: str | None = None) -> None:
         self.worker = {"state": state, "error": error}
         self.tell({"kind": "worker", "worker": self.worker})
 
     def run(self) -> None:
-        """Keeps a process and gives it one job after the other."""
+        """In a thread: keeps a process and gives it one job after the other."""
         while not self.is_closed:
             if self.process is None or not self.process.is_alive():
                 self.start()
@@ -145,23 +137,23 @@ class Queue:
                 self.draw(key)
 
     def start(self) -> None:
-        """Start the process and load the model; a failure is told, and tried again for the
-        next job."""
+        """Start the process and load the model."""
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
         arguments = (*self.start_worker, other)
-        self.process = context.Process(target=worker.run, args=arguments, daemon=True)
-        self.process.start()
+        process = context.Process(target=worker.run, args=arguments, daemon=True)
+        process.start()
         other.close()
+        with self.changed:
+            self.process = process
+            if self.is_closed:
+                process.kill()
         message = self.receive()
-        if message["kind"] == "ready":
-            self.set_worker("ready")
-        else:
-            self.set_worker("failed", message["error"])
+        is_ready = message["kind"] == "ready"
+        self.set_worker(message["kind"], None if is_ready else message["error"])
 
     def receive(self) -> Data:
-        """The process's next message; one of kind "failed" in place of those that a dead
-        process does not send."""
+        """The process's next message; for one that has ended, that it failed."""
         try:
             return json.loads(self.pipe.recv_bytes())
         except (EOFError, OSError):
@@ -173,27 +165,21 @@ class Queue:
 
     def draw(self, key: str) -> None:
         """Give a job to the process, and tell of it until it is over."""
-        if self.worker["state"] == "failed":
-            self.finish(key, state="failed", error=self.worker["error"])
-            if not self.process.is_alive() and self.requests:
-                self.start()
-            return
+        if self.worker["state"] == "failed":  # to load the model; run tries again
+            self.process.join()
+            return self.finish(key, state="failed", error=self.worker["error"])
         with self.changed:
             self.jobs[key] |= {"state": "running", "place": None}
             with contextlib.suppress(OSError):  # It is dead: then receive says so.
                 self.pipe.send_bytes(json.dumps(self.requests[key]).encode())
         self.update(key, step=0)
-        while True:
-            message = self.receive()
-            kind = message.pop("kind")
-            message.pop("id", None)
-            if kind == "step":
-                self.update(key, **message)
-                continue
-            if message.pop("crashed", False):
-                self.set_worker("restarting", message["error"])
-            if maps := message.pop("maps", None):
-                self.maps[message["name"]] = maps
-                self.maps = dict([*self.maps.items()][-MAPS:])
-                message["has_maps"] = True
-            return self.finish(key, state=kind, **message)
+        self.tell_places()
+        while (message := self.receive())["kind"] == "step":
+            self.update(key, **{name: message[name] for name in message.keys() - {"kind"}})
+        if message.pop("crashed", False):
+            self.set_worker("restarting", message["error"])
+        if maps := message.pop("maps", None):
+            self.maps[message["name"]] = maps
+            self.maps = dict([*self.maps.items()][-MAPS:])
+            message["has_maps"] = True
+        self.finish(key, state=message.pop("kind"), **message)

@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 import weights
@@ -55,11 +56,19 @@ class Model:
         base = folder.path(file).parent
         return read_layout(None, folder.rebased(data, base), self.defaults.size)
 
-    def seen(self, folder: Folder, file: str, data: Data) -> Data:
+    def seen(self, folder: Folder, file: str, layout: Data) -> Data:
+        data = layout
+        errors = []
         try:
-            layout = self.read(folder, file, data).filled(self.defaults)
+            layout = self.read(folder, file, data)
         except InputError as error:
-            return {"errors": [mistake(x) for x in getattr(error, "errors", [error])]}
+            errors = [mistake(x) for x in getattr(error, "errors", [error])]
+            missing = [re.fullmatch(r"regions\[(\d+)\]\.prompt", x["key"]) for x in errors]
+            if not all(missing):
+                return {"errors": errors}
+            layout = self.read(folder, file, with_prompts(data, [int(x[1]) for x in missing]))
+        layout = layout.filled(self.defaults)
+        values = msgspec.structs.asdict(layout)
         full = resolved(layout, self.params)
         tokens = grid_tokens(full)
         warnings = tokens.warnings + grid_doubts(full, tokens)
@@ -71,8 +80,9 @@ class Model:
         warnings += doubts([layout.resolved(self.defaults)], self.flux, self.t5)
         lines, times = compared(full, stages(full, self.params, tokens))
         return {
-            "errors": [],
+            "errors": errors,
             "warnings": [{"key": key_of(text), "text": text} for text in warnings],
+            "values": {key: x for key, x in values.items() if isinstance(x, str | int | float)},
             "width": layout.width,
             "height": layout.height,
             "grid": runs(tokens, layout.width // 16),
@@ -95,6 +105,14 @@ class Model:
             used = self.length(prompt) if self.t5 else None
             found.append({"key": key, "used": used, "limit": limit})
         return found
+
+
+def with_prompts(data: Data, missing: list[int]) -> Data:
+    """A layout whose regions are just drawn, to see their tokens."""
+    regions = [*data["regions"]]
+    for i in missing:
+        regions[i] = regions[i] | {"prompt": "-"}
+    return data | {"regions": regions}
 
 
 def check_names(value: Any, depth: int = 0) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from errors import CONFIG, InputError, parse_json, read_bytes
 from extensions.attention_maps import AttentionMaps
-from regional.extension import Branches, Forward, Pass
+from extensions.preview import POCKET, POCKET_RGB, Watch, fitted, in_colors
 from regional.layout import Layout
 from regional.reader import read_layout
 from settings import Settings
@@ -31,17 +31,9 @@ from tools.metadata import image_metadata, keep_timing, run_metadata, save_image
 
 OFTEN = 0.1  # seconds between previews
 ROOMY = 48e9  # bytes of a GPU that holds all components at once
-SAMPLES = 6  # images to fit a preview to, of 256 pixels a side
 ALONE = Worker(0, 1, is_shared=False)
 Data = dict[str, Any]
-# How the pocket VAE's latents become red, green and blue: a constant, then its 16 channels;
-# by benchmarks/preview_map.py. The key is the fingerprint of its weights.
-POCKET = "781218b719d2c98f"
-POCKET_RGB = """
-155 11 -10 -5 -61 -4 -5 21 17 1 -9 11 22 -21 -8 19 13
-143 11 -27 -4 -45 -9 0 29 12 -7 -3 15 21 -10 7 9 12
-132 0 -36 -1 -14 -6 6 5 6 3 6 3 7 -4 25 11 11
-"""
+Data = dict[str, Any]
 
 
 class Cancelled(Exception):
@@ -68,29 +60,6 @@ def run(make: Callable[[Settings], Any], settings: Settings, pipe: Connection) -
 
 def send(pipe: Connection, **message: Any) -> None:
     pipe.send_bytes(json.dumps(message).encode())
-
-
-class Watch:
-    """An extension that keeps what the last pass began with and its velocity."""
-
-    def __init__(self):
-        self.latest: tuple | None = None
-
-    def extend(self, forward: Forward, branches: Branches) -> Forward:
-        def watched(given: Pass, step: int) -> Tensor:
-            velocity = forward(given, step)
-            self.latest = (given.img, velocity, given.timesteps, branches.order)
-            return velocity
-
-        return watched
-
-    def estimate(self) -> Tensor:
-        """The image's packed latents (L_img, 64) float32, if the velocity stayed as it is."""
-        img, velocity, t, order = self.latest
-        count = len(order)
-        noisy = img[0, :count].float()
-        tokens = noisy - t[0].float() * velocity[0, :count].float()
-        return tokens.cpu()[order.argsort()]
 
 
 class Artist:
@@ -210,18 +179,6 @@ def packed(maps: AttentionMaps, layout: Layout) -> Data:
     return {"width": layout.width // 16, "height": layout.height // 16, "regions": regions}
 
 
-def by_pixel(tokens: Tensor, h: int, w: int) -> np.ndarray:
-    """Packed latents (h w, 64) as 1 and 16 channels: (2 h, 2 w, 17)."""
-    latents = tokens.reshape(h, w, 16, 2, 2).permute(0, 3, 1, 4, 2).reshape(2 * h, 2 * w, 16)
-    return np.concatenate([np.ones((2 * h, 2 * w, 1)), latents.float().numpy()], axis=2)
-
-
-def in_colors(tokens: Tensor, h: int, w: int, rgb: np.ndarray) -> Image.Image:
-    """A small image, (2 h, 2 w), of packed latents (h w, 64). rgb: (17, 3)."""
-    colors = by_pixel(tokens, h, w) @ rgb
-    return Image.fromarray(colors.clip(0, 255).round().astype(np.uint8))
-
-
 def data_url(image: Image.Image) -> str:
     file = io.BytesIO()
     image.save(file, format="JPEG", quality=85)
@@ -232,39 +189,12 @@ def preview_map(pipeline: Any) -> np.ndarray:
     """How latents become RGB, (17, 3): the pocket VAE's, or another's, fitted once and kept."""
     key = run_metadata(pipeline)["inputs"]["ae"]
     if key == POCKET:
-        return np.array(POCKET_RGB.split(), dtype=float).reshape(3, 17).T
+        return POCKET_RGB
     file = timings_file().with_name(f"preview_{key}.json")
     with contextlib.suppress(InputError):
         return np.array(parse_json(read_bytes(file, CONFIG), list[list[float]], file))
-    rgb = fitted(pipeline)
+    rgb = fitted(pipeline.latents_of, pipeline.decode)
     with contextlib.suppress(OSError):  # without a cache it is fitted again
         data = json.dumps(rgb.tolist())
         write(file, partial(Path.write_text, data=data, encoding="utf-8"))
     return rgb
-
-
-@torch.inference_mode()
-def fitted(pipeline: Any) -> np.ndarray:
-    """By least squares over images that the VAE encodes and decodes: (17, 3)."""
-    random = np.random.default_rng(0)
-    rows = []
-    colors = []
-    for _ in range(SAMPLES):
-        tokens = pipeline.latents_of(pattern(random))[0]
-        latents = by_pixel(tokens, 16, 16)
-        whole = torch.from_numpy(latents[..., 1:]).float().permute(2, 0, 1)[None]
-        image = pipeline.decode(whole).resize((32, 32), Image.Resampling.BOX)
-        rows.append(latents.reshape(-1, 17))
-        colors.append(np.asarray(image, dtype=float).reshape(-1, 3))
-    return np.linalg.lstsq(np.concatenate(rows), np.concatenate(colors))[0]
-
-
-def pattern(random: np.random.Generator) -> Tensor:
-    """Colored rectangles on a smooth background, (1, 3, 256, 256) in [-1, 1]."""
-    coarse = Image.fromarray(random.integers(0, 256, (3, 3, 3), dtype=np.uint8))
-    image = np.array(coarse.resize((256, 256), Image.Resampling.BICUBIC))
-    for _ in range(24):
-        x, y = random.integers(0, 224, 2)
-        width, height = random.integers(16, 96, 2)
-        image[y : y + height, x : x + width] = random.integers(0, 256, 3)
-    return torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1

@@ -27,6 +27,7 @@ const takes = (schema, type) => schema.type === type || (schema.anyOf ?? []).som
 function valueOf(text, schema) {
   const trimmed = text.trim();
   const isText = schema.type === "string" && !schema.anyOf;
+  if (isText && trimmed === '""') return "";
   if (isText) return text === "" && "default" in schema ? undefined : text;
   if (trimmed === "") return undefined;
   if (schema.type === "array" || trimmed.startsWith("[")) {
@@ -75,9 +76,14 @@ function textField(path, schema, name, isLong = LONG.test(name)) {
   });
   return field(path, schema, name, input, (value) => {
     if (!same(valueOf(input.value, schema), value)) input.value = textOf(value, schema);
+    if (value === "" && placeholder) input.placeholder = "(empty)";
+    else if (path.length === 1 || isInherited(path)) input.placeholder = textOf(state.seen?.values?.[name], schema) || placeholder;
     if (isLong) fit(input);
   });
 }
+
+// A region's own value stands in for the layout's.
+const isInherited = (path) => path.length === 3 && ["base_ratio", "mask_inject_steps", "negative_prompt"].includes(path[2]);
 
 function fit(input) {
   if (CSS.supports("field-sizing", "content")) return;
@@ -216,8 +222,10 @@ function regionRow(i) {
     button("remove", `Delete region ${i}`, remove),
   ];
   const about = el("button", { type: "button", class: "about", onclick: pick, "aria-label": `Select region ${i}` });
-  fields.push({ about, i });
-  const row = el("li", { class: "row" }, el("div", { class: "line" }, color, prompt), el("div", { class: "line" }, about, el("div", { class: "tools-row" }, ...buttons)));
+  const used = el("span", { class: "used", title: "tokens of the prompt, used and read" });
+  const swatch = el("span", { class: "swatch" }, color, el("span", { "aria-hidden": "true" }, String(i)));
+  fields.push({ about, used, i });
+  const row = el("li", { class: "row" }, el("div", { class: "line" }, swatch, prompt, used), el("div", { class: "line" }, about, el("div", { class: "tools-row" }, ...buttons)));
   const said = el("div", { class: "said" });
   fields.push({ key: keyOf(path), path, said });
   row.append(said);
@@ -284,19 +292,25 @@ export function renderPanel() {
     row.classList.toggle("selected", state.selected.includes(i));
     row.style.setProperty("--color", colorOf(i));
     row.querySelector("input[type=color]").value = colorOf(i);
+    row.querySelector(".swatch").classList.toggle("dark", isDark(colorOf(i)));
   });
-  for (const { about, i } of fields) if (about) about.textContent = aboutRegion(i);
+  for (const { about, used, i } of fields) if (about) showAbout(about, used, i);
   renderSaid();
   $("no-regions").hidden = regions().length > 0;
 }
 
-function aboutRegion(i) {
+const isDark = (color) => {
+  const [r, g, b] = color.match(/\w\w/g).map((x) => parseInt(x, 16));
+  return 0.299 * r + 0.587 * g + 0.114 * b < 128;
+};
+
+function showAbout(about, used, i) {
   const own = state.seen?.regions?.[i];
-  const used = state.seen?.tokens.find(({ key }) => key === `regions[${i}].prompt`);
+  const text = state.seen?.tokens?.find(({ key }) => key === `regions[${i}].prompt`);
   const kind = kindOf(regions()[i]) ?? "no shape";
-  if (!own || state.errors.length) return kind;
-  const text = used ? ` · prompt ${used.used ?? "?"}/${used.limit}` : "";
-  return `${kind} · ${own.tokens} tokens · ${(100 * own.fraction).toFixed(1)} %${text}`;
+  about.textContent = own ? `${own.tokens} token${own.tokens === 1 ? "" : "s"} · ${(100 * own.fraction).toFixed(1)}%` : kind;
+  used.textContent = text ? `${text.used ?? "?"}/${text.limit}` : "";
+  used.classList.toggle("over", text?.used > text?.limit);
 }
 
 // Errors and warnings, each at the field it is about, or else in the list on top.

@@ -169,6 +169,7 @@ function renderHeat(name) {
   const found = maps.get(name);
   const row = found?.regions[i ?? 0];
   canvas.hidden = !state.heat || !row;
+  $("board").classList.toggle("has-heat", !canvas.hidden);
   if (canvas.hidden) return;
   Object.assign(canvas, { width: found.width, height: found.height });
   const context = canvas.getContext("2d");

@@ -26,7 +26,7 @@ const isFree = (i) => !state.marks[i]?.hidden && !state.marks[i]?.locked;
 export function renderStage() {
   const { width, height } = size();
   const room = $("stage").getBoundingClientRect();
-  const fit = Math.min((room.width - 32) / width, (room.height - 32) / height);
+  const fit = Math.min((room.width - 32) / width, (room.height - 76) / height);
   const zoom = Math.max(fit, 0.05) * state.zoom;
   Object.assign($("board").style, { width: `${width * zoom}px`, height: `${height * zoom}px` });
   set($("shapes"), { viewBox: `0 0 ${width} ${height}` });
@@ -69,11 +69,15 @@ function renderRegion(group, shape, i, unit) {
   const mask = isMask ? tinted(i, shape) : null;
   set(group.image, { href: mask?.url, width: size().width, height: size().height, preserveAspectRatio: "none" });
   const box = bounds(shape) ?? mask?.box ?? [0, 0, 0, 0];
-  const room = Math.max(Math.floor(((box[2] - box[0]) / unit - 22) / LETTER), 2);
+  const isBox = shape?.kind === "box";
+  const width = (box[2] - box[0]) * (shape?.rings ? 0.6 : 1);
+  const room = Math.max(Math.floor((width / unit - 22) / LETTER), 2);
   const text = `${i}  ${typeof prompt === "string" ? prompt : ""}`.trim();
   group.text.textContent = text.length > room ? `${text.slice(0, Math.max(room - 1, 2)).trim()}…` : text;
-  set(group.pill, { width: group.text.textContent.length * LETTER + 14 });
-  set(group.label, { transform: `translate(${box[0]} ${box[1]}) scale(${unit}) translate(4 4)` });
+  const wide = group.text.getComputedTextLength() + 14;
+  set(group.pill, { width: wide });
+  const start = isBox ? `${box[0]} ${box[1]}` : `${(box[0] + box[2]) / 2} ${(box[1] + box[3]) / 2}`;
+  set(group.label, { transform: `translate(${start}) scale(${unit}) translate(${isBox ? "4 4" : `${-wide / 2} -10`})` });
 }
 
 function renderHandles(all, unit) {
@@ -110,7 +114,7 @@ function renderTokens() {
   const grid = state.seen?.grid;
   canvas.hidden = !state.showTokens || !grid;
   if (canvas.hidden) return;
-  canvas.classList.toggle("stale", state.errors.length > 0);
+  canvas.classList.toggle("stale", state.errors !== state.seen.errors);
   const colors = regions().map((_, i) => colorOf(i));
   const key = JSON.stringify([state.seen.grid.runs, colors]);
   if (key === tokensKey) return;
@@ -354,7 +358,8 @@ function addPoint(point, keys) {
   let at = [clamp(snapped(point[0], state.snap), 0, width), clamp(snapped(point[1], state.snap), 0, height)];
   if (keys.shiftKey && points.length) at = at45(points.at(-1), at);
   const [x, y] = points[0] ?? [];
-  const isClosed = points.length > 2 && Math.hypot(point[0] - x, point[1] - y) < 12 / scale();
+  const isNear = Math.hypot(point[0] - x, point[1] - y) < 12 / scale() || (at[0] === x && at[1] === y);
+  const isClosed = points.length > 2 && isNear;
   if (isClosed || keys.isLast) {
     if (points.length > 2) add({ polygon: points });
     gesture = drawn = null;

@@ -164,7 +164,7 @@ export async function check() {
       const found = await call("check", { file: state.file, layout: state.layout });
       state.checkTime = performance.now() - start;
       state.errors = found.errors;
-      if (!found.errors.length) state.seen = found;
+      if (found.grid) state.seen = found;
     } catch (error) {
       state.errors = [{ key: "", text: error.message }];
     }

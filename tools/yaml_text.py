@@ -1,6 +1,5 @@
 """Values into a layout's text: what stays the same keeps its text, its comments and its place."""
 
-import json
 import math
 import re
 from bisect import bisect_left
@@ -266,28 +265,20 @@ class Changes:
 
 def matched(old: list[Any], new: list[Any]) -> list[int | None]:
     """For each new item the old one that it is, or was before a change; None for none."""
-    if len(old) == len(new) and not all(isinstance(part, dict) for part in (*old, *new)):
-        return [*range(len(old))]
+    if not all(isinstance(part, dict) for part in (*old, *new)):
+        return [*range(len(old))] if len(old) == len(new) else [None] * len(new)
     left = dict(enumerate(old))
     pairs: list[int | None] = [None] * len(new)
 
     def pair(key: Any) -> None:
-        places = {}
-        for i, value in left.items():
-            places.setdefault(key(value), []).append(i)
         for j, value in enumerate(new):
-            found = places.get(key(value))
-            if pairs[j] is None and found:
-                pairs[j] = found.pop(0)
-                del left[pairs[j]]
+            if pairs[j] is None:
+                pairs[j] = next((i for i, part in left.items() if key(j, i, value, part)), None)
+                left.pop(pairs[j], None)
 
-    pair(lambda value: json.dumps(value, sort_keys=True))
-    if len(old) != len(new):  # what has the same prompt, or the same shape, is the same
-        keys = ["prompt"] if all(isinstance(part, dict) for part in (*old, *new)) else []
-        for key in keys:
-            pair(lambda value, key=key: str(value.get(key)))
-    for j in range(len(new)):
-        if pairs[j] is None and j in left:
-            pairs[j] = j
-            del left[j]
+    pair(lambda j, i, value, part: same(value, part))
+    pair(lambda j, i, value, part: same(value.get("prompt"), part.get("prompt")))
+    pair(lambda j, i, value, part: i == j)
+    if len(old) == len(new):
+        pair(lambda j, i, value, part: True)
     return pairs

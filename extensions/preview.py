@@ -1,0 +1,85 @@
+"""Small images of what the model expects at each step: its estimate of the final latents, made
+RGB by a linear map instead of the VAE."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from regional.extension import Branches, Forward, Pass
+
+SAMPLES = 6  # images to fit a map to, of 256 pixels a side
+# How the pocket VAE's latents become red, green and blue: a constant, then its 16 channels;
+# by benchmarks/preview_map.py. The key is the fingerprint of its weights.
+POCKET = "781218b719d2c98f"
+RGB = """
+155 11 -10 -5 -61 -4 -5 21 17 1 -9 11 22 -21 -8 19 13
+143 11 -27 -4 -45 -9 0 29 12 -7 -3 15 21 -10 7 9 12
+132 0 -36 -1 -14 -6 6 5 6 3 6 3 7 -4 25 11 11
+"""
+POCKET_RGB = np.array(RGB.split(), dtype=float).reshape(3, 17).T
+
+
+class Watch:
+    """An extension that keeps what the last pass began with and its velocity."""
+
+    def __init__(self):
+        self.latest: tuple | None = None
+
+    def extend(self, forward: Forward, branches: Branches) -> Forward:
+        def watched(given: Pass, step: int) -> Tensor:
+            velocity = forward(given, step)
+            self.latest = (given.img, velocity, given.timesteps, branches.order)
+            return velocity
+
+        return watched
+
+    def estimate(self) -> Tensor:
+        """The image's packed latents (L_img, 64) float32, if the velocity stayed as it is."""
+        img, velocity, t, order = self.latest
+        count = len(order)
+        noisy = img[0, :count].float()
+        tokens = noisy - t[0].float() * velocity[0, :count].float()
+        return tokens.cpu()[order.argsort()]
+
+
+def by_pixel(tokens: Tensor, h: int, w: int) -> np.ndarray:
+    """Packed latents (h w, 64) as 1 and 16 channels: (2 h, 2 w, 17)."""
+    latents = tokens.reshape(h, w, 16, 2, 2).permute(0, 3, 1, 4, 2).reshape(2 * h, 2 * w, 16)
+    return np.concatenate([np.ones((2 * h, 2 * w, 1)), latents.float().numpy()], axis=2)
+
+
+def in_colors(tokens: Tensor, h: int, w: int, rgb: np.ndarray) -> Image.Image:
+    """A small image, (2 h, 2 w), of packed latents (h w, 64). rgb: (17, 3)."""
+    colors = by_pixel(tokens, h, w) @ rgb
+    return Image.fromarray(colors.clip(0, 255).round().astype(np.uint8))
+
+
+@torch.inference_mode()
+def fitted(encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Image.Image]) -> np.ndarray:
+    """The map of another VAE, (17, 3), by least squares. encode: pixels (1, 3, H, W) in [-1, 1]
+    to packed latents; decode: latents (1, 16, H / 8, W / 8) to an image."""
+    random = np.random.default_rng(0)
+    rows = []
+    colors = []
+    for _ in range(SAMPLES):
+        tokens = encode(pattern(random))[0]
+        latents = by_pixel(tokens, 16, 16)
+        whole = torch.from_numpy(latents[..., 1:]).float().permute(2, 0, 1)[None]
+        image = decode(whole).resize((32, 32), Image.Resampling.BOX)
+        rows.append(latents.reshape(-1, 17))
+        colors.append(np.asarray(image, dtype=float).reshape(-1, 3))
+    return np.linalg.lstsq(np.concatenate(rows), np.concatenate(colors))[0]
+
+
+def pattern(random: np.random.Generator) -> Tensor:
+    """Colored rectangles on a smooth background, (1, 3, 256, 256) in [-1, 1]."""
+    coarse = Image.fromarray(random.integers(0, 256, (3, 3, 3), dtype=np.uint8))
+    image = np.array(coarse.resize((256, 256), Image.Resampling.BICUBIC))
+    for _ in range(24):
+        x, y = random.integers(0, 224, 2)
+        width, height = random.integers(16, 96, 2)
+        image[y : y + height, x : x + width] = random.integers(0, 256, 3)
+    return torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1
