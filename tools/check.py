@@ -27,9 +27,9 @@ def run_dry(command: Command, make: Callable[[Settings], Any]) -> int:
     """A dry run; returns the exit code. make: Pipeline, for the editor."""
     settings, overrides, output, dry_run, _ = command
     if dry_run.edit:
-        from tools.editor.server import serve
+        from tools.editor import edit
 
-        return serve(command, make)
+        return edit(command, make)
     checkpoint = None  # A repository's headers may not be at hand.
     defaults = FLUX_DEV
     if not is_repository(settings.model):

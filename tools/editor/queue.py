@@ -155,7 +155,7 @@ class Queue:
     def receive(self) -> Data:
         """The process's next message; for one that has ended, that it failed."""
         try:
-            return json.loads(self.pipe.recv_bytes())
+            return worker.received(self.pipe)
         except (EOFError, OSError):
             self.process.join()
             code = self.process.exitcode

@@ -53,9 +53,13 @@ def run(make: Callable[[Settings], Any], settings: Settings, pipe: Connection) -
         send(pipe, kind="ready", model=artist.pipeline.checkpoint.name)
         with contextlib.suppress(EOFError):
             while True:
-                request = json.loads(pipe.recv_bytes())
+                request = received(pipe)
                 if request["kind"] == "draw":
                     artist.answer(request)
+
+
+def received(pipe: Connection) -> Data:
+    return parse_json(pipe.recv_bytes(), Data, "the pipe")
 
 
 def send(pipe: Connection, **message: Any) -> None:
@@ -167,7 +171,7 @@ class Artist:
     def check(self, job: str) -> None:
         """Cancelled if the page asked for it."""
         while self.pipe.poll():
-            if json.loads(self.pipe.recv_bytes()) == {"kind": "cancel", "id": job}:
+            if received(self.pipe) == {"kind": "cancel", "id": job}:
                 raise Cancelled
 
 

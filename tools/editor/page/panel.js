@@ -2,7 +2,7 @@
 
 import { $, button, el, same, set } from "./util.js";
 import { kindOf, shapeOf, withShape } from "./geometry.js";
-import { add, at, colorOf, commit, info, mark, put, regions, render, reorder, size, state } from "./state.js";
+import { add, at, colorOf, commit, info, mark, put, regions, renderNow, reorder, size, state } from "./state.js";
 
 const FIRST = ["prompt", "background_prompt", "style", "width", "height", "steps", "seed", "guidance"];
 const USUAL = [...FIRST, "base_ratio", "mask_inject_steps", "preset", "overlap"];
@@ -221,7 +221,7 @@ function regionRow(i) {
     button("copy", `Duplicate region ${i}`, () => (add(regions()[i], i + 1), commit())),
     button("remove", `Delete region ${i}`, remove),
   ];
-  const about = el("button", { type: "button", class: "about", onclick: pick, "aria-label": `Select region ${i}` });
+  const about = el("button", { type: "button", class: "about", onclick: pick, title: `Select region ${i}` });
   const used = el("span", { class: "used", title: "tokens of the prompt, used and read" });
   const swatch = el("span", { class: "swatch" }, color, el("span", { "aria-hidden": "true" }, String(i)));
   fields.push({ about, used, i });
@@ -344,10 +344,8 @@ function renderSaid() {
 
 export function showField(key) {
   const index = key.match(/^regions\[(\d+)\]/);
-  if (index && state.selected[0] !== +index[1]) {
-    state.selected = [+index[1]];
-    render();
-  }
+  if (index) state.selected = [+index[1]];
+  renderNow();
   showTab(index ? "regions" : "layout");
   while (key && !document.querySelector(`[data-key="${CSS.escape(key)}"]`)) key = key.replace(/(\.\w+|\[\d+\]|^\w+)$/, "");
   const box = key && document.querySelector(`[data-key="${CSS.escape(key)}"]`);

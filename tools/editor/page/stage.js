@@ -266,7 +266,7 @@ export function press([x, y], keys = {}, handle = null) {
   const found = under(x, y);
   const { tool } = state;
   if (gesture?.kind === "polygon") return addPoint(point, keys);
-  if (handle) {
+  if (handle && !keys.ctrlKey && !keys.metaKey) {
     gesture = { kind: "resize", handle, shape: shapes()[state.selected[0]] };
   } else if (keys.altKey && found.length) {
     const next = (found.indexOf(state.selected[0]) + 1) % found.length;
@@ -289,7 +289,7 @@ export function press([x, y], keys = {}, handle = null) {
   } else if (found.length && !keys.ctrlKey && !keys.metaKey) {
     if (!state.selected.some((i) => found.includes(i))) state.selected = [found[0]];
     const free = state.selected.filter((i) => isFree(i) && bounds(shapes()[i]));
-    gesture = { kind: "move", start: point, shapes: free.map((i) => [i, shapes()[i]]) };
+    gesture = { kind: "move", start: point, hit: found[0], shapes: free.map((i) => [i, shapes()[i]]) };
   } else if (tool === "select" && !(keys.ctrlKey || keys.metaKey)) {
     state.selected = [];
     gesture = { kind: "marquee", start: point, kept: [] };
@@ -348,6 +348,7 @@ export function release() {
     const canvas = paint;
     done.ready.then(() => endPainting(canvas), (error) => toast(error.message));
   }
+  if (done.kind === "move" && !done.isMoved && state.selected.length > 1) state.selected = [done.hit];
   drawn = null;
   commit();
 }
@@ -424,9 +425,11 @@ export function nudge(dx, dy, keys) {
 
 // Enter: presses and releases the tool at the cursor.
 export function pressKey(keys) {
-  if (!cursor || state.tool === "select") return false;
+  if (state.tool === "select" || (!cursor && state.selected.length)) return false;
+  if (!cursor) nudge(0, 0, keys);
   if (gesture && gesture.kind !== "polygon") release();
   else press(cursor, { ...keys, ctrlKey: true });
+  if (!gesture) cursor = null;
   return true;
 }
 

@@ -36,7 +36,15 @@ let latest = { label: null, time: 0 };
 const listeners = [];
 
 export const onChange = (listener) => listeners.push(listener);
-export const render = () => listeners.forEach((listener) => listener());
+let isAwaited = false; // the next frame, to render
+export function renderNow() {
+  isAwaited = false;
+  listeners.forEach((listener) => listener());
+}
+export function render() {
+  if (!isAwaited) requestAnimationFrame(() => isAwaited && renderNow());
+  isAwaited = true;
+}
 export const regions = () => (Array.isArray(state.layout.regions) ? state.layout.regions : []);
 export const size = () => ({
   width: state.seen?.width ?? numberOr(state.layout.width, info.defaults.size),
