@@ -33,7 +33,6 @@ OFTEN = 0.1  # seconds between previews
 ROOMY = 48e9  # bytes of a GPU that holds all components at once
 ALONE = Worker(0, 1, is_shared=False)
 Data = dict[str, Any]
-Data = dict[str, Any]
 
 
 class Cancelled(Exception):
@@ -104,29 +103,30 @@ class Artist:
         if found["kept"]:  # drawn before with the same settings
             return found
         start = time.perf_counter()
-        prepared, found["warnings"] = self.prepare(layout)
+        metadata = image_metadata(layout, job.seed, pipeline, job.origin)
+        prepared, found["warnings"] = self.prepare(layout, metadata)
         maps = None
         if request["maps"] and prepared.layout.regional_steps():
             defaults = pipeline.defaults
             maps = AttentionMaps(defaults.depth, defaults.depth_single_blocks)
         latents, times = self.denoise(request, job, prepared, maps)
         image = pipeline.decode(latents, prepared.layout)
-        metadata = image_metadata(layout, job.seed, pipeline, job.origin)
         save_image(image, metadata, path)
         keep_timing(pipeline.settings, prepared.layout, times[-1] - times[0])
         if maps:
             found["maps"] = packed(maps, prepared.layout)
         return found | {"seconds": round(time.perf_counter() - start, 2)}
 
-    def prepare(self, layout: Layout) -> tuple[Any, list[str]]:
-        """The prepared layout and its warnings; of the latest, again."""
-        if self.prepared[0] != layout:
+    def prepare(self, layout: Layout, metadata: Data) -> tuple[Any, list[str]]:
+        """The prepared layout and its warnings; once for all seeds, while its files stay."""
+        key = metadata | {"seed": None}
+        if self.prepared[0] != key:
             self.prepared = (None, None, [])
             self.pipeline.embeddings.clear()
             heard()
             prepared = self.pipeline.prepare(layout)
             warnings = heard() + [*doubts_of([prepared.layout], self.pipeline)]
-            self.prepared = (layout, prepared, warnings)
+            self.prepared = (key, prepared, warnings)
         if not self.is_roomy():
             self.pipeline.drop("t5", "clip", "ae")
         return self.prepared[1:]

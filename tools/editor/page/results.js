@@ -148,6 +148,7 @@ export function renderView() {
 // Several seeds side by side, while they are drawn and after.
 function renderGrid() {
   $("seeds").hidden = !state.showGrid;
+  $("board").classList.toggle("has-seeds", Boolean(state.showGrid));
   if (!state.showGrid) return;
   const { width, height } = size();
   $("seeds").style.gridTemplateColumns = `repeat(${Math.ceil(Math.sqrt((batch.length * height) / width))}, 1fr)`;

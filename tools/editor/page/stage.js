@@ -116,9 +116,9 @@ function renderTokens() {
   if (canvas.hidden) return;
   canvas.classList.toggle("stale", state.errors !== state.seen.errors);
   const colors = regions().map((_, i) => colorOf(i));
-  const key = JSON.stringify([state.seen.grid.runs, colors]);
-  if (key === tokensKey) return;
-  tokensKey = key;
+  const key = colors.join();
+  if (tokensKey?.grid === grid && tokensKey.key === key) return;
+  tokensKey = { grid, key };
   const cell = clamp(Math.floor(2048 / Math.max(grid.width, grid.height)), 2, 16);
   Object.assign(canvas, { width: grid.width * cell, height: grid.height * cell });
   const context = canvas.getContext("2d");
