@@ -355,6 +355,7 @@ def test_a_mistake_is_said_at_its_field_while_typing(shown):
 def test_every_key_of_the_schema_has_a_field(shown, running):
     page = shown(BOXES | {"image": {"file": "x.png"}, "loras": [{"file": "y"}]})
     page.click(30, 100)
+    page.settle()
     keys = page.page.evaluate("[...document.querySelectorAll('[data-key]')].map((node) => node.dataset.key)")
     schema = running.start()["schema"]
     whole = schema["properties"].keys() - {"regions"}
@@ -394,7 +395,7 @@ def test_a_layout_is_made_and_saved_by_keyboard_alone(shown):
     regions = page.saved()["regions"]
     assert sorted(region["prompt"] for region in regions) == ["a small box", "corner"]
     page.press("?")
-    assert page.page.locator("dialog").get_by_text("Cycle through the regions").is_visible()
+    assert page.page.locator("#keys").get_by_text("Cycle through the regions").is_visible()
 
 
 def test_a_window_of_375_pixels(shown):

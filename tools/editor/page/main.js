@@ -9,28 +9,6 @@ import { cancelAll, closeGrid, generate, listen, listResults, renderView } from 
 const { state, info } = model;
 const TOOLS = { select: "V", box: "B", ellipse: "E", polygon: "P", freehand: "F", brush: "M", eraser: "X" };
 const NAMES = { brush: "Brush for masks", eraser: "Eraser", freehand: "Freehand polygon" };
-const KEYS = [
-  ["V B E P F M X", "Select, box, ellipse, polygon, freehand, brush, eraser"],
-  ["Arrows", "Move what is selected by 16 pixels; with Alt by 1; with Shift its size"],
-  ["Arrows, Enter", "With a drawing tool and nothing selected: move a cursor; press and release"],
-  ["Shift Enter", "Close the polygon"],
-  ["Ctrl drag", "Draw over other regions"],
-  ["Alt click", "Cycle through the regions under the pointer"],
-  ["Shift drag", "Select several; Shift click adds one"],
-  [". and ,", "Select the next, the previous region"],
-  ["Ctrl A, Esc", "Select all, none"],
-  ["Ctrl Z, Ctrl Shift Z", "Undo, redo"],
-  ["Ctrl C, Ctrl X, Ctrl V, Ctrl D", "Copy, cut, paste, duplicate"],
-  ["Delete", "Delete; of a polygon that is drawn the last point"],
-  ["[ and ]", "One place up or down in the list; the brush's size"],
-  ["H, L", "Hide or lock what is selected"],
-  ["Enter, double-click", "Edit the prompt"],
-  ["T, R, S", "Show the token grid, the regions; snap to 16 pixels"],
-  ["+ − 0", "Zoom"],
-  ["Ctrl Enter", "Generate"],
-  ["Ctrl S, Ctrl O", "Save, open"],
-  ["?", "This table"],
-];
 let clipboard = [];
 
 function render() {
@@ -139,10 +117,7 @@ const send = saying(async () => {
   [...found.warnings, `Written: ${found.written.join(", ")}`].forEach((text) => toast(text));
 });
 
-function help() {
-  const rows = KEYS.map(([keys, what]) => el("tr", {}, el("th", { scope: "row" }, keys), el("td", {}, what)));
-  ask("Keyboard and pointer", el("table", { class: "keys" }, el("tbody", {}, ...rows)));
-}
+const help = () => $("keys").showModal();
 
 // ---------------------------------------------------------------- keyboard
 
@@ -186,7 +161,7 @@ const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], Arrow
 function keydown(event) {
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   const name = `${event.ctrlKey || event.metaKey ? "ctrl+" : ""}${event.shiftKey && event.key.length > 0 && !"?+".includes(key) ? "shift+" : ""}${key}`.toLowerCase();
-  if ($("dialog").open) return;
+  if (document.querySelector("dialog[open]")) return;
   const isText = event.target.matches("input:not([type=range], [type=checkbox], [type=color]), textarea, select");
   let run = ANYWHERE[name] ?? (isText ? null : OUTSIDE_TEXT[name]);
   if (isText && name === "escape") run = () => $("stage").focus();

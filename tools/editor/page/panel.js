@@ -33,9 +33,7 @@ function valueOf(text, schema) {
   if (schema.type === "array" || trimmed.startsWith("[")) {
     try {
       return JSON.parse(trimmed.startsWith("[") ? trimmed : `[${trimmed}]`);
-    } catch {
-      return trimmed.startsWith("[") ? text : trimmed.split(/\s*,\s*/);
-    }
+    } catch { return trimmed.startsWith("[") ? text : trimmed.split(/\s*,\s*/); }
   }
   if (/^[-+]?\d{16,}$/.test(trimmed) && JSON.rawJSON) return JSON.rawJSON(String(BigInt(trimmed)));
   return /^[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$/i.test(trimmed) && isFinite(trimmed) ? Number(trimmed) : text;

@@ -12,10 +12,8 @@ let gesture = null; // what the pointer is doing
 let drawn = null; // the shape that is being drawn, in pixels of the image
 let cursor = null; // of the keyboard, [x, y]
 let paint = null; // the brush's canvas
-let before = 0; // milliseconds: the time of the latest frame
 const groups = []; // of SVG, by region
 const masks = new Map(); // tinted masks by their files and colors
-export const frames = { times: [] };
 
 const scale = () => $("shapes").getBoundingClientRect().width / size().width || 1;
 const shapes = () => regions().map((region) => shapeOf(region, size()));
@@ -293,9 +291,7 @@ export function press([x, y], keys = {}, handle = null) {
   } else if (tool === "select" && !(keys.ctrlKey || keys.metaKey)) {
     state.selected = [];
     gesture = { kind: "marquee", start: point, kept: [] };
-  } else {
-    gesture = { kind: tool === "ellipse" ? "ellipse" : "box", start: point };
-  }
+  } else { gesture = { kind: tool === "ellipse" ? "ellipse" : "box", start: point }; }
   render();
 }
 
@@ -319,7 +315,6 @@ export function drag([x, y]) {
     const to = kind === "marquee" ? [x, y] : at;
     const box = [Math.min(from[0], to[0]), Math.min(from[1], to[1]), Math.max(from[0], to[0]), Math.max(from[1], to[1])];
     drawn = { kind: kind === "ellipse" ? kind : "box", box };
-    if (kind === "marquee") drawn = { ...drawn, kind: "box", box };
     if (kind === "marquee") selectIn(box);
   } else if (kind === "freehand") {
     gesture.points.push([clamp(x, 0, width), clamp(y, 0, height)]);
@@ -330,7 +325,6 @@ export function drag([x, y]) {
     stroke(gesture.last, [x, y]);
     gesture.last = [x, y];
   }
-  frames.times.push(performance.now() - before);
   renderStage();
 }
 
@@ -453,7 +447,6 @@ export function startStage() {
     if (!gesture) return;
     if (!next) {
       requestAnimationFrame(() => {
-        before = performance.now();
         next?.forEach(drag);
         next = null;
       });

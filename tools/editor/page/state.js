@@ -82,13 +82,9 @@ function freeColor() {
   return info.colors.slice(0, 61).find((color) => !used.has(color)) ?? info.colors[0];
 }
 
-export function undo() {
-  if (past.length) restore(past.pop(), future);
-}
+export function undo() { if (past.length) restore(past.pop(), future); }
 
-export function redo() {
-  if (future.length) restore(future.pop(), past);
-}
+export function redo() { if (future.length) restore(future.pop(), past); }
 
 function restore(step, other) {
   other.push(current);
@@ -173,9 +169,7 @@ export async function check() {
       state.checkTime = performance.now() - start;
       state.errors = found.errors;
       if (found.grid) state.seen = found;
-    } catch (error) {
-      state.errors = [{ key: "", text: error.message }];
-    }
+    } catch (error) { state.errors = [{ key: "", text: error.message }]; }
   }
   isAsking = false;
   state.pending = false;
@@ -206,15 +200,11 @@ function keepDraft() {
   try {
     if (!isDirty()) localStorage.removeItem(draftKey());
     else localStorage.setItem(draftKey(), JSON.stringify({ layout: state.layout, marks: state.marks, masks }));
-  } catch {
-    toast("The browser has no room to keep what is not saved.");
-  }
+  } catch { toast("The browser has no room to keep what is not saved."); }
   showTitle();
 }
 
-function showTitle() {
-  document.title = `${isDirty() ? "• " : ""}${state.file} – layout editor`;
-}
+function showTitle() { document.title = `${isDirty() ? "• " : ""}${state.file} – layout editor`; }
 
 export async function open(name) {
   const found = await call(`open?name=${encodeURIComponent(name)}`);
@@ -233,9 +223,7 @@ export function begin({ file, version, layout }) {
   let draft = null;
   try {
     draft = parse(localStorage.getItem(draftKey()) ?? "null");
-  } catch {
-    localStorage.removeItem(draftKey());
-  }
+  } catch { localStorage.removeItem(draftKey()); }
   if (draft && !same(draft.layout, layout)) {
     Object.assign(state, { layout: draft.layout, marks: draft.marks, masks: draft.masks });
     commit();
