@@ -14,27 +14,33 @@ import time
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from starlette.testclient import TestClient
 
 import generate
 from errors import InputError
+from extensions.preview import POCKET, POCKET_RGB, Watch, fitted, in_colors
 from pipeline import Pipeline
 from regional.layout import Layout
 from regional.reader import read_layout
+from sampler.flow import unpack
 from settings import Settings
 from tools.cost import cost, resolved
 from tools.editor import queue, server
 from tools.editor.folder import Folder
 from tools.editor.see import Model
+from tools.metadata import run_metadata
 from tools.preview import grid_tokens
 from tools.yaml_text import edited, same, values_in
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(ROOT.glob("examples/*.yaml")) + [ROOT / "layout.yaml"]
 TOKEN = "t0ken"
+SIZE = 256  # pixels, the pocket model's
 PLACE = f"http://127.0.0.1:{server.PORT}"
 
 
@@ -390,6 +396,21 @@ def test_an_image_is_that_of_the_command_line(drawing, tmp_path, monkeypatch):
     assert max(map(max, rows)) == 255 and rows[0][2] == 0
     layout = drawing.get("open", name=done["name"]).json()["layout"]
     assert layout["seed"] == 3 and layout["regions"] == SMALL["regions"]
+
+
+def test_previews_look_like_the_images(drawing):
+    """The committed map is that of this VAE, and a map fitted to another would do, too."""
+    pipeline = Pipeline()
+    assert run_metadata(pipeline)["inputs"]["ae"] == POCKET, "python benchmarks/preview_map.py makes the map anew"
+    layout = read_layout(ROOT / "examples/poster.yaml", {"steps": 6}, SIZE)
+    watch = Watch()
+    prepared = pipeline.prepare(layout)
+    latents = pipeline.denoise(prepared, 4, [watch.extend])
+    image = np.asarray(pipeline.decode(latents).resize((SIZE // 8, SIZE // 8), Image.Resampling.BOX), dtype=float)
+    for rgb, least in (POCKET_RGB, 0.85), (fitted(pipeline.latents_of, pipeline.decode), 0.6):
+        own = np.asarray(in_colors(watch.estimate(), SIZE // 16, SIZE // 16, rgb), dtype=float)
+        assert 1 - (own - image).var() / image.var() > least
+    assert torch.allclose(unpack(watch.estimate()[None], SIZE, SIZE), latents, atol=1e-4)  # after the last step
 
 
 def test_an_image_is_never_replaced_and_the_same_one_not_drawn_twice(drawing):

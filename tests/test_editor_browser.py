@@ -247,6 +247,17 @@ def test_numbers_percentages_and_the_order_of_the_list(shown):
     assert page.regions[1]["box"] == [32, 16, "56.25%", 240]
 
 
+def test_large_seeds_and_what_the_page_does_not_know_are_kept(shown):
+    page = shown(BOXES | {"seed": 2**63 - 1, "someday": {"a": [1.5, None]}})
+    page.click(30, 100)
+    page.press("ArrowRight")
+    saved = page.saved()
+    assert saved["seed"] == 2**63 - 1 and saved["someday"] == {"a": [1.5, None]}
+    assert saved["regions"][0]["box"] == [32, 16, 128, 240]
+    page.page.get_by_role("tab", name="Layout").click()
+    assert page.field("seed").input_value() == str(2**63 - 1)
+
+
 def test_undo_and_redo_of_200_random_actions_return_to_the_start(shown):
     page = shown(BOXES)
     start = page.layout

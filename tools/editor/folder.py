@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import os
+import re
 import tempfile
 from contextlib import suppress
 from functools import partial
@@ -13,7 +14,7 @@ import msgspec
 
 from errors import LAYOUT, MISSING, InputError, opened_image, parsed, read_bytes
 from regional.layout import Layout
-from regional.reader import fields_of
+from regional.reader import REPOSITORY, fields_of
 from tools.convert import FORMS, IMPORTED, Source, to_form, to_layout
 from tools.convert import write as write_all
 from tools.jobs import heard
@@ -143,7 +144,7 @@ class Folder:
                 is_there = os.path.exists(real)
             except (OSError, ValueError):  # NUL, or too long
                 raise InputError(key, name, "no file can have this name") from None
-            is_named = is_there or is_picture(key) or name.startswith((".", "/", "~"))
+            is_named = is_there or is_picture(key) or not re.fullmatch(REPOSITORY, name)
             if is_named and not Path(real).is_relative_to(self.root) and real not in self.named:
                 raise InputError(key, name, OUTSIDE)
             return str(base / name) if is_named else name
