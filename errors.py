@@ -60,7 +60,7 @@ class InputError(Exception):
         return f"{text}: {shown(' '.join(self.problem.split()))}."
 
     def within(self, source: str | Path | None) -> "InputError":
-        """The same error with its source, unless it has one or its key is a file or flag."""
+        """With its source, unless it has one or its key is a file or flag."""
         if not (isinstance(self.key, Path) or self.key.startswith("--")):
             self.source = self.source or source
         return self
@@ -99,7 +99,7 @@ def describe(value: Any, most: int = 80) -> str:
 
 
 def shown(name: Any) -> str:
-    """A name or message as it is, or quoted and cut where it would break or fill lines."""
+    """As it is, or quoted and cut where it would break or fill lines."""
     text = str(name)
     return text if text.isprintable() and len(text) <= 1000 else describe(text, 1000)
 
@@ -141,7 +141,7 @@ def opened(file: str | Path, most: int) -> Iterator[BinaryIO]:
             yield found
     except FileNotFoundError:
         raise InputError(Path(file), MISSING, "there is no such file") from None
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL or a surrogate
+    except (OSError, ValueError) as error:  # a name with a NUL
         reason = getattr(error, "strerror", None) or error
         raise InputError(Path(file), MISSING, f"cannot be read ({reason})") from None
 
@@ -158,7 +158,7 @@ def read_text(file: str | Path, most: int) -> str:
 
 
 def mapped(file: BinaryIO, size: int = 0, offset: int = 0) -> mmap.mmap:
-    """`size` bytes of an open file from `offset`, by default all; changes are not written."""
+    """`size` bytes from `offset`, by default all; changes are not written."""
     return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=offset)
 
 

@@ -7,7 +7,6 @@ the same command resumes a run.
 """
 
 import contextlib
-import os
 import signal
 import sys
 
@@ -16,11 +15,9 @@ if __name__ == "__main__":  # Ctrl-C while modules load: no traceback
 
 import msgspec
 
-from errors import InputError, info, print_error
 from formats.hub import is_repository
 from pipeline import Pipeline
 from regional.layout import FLUX_DEV
-from settings import Settings
 from tools import jobs as batch
 from tools.flags import Command, parse
 from tools.replay import decode, replayed
@@ -29,33 +26,7 @@ from tools.replay import decode, replayed
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0; 2 for bad input; 1 if the machine refuses or some of many
     layouts fail; 130 for Ctrl-C or SIGTERM."""
-    out = batch.Tolerant(sys.stdout)
-    errors = batch.Tolerant(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        return run_with_messages(argv)
-
-
-def run_with_messages(argv: list[str] | None) -> int:
-    settings = Settings()
-    stop = batch.Stop()
-    try:
-        with stop.handled():
-            command = parse(argv, replayed)
-            settings = command.settings
-            return run(command, stop)
-    except (InputError, OSError) as error:
-        if batch.is_first(settings):
-            print_error(error)
-        return 2 if isinstance(error, InputError) else 1
-    except (MemoryError, RuntimeError) as error:
-        if not batch.is_full(error):
-            raise
-        advice = batch.advice(error, settings)
-        info(f"generate.py: out of memory: {advice}")
-        return 1
-    except KeyboardInterrupt:
-        info("generate.py: interrupted")
-        return 130
+    return batch.with_exit_code(lambda: parse(argv, replayed), run)
 
 
 def run(command: Command, stop: batch.Stop) -> int:
@@ -78,9 +49,7 @@ def run(command: Command, stop: batch.Stop) -> int:
         if pipeline.parallel:
             stack.callback(pipeline.parallel.close)
         if not batch.is_first(settings):
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
+            stack.enter_context(batch.silence())
         if output.decode:
             decode(pipeline, output)
             return 0

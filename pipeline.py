@@ -31,11 +31,10 @@ from regional.attention import portable_attention
 from regional.extension import Conditioning, Extension
 from regional.layout import Defaults, Layout
 from regional.mask import RegionTokens, region_tokens
-from regional.prompts import encode_prompts
+from regional.prompts import encode_prompts, moved
 from regional.reader import checked_in_code
-from regional.sampling import MakeAttention, Modulations, modulations, sample
+from regional.sampling import MakeAttention, Modulations, by, modulations, sample
 from runtime.choose import choose_attention, choose_device, choose_fp8, library_attention
-from sampler.flow import pack
 from settings import MODEL_KEYS, Settings, invalid
 
 Loras = dict[str, Any]  # extensions.lora.Lora by the names in layouts
@@ -43,8 +42,7 @@ NO_LORAS: Loras = {}
 
 
 class Prepared(NamedTuple):
-    """A resolved layout and all that is encoded and read for it, for every seed. extras:
-    extensions.extras.Extras, of a layout that needs them."""
+    """A resolved layout and what is encoded for it; extras: extensions.extras.Extras."""
 
     layout: Layout
     tokens: RegionTokens | None
@@ -84,7 +82,7 @@ class Pipeline:
         self.device = choose_device(settings)
         automatic = "float32" if self.device.type == "cpu" else "bfloat16"
         self.dtype = getattr(torch, settings.dtype.replace("auto", automatic))
-        if self.dtype == torch.float32:  # With TF32 in cuDNN the VAE would err by 3e-4.
+        if self.dtype == torch.float32:  # TF32 in cuDNN errs by 3e-4.
             torch.backends.cudnn.allow_tf32 = False
         self.checkpoint = weights.find(*(getattr(settings, key) for key in MODEL_KEYS))
         flux = self.checkpoint.flux
@@ -121,12 +119,12 @@ class Pipeline:
         sizes = components.flux_params(self.checkpoint.flux)
         if layout.has_extras() or sizes.in_channels != sizes.out_channels:
             from extensions.extras import Extras
+            from extensions.loading import Files
 
-            extras = Extras(layout, self.checkpoint, self.loras)
-            self.loras |= extras.loras
-        own = [lora for region in layout.regions for lora in region.loras]
+            extras = Extras(layout, Files(layout, self))
+            self.loras |= extras.files.loras
         tokens = None
-        if layout.regional_steps() or any(lora.plain_steps for lora in own):
+        if layout.regional_steps() or any(x.plain_steps for y in layout.regions for x in y.loras):
             tokens = region_tokens(layout)
             for warning in tokens.warnings:
                 warn(warning)
@@ -194,19 +192,21 @@ class Pipeline:
         layout = prepared.layout
         verbose = self.settings.verbose
         flux = self.parts.get("flux", layout, self.loras)
-        conditioning = prepared.conditioning.to(self.device, self.dtype)
+        conditioning = moved(prepared.conditioning, self.device, self.dtype)
         if prepared.extras or self.parallel:
             from extensions.extras import extensions_of
 
             extensions = extensions_of(self, flux, prepared, conditioning, extensions, seed)
         modulation = self.parts.modulation(flux, prepared, conditioning.y)
-        masked = self.masked_attention(layout, verbose)
+        method = by(self.masked_attention(layout, verbose))
+        if layout.method == "rpg":
+            from extensions.rpg import composed as method
         unmasked = library_attention(flux, layout, conditioning.txt, verbose)
         stance = nullcontext()
         if self.settings.compile and any(region.loras for region in layout.regions):
             info("regions' own LoRAs: this layout's blocks run uncompiled")
             stance = torch.compiler.set_stance("force_eager")
-        known = (conditioning, seed, masked, extensions, on_step, modulation)
+        known = (conditioning, seed, method, extensions, on_step, modulation)
         with unmasked, stance:
             latents = sample(flux, layout, prepared.tokens, *known)
         self.parts.release()  # room for the VAE
@@ -224,11 +224,6 @@ class Pipeline:
 
             image = pasted(image, layout)
         return image
-
-    def latents_of(self, image: Tensor) -> Tensor:
-        """The packed latents of pixels (1, 3, H, W) in [-1, 1], (1, L_img, 64)."""
-        vae = self.parts.get("ae")
-        return pack(vae.encode(image.to(self.device, self.dtype))).cpu()
 
 
 def changing(part: str, entries: Sequence[Any], loras: Loras) -> list[Any]:
@@ -260,8 +255,8 @@ class Parts:
         self.modulated = (None, [])  # one layout's
 
     def get(self, name: str, layout: Layout | None = None, loras: Loras = NO_LORAS) -> nn.Module:
-        """t5, clip, flux or ae with the layout's LoRAs merged; reloaded for others, and the
-        transformer also for an image that needs more memory than it left free."""
+        """t5, clip, flux or ae with the layout's LoRAs merged; reloaded for others, the
+        transformer also for an image that needs more memory."""
         used = changing(name, layout.loras, loras) if layout else []
         key = [(lora.file, lora.scale) for lora in used]
         room = self.room_for(layout) if name == "flux" else 0

@@ -21,17 +21,18 @@ Offload = Literal["auto", "none", "blocks"]
 class Settings(Struct, frozen=True, kw_only=True):
     """What a run depends on besides layout, seed and output."""
 
-    model: Annotated[Name, "a folder, a Hugging Face repository, or pocket (default)"] = None
+    model: Annotated[Name, "a folder, a repository, or pocket (default)"] = None
     flux: Annotated[Name, "load the transformer from this file or folder"] = None
     t5: Annotated[Name, "load the T5 text encoder from this file or folder"] = None
     clip: Annotated[Name, "load the CLIP text encoder from this file or folder"] = None
     ae: Annotated[Name, "load the VAE from this file or folder"] = None
+    redux: Annotated[Name, "where FLUX.1 Redux is, for image prompts"] = None
     device: Annotated[Device, "auto, cuda, cuda:N, cpu or mps"] = "auto"
     dtype: Annotated[Dtype, "auto: float32 on a CPU, else bfloat16"] = "auto"
     attention: Annotated[Attention, "auto: the kernel on CUDA, else portable"] = "auto"
     quantize: Annotated[Quantize, "FP8 weights; auto: if the file has them"] = "auto"
-    offload: Annotated[Offload, "stream blocks from host memory; auto: if needed"] = "auto"
-    compile: Annotated[bool, "use torch.compile: a slower start, then faster steps"] = False
+    offload: Annotated[Offload, "blocks from host memory; auto: if needed"] = "auto"
+    compile: Annotated[bool, "torch.compile: a slower start, faster steps"] = False
     parallel: Annotated[Parallel, "one image on all GPUs, under torchrun"] = None
     prompt_cache: Annotated[Name, "keep prompt embeddings in this folder"] = None
     verbose: Annotated[bool, "print which attention functions are used"] = False

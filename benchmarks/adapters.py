@@ -87,7 +87,7 @@ class Model:
         self.flux = Pipeline("pocket", device="cpu", dtype=DTYPE)
 
     def draw(self, case: Case, setting: Setting) -> np.ndarray:
-        settings = PRESETS["control"](len(case.wanted)) | {"steps": STEPS, "method": setting.method}
+        settings = PRESETS["control"] | {"steps": STEPS, "method": setting.method}
         layout = msgspec.structs.replace(case.layout, **settings, controlnets=controls(case, setting))
         if setting.loras != "none":
             layout = with_loras(layout, looks_of(case), setting)

@@ -6,7 +6,8 @@
 The pocket model draws random layouts (pocket/judge.py) by several methods: `plain`, the base prompt alone, which
 names every object and no place; `rpg`, a whole picture for each region, put together in every step; `regional`, this
 program's, and variants of it. The same layouts and seeds for all. The sweeps have layouts of their own, 1000 to 1029;
-settings chosen there are compared on others, 2000 to 2049, which appear nowhere else.
+settings chosen there are compared on others, 4000 to 4049, and variants of the chosen one on 4100 to 4119; those appear
+nowhere else.
 
 Writes docs/control/: tables.md, tables.json, plots and contact sheets of the first layouts. The single results are kept
 in benchmarks/run/control.jsonl.
@@ -15,9 +16,9 @@ in benchmarks/run/control.jsonl.
 import argparse
 import functools
 import json
+import math
 import os
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -33,28 +34,33 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+import weights  # noqa: E402
 from benchmarks.intervals import Mean, mean_of  # noqa: E402
-from benchmarks.variants import StepCache, hard_binding, open_images, texts_at_corners  # noqa: E402
+from benchmarks.variants import StepCache, hard_binding, one_way, open_images, texts_at_corners  # noqa: E402
+from formats import components  # noqa: E402
 from model.attention import Block  # noqa: E402
 from model.transformer import Flux  # noqa: E402
 from pipeline import Pipeline  # noqa: E402
 from pocket.judge import Case, drawn, judge, random_case  # noqa: E402
 from regional import sampling  # noqa: E402
 from regional.extension import Extension  # noqa: E402
-from regional.layout import PRESETS  # noqa: E402
-from regional.mask import stage_ratios  # noqa: E402
+from regional.layout import PRESETS, Layout  # noqa: E402
+from regional.mask import region_tokens, stage_ratios  # noqa: E402
+from tools import cost  # noqa: E402
+from tools.cost import resolved  # noqa: E402
 from tools.sheets import contact_sheet  # noqa: E402
 
 RUN, DOCS = ROOT / "benchmarks" / "run", ROOT / "docs" / "control"
 KINDS = ("boxes", "overlapping boxes", "free forms")
-REGIONS = (1, 2, 4, 8, 16)
+REGIONS = (2, 4, 8, 16)
 SWEPT_REGIONS = (2, 4, 8)
 MANY = (4, 8, 16)
 MEASURES = (
     "both", "color", "pattern", "shape", "strict", "all", "leakage", "duplicates", "background", "seams", "visible",
-    "cut", "coherence", "seconds",
+    "cut", "coherence", "cost",
 )  # fmt: skip
-NO_FRACTIONS = ("seams", "coherence", "seconds")
+NO_FRACTIONS = ("seams", "coherence", "cost")
+PAIRED = ("both", "shape", "all", "leakage", "background", "seams", "cut", "cost")
 
 
 class Setting(NamedTuple):
@@ -70,12 +76,14 @@ class Setting(NamedTuple):
     feather: float = 0
     overlap: str = "share"
     opacity: float = 1
+    base_steps: str = "100%"
     variant: str = ""
 
     def __str__(self) -> str:
         if self.method == "plain":
             return "plain"
         parts = [self.method, f"T {self.mask_inject_steps}", f"beta {self.base_ratio:g}"]
+        parts += [f"base branch {self.base_steps}"] if self.base_steps != "100%" else []
         parts += [f"{self.masked_blocks} blocks"] if self.masked_blocks != "all" else []
         parts += [f"{self.region_length} text tokens"] if self.region_length != 64 else []
         parts += [f"strength {self.strength:g}"] if self.strength != 1 else []
@@ -102,12 +110,12 @@ VARIANTS = {  # which are not the published method
     "": {},
     "shared stream": {"base_stream": "shared"},
     "open image attention": {"image_attention": "open"},
-    "one-way image attention": {"image_attention": "one-way"},
 }
 # Not settings of the program: by the extensions of benchmarks/variants.py.
 AT_CORNERS = "texts at corners"
 EXPERIMENTS: dict[str, Callable[[Case, int, Flux], list[Extension]]] = {
     AT_CORNERS: lambda case, prompts, flux: [texts_at_corners(case, prompts)],
+    "one-way image attention": lambda case, prompts, flux: [one_way(prompts)],
     "late images open": lambda case, prompts, flux: [open_images(MASKED_BLOCKS["late two single"])],
     "early images open": lambda case, prompts, flux: [open_images(MASKED_BLOCKS["double"])],
     "bound for 1 step": lambda case, prompts, flux: [hard_binding(1, len(case.wanted))],
@@ -134,6 +142,43 @@ def ramp(stages: Stages, first: float, last: float) -> Stages:
 
 
 PLAIN = Setting("plain")
+PARAMS = components.flux_params(weights.find("pocket").flux)
+
+
+def layout_of(case: Case, setting: Setting, steps: int) -> Layout:
+    own = {"strength": setting.strength, "feather": setting.feather, "opacity": setting.opacity}
+    is_masked = MASKED_BLOCKS[setting.masked_blocks]
+    depths = {"double": PARAMS.depth, "single": PARAMS.depth_single_blocks}
+    blocks = {
+        f"{kind}_blocks": tuple(i for i in range(depth) if is_masked(Block(kind, i))) for kind, depth in depths.items()
+    }
+    return msgspec.structs.replace(
+        case.layout, steps=steps, region_max_sequence_length=setting.region_length, method=setting.method,
+        base_ratio=setting.base_ratio, mask_inject_steps=setting.mask_inject_steps, base_steps=setting.base_steps,
+        **blocks, overlap=setting.overlap,
+        regions=tuple(msgspec.structs.replace(region, **own) for region in case.layout.regions),
+        **VARIANTS.get(setting.variant, {}),
+    )  # fmt: skip
+
+
+@functools.cache
+def cost_of(job: "Job") -> float:
+    """The matrix products of the whole image, in those of plain steps; NaN for what extensions do."""
+    setting = job.setting
+    if setting is None or setting.variant in EXPERIMENTS:
+        return math.nan
+    layout = layout_of(case_of(job.seed, job.regions, job.kind), setting, job.steps)
+    layout = resolved(msgspec.structs.replace(layout, max_sequence_length=64), PARAMS)
+    if setting.method == "plain":
+        return 1.0
+    change = STAGES.get(setting.variant, lambda stages: stages)
+    with patch.object(cost, "stage_ratios", lambda *given: change(stage_ratios(*given))):
+        *regional, (steps, plain, _) = cost.stages(layout, PARAMS, region_tokens(layout))
+    total = start = 0
+    for end, flops, _ in regional:
+        total += (end - start) * flops
+        start = end
+    return (total + (steps - start) * plain) / (steps * plain)
 
 
 class Model:
@@ -143,24 +188,10 @@ class Model:
         self.exact = Pipeline("pocket", device="cpu", dtype="float32")  # encodes and decodes
         self.flux = Pipeline("pocket", device="cpu", dtype=str(dtype).removeprefix("torch."))
 
-    def draw(self, case: Case, setting: Setting, steps: int) -> tuple[np.ndarray, float]:
-        """The image (H, W, 3) uint8, and the seconds its sampling took."""
-        own = {"strength": setting.strength, "feather": setting.feather, "opacity": setting.opacity}
-        is_masked = MASKED_BLOCKS[setting.masked_blocks]
-        depths = {"double": self.flux.defaults.depth, "single": self.flux.defaults.depth_single_blocks}
-        blocks = {
-            f"{kind}_blocks": tuple(i for i in range(depth) if is_masked(Block(kind, i)))
-            for kind, depth in depths.items()
-        }
-        layout = msgspec.structs.replace(
-            case.layout, steps=steps, region_max_sequence_length=setting.region_length, method=setting.method,
-            base_ratio=setting.base_ratio, mask_inject_steps=setting.mask_inject_steps, **blocks,
-            overlap=setting.overlap,
-            regions=tuple(msgspec.structs.replace(region, **own) for region in case.layout.regions),
-            **VARIANTS.get(setting.variant, {}),
-        )  # fmt: skip
+    def draw(self, case: Case, setting: Setting, steps: int) -> np.ndarray:
+        """The image (H, W, 3) uint8."""
+        layout = layout_of(case, setting, steps)
         prepared = self.exact.prepare(layout)
-        start = time.perf_counter()
         extensions = []
         if setting.variant in EXPERIMENTS:
             flux = self.flux.parts.get("flux")
@@ -168,8 +199,7 @@ class Model:
         change = STAGES.get(setting.variant, lambda stages: stages)
         with patch.object(sampling, "stage_ratios", lambda *given: change(stage_ratios(*given))):
             latents = self.flux.denoise(prepared, layout.seed, extensions)
-        seconds = time.perf_counter() - start
-        return np.asarray(self.exact.decode(latents)), seconds
+        return np.asarray(self.exact.decode(latents))
 
 
 # ------------------------------------------------------------------------------------------------ what is measured
@@ -199,28 +229,26 @@ def start_worker(dtype: str) -> None:
     model = Model(getattr(torch, dtype))
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)
 def case_of(seed: int, regions: int, kind: str) -> Case:
     return random_case(seed, regions, kind, RUN / "masks")
 
 
-def picture_of(job: Job) -> tuple[np.ndarray, Case, float]:
+def picture_of(job: Job) -> np.ndarray:
     case = case_of(job.seed, job.regions, job.kind)
-    if job.setting is None:
-        return drawn(case), case, 0.0
-    picture, seconds = model.draw(case, job.setting, job.steps)
-    return picture, case, seconds
+    return drawn(case) if job.setting is None else model.draw(case, job.setting, job.steps)
 
 
 def measure(job: Job) -> tuple[str, dict[str, float]]:
-    picture, case, seconds = picture_of(job)
-    return job.key, {**judge(picture, case), "seconds": seconds}
+    return job.key, judge(picture_of(job), case_of(job.seed, job.regions, job.kind))
 
 
 def run(jobs: list[Job], workers: int, keep: Path | None) -> dict[str, dict[str, float]]:
     """The measures of each job, by its key. What `keep` holds is not done again; what is done is added to it."""
     results = dict(map(json.loads, keep.read_text().splitlines())) if keep and keep.exists() else {}
-    results = {key: found for key, found in results.items() if found.keys() >= set(MEASURES)}  # not an older judge's
+    results = {
+        key: found for key, found in results.items() if found.keys() >= set(MEASURES) - {"cost"}
+    }  # not an older judge's
     missing = [job for job in dict.fromkeys(jobs) if job.key not in results]
     (RUN / "masks").mkdir(parents=True, exist_ok=True)
     if not missing:
@@ -244,6 +272,7 @@ STEPS, DTYPE = 10, "bfloat16"  # all shares are whole steps; on 40 layouts 12 st
 PUBLISHED = Setting("regional")
 EQUAL = Setting("regional", base_ratio=0.1)  # to RPG_BEST, in base ratio and regional steps
 RPG_BEST = Setting("rpg", base_ratio=0.1)
+RAG = EQUAL._replace(variant="bound for 2 steps")
 STEPS_AND_RATIOS = [
     Setting("regional", beta, T) for T in ("20%", "40%", "60%", "80%", "100%") for beta in (0.0, 0.1, 0.3)
 ]
@@ -279,6 +308,9 @@ SWEEPS = {  # title: the kind of layouts, the numbers of regions, the settings
     "When regions begin, and ratios that change": (
         "boxes", MANY, [EQUAL._replace(variant=name) for name in ("", *STAGES)],
     ),
+    "No base branch in the later regional steps": (
+        "boxes", REGIONS, [EQUAL._replace(mask_inject_steps=T, base_steps="40%") for T in ("60%", "80%")],
+    ),
     "Binding and caching": (
         "boxes", MANY,
         [EQUAL._replace(variant=name) for name in ("", "bound for 1 step", "bound for 2 steps", "shared stream")],
@@ -288,11 +320,8 @@ SWEEPS = {  # title: the kind of layouts, the numbers of regions, the settings
 
 def control(regions: int) -> Setting:
     """The preset, chosen by the sweeps."""
-    settings = PRESETS["control"](regions)
-    return Setting(
-        "regional", settings["base_ratio"], settings["mask_inject_steps"],
-        region_length=settings["region_max_sequence_length"], overlap=settings.get("overlap", "share"),
-    )  # fmt: skip
+    settings = dict(PRESETS["control"])
+    return Setting("regional", region_length=settings.pop("region_max_sequence_length"), **settings)
 
 
 CURVES: dict[str, Callable[[int], Setting]] = {
@@ -301,7 +330,33 @@ CURVES: dict[str, Callable[[int], Setting]] = {
     "regional, published": lambda regions: PUBLISHED,
     "regional, preset control": control,
 }
-SWEEP_SEEDS, SEEDS = range(1000, 1030), range(2000, 2050)
+SWEEP_SEEDS, SEEDS, VARIANT_SEEDS = range(1000, 1030), range(4000, 4050), range(4100, 4120)
+OF_PRESET: dict[str, dict[str, object]] = {  # what becomes of the preset's settings, one at a time
+    "beta 0": {"base_ratio": 0.0, "base_steps": "100%"},
+    "base branch throughout": {"base_steps": "100%"},
+    "one-way": {"variant": "one-way image attention"},
+    "late open": {"variant": "late images open"},
+    "begins at step 1": {"variant": "from step 1 on"},
+    "bound for 2 steps (RAG)": {"variant": "bound for 2 steps"},
+}
+IF_OVERLAPPING: dict[str, dict[str, object]] = {
+    "share": {"overlap": "share"},
+    "last": {"overlap": "last"},
+    "opacity 0.8": {"overlap": "last", "opacity": 0.8},
+}
+
+
+def variants_of(kind: str, regions: int) -> list[Setting]:
+    """The preset, then each variant of it alone."""
+    changes = OF_PRESET | (IF_OVERLAPPING if kind == "overlapping boxes" else {})
+    preset = control(regions)
+    return list(dict.fromkeys([preset, *(preset._replace(**change) for change in changes.values())]))
+
+
+def earlier(regions: int) -> Setting:
+    """The preset of earlier versions, chosen on boxes alone."""
+    share = {"overlap": "share", "base_steps": "100%", "mask_inject_steps": "40%" if regions <= 6 else "60%"}
+    return control(regions)._replace(**share)
 
 
 class Row(NamedTuple):
@@ -318,11 +373,14 @@ def tables() -> dict[str, list[Row]]:
     """Title -> rows, the most telling table first."""
     found = {}
     for kind in KINDS:
-        published = [PUBLISHED, EQUAL] if kind == "boxes" else [PUBLISHED]
+        more = {"boxes": [EQUAL], "overlapping boxes": [earlier]}.get(kind, [])
         found[f"Methods: {kind}"] = [
-            Row(kind, regions, setting, SEEDS)
+            Row(kind, regions, setting(regions) if callable(setting) else setting, SEEDS)
             for regions in REGIONS
-            for setting in (None, PLAIN, *published, control(regions), RPG_BEST)
+            for setting in (None, PLAIN, PUBLISHED, *more, control, RPG_BEST, RAG)
+        ]
+        found[f"Variants of the preset: {kind}"] = [
+            Row(kind, regions, setting, VARIANT_SEEDS) for regions in REGIONS for setting in variants_of(kind, regions)
         ]
     found["Positions of the regions' texts"] = [
         Row("boxes", regions, control(regions)._replace(variant=variant), SEEDS)
@@ -337,13 +395,33 @@ def tables() -> dict[str, list[Row]]:
 # ------------------------------------------------------------------------------------------------ what is written
 
 
+def values_of(row: Row, name: str, results: dict[str, dict[str, float]]) -> list[float]:
+    """A measure of each layout; the cost of the first ten."""
+    if name == "cost":
+        return [cost_of(job) if i < 10 else math.nan for i, job in enumerate(row.jobs())]
+    return [results[job.key][name] for job in row.jobs()]
+
+
 def summary(row: Row, results: dict[str, dict[str, float]]) -> dict[str, Mean]:
     """Each measure's mean over the layouts and its interval."""
-    found = {}
-    for name in MEASURES:
-        values = [results[job.key][name] for job in row.jobs()]
-        found[name] = mean_of(values, is_fraction=name not in NO_FRACTIONS)
-    return found
+    return {name: mean_of(values_of(row, name, results), is_fraction=name not in NO_FRACTIONS) for name in MEASURES}
+
+
+def differences(title: str, rows: list[Row], results: dict[str, dict[str, float]]) -> str:
+    """Each row less its preset's, on the same layouts with the same seeds."""
+    lines = [f"## {title}: less the preset", "", "| regions | setting | " + " | ".join(PAIRED) + " |"]
+    lines.append("|" + "---|" * (len(PAIRED) + 2))
+    for row in rows:
+        preset = row._replace(setting=control(row.regions))
+        if row.setting in (None, preset.setting) or preset not in rows:
+            continue
+        cells = []
+        for name in PAIRED:
+            pairs = zip(values_of(row, name, results), values_of(preset, name, results))
+            mean = mean_of([one - other for one, other in pairs], is_fraction=False)
+            cells.append("" if np.isnan(mean.value) else f"{mean.value:+.3f} [{mean.low:+.3f}, {mean.high:+.3f}]")
+        lines.append(f"| {row.regions} | {row.setting} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def markdown(title: str, rows: list[Row], results: dict[str, dict[str, float]]) -> str:
@@ -412,7 +490,7 @@ def draw_sheet(kind: str, regions: int) -> None:
     settings = dict.fromkeys(row.setting for row in tables()[f"Methods: {kind}"])
     rows = {
         str(setting or "drawn by hand"): [
-            Image.fromarray(picture_of(Job(kind, regions, seed, setting, STEPS, DTYPE))[0]).resize((128, 128))
+            Image.fromarray(picture_of(Job(kind, regions, seed, setting, STEPS, DTYPE))).resize((128, 128))
             for seed in SEEDS[:8]
         ]
         for setting in settings
@@ -427,6 +505,8 @@ def write_all(results: dict[str, dict[str, float]]) -> None:
     for title, rows in tables().items():
         if rows := whole(rows, results):
             text.append(markdown(title, rows, results))
+            if title.startswith(("Methods", "Variants")):
+                text.append(differences(title, rows, results))
             numbers[title] = [
                 {"kind": row.kind, "regions": row.regions, "setting": str(row.setting or "drawn by hand")}
                 | {

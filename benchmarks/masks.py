@@ -103,7 +103,7 @@ def measure(masks: int, method: str, full: bool, region_length: int, repeats: in
 
     def draw() -> float:
         start = time.perf_counter()
-        latents = pipeline.sample(flux, layout, tokens, conditioning, 0, attention, extensions)
+        latents = pipeline.sample(flux, layout, tokens, conditioning, 0, pipeline.by(attention), extensions)
         latents.sum().item()  # waits for the GPU
         return time.perf_counter() - start
 

@@ -68,7 +68,7 @@ def main() -> None:
             images = []
             for case in full, halved(full):
                 seeded = [msgspec.structs.replace(case.layout, seed=1000 * number + seed) for seed in SEEDS]
-                drawn = [model.draw(case._replace(layout=layout), control(4), STEPS)[0] for layout in seeded]
+                drawn = [model.draw(case._replace(layout=layout), control(4), STEPS) for layout in seeded]
                 images.append(np.stack([small(picture) for picture in drawn]))
             large, draft = images
             whole.append(np.mean([correlation(a, b) for a, b in zip(large, draft)]))

@@ -117,7 +117,7 @@ def found_by(method: str | None, which: tuple[int, int]) -> Detections:
     if method is None:
         picture = draw(scene)
     else:
-        picture, _ = model.draw(Case(layout, [], None, scene.background), CURVES[method](count), STEPS)
+        picture = model.draw(Case(layout, [], None, scene.background), CURVES[method](count), STEPS)
     return scaled(objects_in(picture), SIZE)
 
 

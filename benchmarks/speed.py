@@ -57,7 +57,7 @@ from pipeline import Pipeline, Prepared
 from regional.attention import RegionalAttention, allowed  # noqa: E402
 from regional.layout import FLUX_DEV, Layout, Region  # noqa: E402
 from regional.mask import RegionTokens, region_tokens  # noqa: E402
-from regional.sampling import Conditioning, guidance_of, noise_levels, sample  # noqa: E402
+from regional.sampling import Conditioning, by, guidance_of, noise_levels, sample  # noqa: E402
 from runtime.choose import choose_attention, fastest_backends  # noqa: E402
 from runtime.offload import FLUX_MODULATION  # noqa: E402
 from sampler.flow import euler, image_ids, noise, pack, text_ids, unpack  # noqa: E402
@@ -273,7 +273,7 @@ class Ours(Participant):
 
     def run(self, scene: Scene) -> Tensor:
         with preferred(scene.backends):
-            return sample(self.flux, scene.layout, scene.tokens, scene.conditioning, 0, self.masked_attention)
+            return sample(self.flux, scene.layout, scene.tokens, scene.conditioning, 0, by(self.masked_attention))
 
 
 class Naive(Participant):
@@ -711,7 +711,7 @@ def caps(setting: Setting, failures: Failures) -> list[Goal]:
     """Whole runs with four regions under each cap, and without it; the weights are loaded under it too."""
     describe(setting)
     given = scene(setting, *setting.sizes[0], 4)
-    prepared = Prepared(given.layout, given.tokens, given.conditioning, {}, [], None)
+    prepared = Prepared(given.layout, given.tokens, given.conditioning)
     uncapped, goals = {}, []
     print("| | cap, GB | weights, GB | peak, GB | run, s | without the cap, s |\n|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:

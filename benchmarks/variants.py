@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
@@ -13,8 +14,15 @@ sys.path.insert(0, str(ROOT))
 from model.attention import Block, plain_attention, text_then_image  # noqa: E402
 from model.transformer import Flux, Hidden  # noqa: E402
 from pocket.judge import Case  # noqa: E402
-from regional.attention import OPEN_BIT, RegionalAttention, portable_attention  # noqa: E402
+from regional.attention import (  # noqa: E402
+    OPEN_BIT,
+    MaskedAttention,
+    RegionalAttention,
+    Tokens,
+    portable_attention,
+)
 from regional.extension import Branches, Extension, Forward, Pass  # noqa: E402
+from regional.mask import BACKGROUND_BIT  # noqa: E402
 from sampler.flow import text_ids  # noqa: E402
 
 
@@ -59,6 +67,37 @@ def open_images(blocks: Callable[[Block], bool]) -> Extension:
             return forward(given._replace(attention=attention), step)
 
         return mixed
+
+    return extend
+
+
+def one_way(prompts: int) -> Extension:
+    """The background's image tokens see those of all regions, not the other way round (LayerBind, eq. 8). prompts: as
+    in `texts_at_corners`."""
+
+    def attention(tokens: Tokens) -> MaskedAttention:
+        bits, length = tokens.bits, len(tokens.bits)
+        is_image = (torch.arange(length) >= (bits[:-1] != bits[1:]).nonzero()[prompts - 1]).to(bits.device)
+        background = bits == 1 << BACKGROUND_BIT
+        mask = (bits[:, None] & bits != 0) | (background & is_image)[:, None] & is_image & (bits != 0)
+
+        def masked(q: Tensor, k: Tensor, v: Tensor, base: Tensor | None = None) -> Tensor:
+            out = F.scaled_dot_product_attention(q, k, v, mask)
+            return tokens.blend(out.nan_to_num(0.0), base)  # rows of the base branch see nothing
+
+        return masked
+
+    def extend(forward: Forward, branches: Branches) -> Forward:
+        if branches.is_masked is None:
+            return forward
+        lengths = (branches.text_length, len(branches.order))
+        how = (branches.base_ratio, branches.is_masked)
+        other = RegionalAttention(attention, branches.region_bits, *lengths, *how)
+
+        def seen(given: Pass, step: int) -> Tensor:
+            return forward(given._replace(attention=other), step)
+
+        return seen
 
     return extend
 

@@ -33,26 +33,33 @@ class AttentionMaps:
         start = len(bits) - length
         own = bits[:start].unique_consecutive()
         words = (bits[:start, None] == own).float()  # (L_txt, R), whose they are
-        no_base = torch.zeros(length)
-        tokens = in_one_sequence(bits, 0, start, no_base, branches.log_weights)
-        every = torch.arange(len(bits))
 
         def watched(given: Pass, step: int) -> Tensor:
             if step in self.steps:  # Heun's second evaluation
                 return forward(given, step)
             maps = self.steps[step] = torch.zeros(len(self.groups), len(own), length)
+            further = given.img.shape[1] - length  # references, before the image
+            seen_bits = given.attention.bits.cpu() if further else bits
+            weights = given.attention.log_weights if further else branches.log_weights
+            weights = None if weights is None else weights.cpu()
+            no_base = torch.zeros(further + length)
+            tokens = in_one_sequence(seen_bits, 0, start, no_base, weights)
+            every = torch.arange(len(seen_bits))
+            image = start + further
 
             def attention(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
                 group, blocks = self.group_of[block]
                 q_img = q[:1, :, -length:]  # of a batch of two, the second is the negative prompt
-                seen = torch.cat([k[:1, :, :start], k[:1, :, -length:]], dim=2)
+                others = slice(given.txt.shape[1], given.txt.shape[1] + further)
+                parts = [k[:1, :, rows] for rows in (slice(start), others, slice(-length, None))]
+                seen = torch.cat(parts, dim=2)
                 for value in bits[start:].unique():
                     rows = (bits[start:] == value).nonzero().flatten()
                     scores = q_img[:, :, rows] @ seen.mT / q.shape[-1] ** 0.5
                     if branches.is_masked(block):
-                        added = added_scores(tokens, start + rows, every)
+                        added = added_scores(tokens, image + rows, every)
                         scores += 0 if added is None else added.to(scores)
-                        hidden = ~allowed(value, bits)
+                        hidden = ~allowed(value, seen_bits)
                         scores = scores.masked_fill(hidden.to(q.device), -torch.inf)
                     found = scores.float().softmax(-1)[..., :start] @ words.to(q.device)
                     found = found.mean((0, 1))

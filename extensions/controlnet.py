@@ -127,7 +127,8 @@ def controlnets(
                     in_turn = control.net.params.hint_width > 0
                     residual = residual_after(block, own, depths[block.kind], in_turn)
                     alone = control.setting.residuals == "published"
-                    add(x, residual, 1 if alone else branches.streams)
+                    is_one = alone or block.kind == "double"
+                    add(x, residual, 1 if is_one else branches.streams)
                 return x
 
             return forward(given._replace(after_block=after_block), step)
@@ -139,7 +140,7 @@ def controlnets(
 
 def add(x: Tensor, residual: Tensor, streams: int) -> None:
     """Add (B, L_img, D) to the last image streams of x (B, L, D), which is the block's own, in
-    place. Single blocks beside a base branch have two, others one."""
+    place. The last block has one, or with references may have more."""
     length = residual.shape[1]
     streams = min(streams, x.shape[1] // length)
     x[:, -streams * length :].unflatten(1, (streams, length)).add_(residual[:, None])
@@ -153,7 +154,7 @@ def more_channels(latents: Tensor) -> Extension:
         own = latents[:, branches.order]
 
         def with_image(given: Pass, step: int) -> Tensor:
-            both = torch.cat([given.img, own], dim=-1)
+            both = torch.cat([given.img, own.expand(len(given.img), -1, -1)], dim=-1)
             return forward(given._replace(img=both), step)
 
         return with_image

@@ -2,15 +2,16 @@
 control LoRAs, which make others read them."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from errors import MISSING, InputError
-from extensions.loading import control_image
-from extensions.repaint import repainted
+from extensions.pictures import control_image
 from model.transformer import FluxParams
 from regional.layout import Layout
 from sampler.flow import pack
@@ -36,23 +37,40 @@ def is_fill(params: FluxParams) -> bool:
     return params.in_channels == 6 * params.out_channels
 
 
-def channels_for(layout: Layout, params: FluxParams, start: Tensor | None) -> Channels | None:
-    """What this transformer reads beside the image. start: the image to start from. InputError
-    where a layout lacks it, or has what nothing reads."""
-    lora = [x.image for x in layout.loras if x.image]
-    if len(lora) > 1:
-        raise InputError("loras", lora, "there can be only one control LoRA, with one image")
-    if is_fill(params):
-        if layout.image is None or layout.image.repaint is None:
-            raise InputError("image", MISSING, "FLUX.1 Fill needs an image, and what to repaint")
-        mask = torch.from_numpy(repainted(layout) >= 0.5).float()[None, None]
-        return Channels(start * (1 - mask), mask)
+def is_control(params: FluxParams) -> bool:
+    """FLUX.1 Canny or Depth, which read one more image."""
+    return params.in_channels == 2 * params.out_channels
+
+
+def control_loras(layout: Layout) -> list[str]:
+    """Their images."""
+    return [lora.image for lora in layout.loras if lora.image]
+
+
+def check_channels(layout: Layout, params: FluxParams) -> None:
+    """InputError where a layout lacks what this transformer reads beside the image, or has what
+    it does not read."""
     own = layout.control_image
-    is_control = params.in_channels == 2 * params.out_channels
-    if is_control and own is None:
+    loras = control_loras(layout)
+    if len(loras) > 1 or loras and params.in_channels != params.out_channels:
+        problem = "there can be only one control LoRA, and none for Fill, Canny and Depth"
+        raise InputError("loras", loras, problem)
+    if is_fill(params) and (layout.image is None or layout.image.repaint is None):
+        raise InputError("image", MISSING, "FLUX.1 Fill needs an image, and what to repaint")
+    if is_control(params) and own is None:
         raise InputError("control_image", MISSING, "FLUX.1 Canny and Depth need an image")
-    if own is not None and not is_control:
+    if own is not None and not is_control(params):
         problem = "only FLUX.1 Canny and Depth read it; others need a control LoRA or ControlNet"
-        raise InputError("control_image", own, problem)
-    image = own or next(iter(lora), None)
-    return None if image is None else Channels(control_image(image, None, layout))
+        raise InputError("control_image", Path(own), problem)
+
+
+def channels_for(
+    layout: Layout, params: FluxParams, start: Tensor | None, repainted: np.ndarray | None
+) -> Channels | None:  # fmt: skip
+    """What this transformer reads beside the image. start: the image to start from. repainted:
+    how far each of its pixels is drawn anew."""
+    if is_fill(params):
+        mask = torch.from_numpy(repainted >= 0.5).float()[None, None]
+        return Channels(start * (1 - mask), mask)
+    images = [layout.control_image] if is_control(params) else control_loras(layout)
+    return Channels(control_image(images[0], None, layout)) if images else None

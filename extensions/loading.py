@@ -1,26 +1,58 @@
-"""A layout's LoRAs and ControlNets: found, read and checked."""
+"""The files of a layout's LoRAs and ControlNets: found, read and checked."""
 
 import math
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from errors import MISSING, InputError, warn
 from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl
+from extensions.flux_tools import check_channels
 from extensions.lora import Loras, can_be_regional, merge
 from extensions.lora_files import lora_file, read_lora
+from extensions.pictures import control_image
+from extensions.redux import Projector, ProjectorParams, Vision
+from extensions.siglip import Siglip, SiglipParams, pixels_of
 from formats import components
-from formats.hub import locate
+from formats.hub import locate, redux_place
+from formats.key_names import count
 from formats.recognize import CONTROLNET_FILES, Source, pick
 from formats.safetensors import wrong
-from regional.images import read_image
 from regional.layout import Control, Layout
 from regional.mask import region_tokens
+
+Nets = dict[Path, ControlNet]  # by their files
+
+
+class Files:
+    """What a layout's extensions need of its files. InputError for most that can be wrong with
+    them. params: the transformer's. controls: each ControlNet's file, and its image. vision:
+    of image prompts."""
+
+    def __init__(self, layout: Layout, pipeline: Any):
+        checkpoint = pipeline.checkpoint
+        self.layout = layout
+        self.params = components.flux_params(checkpoint.flux)
+        check_channels(layout, self.params)
+        self.controls = plan_controls(layout, checkpoint.flux)
+        self.loras = read_loras(layout, checkpoint, pipeline.loras)
+        self.vision = vision_of(layout, checkpoint, pipeline.settings.redux)
+
+    def encode_controls(self, latents_of: Callable[[Tensor], Tensor]) -> None:
+        """The images as latents, where the ControlNet does not read pixels."""
+        for i, (source, image) in enumerate(self.controls):
+            if not controlnet_params(source).hint_width:
+                self.controls[i] = source, latents_of(image)
+
+    def load_controls(self, device: torch.device, dtype: torch.dtype, nets: Nets) -> list:
+        """LoadedControls. nets: the loaded ones; new ones are added."""
+        return load_controls(self.layout, self.controls, device, dtype, nets)
 
 
 def read_loras(layout: Layout, checkpoint: Any, known: Loras) -> Loras:
@@ -101,7 +133,10 @@ def check_base(controlnet: Source, flux: Source) -> None:
     base = components.flux_params(flux)
     for key in ("hidden_size", "in_channels", "context_in_dim", "vec_in_dim"):
         found = getattr(own, key)
-        expected = getattr(base, key)
+        if key == "in_channels":  # A ControlNet reads the image without further channels.
+            expected = base.out_channels
+        else:
+            expected = getattr(base, key)
         if found != expected:
             problem = f"its {key} is {found}, that of {flux.path} is {expected}"
             raise wrong(controlnet.path, problem)
@@ -109,7 +144,7 @@ def check_base(controlnet: Source, flux: Source) -> None:
 
 def load_controls(
     layout: Layout, found: list[tuple[Source, Tensor]], device: torch.device, dtype: torch.dtype,
-    nets: dict[Path, ControlNet],
+    nets: Nets,
 ) -> list[LoadedControl]:  # fmt: skip
     """found: by `plan_controls`, with packed latents (1, L_img, 64) unless the net reads pixels.
     nets: the loaded ones; new ones are added."""
@@ -153,22 +188,92 @@ def scale_of(control: Control, layout: Layout) -> Tensor:
     return control.scale * inside[:, None].float()
 
 
-def control_image(file: str, preprocess: str | None, layout: Layout) -> Tensor:
-    """An image of the layout's size, (1, 3, height, width) in [-1, 1]."""
-    image = read_image(file)
-    size = layout.width, layout.height
-    if abs(image.width * size[1] - image.height * size[0]) > max(size):
-        given = f"{image.width} x {image.height} pixels"
-        warn(f"{file}: its {given} are stretched to {size[0]} x {size[1]}")
-    pixels = np.array(image.resize(size, Image.Resampling.LANCZOS))
-    if preprocess == "canny":
-        try:
-            import cv2
-        except ImportError as error:
-            problem = f"needs OpenCV ({error}); pip install opencv-python-headless"
-            raise InputError("preprocess", "canny", problem) from error
-        edges = cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), 100, 200)
-        pixels = np.stack([edges] * 3, axis=2)
-    # On CPUs, group norms over channels-last images lose digits.
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
-    return image.float() / 127.5 - 1
+# ------------------------------------------------------------------------ image prompts
+
+
+def vision_of(layout: Layout, checkpoint: Any, redux: str | None) -> Vision | None:
+    """What a layout's image prompts need, from headers alone; None without any. redux: where
+    FLUX.1 Redux is, if not at its place. InputError for files that are not there or do not fit."""
+    own = [prompt for region in layout.regions for prompt in region.image_prompts]
+    if own and not layout.regional_steps():
+        warn("the regions' image_prompts have no effect without regional steps")
+        own = []
+    prompts = [*layout.image_prompts, *own]
+    if not prompts:
+        return None
+    siglip, projector = find_redux(checkpoint, redux)
+    size = siglip_params(siglip).image_size
+    images = {x.file: pixels_of(x.file, size) for x in prompts}
+
+    def load(device: torch.device, dtype: torch.dtype) -> list[nn.Module]:
+        kinds = ((siglip, SIGLIP), (projector, PROJECTOR))
+        return [components.load(source, device, dtype, kind=kind) for source, kind in kinds]
+
+    return Vision(layout, images, f"{siglip.path} {projector.path}", load)
+
+
+def find_redux(checkpoint: Any, redux: str | None = None) -> tuple[Source, Source]:
+    """SigLIP and the projector: in --redux, or near it where that is the projector's file."""
+    place = redux_place(checkpoint.name, redux)
+    projector = pick("redux", "--redux", place)
+    siglip = pick("siglip", "--redux", place) if place.is_dir() else siglip_near(place)
+    components.check_loads(siglip, SIGLIP)
+    components.check_loads(projector, PROJECTOR)
+    width, _, context = projector_params(projector)
+    hidden = siglip_params(siglip).hidden_size
+    if width != hidden:
+        problem = f"it reads tokens {width} wide, but those of {siglip.path} are {hidden}"
+        raise wrong(projector.path, problem)
+    expected = components.flux_params(checkpoint.flux).context_in_dim
+    if context != expected:
+        problem = f"its tokens are {context} wide, but {checkpoint.flux.path} expects {expected}"
+        raise wrong(projector.path, problem)
+    return siglip, projector
+
+
+def siglip_near(file: Path) -> Source:
+    """SigLIP for a projector's file: in its folder, in the one that a repository has for it, or in
+    ComfyUI's, where clip_vision is beside style_models."""
+    above = file.absolute().parents[1]
+    for folder in (above / "image_encoder", above / "clip_vision"):
+        if folder.is_dir():
+            with suppress(InputError):
+                return pick("siglip", "--redux", folder)
+    return pick("siglip", "--redux", file.parent)
+
+
+def siglip_params(source: Source) -> SiglipParams:
+    """config.json has the number of heads and the image's size. Without it heads have so400m's
+    size, 72, and images the next multiple of 32 pixels: 384, of which 27 x 14 = 378 are seen."""
+    key = "embeddings.patch_embedding.weight"
+    hidden, _, patch, _ = source.shape(key, dims=4)
+    if hidden * patch == 0:
+        raise source.misshapen(key, "no dimension of size 0")
+    heads = int(source.number("config.json", "num_attention_heads", max(hidden // 72, 1)))
+    if heads == 0 or hidden % heads:
+        problem = f"config.json's {heads} heads do not divide the hidden size {hidden}"
+        raise wrong(source.path, problem)
+    tokens, _ = source.shape("embeddings.position_embedding.weight")
+    seen = isqrt(tokens) * patch
+    size = int(source.number("config.json", "image_size", -(-seen // 32) * 32))
+    if (size // patch) ** 2 != tokens:
+        problem = f"it has {tokens} positions for {size} x {size} pixels in patches of {patch}"
+        raise wrong(source.path, problem)
+    return SiglipParams(
+        hidden_size=hidden,
+        mlp_hidden=source.shape("encoder.layers.0.mlp.fc1.weight")[0],
+        num_heads=heads,
+        num_layers=count(source.tensors, r"encoder\.layers\.(\d+)\."),
+        patch_size=patch,
+        image_size=size,
+    )
+
+
+def projector_params(source: Source) -> ProjectorParams:
+    hidden, width = source.shape("redux_up.weight")
+    context, _ = source.shape("redux_down.weight")
+    return ProjectorParams(width, hidden, context)
+
+
+SIGLIP = components.Kind(Siglip, siglip_params)
+PROJECTOR = components.Kind(Projector, projector_params)

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from errors import warn
-from extensions.loading import control_image
+from errors import MISSING, InputError, warn
+from extensions.pictures import control_image
 from regional.extension import Branches, Extension, Forward, Pass
 from regional.images import read_image
 from regional.layout import Layout
@@ -23,6 +23,8 @@ def start_of(layout: Layout) -> Tensor | None:
     file = layout.image.file
     if layout.image.repaint and Path(file).suffix.lower() not in (".png", ".webp", ".bmp"):
         warn(f"{file}: a lossless format would keep the pixels that are not repainted")
+    if layout.image.repaint and not repainted(layout).any():
+        raise InputError("image.repaint", MISSING, "no pixel's center lies in it")
     return control_image(file, None, layout)
 
 
@@ -36,29 +38,37 @@ def repainted(layout: Layout) -> np.ndarray:
         shapes = [layout.regions[i] for i in area.regions]
     pixels = (np.arange(layout.width), np.arange(layout.height))
     inside = np.logical_or.reduce([pixels_inside(shape, layout, *pixels) for shape in shapes])
-    reach = round(area.feather / 2)
-    return mean_around(mean_around(inside, reach) > 0, reach)
+    reach = int(area.feather / 2)
+    grown = sums_around(inside, reach) > 0
+    return sums_around(grown, reach) / (2 * reach + 1) ** 2
 
 
-def mean_around(values: np.ndarray, reach: int) -> np.ndarray:
-    """The mean of the square of 2 reach + 1 pixels around each; edges repeat."""
-    width = 2 * reach + 1
+def sums_around(values: np.ndarray, reach: int) -> np.ndarray:
+    """The sum of the square of 2 reach + 1 pixels around each, int32, exact; edges repeat."""
     for _ in range(2):  # columns, then rows
-        padded = np.pad(values.T.astype(float), ((0, 0), (reach + 1, reach)), mode="edge")
-        sums = padded.cumsum(axis=1)
-        values = sums[:, width:] - sums[:, :-width]
-    return (values / width**2).clip(0, 1)
+        values = np.ascontiguousarray(values.T)
+        count = values.shape[1]
+        sums = np.zeros((len(values), count + 1), np.int32)
+        values.cumsum(axis=1, out=sums[:, 1:])
+        low = np.arange(count, dtype=np.int32) - reach
+        high = low + 2 * reach + 1
+        found = sums.take(high.clip(max=count), axis=1)
+        found -= sums.take(low.clip(min=0), axis=1)
+        found += (-low).clip(min=0) * values[:, :1]
+        found += (high - count).clip(min=0) * values[:, -1:]
+        values = found
+    return values
 
 
-def kept(layout: Layout, image: Tensor, seed: int, dtype: torch.dtype) -> Extension:
+def kept(layout: Layout, image: Tensor, seed: int) -> Extension:
     """Leads what is not repainted along the straight line from the noise to the image, whose
     velocity is their difference: with any sampler as if it were put back after each step.
-    image: packed latents (1, L_img, 64). dtype: the noise's, in sampling."""
-    start = pack(noise(layout.width, layout.height, seed)).to(dtype).to(image)
-    straight = start - image
+    image: packed latents (1, L_img, 64)."""
+    start = pack(noise(layout.width, layout.height, seed)).to(image)  # as `sample` rounds it
+    straight = start.float() - image.float()
     anew = torch.from_numpy(repainted(layout) > 0).float()[None, None]
     anew = torch.nn.functional.max_pool2d(anew, 8)  # latents of which any pixel is repainted
-    anew = pack(anew.expand(1, 16, -1, -1)).to(image)
+    anew = pack(anew.expand(1, 16, -1, -1)).to(image.device)
 
     def extend(forward: Forward, branches: Branches) -> Forward:
         new = anew[:, branches.order]

@@ -40,6 +40,9 @@ UNREACHABLE = OFFLINE | TimeoutError | httpx2.ConnectError | httpx2.TimeoutExcep
 ELSEWHERE = "download it elsewhere and give its path"
 SECONDS = 60  # for a repository's list of files
 
+REDUX = "black-forest-labs/FLUX.1-Redux-dev"
+POCKET_REDUX = Path(__file__).parents[1] / "pocket" / "adapters" / "redux"
+
 
 class Large(Struct):
     """What git-lfs states of a file."""
@@ -268,3 +271,9 @@ def reason(repo: str, error: Exception) -> str:
         return f"{constants.ENDPOINT} answers with status {error.response.status_code}"
     what = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return f"the download failed ({what}); the same command resumes it"
+
+
+def redux_place(model: str, name: Name) -> Path:
+    """Where FLUX.1 Redux is: as --redux has it, the pocket model's, or the official one."""
+    name = str(name or (POCKET_REDUX if model == "pocket" else REDUX))
+    return locate(name, [["image_encoder/*", "image_embedder/*"]], f"--redux {name}")

@@ -197,10 +197,13 @@ KEY_NAMES = (
     KeyNames("ae", "diffusers", r"decoder\.up_blocks\.\d+\.resnets\.", ae_from_diffusers),
     KeyNames("controlnet", "XLabs", r"(?:pos_embed_input|input_hint_block\.0)\.", from_xlabs),
     KeyNames("controlnet", "diffusers", DIFFUSERS_CONTROLNET, controlnet_from_diffusers),
+    KeyNames("siglip", "Hugging Face", r"embeddings\.patch_embedding\.bias", same_name),
+    KeyNames("redux", "BFL", r"redux_(?:up|down)\.", same_name),
 )
 
 # Keys that a component's files may hold but its module does not use.
 IGNORED = {
     "t5": r"encoder\.embed_tokens\.|decoder\.|lm_head\.|dec\.|output\.weight$",
     "clip": r"(embeddings\.)?position_ids$|text_projection|logit_scale$|vision_model\.|visual",
+    "siglip": r"head\.|embeddings\.position_ids$",
 }

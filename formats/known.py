@@ -8,8 +8,8 @@ from unicodedata import normalize
 
 import msgspec
 
-from errors import converted
-from formats.recognize import Source
+from errors import CONFIG, converted, parse_json, read_bytes
+from formats.recognize import SUBFOLDER, Source
 from model.tokenizers import T5Tokenizer
 
 # What prompts for other programs hold, and what a layout has instead
@@ -36,6 +36,42 @@ def known_of(flux: Source | None) -> Known:
     return converted(config.get("known", {}), Known, "config.json", "damaged")
 
 
+class ModelIndex(msgspec.Struct, rename={"pipeline": "_class_name"}):
+    """A diffusers folder's model_index.json."""
+
+    pipeline: str = ""
+
+
+def is_kontext(flux: Source) -> bool | None:
+    """Is it FLUX.1 Kontext, by what its name, metadata or model_index.json say? Its tensors are
+    FLUX.1-dev's. None where they say nothing."""
+    if "kontext" in flux.path.name.lower():
+        return True
+    if "known" in flux.config:  # a small model of ours
+        return False
+    said = str(flux.metadata.get("modelspec.architecture", ""))
+    folder = flux.path.parent
+    index = (folder.parent if folder.name == SUBFOLDER["flux"] else folder) / "model_index.json"
+    if index.exists():
+        said += parse_json(read_bytes(index, CONFIG), ModelIndex, index).pipeline
+    return "kontext" in said.lower() if said else None
+
+
+def doubts_of_kontext(layouts: list[Any], flux: Source) -> Iterator[str]:
+    having = [any(part.references for part in (layout, *layout.regions)) for layout in layouts]
+    found = is_kontext(flux)
+    if found and not all(having):
+        yield f"{flux.path} is FLUX.1 Kontext, which without references draws as FLUX.1-dev does."
+    if found is False and any(having):
+        yield f"{flux.path} is not FLUX.1 Kontext, which alone has learned to use references."
+
+
+def doubts_of_channels(layouts: list[Any], flux: Source) -> Iterator[str]:
+    has_more = flux.shape("img_in.weight")[1] > flux.shape("final_layer.linear.weight")[0]
+    if has_more and any(layout.guidance == 3.5 for layout in layouts):
+        yield "guidance is 3.5, but FLUX.1 Fill and Canny are made for 30, and Depth for 10."
+
+
 def doubts(layouts: list[Any], flux: Source | None, t5: T5Tokenizer | None) -> Iterator[str]:
     """Of resolved layouts. flux, t5: the model's, if they are here."""
     known = known_of(flux)
@@ -52,6 +88,9 @@ def doubts(layouts: list[Any], flux: Source | None, t5: T5Tokenizer | None) -> I
             beyond[f"{layout.width} x {layout.height}"] = None
     if beyond:
         yield f"{listed(beyond)} pixels: the model was trained on {known.sizes}."
+    if flux:
+        yield from doubts_of_kontext(layouts, flux)
+        yield from doubts_of_channels(layouts, flux)
     text = normalize("NFKC", "\n".join(dict.fromkeys(prompts)))
     if known.words:
         learned = sum(known.words.values(), [""])

@@ -31,6 +31,8 @@ COMPONENTS = {  # what each is, and its subfolder in diffusers' format
     "clip": ("CLIP text encoder", "text_encoder"),
     "ae": ("FLUX.1 autoencoder", "vae"),
     "controlnet": ("FLUX.1 ControlNet", "controlnet"),
+    "siglip": ("SigLIP vision encoder", "image_encoder"),
+    "redux": ("FLUX.1 Redux projector", "image_embedder"),
 }
 WHAT = {part: what for part, (what, _) in COMPONENTS.items()}
 CONTROLNET_FILES = [["*.safetensors", "config.json"]]  # of a repository
@@ -103,6 +105,7 @@ def stacked_shape(rows: list[Rows], tensors: Tensors) -> tuple[int, ...]:
 
 LORA = "a LoRA; those belong to --lora"
 CONTROLNET = "a ControlNet; those belong to --controlnet"
+REDUX = "FLUX.1 Redux, which belongs to --redux"
 # Other formats by an identifying key, in this order: LoRAs and ControlNets can also have a
 # transformer's keys.
 FOREIGN = {
@@ -112,7 +115,7 @@ FOREIGN = {
     r"controlnet_(blocks|x_embedder)|input_hint_block": CONTROLNET,
     r"(double|single)_stream_modulation": "FLUX.2",
     r"distilled_guidance_layer\.": "Chroma",
-    r"redux_(up|down)\.": "FLUX.1 Redux",
+    r"redux_(up|down)\.": REDUX,
     r"^blk\.\d+\.": "a language model in llama.cpp's names",
     r"\.quant_state\.bitsandbytes|\.absmax$|\.quant_map$": "quantized by bitsandbytes",
     r"\.qweight$|\.wscales$|\.smooth_factor$": "quantized by nunchaku",
@@ -122,7 +125,7 @@ FOREIGN = {
 def foreign_format(file: CheckpointFile, part: str) -> str | None:
     """What a file is, to follow "is", if it can't be this component."""
     for pattern, name in FOREIGN.items():
-        is_own = part == "controlnet" and name == CONTROLNET
+        is_own = {"controlnet": CONTROLNET, "redux": REDUX}.get(part) == name
         if not is_own and any(re.search(pattern, key) for key in file.tensors):
             return name
     for key, tensor in file.tensors.items():
@@ -137,7 +140,8 @@ def foreign_format(file: CheckpointFile, part: str) -> str | None:
 
 def prefix_of(file: CheckpointFile, names: KeyNames) -> str | None:
     """What precedes these names in the keys, such as `model.diffusion_model.`, or None."""
-    pattern = re.compile(rf"(?!.*(?:vision_model|visual)\.)((?:.*\.)?){names.pattern}")
+    others = "" if names.part == "siglip" else r"(?!.*(?:vision_model|visual)\.)"
+    pattern = re.compile(rf"{others}((?:.*\.)?){names.pattern}")
     return next((found[1] for key in file.tensors if (found := pattern.match(key))), None)
 
 
@@ -211,26 +215,28 @@ def find_model(model: str, parts: list[str]) -> Path:
         return POCKET
     choices = []
     for files in (SINGLE_FILES, FOLDERS):
-        choices.append(sum((files[part] for part in parts), []) + TOKENIZERS)
+        own = sum((files[part] for part in parts), [])
+        choices.append([*own, *TOKENIZERS, "model_index.json"])
     return locate(model, choices, f"--model {model}")
 
 
 def pick(part: str, flag: str, place: Path) -> Source:
     """The one `part` in a file, or in a folder: at its top or in diffusers' subfolder."""
     what = WHAT[part]
+    option = "--redux" if part == "siglip" else f"--{part}"
     seen = []
     for spot in [place] if place.is_file() else [place, place / SUBFOLDER[part]]:
         files = checkpoint_files(spot)
         found = [source for file in files if (source := recognize(file, part))]
         if len(found) > 1:
             both = f"{found[0].path.name} and {found[1].path.name}"
-            problem = f"{both} could each be the {what}; choose one with --{part}"
+            problem = f"{both} could each be the {what}; choose one with {option}"
             raise InputError(flag, place, problem)
         if found:
             return found[0]
         seen += [f"{file.path.name} is {describe(file, part)}" for file in files]
     found = "; ".join(seen) or "no safetensors or GGUF file"
-    problem = f"no {what} in it: {found}; name one with --{part}"
+    problem = f"no {what} in it: {found}; name one with {option}"
     raise InputError(flag, place, problem)
 
 

@@ -1,4 +1,4 @@
-"""The seam of the model: attention is a function (q, k, v, block) -> out. Also RoPE."""
+"""Attention, a function (q, k, v, block) -> out that may be replaced; RoPE."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,8 +17,8 @@ class Block(NamedTuple):
 
 # q, k, v (normalized and rotated) and the result: (B, heads, L, head_dim)
 Attention = Callable[[Tensor, Tensor, Tensor, Block], Tensor]
-Join = Callable[[Tensor, Tensor], Tensor]  # (txt, img) -> the sequence of the single blocks
-AfterBlock = Callable[[Tensor, Block], Tensor]  # a block's output -> what the next one gets
+Join = Callable[[Tensor, Tensor], Tensor]  # (txt, img) -> single blocks' sequence
+AfterBlock = Callable[[Tensor, Block], Tensor]  # output -> the next one's input
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:

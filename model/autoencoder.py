@@ -1,4 +1,4 @@
-"""FLUX.1's autoencoder: images to latents and back. Named as in the official checkpoint."""
+"""FLUX.1's autoencoder, named as in the official checkpoint."""
 
 from dataclasses import dataclass
 

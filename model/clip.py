@@ -44,7 +44,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.fc1(x)
-        return self.fc2(h * torch.sigmoid(1.702 * h))  # "quick GELU", as CLIP was trained
+        return self.fc2(h * torch.sigmoid(1.702 * h))  # "quick GELU"
 
 
 class Layer(nn.Module):

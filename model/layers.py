@@ -1,4 +1,4 @@
-"""The building blocks of FLUX.1's transformer, named as in the official checkpoint.
+"""The blocks of FLUX.1's transformer, named as in the official checkpoint.
 
 B images, L tokens, D hidden size, H heads, d = D / H.
 """

@@ -1,4 +1,4 @@
-"""The encoder of T5 v1.1. Modules carry Hugging Face's names, as its checkpoints do."""
+"""The encoder of T5 v1.1, in Hugging Face's names, as its checkpoints."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Prompts to token ids, as the text encoders read them: the ids of transformers' tokenizers."""
+"""Prompts to token ids, those of transformers' tokenizers."""
 
 from collections.abc import Callable
 from functools import partial

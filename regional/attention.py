@@ -25,21 +25,13 @@ from torch import Tensor
 
 from model.attention import Block, plain_attention, text_then_image
 
-BACKGROUND_BIT = 61  # regions have bits 0-60
-OPEN_BIT = 62  # of image tokens that all see each other
-ONE_WAY = -(2**63)  # bit 63, of image tokens that those of the background see
-
-
-def query_bits(bits: Tensor) -> Tensor:
-    """A token's bits as a query, of its bits as a key: ONE_WAY stays with the background."""
-    background = bits << (63 - BACKGROUND_BIT)
-    return bits & (background | ~ONE_WAY)
+OPEN_BIT = 62  # of image tokens that all see each other; regions and background have 0-61
 
 
 def allowed(bits_q: Tensor, bits_k: Tensor) -> Tensor:
     """Whether queries with these region bits see keys with those: the whole mask. To
     try another, change kernel.py too; a token without bits must see and be seen by none."""
-    return (query_bits(bits_q) & bits_k) != 0
+    return (bits_q & bits_k) != 0
 
 
 class Tokens(NamedTuple):
@@ -97,9 +89,9 @@ def portable_attention(tokens: Tokens) -> MaskedAttention:
     """The same without an L x L tensor: for each value of the bits an unmasked attention
     over the keys it may see."""
     groups = []
-    kinds = query_bits(tokens.bits)
+    kinds = tokens.bits
     if tokens.log_weight is not None:  # rows that weigh their keys are apart
-        kinds = kinds.unique(return_inverse=True)[1] * 2 + tokens.log_weight.any(dim=1)
+        kinds = tokens.bits << 1 | tokens.log_weight.any(dim=1)
     for kind in kinds.unique():
         rows = (kinds == kind).nonzero().flatten()
         keys = allowed(tokens.bits[rows[0]], tokens.bits).nonzero().flatten()
@@ -154,7 +146,7 @@ def in_one_sequence(
     columns = torch.arange(1, regions + 1, device=bits.device)
     of_text = columns.repeat_interleave(lengths)
     # An image token in one region alone has that region's column.
-    is_alone = (image & ~ONE_WAY & ~(1 << OPEN_BIT))[:, None] == own
+    is_alone = (image & ~(1 << OPEN_BIT))[:, None] == own
     of_image = (is_alone * (regions + columns)).sum(dim=1)
     return tokens._replace(
         log_weight=F.pad(log_weights, (1, 0, len(tokens.bits) - image_length, 0)),

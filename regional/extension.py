@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from model.attention import AfterBlock, Attention, Block, Join
@@ -13,19 +12,12 @@ from model.layers import Vectors
 class Conditioning(NamedTuple):
     """The encoded prompts: txt (1, L_txt, context), the base prompt; regions, R of (L_i,
     context); y (1, vec), the base prompt's pooled CLIP embedding, for rpg (1 + R, vec).
-    image: (1, L_img, 64) float32, packed latents to start from."""
+    image: (1, L_img, 64), packed latents to start from."""
 
     txt: Tensor
     regions: Sequence[Tensor] | None
     y: Tensor
     image: Tensor | None = None
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Conditioning":
-        regions = self.regions
-        if regions is not None:
-            regions = [x.to(device, dtype) for x in regions]
-        image = None if self.image is None else self.image.to(device)
-        return Conditioning(self.txt.to(device, dtype), regions, self.y.to(device, dtype), image)
 
 
 class Pass(NamedTuple):

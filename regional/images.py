@@ -11,7 +11,7 @@ from errors import InputError, opened_image
 
 
 def readable(read: Callable[[str], Any], file: str, key: str) -> Any:
-    """What `read` makes of an image file, or an InputError about the key that names it."""
+    """What `read` makes of an image; errors are about the key that names it."""
     try:
         return read(file)
     except InputError as error:
@@ -21,7 +21,7 @@ def readable(read: Callable[[str], Any], file: str, key: str) -> Any:
 def read_mask(file: str) -> np.ndarray:
     """A mask as (rows, columns) bool: pixels >= 128 are inside, transparent ones outside."""
     with opened_image(file) as image:
-        if image.mode.startswith("I"):  # 16 bits; Pillow's conversion would clip at 255
+        if image.mode.startswith("I"):  # 16 bits; Pillow would clip at 255
             return np.asarray(image) >= 128 * 257
         if image.has_transparency_data:
             gray, alpha = image.convert("LA").split()

@@ -18,19 +18,18 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from regional.attention import MaskedAttention, Tokens, allowed, query_bits
+from regional.attention import MaskedAttention, Tokens, allowed
 
 INTERPRETED = triton.knobs.runtime.interpret
-MIXED_COST = 1.9  # a partial tile's instructions over a full one's on sm_90
+MIXED_COST = 1.9  # a partial tile over a full one, on sm_90
 HEADS_TOGETHER = 8  # in the grid; K and V of more do not fit into L2
 
 
 @triton.jit
 def bits_allowed(bits_q, bits_k):
-    """The whole mask, as `allowed` in regional/attention.py; bits_q: `query_bits` of them."""
+    """The whole mask, as `allowed` in regional/attention.py."""
     return (bits_q & bits_k) != 0
 
 
@@ -170,7 +169,7 @@ class Plan(NamedTuple):
     queries: (n, 5) int32, a tile's first row, the row after its last, and where in `keys`
         its full tiles begin, its partial tiles begin, and its tiles end; the longest lists
         come first.
-    query_bits: (n, block_m) int64, those rows' bits as queries, then zeros.
+    query_bits: (n, block_m) int64, those rows' bits, then zeros.
     keys: (m + 1, 2) int32, a tile's first row, and its row in key_bits.
     key_bits: (tiles, block_n) int64.
     The rest are of `Tokens`, in 32 bits; weights are empty without any.
@@ -244,7 +243,7 @@ def tile_lists(tokens: Tokens, block_m: int, block_n: int) -> tuple[Plan, int]:
         base_row=tokens.base_row.int(),
         base_weight=tokens.base_weight.float(),
         queries=torch.tensor(queries).int(),
-        query_bits=padded(query_bits(bits), [query_tiles[i] for i in order], block_m),
+        query_bits=padded(bits, [query_tiles[i] for i in order], block_m),
         keys=torch.tensor(keys).int(),
         key_bits=padded(bits, key_tiles, block_n),
         as_key=as_key.int(),
@@ -330,13 +329,6 @@ def empty_output(q: Tensor, length: int) -> Tensor:
 # torch.compile, the meta device and FlopCounterMode know what an operator does.
 attend_op = torch.library.custom_op("regional::attend", attend, mutates_args=())
 attend_op.register_fake(lambda q, *rest: empty_output(q, q.shape[2]))
-
-
-@register_flop_formula(torch.ops.regional.attend)
-def flops(q_shape, k_shape, v_shape, base_shape, plan, pairs, launch, **more) -> int:
-    """An allowed pair of tokens costs two products of 2 D operations."""
-    batch, heads, _, head_dim = q_shape
-    return 4 * batch * heads * head_dim * pairs
 
 
 def kernel_attention(tokens: Tokens, dtype: torch.dtype, device: torch.device) -> MaskedAttention:

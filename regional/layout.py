@@ -56,21 +56,22 @@ Byte = Annotated[int, Meta(ge=0, le=255)]
 RGB = Annotated[tuple[Byte, ...], Meta(min_length=3, max_length=3)]
 Color = Annotated[int, Meta(ge=0, lt=2**24)] | str | RGB
 
-STYLE = "appended to every prompt after a comma, or a text with {prompt} in it"
+BASE_STEPS = "of them with a base branch, a count or 40%"
+STYLE = "appended to every prompt, or a text with {prompt} in it"
 ORDER = "where regions overlap, the highest is on top"
 FILE_OR_REPOSITORY = "a path, or a repository, org/name or org/name:file"
 MODE = f"a union's mode, a number or {', '.join(MODES)}"
-RESIDUALS = "published: none of the single blocks' for the base branch, as in the paper's code"
-WHICH_BLOCKS = 'which are masked, in place of the interval: "every 2", "0-18", "0-4, 8" or a list'
+RESIDUALS = "published: the base branch gets none of the single blocks'"
+WHICH_BLOCKS = 'the masked ones: "every 2", "0-18", "0-4, 8" or a list'
 COLOR = 'one of the layout\'s map: "#rrggbb", [r, g, b] or an index'
-ACROSS = "open: all image tokens see each other; one-way: the background's see all"
-SHARED = "shared: one image stream in single blocks too; cheaper, not as published"
+ACROSS = "open: all image tokens see each other"
+SHARED = "shared: one image stream in single blocks; not as published"
 REGION_TOKENS = "text tokens of each region, a count or 25% of max_sequence_length"
-DENOISE = "the fraction of the steps that is run; default: 0.6, with repaint 1"
-LOOKS = "images whose looks the prompt takes on (FLUX.1 Redux)"
-REFERENCES = "images to work from (FLUX.1 Kontext)"
-PRESET = "control: other defaults, which suit many regions"
-METHOD = "rpg: blend whole images, the paper's baseline; plain: unmodified FLUX"
+DENOISE = "the fraction of steps to run; default: 0.6, with repaint 1"
+LOOKS = "images whose looks it takes on (FLUX.1 Redux)"
+REFERENCES = "images for FLUX.1 Kontext"
+PRESET = "control: defaults for many regions"
+METHOD = "rpg: whole images composed; plain: unmodified FLUX"
 
 
 class Defaults(NamedTuple):
@@ -87,7 +88,7 @@ FLUX_DEV = Defaults(24, 512, 1024, 19, 38)
 
 
 class Part(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A part of a layout file; each key is annotated with its range and its meaning."""
+    """A part of a layout; each key has its range and its meaning."""
 
 
 class Lora(Part):
@@ -103,7 +104,7 @@ class RegionLora(Part):
 
     file: Annotated[str, FILE_OR_REPOSITORY]
     scale: Annotated[Scale, "how strongly it acts"] = 1.0
-    plain_steps: Annotated[bool, "act on its image tokens in the plain steps too"] = False
+    plain_steps: Annotated[bool, "act in the plain steps too"] = False
 
 
 class Control(Part):
@@ -113,9 +114,9 @@ class Control(Part):
     image: Annotated[str, "the image that it follows"]
     mode: Annotated[Index | Mode | None, MODE] = None
     scale: Annotated[Scale, "how strongly it acts"] = 0.7
-    start: Annotated[Ratio, "the fraction of the steps from which it acts"] = 0.0
-    end: Annotated[Ratio, "the fraction of the steps until which it acts"] = 1.0
-    region: Annotated[Index | None, "the index of the one region that it acts on"] = None
+    start: Annotated[Ratio, "the fraction of steps where it begins"] = 0.0
+    end: Annotated[Ratio, "the fraction of steps where it ends"] = 1.0
+    region: Annotated[Index | None, "the index of its one region"] = None
     residuals: Annotated[Literal["all", "published"], RESIDUALS] = "all"
     preprocess: Annotated[Literal["canny"] | None, "canny: follow its edges"] = None
 
@@ -127,7 +128,7 @@ class ImagePrompt(Part):
     """An image as further tokens of a prompt."""
 
     file: Annotated[str, "the image"]
-    strength: Annotated[Strength, "what its tokens are multiplied by"] = 1.0
+    strength: Annotated[Strength, "multiplies its tokens"] = 1.0
 
 
 class Repaint(Part):
@@ -138,7 +139,7 @@ class Repaint(Part):
     polygon: Annotated[Polygon | None, "as a region's"] = None
     mask: Annotated[str | None, "as a region's"] = None
     regions: Annotated[tuple[Index, ...] | None, "the indices of regions"] = None
-    feather: Annotated[Feather, "over how many pixels beyond it the images blend"] = 0.0
+    feather: Annotated[Feather, "pixels beyond it that blend"] = 0.0
 
 
 class Start(Part):
@@ -146,7 +147,7 @@ class Start(Part):
 
     file: Annotated[str, "the image"]
     denoise: Annotated[Denoise | None, DENOISE] = None
-    repaint: Annotated[Repaint | None, "draw this anew; the rest keeps its pixels"] = None
+    repaint: Annotated[Repaint | None, "draw this anew, keep the rest"] = None
 
 
 class Region(Part):
@@ -159,12 +160,12 @@ class Region(Part):
     mask: Annotated[str | None, "an image; pixels >= 128 are inside"] = None
     color: Annotated[Color | None, COLOR] = None
     order: Annotated[int, ORDER] = 0
-    opacity: Annotated[Opacity, "how far it hides the regions below; not with overlap: share"] = 1.0
+    opacity: Annotated[Opacity, "how far it hides the regions below"] = 1.0
     strength: Annotated[Strength, "attention weight of its prompt; published: 1"] = 1.0
     feather: Annotated[Feather, "over how many pixels its edge is soft"] = 0.0
-    mask_inject_steps: Annotated[Count | None, "its own steps, a count or 40%"] = None
+    mask_inject_steps: Annotated[Count | None, "its own, a count or 40%"] = None
     base_ratio: Annotated[Ratio | None, "its own, in place of the layout's"] = None
-    loras: Annotated[tuple[RegionLora, ...], "LoRAs for this region alone"] = ()
+    loras: Annotated[tuple[RegionLora, ...], "LoRAs for it alone"] = ()
     negative_prompt: Annotated[str | None, "its own, in place of the layout's"] = None
     image_prompts: Annotated[tuple[ImagePrompt, ...], LOOKS] = ()
     references: Annotated[tuple[str, ...], REFERENCES] = ()
@@ -180,8 +181,8 @@ Regions = Annotated[tuple[Region, ...], Meta(max_length=MAX_REGIONS)]
 class Layout(Part, dict=True):
     """One image. Null stands for the model's default, and for a random seed."""
 
-    prompt: Annotated[str, "the base prompt; enough for an image without a layout"]
-    background_prompt: Annotated[str, "the prompt where there is no region"] = "a photo"
+    prompt: Annotated[str, "the base prompt"]
+    background_prompt: Annotated[str, "where there is no region"] = "a photo"
     style: Annotated[str, STYLE] = ""
     width: Annotated[Pixels | None, "in pixels, a multiple of 16"] = None
     height: Annotated[Pixels | None, "in pixels, a multiple of 16"] = None
@@ -192,24 +193,25 @@ class Layout(Part, dict=True):
     seed: Annotated[Seed | None, "of the noise; default: random"] = None
     base_ratio: Annotated[Ratio, "weight of the base-prompt branch in the blend"] = 0.3
     mask_inject_steps: Annotated[Count, "regional steps, a count or 40%"] = "40%"
+    base_steps: Annotated[Count, BASE_STEPS] = "100%"
     double_inject_interval: Annotated[Interval, "mask every N-th double block"] = 1
     single_inject_interval: Annotated[Interval, "mask every N-th single block"] = 1
     double_blocks: Annotated[Blocks | None, WHICH_BLOCKS] = None
     single_blocks: Annotated[Blocks | None, WHICH_BLOCKS] = None
-    image_attention: Annotated[Literal["isolated", "open", "one-way"], ACROSS] = "isolated"
+    image_attention: Annotated[Literal["isolated", "open"], ACROSS] = "isolated"
     base_stream: Annotated[Literal["separate", "shared"], SHARED] = "separate"
     max_sequence_length: Annotated[Tokens | None, "text tokens of the base prompt"] = None
     region_max_sequence_length: Annotated[Tokens | SomePercent | None, REGION_TOKENS] = None
     preset: Annotated[Literal["published", "control"], PRESET] = "published"
-    map: Annotated[str | None, "an image of the regions that are given by color"] = None
+    map: Annotated[str | None, "an image of regions given by color"] = None
     overlap: Annotated[Overlap, "which of its regions a token belongs to"] = "share"
     method: Annotated[Literal["regional", "rpg", "plain"], METHOD] = "regional"
     loras: Annotated[tuple[Lora, ...], "LoRAs for the whole image"] = ()
     controlnets: Annotated[tuple[Control, ...], "ControlNets for the whole image"] = ()
     image: Annotated[Start | None, "an image to start from"] = None
     control_image: Annotated[str | None, "what FLUX.1 Canny or Depth follows"] = None
-    negative_prompt: Annotated[str, "what is not wanted; with true_cfg_scale"] = ""
-    true_cfg_scale: Annotated[CFG, "away from the negative prompt; 1: it is unused"] = 1.0
+    negative_prompt: Annotated[str, "what is not wanted"] = ""
+    true_cfg_scale: Annotated[CFG, "how far away from it; 1: not used"] = 1.0
     cfg_batch: Annotated[bool, "both prompts in one forward pass"] = False
     image_prompts: Annotated[tuple[ImagePrompt, ...], LOOKS] = ()
     references: Annotated[tuple[str, ...], REFERENCES] = ()
@@ -242,7 +244,7 @@ class Layout(Part, dict=True):
         return replace(layout, regions=tuple(map(full, self.regions)), style="")
 
     def resolved(self, defaults: Defaults) -> "Layout":
-        """The filled layout with nothing left to parse: counts are ints, each region has its
+        """The filled layout, with nothing left to parse: counts are ints, each region has its
         own, blocks are sets of indices, prompts have the style."""
         layout = self.styled().filled(defaults)
 
@@ -265,19 +267,20 @@ class Layout(Part, dict=True):
         return replace(
             own(layout),
             regions=tuple(map(own, layout.regions)),
+            base_steps=count_of(self.base_steps, layout.run_steps()),
             double_blocks=masked("double", defaults.depth),
             single_blocks=masked("single", defaults.depth_single_blocks),
             controlnets=tuple(controls),
         )
 
     def run_steps(self) -> int:
-        """How many steps of a filled layout are run, by diffusers' formula: without those
-        that the image to start from stands for."""
+        """How many of a filled layout's steps are run, by diffusers' formula,
+        at least one."""
         skipped = 0
         if self.image is not None:
             denoise = self.image.denoise or (1.0 if self.image.repaint else 0.6)
             skipped = int(self.steps - self.steps * denoise)
-        return self.steps - skipped
+        return max(self.steps - skipped, 1)
 
     def has_extras(self) -> bool:
         """Does it ask for what only extensions can do?"""
@@ -312,12 +315,13 @@ def blocks_of(blocks: Collection[int] | str, index: int) -> bool:
     return any(int(low) <= index <= int(high or low) for low, high in ranges)
 
 
-# The preset `control` held best as regions grow, measured in docs/control.
 PRESETS = {
-    "published": lambda regions: {},
-    "control": lambda regions: {
+    "published": {},
+    "control": {  # held best as regions grow, measured in docs/control
         "base_ratio": 0.1,
-        "mask_inject_steps": "40%" if regions <= 6 else "60%",
+        "mask_inject_steps": "80%",
+        "base_steps": "40%",
         "region_max_sequence_length": "25%",
+        "overlap": "smallest",
     },
 }

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from regional.attention import BACKGROUND_BIT, ONE_WAY, OPEN_BIT
+from regional.attention import OPEN_BIT
 from regional.images import read_color, read_mask
 from regional.layout import Layout, Region
 
-IMAGE_BITS = {"isolated": 0, "open": 1 << OPEN_BIT, "one-way": ONE_WAY}  # of image tokens
+BACKGROUND_BIT = 61  # regions have bits 0-60
 
 
 class RegionTokens(NamedTuple):
@@ -21,7 +21,7 @@ class RegionTokens(NamedTuple):
 
     image_bits: (h w,) int64, the bits of the image tokens, row by row.
     cover: (P, h w) float32, how far each region covers each image token.
-    image_attention: Layout's.
+    open_images: all image tokens see each other.
     """
 
     prompts: list[str]
@@ -29,13 +29,13 @@ class RegionTokens(NamedTuple):
     image_bits: Tensor
     cover: Tensor
     strength: list[float]
-    image_attention: str
+    open_images: bool
     warnings: list[str]
 
     def bits(self, lengths: int | Tensor) -> Tensor:
         """Bits of [txt_1 .. txt_R, img], by the prompts' lengths: (L,) int64."""
         text = torch.tensor([1 << bit for bit in self.prompt_bits])
-        image = self.image_bits | IMAGE_BITS[self.image_attention]
+        image = self.image_bits | (self.open_images << OPEN_BIT)
         return torch.cat([text.repeat_interleave(lengths), image])
 
     def log_weights(self) -> Tensor | None:
@@ -77,13 +77,17 @@ def region_tokens(layout: Layout) -> RegionTokens:
         cover[i] = feathered(tokens, region.feather)
     if layout.overlap != "share":
         above = np.zeros_like(cover[0])
+        opaque = np.zeros_like(cover[0])
         for i in topmost_first(layout, [own.sum() for own in cover]):
+            opaque += np.minimum(cover[i], 1 - opaque)
             cover[i] = np.minimum(cover[i], 1 - above.clip(max=1))
             cover[i] *= layout.regions[i].opacity
             cover[i][cover[i] < 1e-6] = 0
             above += cover[i]
             if not cover[i].any():
                 warnings.append(f"regions[{i}] lies wholly under others and will not show.")
+        if any(region.opacity < 1 for region in layout.regions):  # to what it is without
+            cover *= opaque / np.where(above > 0, above, 1)
     prompts = [region.prompt for region in layout.regions]
     strength = [region.strength for region in layout.regions]
     bits = list(range(len(prompts)))
@@ -101,7 +105,7 @@ def region_tokens(layout: Layout) -> RegionTokens:
         image_bits=torch.from_numpy(image_bits.flatten()),
         cover=torch.from_numpy(cover.reshape(len(cover), -1)),
         strength=strength,
-        image_attention=layout.image_attention,
+        open_images=layout.image_attention == "open",
         warnings=warnings,
     )
 
@@ -118,11 +122,15 @@ def stage_ratios(layout: Layout, tokens: RegionTokens) -> list[tuple[int, list[f
     """The regional steps in stages of equal settings: where each ends, and the base branch's
     weight for each region, 1 where its steps are over."""
     parts = (*layout.regions, layout)[: len(tokens.prompts)]  # the layout is the background
-    ends = sorted({part.mask_inject_steps for part in parts} - {0})
-    return [
-        (end, [part.base_ratio if start < part.mask_inject_steps else 1.0 for part in parts])
-        for start, end in zip([0, *ends], ends)
-    ]
+    ends = {part.mask_inject_steps for part in parts}
+    ends = sorted((ends | {min(layout.base_steps, max(ends))}) - {0})
+
+    def ratio(part: Any, start: int) -> float:
+        if start >= part.mask_inject_steps:
+            return 1.0
+        return part.base_ratio if start < layout.base_steps else 0.0
+
+    return [(end, [ratio(part, start) for part in parts]) for start, end in zip([0, *ends], ends)]
 
 
 def feathered(tokens: np.ndarray, feather: float) -> np.ndarray:
@@ -132,7 +140,7 @@ def feathered(tokens: np.ndarray, feather: float) -> np.ndarray:
     reach = math.ceil(width / 2 - 0.5)
     if reach == 0:
         return tokens.astype(np.float32)
-    outer = width / 2 + 0.5 - reach  # how much of the window's first and last token is in it
+    outer = width / 2 + 0.5 - reach  # of the window's first and last token
     cover = tokens.astype(float)
     for _ in range(2):  # columns, then rows; the sums are exact
         padded = np.pad(cover.T, ((0, 0), (reach, reach)), mode="edge")
@@ -186,7 +194,7 @@ def in_polygons(polygons: Sequence, x: np.ndarray, y: np.ndarray, marks: Any = T
     high = np.maximum(y0, y1)
     marks = np.repeat(marks, [len(points) for points in polygons] if np.ndim(marks) else len(x0))
     step = x[1] - x[0] if len(x) > 1 else 1
-    flips = np.zeros((len(y), len(x) + 1), dtype=marks.dtype)  # where a row goes in or out
+    flips = np.zeros((len(y), len(x) + 1), dtype=marks.dtype)  # where rows go in or out
     rows = max(1, 2**18 // len(x0))  # at once, to bound the memory
     for top in range(0, len(y), rows):
         height = y[top : top + rows, None]

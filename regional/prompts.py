@@ -1,6 +1,7 @@
-"""Prompts to embeddings: T5's for every prompt, and CLIP's pooled one for the base prompt."""
+"""Prompts to embeddings: T5's of all, CLIP's pooled one of the base prompt."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,17 @@ def encode_prompts(
         warn(f"CLIP reads 77 tokens of the base prompt, not {describe(cut[0])}")
     y = torch.cat([encode("clip", row[None], ()) for row in ids])
     return Conditioning(txt, torch.cat(states) if states else None, y)
+
+
+def moved(conditioning: Conditioning, *where: Any) -> Conditioning:
+    """The same on this device, in this dtype."""
+
+    txt, regions, y, image = conditioning
+    if regions is not None:
+        regions = [x.to(*where) for x in regions]
+    if image is not None:
+        image = image.to(*where)
+    return Conditioning(txt.to(*where), regions, y.to(*where), image)
 
 
 def tokenize(tokenizer: T5Tokenizer, prompts: list[str], length: int) -> Tensor:

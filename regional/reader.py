@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+from collections.abc import Collection
 from contextlib import suppress
 from fractions import Fraction
 from functools import cache, partial
@@ -21,6 +22,7 @@ from regional.layout import BLOCKS, HEX, PERCENT, PRESETS, SHAPES, Control, Layo
 
 MAX_NUMBER = 100  # characters; a file full of 1:1:1:1... would take hours
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*(:.+)?"  # org/name, or one of its files
+PICTURES = ("map", "image", "control_image", "image_prompts", "references")
 REPAINTED = ("box", "ellipse", "polygon", "mask", "regions")  # one of these
 SYNONYMS = {
     "cfg": "guidance",
@@ -47,7 +49,7 @@ def read_layout(file: str | Path | None, overrides: dict | None = None, size: in
     with mistakes.caught():
         check_types(data, Layout, "", mistakes)
     if layout := without(mistakes, data):
-        preset = PRESETS[layout.preset](len(layout.regions))
+        preset = PRESETS[layout.preset]
         missing = {key: value for key, value in preset.items() if key not in data}
         folder = Path(file).parent if file else Path()
         sides = default_size(layout, Path() if "image" in overrides else folder, size)
@@ -67,7 +69,7 @@ def default_size(layout: Layout, folder: Path, size: int) -> dict[str, int]:
             image = read_image(str(folder / layout.image.file))
             scale = min(1, size / (image.width * image.height) ** 0.5)
             own = (int(scale * side) // 16 * 16 for side in image.size)
-            sides = {key: max(side, 16) for key, side in zip(sides, own)}
+            sides = {key: min(max(side, 16), 8192) for key, side in zip(sides, own)}
     return sides
 
 
@@ -135,7 +137,7 @@ class Loader(yaml.SafeLoader):
         else:
             refuse(event, "a value that holds itself")
         if self.size > 2 * LAYOUT:
-            refuse(event, "too much text, with each alias counted as what it stands for")
+            refuse(event, "too much text, with aliases written out")
         return node
 
 
@@ -155,7 +157,7 @@ def check_node(node: yaml.Node) -> None:
     elif isinstance(node, yaml.ScalarNode):
         if node.tag not in TYPES:
             kind = describe(node.tag.removeprefix(TAG))
-            refuse(node, f"{kind} is not a type of a layout's values; write text in quotes")
+            refuse(node, f"{kind} is not a type of layouts; write text in quotes")
         if len(node.value) > MAX_NUMBER and node.tag != TEXT:
             refuse(node, f"a number of more than {MAX_NUMBER} characters")
         pairs = node.value.encode("utf-16", "surrogatepass")  # as JSON writes an emoji
@@ -249,10 +251,6 @@ def require(is_good: Any, key: str, value: Any, problem: str) -> None:
 
 def checked(layout: Layout, folder: Path, overrides: dict, mistakes: InputErrors) -> Layout:
     """The layout with paths from the working directory and shapes in pixels."""
-    if layout.map is not None:
-        layout = replace(layout, map=str(folder / layout.map))
-        with mistakes.caught():
-            readable(read_image, layout.map, "map")
     for key in ("width", "height"):
         value = getattr(layout, key)
         low = value // 16 * 16
@@ -265,10 +263,10 @@ def checked(layout: Layout, folder: Path, overrides: dict, mistakes: InputErrors
         problem = 'expected "every 2", "0-18", "0-4, 8" or a list of indices'
         with mistakes.caught():
             require(is_good, key, value, problem)
-    base = Path() if "image" in overrides else folder
     with mistakes.caught():
-        layout = with_pictures(layout, base, "")
-        if layout.image:
+        layout = with_pictures(layout, folder, "", overrides)
+        if layout.image and layout.image.repaint:
+            base = Path() if "image" in overrides else folder
             layout = replace(layout, image=checked_start(layout, base))
     for name in ("regions", "loras", "controlnets"):
         base = Path() if name in overrides else folder
@@ -292,10 +290,7 @@ def checked_part(part: Struct, layout: Layout, folder: Path, path: str) -> Struc
         is_there = part.region is None or part.region < count
         problem = f"the layout has {count} regions, counted from 0"
         require(is_there, f"{path}.region", part.region, problem)
-    image = getattr(part, "image", None)
-    if image is not None:
-        part = replace(part, image=str(folder / image))
-        readable(read_image, part.image, f"{path}.image")
+    part = with_pictures(part, folder, f"{path}.")
     key = "model" if isinstance(part, Control) else "file"
     return replace(part, **{key: located(folder, getattr(part, key))})
 
@@ -331,7 +326,7 @@ def checked_region(region: Region, layout: Layout, folder: Path, path: str) -> R
 
 
 def checked_shape(part: Struct, name: str, layout: Layout, folder: Path, path: str) -> Any:
-    """A region's or a repainted part's shape of this name, in pixels or with its path."""
+    """This shape of a region or of what is repainted, in pixels."""
     key = f"{path}.{name}"
     shape = getattr(part, name)
     if name in ("box", "ellipse"):
@@ -354,8 +349,6 @@ def checked_shape(part: Struct, name: str, layout: Layout, folder: Path, path: s
 def checked_start(layout: Layout, folder: Path) -> Struct:
     """The image to start from, with what is repainted in pixels."""
     area = layout.image.repaint
-    if area is None:
-        return layout.image
     shapes = [key for key in REPAINTED if getattr(area, key) is not None]
     problem = f"expected exactly one of {', '.join(REPAINTED)}"
     require(len(shapes) == 1, "image.repaint", MISSING, problem)
@@ -363,25 +356,24 @@ def checked_start(layout: Layout, folder: Path) -> Struct:
     return replace(layout.image, repaint=replace(area, **{shapes[0]: own}))
 
 
-def with_pictures(part: Struct, folder: Path, path: str) -> Struct:
-    """A layout or a region with its images' paths from the working directory."""
+def with_pictures(part: Struct, folder: Path, path: str, flags: Collection[str] = ()) -> Struct:
+    """A part with its images' paths from the working directory, as flags' are."""
+    for key in PICTURES:
+        if (value := getattr(part, key, None)) is not None:
+            base = Path() if key in flags else folder
+            part = replace(part, **{key: picture(value, base, path + key)})
+    return part
 
-    def located(name: str, key: str) -> str:
-        file = str(folder / name)
-        readable(read_image, file, path + key)
-        return file
 
-    prompts = []
-    for i, prompt in enumerate(part.image_prompts):
-        file = located(prompt.file, f"image_prompts[{i}].file")
-        prompts.append(replace(prompt, file=file))
-    references = [located(x, f"references[{i}]") for i, x in enumerate(part.references)]
-    found = {"image_prompts": tuple(prompts), "references": tuple(references)}
-    if getattr(part, "control_image", None):
-        found["control_image"] = located(part.control_image, "control_image")
-    if getattr(part, "image", None):
-        found["image"] = replace(part.image, file=located(part.image.file, "image.file"))
-    return replace(part, **found)
+def picture(value: Any, folder: Path, key: str) -> Any:
+    """An image's path, or a part or list of them, from the working directory."""
+    if isinstance(value, tuple):
+        return tuple(picture(x, folder, f"{key}[{i}]") for i, x in enumerate(value))
+    if isinstance(value, Struct):
+        return replace(value, file=picture(value.file, folder, f"{key}.file"))
+    file = str(folder / value)
+    readable(read_image, file, key)
+    return file
 
 
 def box_in_pixels(box: tuple, layout: Layout, key: str) -> tuple[float, ...]:

@@ -6,6 +6,7 @@ docs/extensions.md.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,20 +53,21 @@ def sample(
     tokens: RegionTokens | None,
     conditioning: Conditioning,
     seed: int,
-    masked_attention: MakeAttention,
+    regional_velocity: "RegionalVelocity",
     extensions: Sequence[Extension] = (),
     on_step: Callable[[], None] = lambda: None,
     modulation: Modulations | None = None,
 ) -> Tensor:
     """Latents (1, 16, height / 8, width / 8), float32. extensions: the first is the
-    innermost. modulation: `modulations`, if known; what it lacks is added."""
+    innermost. regional_velocity: `by` an attention, or another method's. modulation:
+    `modulations`, if known; what it lacks is added."""
     txt = conditioning.txt
     steps = layout.run_steps()
     levels = noise_levels(layout, flux.params)
     img = pack(noise(layout.width, layout.height, seed))
     img = img.to(txt.device, txt.dtype).float()
     if conditioning.image is not None:
-        img = levels[0] * img + (1 - levels[0]) * conditioning.image
+        img = levels[0] * img + (1 - levels[0]) * conditioning.image.float()
     order = torch.arange(img.shape[1])
     stages = []
     if layout.regional_steps():
@@ -79,12 +81,7 @@ def sample(
     start = 0
     with tqdm(total=steps, desc=f"seed {seed}", disable=None, leave=None) as bar:
         for end, ratio in [*stages, (steps, None)]:
-            if ratio is None:
-                velocity = plain
-            elif layout.method == "rpg":
-                velocity = composed(run, ratio[order].to(txt.device), plain)
-            else:
-                velocity = regional(run, ratio[order], masked_attention)
+            velocity = plain if ratio is None else regional_velocity(run, ratio[order])
             for latest in SAMPLERS[layout.sampler](velocity, img, levels, range(start, end)):
                 img = latest
                 bar.update()
@@ -133,8 +130,15 @@ class Run:
         return velocity
 
 
-def regional(run: Run, base_ratio: Tensor, masked_attention: MakeAttention) -> Velocity:
-    """Every region's prompt in its region, blended with the base prompt: base_ratio (L_img,)."""
+RegionalVelocity = Callable[[Run, Tensor], Velocity]  # by base_ratio (L_img,)
+
+
+def by(masked_attention: MakeAttention) -> RegionalVelocity:
+    """Every region's prompt in its region, blended with the base prompt."""
+    return partial(regional, masked_attention)
+
+
+def regional(masked_attention: MakeAttention, run: Run, base_ratio: Tensor) -> Velocity:
     txt, regions, *_ = run.conditioning
     layout = run.layout
     length = txt.shape[1]
@@ -148,26 +152,3 @@ def regional(run: Run, base_ratio: Tensor, masked_attention: MakeAttention) -> V
     streams = (attention.has_base, attention.streams)
     branches = Branches(bits, run.order, length, 0, *streams, *how)
     return run.velocity(texts[None], branches, attention, attention.join)
-
-
-def composed(run: Run, base_ratio: Tensor, plain: Velocity) -> Velocity:
-    """The method rpg: the velocities of each region's prompt over the whole image,
-    combined by cover and blended with the base prompt's."""
-    regions = []
-    for i, txt in enumerate(run.conditioning.regions):
-        bits = torch.full_like(run.order, 1 << run.tokens.prompt_bits[i]).to(txt.device)
-        branches = Branches(bits, run.order, len(txt), prompt=1 + i)
-        regions.append(run.velocity(txt[None], branches))
-    cover = run.tokens.cover.to(base_ratio.device)
-    fractions = (cover / cover.sum(0))[:, :, None]
-    ratio = base_ratio[:, None].float()
-    has_base = bool(base_ratio.any())
-
-    def velocity(img: Tensor, t: float, step: int) -> Tensor:
-        # The sum is float32, like img, whatever the velocities' dtype.
-        mean = sum(f.to(img) * region(img, t, step) for f, region in zip(fractions, regions))
-        if not has_base:
-            return mean
-        return torch.lerp(mean, plain(img, t, step).to(mean), ratio.to(mean))
-
-    return velocity

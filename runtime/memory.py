@@ -19,6 +19,8 @@ from runtime.offload import MODULATION, Streamed, group_of
 VALUES_PER_TOKEN = 18  # times the hidden size
 VALUES_PER_TOKEN_IN_FP8 = 30  # without torch.compile
 VALUES_PER_PIXEL = 1000
+TOKENS_PER_REFERENCE = 4150  # at most; each has about a megapixel
+IMAGE_PROMPT = 729  # tokens of an image, by FLUX.1 Redux
 WORKING_T5 = 10**9
 GB = 1e9
 
@@ -70,9 +72,15 @@ def working_bytes(hidden: int, layout: Layout, dtype: torch.dtype, fp8: bool) ->
     """About what activations take in a regional step, or in the VAE if more."""
     pixels = layout.width * layout.height
     tokens = pixels // 256 + layout.max_sequence_length
+    prompts = [x for part in (layout, *layout.regions) for x in part.image_prompts]
+    tokens += IMAGE_PROMPT * len(prompts)
     if layout.regions:  # and the background; the second image stream
         prompts = len(layout.regions) + 1
         tokens += pixels // 256 + prompts * layout.region_max_sequence_length
+    references = [x for part in (layout, *layout.regions) for x in part.references]
+    tokens += TOKENS_PER_REFERENCE * len(references)
+    if layout.cfg_batch and layout.true_cfg_scale > 1:
+        tokens *= 2
     per_token = VALUES_PER_TOKEN_IN_FP8 if fp8 else VALUES_PER_TOKEN
     values = max(tokens * per_token * hidden, VALUES_PER_PIXEL * pixels)
     return values * dtype.itemsize

@@ -20,12 +20,12 @@ from tiny import Recorder, maps_of
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from extensions.rpg import composed
 from formats import components
 from formats.recognize import POCKET
 from pipeline import Pipeline
-from regional.layout import Control, Layout, Lora, Region, RegionLora
+from regional.layout import Control, Layout, Lora, Region, RegionLora, Repaint, Start
 from regional.mask import region_tokens
-from regional.sampling import composed
 
 ADAPTERS = POCKET.parent / "adapters"
 BARRED = str(ADAPTERS / "barred.safetensors")
@@ -70,6 +70,8 @@ def relative(found: Tensor, exact: Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
+GUIDED = {"negative_prompt": "a green star on a red background", "true_cfg_scale": 3.0}
+DISC = str(POCKET.parents[1] / "examples" / "disc.png")
 SOFT = (replaced(LEFT, feather=32), replaced(RIGHT, feather=32))
 OWN_LORA = replaced(LEFT, loras=(RegionLora(file=BARRED),))
 OWN_LORA_TO_THE_END = replaced(LEFT, loras=(RegionLora(file=BARRED, plain_steps=True),))
@@ -90,13 +92,16 @@ SETTINGS = {
     "steps and a ratio of its own": layout(OWN_STEPS, RIGHT),
     "one image stream": layout(base_stream="shared"),
     "unmasked image attention": layout(image_attention="open"),
-    "the background sees the regions": layout(LEFT, image_attention="one-way"),
-    "opacity": layout(replaced(LEFT, opacity=0.6), RIGHT, overlap="last"),
+    "opacity": layout(LEFT, replaced(RIGHT, box=(32, 0, 128, 128), opacity=0.6), overlap="last"),
     "lists of blocks": layout(double_blocks=(1,), single_blocks="1-3"),
     "intervals": layout(double_inject_interval=2, single_inject_interval=2),
     "a LoRA on the whole image": layout(loras=(Lora(file=BARRED),)),
     "a region's LoRA": layout(OWN_LORA, RIGHT),
     "a region's LoRA in the plain steps": layout(OWN_LORA_TO_THE_END, RIGHT),
+    "true guidance": layout(replaced(LEFT, negative_prompt="a pink heart"), RIGHT, **GUIDED),
+    "true guidance in a batch, composed": layout(method="rpg", cfg_batch=True, **GUIDED),
+    "starting from an image": layout(image=Start(file=DISC, denoise=0.5)),
+    "repainting": layout(image=Start(file=DISC, repaint=Repaint(regions=(1,)))),
 }
 
 
@@ -133,10 +138,11 @@ def test_composition_converts_nothing_but_velocities():
     tokens = region_tokens(layout(*OVERLAPPING))
     *own, base = [torch.full((1, 64, 64), float(i)).bfloat16() for i in range(len(tokens.prompts) + 1)]
     run = SimpleNamespace(
-        conditioning=SimpleNamespace(regions=[torch.zeros(2, 8)] * len(own)), tokens=tokens, order=torch.arange(64),
-        velocity=lambda txt, branches: lambda img, t, step: own[branches.prompt - 1],
+        conditioning=SimpleNamespace(txt=torch.zeros(1, 2, 8), regions=[torch.zeros(2, 8)] * len(own)),
+        tokens=tokens, order=torch.arange(64),
+        velocity=lambda txt, branches: lambda img, t, step: own[branches.prompt - 1] if branches.prompt else base,
     )  # fmt: skip
-    velocity = composed(run, torch.full((64,), 0.25), lambda img, t, step: base)
+    velocity = composed(run, torch.full((64,), 0.25))
     with Recorder() as made:
         out = velocity(torch.zeros(1, 64, 64), 1.0, 0)
     assert made.operations.count(torch.ops.aten._to_copy.default) == 1  # the base's

@@ -22,7 +22,8 @@ import weights
 from errors import InputError
 from extensions import loading
 from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl, controlnets, residual_after
-from extensions.loading import CONTROLNET, control_image, find_controlnet, scale_of
+from extensions.loading import CONTROLNET, find_controlnet, scale_of
+from extensions.pictures import control_image
 from formats import components
 from model.attention import Block, plain_attention
 from model.transformer import Flux, FluxParams, as_it_is, text_then_image
@@ -32,7 +33,7 @@ from regional.extension import Branches, Conditioning, Pass
 from regional.layout import Control, Defaults, Layout, Region
 from regional.mask import region_tokens
 from regional.reader import read_layout
-from regional.sampling import noise_levels, sample
+from regional.sampling import by, noise_levels, sample
 from sampler.flow import image_ids, noise, pack, text_ids, unpack
 
 diffusers = test_parity.diffusers  # the fixture
@@ -222,7 +223,7 @@ def test_a_regional_step_and_a_plain_one_are_what_they_should_be(residuals, regi
     regions = random(len(tokens.prompts), 5, 32, seed=8)
     conditioning = Conditioning(INPUTS["txt"], regions, INPUTS["y"])
     loaded = LoadedControl(control, image, scale_of(setting, layout).double(), setting)
-    run = flux, layout, tokens, conditioning, 1, portable_attention
+    run = flux, layout, tokens, conditioning, 1, by(portable_attention)
     got = sample(*run, [controlnets([loaded], BASE, 2, conditioning)])
 
     inside = torch.tensor([region is None or x >= 2 for _ in range(4) for x in range(4)])

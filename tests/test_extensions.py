@@ -15,6 +15,7 @@ from test_parity import random, randomized
 from torch import Tensor
 
 from extensions.controlnet import more_channels
+from extensions.rpg import composed
 from model.attention import plain_attention
 from model.transformer import Flux, text_then_image
 from pipeline import Pipeline
@@ -22,7 +23,7 @@ from regional.attention import RegionalAttention, dense_attention, portable_atte
 from regional.extension import Branches, Conditioning
 from regional.layout import Defaults, Layout, Region
 from regional.mask import region_tokens
-from regional.sampling import Run, modulations, noise_levels, regional, sample
+from regional.sampling import Run, by, modulations, noise_levels, sample
 from sampler.flow import image_ids, noise, pack, text_ids, unpack
 
 IMAGE = 16
@@ -45,7 +46,7 @@ def flux() -> Flux:
 
 def latents(flux: Flux, *extensions, layout: Layout = LAYOUT) -> Tensor:
     tokens = TOKENS if layout.regions else None
-    return sample(flux, layout, tokens, CONDITIONING, 1, portable_attention, extensions)
+    return sample(flux, layout, tokens, CONDITIONING, 1, by(portable_attention), extensions)
 
 
 def euler(flux: Flux, velocity) -> Tensor:
@@ -107,7 +108,7 @@ def test_heun_takes_the_modulation_by_its_timestep(flux, ratio):
     velocity = run.velocity(txt, Branches(tokens.image_bits, order, TEXT))
     if ratio:
         ratios = torch.full((IMAGE,), ratio)
-        velocity = regional(run, ratios, dense_attention)
+        velocity = by(dense_attention)(run, ratios)
         txt = torch.cat([CONDITIONING.regions.flatten(0, 1)[None], txt], dim=1)
         attention = RegionalAttention(dense_attention, tokens.bits(TEXT), TEXT, IMAGE, ratios)
         more = {"attention": attention, "join": attention.join}
@@ -133,7 +134,8 @@ def recorded(flux: Flux, layout: Layout) -> tuple[list, Tensor]:
         return kept
 
     conditioning = CONDITIONING._replace(y=random(4, 48, seed=3)) if layout.method == "rpg" else CONDITIONING
-    return passes, sample(flux, layout, TOKENS, conditioning, 1, portable_attention, [extend])
+    method = composed if layout.method == "rpg" else by(portable_attention)
+    return passes, sample(flux, layout, TOKENS, conditioning, 1, method, [extend])
 
 
 STAGED = {"steps": 9, "mask_inject_steps": 6, "regions": (replace(REGIONS[0], mask_inject_steps=3), REGIONS[1])}

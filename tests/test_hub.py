@@ -416,7 +416,7 @@ def test_an_image_is_generated_from_a_repository_and_again_offline(fake, model, 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)  # where progress is shown
     given = ["--prompt", "x", "--width", 64, "--height", 64, "--steps", 1, "--seed", 1]
     code, _, errors = run(*given, "--output", "a.png", model=REPO)
-    assert code == 0 and f"org/name: downloading 12 files, 16.7MB, to {constants.HF_HUB_CACHE}" in errors
+    assert code == 0 and f"org/name: downloading 13 files, 16.7MB, to {constants.HF_HUB_CACHE}" in errors
     assert re.search(r"flux1-dev\.safetensors: 100%\|", "\n".join(errors))
     fake.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

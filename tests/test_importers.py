@@ -198,8 +198,9 @@ def test_of_several_samplers_the_first_counts_and_what_is_lost_is_said(capsys):
     nodes["base"] = text("(a (red:1.2) town:1.3) <lora:x:1>")
     found = layout_of("comfyui", nodes)
     assert (found["prompt"], found["steps"], found["seed"], found["regions"]) == ("a red town", 20, 7, [])
+    assert (found["negative_prompt"], found["true_cfg_scale"]) == ("ugly", 3.5)
     err = capsys.readouterr().err
-    lost = ["sampler res_2s", "LoraLoader", "cfg 3.5", "the region of MaskFromClouds, a tree", "MyRegionNode"]
+    lost = ["sampler res_2s", "LoraLoader", "the region of MaskFromClouds, a tree", "MyRegionNode"]
     assert all(f" {words}" in err for words in [*lost, "(red:1.2)", "<lora:x:1>"]) and "denoise" not in err
 
 
@@ -239,6 +240,8 @@ PARAMETERS = {
 @pytest.mark.parametrize("parameters, regions", PARAMETERS.items())
 def test_parameters_are_read_from_a_picture_and_from_text(parameters, regions):
     expected = TOWN | {"regions": regions}
+    if "Negative prompt:" in parameters:
+        expected["negative_prompt"] = "ugly,\nold" if "old" in parameters else "ugly"
     assert layout_of("a1111", parameters=parameters, name="in.png") == expected
     assert layout_of("forge", parameters=parameters, name="in.png") == expected
     assert layout_of("a1111", parameters) == expected
@@ -247,7 +250,27 @@ def test_parameters_are_read_from_a_picture_and_from_text(parameters, regions):
 def test_what_parameters_have_beyond_a_layout_is_said(capsys):
     found = layout_of("a1111", f"a town\nNegative prompt: ugly\n{LINE.replace('Euler', 'DPM++ 2M')}, Hires steps: 5")
     err = capsys.readouterr().err
-    assert "dpmpp_2m" in err + str(found) and "Hires steps 5, Model flux1-dev, Negative prompt ugly" in err
+    assert "dpmpp_2m" in err + str(found) and "Hires steps 5, Model flux1-dev\n" in err
+    assert found["negative_prompt"] == "ugly" and "true_cfg_scale" not in found
+
+
+@pytest.mark.parametrize("scale, kept", [("1", None), ("2.5", 2.5), ("0", None)])
+def test_negative_prompts_come_along_and_the_cfg_scales_of_flux(scale, kept, capsys):
+    """Those of other models would be too high for it."""
+    line = LINE.replace("CFG scale: 1", f"CFG scale: {scale}", 1)
+    for of_flux in True, False:
+        settings = line if of_flux else line.replace("Distilled CFG Scale: 4.5, ", "")
+        found = layout_of("a1111", f"a town\nNegative prompt: (ugly:1.2)\n{settings}")
+        assert found["negative_prompt"] == "ugly"
+        assert found.get("true_cfg_scale") == (kept if of_flux else None)
+        assert ("cfg 2.5" in capsys.readouterr().err) == (scale == "2.5" and not of_flux)
+    metadata = INVOKE | {"negative_prompt": "ugly", "cfg_scale": float(scale)}
+    found = layout_of("invokeai", invokeai_metadata=metadata, name="in.png")
+    assert (found["negative_prompt"], found.get("true_cfg_scale")) == ("ugly", kept)
+    nodes = workflow()
+    nodes["sampler"]["inputs"]["cfg"] = float(scale)
+    found = layout_of("comfyui", nodes)
+    assert (found.get("negative_prompt"), found.get("true_cfg_scale")) == ("ugly" if scale != "1" else None, kept)
 
 
 def test_a_picture_of_this_program_is_read_as_others_are():
@@ -266,12 +289,13 @@ INVOKE = {"positive_prompt": "a town", "width": 128, "height": 64, "steps": 20, 
 def test_invokeais_pictures_are_read_and_its_own_form_still_is(capsys):
     layer = {"isEnabled": True, "positivePrompt": "a tree", "objects": []}
     lost = {"negative_prompt": "ugly", "cfg_scale": 1, "loras": [{"weight": 1}], "scheduler": "lcm"}
+    expected = TOWN | {"negative_prompt": "ugly"}
     metadata = INVOKE | lost | {"canvas_v2_metadata": {"regionalGuidance": [layer]}}
-    assert layout_of("invokeai", invokeai_metadata=metadata, name="in.png") == TOWN
+    assert layout_of("invokeai", invokeai_metadata=metadata, name="in.png") == expected
     err = capsys.readouterr().err
-    assert "sampler lcm" in err and "negative_prompt, loras, the regional layers" in err
+    assert "sampler lcm" in err and "no place for loras, the regional layers" in err
     del metadata["width"], metadata["height"]
-    assert layout_of("invokeai", invokeai_metadata=metadata, name="in.png") == TOWN  # the picture's size
+    assert layout_of("invokeai", invokeai_metadata=metadata, name="in.png") == expected  # the picture's size
 
 
 # ------------------------------------------------------------------------------ SVG

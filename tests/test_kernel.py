@@ -16,26 +16,17 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from tiny import Recorder
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from benchmarks import model
 from benchmarks.gluon_attention import gluon_attention, head_view
 from model.attention import Block
 from model.transformer import Flux, FluxParams
 from regional import kernel
-from regional.attention import (
-    BACKGROUND_BIT,
-    ONE_WAY,
-    RegionalAttention,
-    Tokens,
-    allowed,
-    dense_attention,
-    in_one_sequence,
-    portable_attention,
-)
+from regional.attention import RegionalAttention, Tokens, allowed, dense_attention, in_one_sequence, portable_attention
 from regional.kernel import Launch, Plan, kernel_attention, tile_lists
 from regional.layout import Layout, Region
-from regional.mask import region_tokens
+from regional.mask import BACKGROUND_BIT, region_tokens
 from runtime import unmasked
 from runtime.unmasked import kernel_or_library
 from sampler.flow import image_ids, text_ids
@@ -44,9 +35,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU conftest.p
 FLOAT16 = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]  # the interpreter has no bfloat16
 
 
-def layout(*corners, width=1024, height=1024, **settings) -> Layout:
+def layout(*corners, width=1024, height=1024) -> Layout:
     regions = tuple(Region(prompt="r", box=box) for box in corners)
-    return Layout(prompt="base", width=width, height=height, regions=regions, **settings)
+    return Layout(prompt="base", width=width, height=height, regions=regions)
 
 
 def grid(columns: int, rows: int, width: int = 1024, height: int = 1024) -> Layout:
@@ -80,7 +71,6 @@ CASES = {
     "one box on a background": sorted_bits(layout((32, 32, 128, 112), **small), 19),
     "overlaps": sorted_bits(overlapping(3, **small), 13),
     "overlaps, unsorted": region_tokens(overlapping(3, **small)).bits(13),
-    "one-way": sorted_bits(layout((32, 32, 128, 112), (96, 80, 176, 192), **small, image_attention="one-way"), 19),
     "one-token regions": sorted_bits(layout((16, 16, 32, 32), (160, 0, 176, 16), (0, 0, 192, 96), **small), 7),
     "31 regions": random_bits(31, 211).sort()[0],
     "61 regions and a background, permuted": random_bits(61, 226).where(torch.arange(226) % 5 > 0, 1 << BACKGROUND_BIT),
@@ -154,11 +144,10 @@ def table_of_the_rule(bits_q, bits_k, out, N: tl.constexpr):
 
 
 def test_the_line_of_triton_says_what_the_line_of_torch_says():
-    few = torch.cat([torch.zeros(2, dtype=torch.int64), 1 << torch.arange(62), random_bits(3, 62)])
-    few = torch.cat([few, torch.tensor([ONE_WAY | 1, ONE_WAY | 1 << BACKGROUND_BIT])])
+    few = torch.cat([torch.zeros(2, dtype=torch.int64), 1 << torch.arange(62), random_bits(3, 64)])
     bits_q, bits_k = few.to(DEVICE), few.flip(0).to(DEVICE)
     out = torch.full((128, 128), 7, dtype=torch.int8, device=DEVICE)
-    table_of_the_rule[1,](kernel.query_bits(bits_q), bits_k, out, N=128)
+    table_of_the_rule[1,](bits_q, bits_k, out, N=128)
     assert torch.equal(out, allowed(bits_q[:, None], bits_k[None, :]).to(torch.int8))
 
 
@@ -196,18 +185,17 @@ def test_two_images_three_heads_and_a_blend(dtype, head_dim, logits, launched):
     assert copied.any() and torch.equal(out[:, :, copied], base[:, :, given.base_row[copied].to(DEVICE)])
 
 
-def weighing_tokens(length: int, image_attention: str = "open") -> Tokens:
+def weighing_tokens(length: int) -> Tokens:
     """Texts of 13 tokens, then image tokens that weigh them: some by the row, some not, some not at all to look at."""
     change = msgspec.structs.replace
     of = overlapping(3, **small)
     strong = [change(r, strength=s, feather=f) for r, s, f in zip(of.regions, (0, 1, 3), (0, 80, 0))]
-    region = region_tokens(change(of, image_attention=image_attention, regions=tuple(strong))).sorted()[0]
+    region = region_tokens(change(of, image_attention="open", regions=tuple(strong))).sorted()[0]
     return in_one_sequence(region.bits(length), 9, 9, torch.full((144,), 0.25).double(), region.log_weights())
 
 
-@pytest.mark.parametrize("image_attention", ["open", "one-way"])
-def test_weights_of_texts_are_those_of_the_dense_reference(launched, image_attention):
-    given = weighing_tokens(13, image_attention)
+def test_weights_of_texts_are_those_of_the_dense_reference(launched):
+    given = weighing_tokens(13)
     q, k, v = fused_qkv(len(given.bits))
     base = fused_qkv(9 + 144, seed=1)[0]
     out, expected = run(given, q, k, v, base), in_float64(given, q, k, v, base)
@@ -359,8 +347,7 @@ def test_the_lists_are_the_mask(bits, block_m, block_n):
     mask, covered = torch.zeros(2, length, length + block_n, dtype=torch.int64)
     for (start, end, first, mixed, last), bits_q in zip(queries.tolist(), query_bits):
         assert 0 < end - start <= block_m
-        assert torch.equal(bits_q[: end - start], kernel.query_bits(bits[start:end]))
-        assert not bits_q[end - start :].any()
+        assert torch.equal(bits_q[: end - start], bits[start:end]) and not bits_q[end - start :].any()
         for i in range(first, last):
             key, j = keys[i].tolist()
             here = slice(start, end), slice(key, key + block_n)
@@ -447,6 +434,13 @@ def test_no_square_tensor_and_no_memory_beyond_the_two_outputs(kind, monkeypatch
     assert not is_square and measure(dense_attention)[1]
     assert outputs <= taken <= outputs + 2**20 < outputs + length**2
     assert sum(x.nbytes for x in plan_of(bits, 128, 128)) < 2**20
+
+
+@register_flop_formula(torch.ops.regional.attend)
+def flops(q_shape, k_shape, v_shape, base_shape, plan, pairs, launch, **more) -> int:
+    """An allowed pair of tokens costs two products of 2 D operations."""
+    batch, heads, _, head_dim = q_shape
+    return 4 * batch * heads * head_dim * pairs
 
 
 @pytest.mark.published

@@ -121,7 +121,7 @@ def test_a_layout_made_in_code_is_read_like_a_file_and_a_file_once(write, monkey
     box = np.array([0, 16, 64, 32])
     regions = [Region(prompt="r", box=("50%", 0, "100%", "25%")), Region(prompt="s", box=box)]
     found = checked_in_code(Layout(prompt="x", preset="control", regions=regions), 256)
-    assert (found.width, found.height, found.base_ratio, found.mask_inject_steps) == (256, 256, 0.1, "40%")
+    assert (found.width, found.height, found.base_ratio, found.mask_inject_steps) == (256, 256, 0.1, "80%")
     assert [region.box for region in found.regions] == [(128, 0, 256, 64), (0, 16, 64, 32)]
     assert checked_in_code(Layout(prompt="x", preset="control", base_ratio=0.2, width=64), 256).base_ratio == 0.2
     assert checked_in_code(found, 512) is found
@@ -169,7 +169,7 @@ MISTAKES = [  # YAML, and what its sentence has behind the file's name; {at} is 
     (region("box: [0, 0, 9, 9]", "' '"), "regions[0].prompt = ' ': expected what the region shows, in words."),
     ('prompt: "\\ud800"', "prompt = '\\ud800': invalid Unicode (unpaired surrogate)."),
     ("prompt: 3", "prompt = 3: expected str, got int ("),
-    ("prompt: no", "prompt = False: expected str, got bool (the base prompt; enough for an image without a layout); "
+    ("prompt: no", "prompt = False: expected str, got bool (the base prompt); "
      "write it in quotes."),
     (region("box: [0, 0, 140, 64]"), "regions[0].box[2] = 140: outside the image, expected 0 to 128 pixels."),
     (region("box: [-1, 0, 40, 64]"), "regions[0].box[0] = -1: outside the image"),
@@ -242,7 +242,7 @@ MISTAKES = [  # YAML, and what its sentence has behind the file's name; {at} is 
     ("prompt: x\nfoo.bar: 1", "foo.bar = 1: no such key"),
     ("prompt: x\n3: y", "line 2, column 1: invalid key '3'."),
     ("prompt: x\n? [a, b]\n: y", "line 2, column 3: invalid key that is a list."),
-    ("prompt: 2024-01-31", "line 1, column 9: 'timestamp' is not a type of a layout's values; write text in quotes."),
+    ("prompt: 2024-01-31", "line 1, column 9: 'timestamp' is not a type of layouts; write text in quotes."),
     ("prompt: " + "[" * 3000, "cannot be read as YAML (maximum recursion depth exceeded"),
     ("prompt: a\x00b", "unacceptable character #x0000: special characters are not allowed"),
     ("prompt: !!python/object/apply:os.system [ls]", "line 1, column 9: 'tag:yaml.org,2002:python/object/apply:os."),

@@ -17,12 +17,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from errors import InputError
+from extensions.rpg import composed
 from model.transformer import Flux, FluxParams
 from regional.attention import portable_attention
 from regional.layout import Layout
 from regional.mask import region_tokens
 from regional.reader import read_layout
-from regional.sampling import Conditioning, sample
+from regional.sampling import Conditioning, by, sample
 from tools.cost import evaluations, forward_flops, plain_flops, resolved, stages
 from tools.preview import COLORS, GAP, LINE, details, grid_tokens, innermost, preview, report
 from tools.schema import json_schema
@@ -211,7 +212,8 @@ def counted_flops(of: Layout, params: FluxParams = tiny.FLUX) -> int:
     txt = torch.randn(1, of.max_sequence_length, params.context_in_dim)
     conditioning = Conditioning(txt, regions if count else None, torch.randn(1 + count, params.vec_in_dim))
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        sample(Flux(params), of, tokens, conditioning, 1, portable_attention)
+        method = composed if of.method == "rpg" else by(portable_attention)
+        sample(Flux(params), of, tokens, conditioning, 1, method)
     return counter.get_total_flops()
 
 

@@ -16,12 +16,12 @@ from PIL import Image
 from tiny import Recorder, velocity
 
 from benchmarks.naive import Naive
+from extensions.rpg import composed
 from model.attention import Block, plain_attention, rope, rope_axes
 from model.transformer import Flux, FluxParams
 from regional.attention import RegionalAttention, Tokens, allowed, dense_attention, in_one_sequence, portable_attention
 from regional.layout import Layout, Region
 from regional.mask import BACKGROUND_BIT, region_tokens
-from regional.sampling import composed
 from sampler.flow import image_ids, text_ids
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -50,7 +50,6 @@ LAYOUTS = {
     "overlapping": boxes((0, 0, 64, 48), (32, 16, 96, 64), (48, 0, 80, 32)),
     "last wins": boxes((0, 0, 64, 48), (32, 16, 96, 64), overlap="last"),
     "one token": boxes((20, 20, 22, 22), (0, 0, 96, 32)),
-    "one-way": boxes((16, 16, 48, 48), (48, 0, 80, 64), image_attention="one-way"),
     "61 regions": boxes(
         *[(16 * (i % 6), 16 * (i // 6 % 4), 16 * (i % 6) + 16, 16 * (i // 6 % 4) + 16) for i in range(61)]
     ),
@@ -82,18 +81,13 @@ def test_tokens_and_mask_are_those_of_the_published_code(case):
 @published
 @LAYOUT
 def test_tokens_see_each_other_where_they_share_a_region(layout):
-    """The rule in words, by region and token. The background counts as a region; where it sees the others' image
-    tokens, they do not see its."""
+    """The rule in words, by region and token; the background counts as a region."""
     tokens = region_tokens(layout)
     covered = (tokens.cover > 0).tolist()
     members = [{i} for i in range(len(covered)) for _ in range(TEXT)]  # of each token, the regions that it is in
     members += [{i for i, cover in enumerate(covered) if cover[token]} for token in range(IMAGE)]
     bits = tokens.bits(TEXT)
     seen = [[not own.isdisjoint(other) for other in members] for own in members]
-    if layout.image_attention == "one-way":
-        for i, own in enumerate(members):
-            if i >= len(members) - IMAGE and BACKGROUND_BIT in [tokens.prompt_bits[j] for j in own]:
-                seen[i][-IMAGE:] = [True] * IMAGE
     assert allowed(bits[:, None], bits[None, :]).tolist() == seen
 
 
@@ -118,17 +112,23 @@ def test_a_region_that_shows_nothing_is_reported():
 
 
 def test_opacity_is_how_far_a_region_hides_those_below():
-    """LaRender's weights (arXiv 2508.07647), a_i M_i times the (1 - a_j M_j) of those above; the background has the
-    rest."""
+    """LaRender's weights (arXiv 2508.07647), a_i M_i times the (1 - a_j M_j) of those above, over their sum; where no
+    region lies, the background."""
     corners = (0, 0, 64, 48), (32, 16, 96, 64), (48, 0, 80, 32)
     opacity = torch.tensor([0.9, 0.6, 0.3])
     tokens = region_tokens(boxes(*corners, opacity=opacity.tolist(), overlap="last"))
-    inside = [region_tokens(boxes(box)).cover[0] for box in corners]
+    inside = torch.stack([region_tokens(boxes(box)).cover[0] for box in corners])
     left = torch.ones(IMAGE)
+    weights = [None] * 3
     for i in (2, 1, 0):
-        assert torch.allclose(tokens.cover[i], opacity[i] * inside[i] * left, atol=1e-6)
+        weights[i] = opacity[i] * inside[i] * left
         left = left * (1 - opacity[i] * inside[i])
-    assert tokens.prompt_bits[-1] == BACKGROUND_BIT and torch.allclose(tokens.cover[3], left, atol=1e-6)
+    weights = torch.stack(weights)
+    covered = inside.any(dim=0)
+    expected = (weights / weights.sum(dim=0)).where(covered, 0)
+    assert torch.allclose(tokens.cover[:3], expected, atol=1e-6) and (expected.min(dim=0).values > 0).any()
+    assert tokens.prompt_bits[-1] == BACKGROUND_BIT and torch.allclose(tokens.cover[3], (~covered).float(), atol=1e-6)
+    assert not (tokens.image_bits[covered] >> BACKGROUND_BIT & 1).any()
 
 
 def test_full_opacity_changes_nothing():
@@ -188,7 +188,6 @@ WEIGHED = {
     "strength": boxes((0, 0, 48, 64), (48, 0, 96, 64), strength=(0.5, 2)),
     "no strength": boxes((0, 0, 64, 48), (32, 16, 96, 64), strength=(0, 1)),
     "feather": boxes((0, 0, 64, 48), feather=(48,)),
-    "feather, one-way": boxes((0, 0, 64, 48), feather=(48,), image_attention="one-way"),
     "opacity": boxes((0, 0, 64, 48), (32, 16, 96, 64), opacity=(1, 0.75), overlap="last"),
     "both": boxes((0, 0, 64, 48), (32, 16, 96, 64), strength=(1.5, 0.2), feather=(0, 64)),
 }
@@ -417,10 +416,10 @@ def test_composition_takes_each_token_from_its_regions(ratio):
         return lambda img, t, step: (asked.append(value), torch.full_like(img, value))[1]
 
     run = SimpleNamespace(
-        tokens=tokens, order=torch.arange(24), conditioning=SimpleNamespace(regions=torch.zeros(4, 5, 20)),
-        velocity=lambda txt, branches: constant(float(branches.prompt)),
+        tokens=tokens, order=torch.arange(24), velocity=lambda txt, branches: constant(float(branches.prompt or 100)),
+        conditioning=SimpleNamespace(txt=torch.zeros(1, 5, 20), regions=torch.zeros(4, 5, 20)),
     )  # fmt: skip
-    composition = composed(run, torch.full((24,), ratio), constant(100.0))
+    composition = composed(run, torch.full((24,), ratio))
     out = composition(torch.zeros(1, IMAGE, 64), 1.0, 0)
     of_bits = {0b1: 1, 0b10: 2, 0b11: 1.5, 0b111: 2, 0b101: 2, 0b110: 2.5, 0b100: 3, 1 << BACKGROUND_BIT: 4}
     expected = torch.tensor([of_bits[bits] for bits in tokens.image_bits.tolist()])

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from model.attention import Block
 from regional.attention import RegionalAttention, dense_attention, portable_attention
-from regional.layout import FLUX_DEV, Layout, Region, blocks_of
+from regional.layout import FLUX_DEV, PRESETS, Layout, Region, blocks_of
 from regional.mask import (
     BACKGROUND_BIT,
     feathered,
@@ -220,13 +220,23 @@ def test_which_blocks_are_masked(blocks, chosen):
     assert layout.double_blocks == set(chosen) and layout.single_blocks == {0, 3, 6}
 
 
-@pytest.mark.parametrize("regions, steps", [(0, "40%"), (6, "40%"), (7, "60%")])
-def test_the_control_preset_is_what_is_not_written(regions, steps):
-    written = {"prompt": "x", "preset": "control", "regions": [{"prompt": "y", "box": [0, 0, 9, 9]}] * regions}
+def test_the_control_preset_is_what_is_not_written():
+    written = {"prompt": "x", "preset": "control", "regions": [{"prompt": "y", "box": [0, 0, 9, 9]}]}
     layout = read_layout(None, written)
-    found = (layout.base_ratio, layout.mask_inject_steps, layout.region_max_sequence_length)
-    assert found == (0.1, steps, "25%")
+    found = [getattr(layout, key) for key in PRESETS["control"]]
+    assert found == list(PRESETS["control"].values()) == [0.1, "80%", "40%", "25%", "smallest"]
     assert read_layout(None, written | {"base_ratio": 0.3}).base_ratio == 0.3
+
+
+def test_after_its_steps_the_base_branch_is_gone():
+    """Of two regions and a background, whose own steps end at 2, 6 and 8."""
+    regions = tuple(change(region, mask_inject_steps=steps) for region, steps in zip(REGIONS, (2, 6)))
+    layout = change(LAYOUT, regions=regions, base_ratio=0.3, mask_inject_steps=8, base_steps="40%").resolved(FLUX_DEV)
+    tokens = region_tokens(layout)
+    found = stage_ratios(layout, tokens)
+    assert found == [(2, [0.3, 0.3, 0.3]), (4, [1, 0.3, 0.3]), (6, [1, 0, 0]), (8, [1, 1, 0])]
+    assert [end for end, _ in stage_ratios(change(layout, base_steps=10), tokens)] == [2, 6, 8]
+    assert stage_ratios(change(layout, base_steps=0), tokens)[0] == (2, [0, 0, 0])
 
 
 def test_open_images_see_each_other_and_not_others_texts():

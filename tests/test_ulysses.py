@@ -18,14 +18,16 @@ from torch import Tensor
 
 from errors import InputError
 from extensions.controlnet import ControlNet, ControlNetParams, LoadedControl, controlnets
+from extensions.guidance import true_cfg
 from extensions.loading import scale_of
 from extensions.lora import Change, Lora, LowRank
 from extensions.region_lora import region_loras
+from extensions.rpg import composed
 from model.transformer import Flux, FluxParams
 from regional.attention import portable_attention
 from regional.layout import Control, Defaults, Layout, Region, RegionLora
 from regional.mask import region_tokens
-from regional.sampling import Conditioning, sample
+from regional.sampling import Conditioning, by, sample
 from runtime.ulysses import Ulysses
 from tools.metadata import read_metadata
 
@@ -60,6 +62,8 @@ CASES = {
     "control": layout(TOP, RIGHT),
     "control as published": layout(TOP, RIGHT),
     "control and loras of regions": layout(TOP_LORAS, RIGHT),
+    "true guidance": layout(TOP_LORAS, RIGHT, true_cfg_scale=2),
+    "true guidance in a batch with control": layout(TOP, RIGHT, true_cfg_scale=3, cfg_batch=True),
 }
 
 
@@ -101,9 +105,13 @@ def latents(parallel: Ulysses | None = None) -> dict[str, Tensor]:
         conditioning = Conditioning(txt, regions if count else None, y)
         extensions = [region_loras(flux, of, loras, CPU, torch.float64, partial(part, dim=0))]
         extensions += [parallel.extend] if parallel else []
-        if name.startswith("control"):
+        if of.true_cfg_scale > 1:
+            own = Conditioning(-txt, conditioning.regions.flip(0), y.flip(1))
+            extensions.append(true_cfg(flux, of, own))
+        if "control" in name:
             extensions.append(controlnets([control_of(name, of)], flux.params, of.steps, conditioning, part))
-        found[name] = sample(flux, of, tokens, conditioning, 0, portable_attention, extensions)
+        method = composed if of.method == "rpg" else by(portable_attention)
+        found[name] = sample(flux, of, tokens, conditioning, 0, method, extensions)
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import weights
 from errors import InputError, info, print_error, shown, warn
+from extensions.extras import check_together
 from formats import components
 from formats.hub import is_repository
 from formats.known import doubts, known_of
@@ -16,7 +17,7 @@ from regional.layout import FLUX_DEV, Defaults, Layout
 from regional.mask import region_tokens
 from settings import MODEL_KEYS, Settings
 from tools.cost import evaluations, resolved, stages
-from tools.flags import Command
+from tools.flags import Command, naming
 from tools.jobs import POCKET, check_output, inputs_of, layout_files, read
 from tools.metadata import check_suffix, check_writable, conditions, read_timings, write
 from tools.plan import plan, write_plan
@@ -61,6 +62,9 @@ def check_layouts(command: Command, checkpoint: Any, defaults: Defaults) -> int:
     for file in files:
         try:
             layout = read(command, file, {}, defaults.size).filled(defaults)
+            if flux:
+                with naming(file, command.overrides):
+                    check_together(layout, params)
         except InputError as error:
             print_error(error)
             continue

@@ -102,8 +102,9 @@ def naming(file: Path | None, overrides: dict[str, Any]) -> Iterator[None]:
         for mistake in getattr(error, "errors", [error]):
             parts = re.match(r"(?s)(\w*)(\[\d+\])?\.?(\w*)(.*)", str(mistake.key))
             key, entry, field, rest = parts.groups()
-            control = CONTROL_FLAGS.get(field, "controlnet")
-            flags = {"loras": "lora", "controlnets": control, "image": START_FLAGS.get(field, "repaint")}
+            flags = {"loras": "lora"}
+            flags["controlnets"] = CONTROL_FLAGS.get(field, "controlnet")
+            flags["image"] = START_FLAGS.get(field, "image")
             if key in overrides and (key in flags or not entry):
                 mistake.key = flag(flags.get(key, key)) + rest
                 mistake.source = here
@@ -131,6 +132,8 @@ def parse(argv: list[str] | None = None, replay: Replay | None = None) -> Comman
         overrides["image"] = start
         if "file" not in start:
             parser.error("--denoise goes with --image or --repaint")
+    if output.repaint and "file" in start:
+        parser.error("--repaint is of the image of --config-from-metadata, not of an --image")
     if (output.repaint or output.region_prompt) and not output.config_from_metadata:
         parser.error("--repaint and --region-prompt go with --config-from-metadata")
     control = {key: given[name] for key, name in CONTROL_FLAGS.items() if name in given}

@@ -1,5 +1,6 @@
 """The images of a run: names, seeds, shards, which are finished, and how they are made."""
 
+import contextlib
 import glob
 import itertools
 import json
@@ -9,7 +10,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,6 @@ from tools.metadata import (
     metadata_in,
     names_in,
     read_metadata,
-    run_metadata,
     save_image,
     save_json,
     save_tensor,
@@ -279,6 +279,40 @@ class Stop:
             raise KeyboardInterrupt
 
 
+def with_exit_code(parse: Callable[[], Command], run: Callable[[Command, Stop], int]) -> int:
+    """What `run` returns, or the code of its error, whose message is printed."""
+    settings = Settings()
+    stop = Stop()
+    out = Tolerant(sys.stdout)
+    errors = Tolerant(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            with stop.handled():
+                command = parse()
+                settings = command.settings
+                return run(command, stop)
+        except (InputError, OSError) as error:
+            if is_first(settings):
+                print_error(error)
+            return 2 if isinstance(error, InputError) else 1
+        except (MemoryError, RuntimeError) as error:
+            if not is_full(error):
+                raise
+            info(f"generate.py: out of memory: {advice(error, settings)}")
+            return 1
+        except KeyboardInterrupt:
+            info("generate.py: interrupted")
+            return 130
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Nothing is printed within it."""
+    with open(os.devnull, "w") as nowhere:
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            yield
+
+
 def layout_files(output: Output) -> list[Path | None]:
     """Those of --layout, or an image that embeds one; None if flags are the layout."""
     files = []
@@ -502,8 +536,9 @@ def generate_all(
     worker = worker_of(command)
     announce(jobs, worker, pipeline)
     heard()  # These are of all images.
-    if output.config_from_metadata:
-        check_weights(output.config_from_metadata, run_metadata(pipeline))
+    if jobs and output.config_from_metadata:
+        made = image_metadata(jobs[0].layout, jobs[0].seed, pipeline, None)
+        check_weights(output.config_from_metadata, made)
     groups = itertools.groupby(jobs, lambda job: id(job.layout))
     by_layout = [list(group) for _, group in groups]
     with tally.running(len(jobs)):
@@ -580,11 +615,11 @@ def is_finished(job: Job, output: Output, metadata: Metadata) -> bool:
     return len(kept) == len(job.files)
 
 
-def check_weights(file: Path, run: Metadata) -> None:
+def check_weights(file: Path, made: Metadata) -> None:
     """Warn if an image that is to be made again was made by other weights."""
     sums = read_metadata(file).get("inputs")
     sums = sums if isinstance(sums, dict) else {}
-    other = [part for part, own in run["inputs"].items() if sums.get(part, own) != own]
+    other = [part for part, own in made["inputs"].items() if sums.get(part, own) != own]
     if other:
         warn(f"{file} was made by other weights: {', '.join(other)}")
 

@@ -39,6 +39,7 @@ from errors import (
     read_text,
     warn,
 )
+from formats.hub import redux_place
 from formats.safetensors import read_header
 from regional.layout import Layout, Seed
 from settings import MODEL_KEYS, Settings
@@ -54,7 +55,8 @@ SAMPLERS = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}  # in othe
 CHECKSUM = "sha256"  # of a tensor, among the metadata of its file
 ANY_SIZE = 10**9  # pixels
 PICTURES = ("map", "mask", "image", "control_image")  # keys of layouts
-NAMES = (*MODEL_KEYS, *PICTURES, "file")  # keys of models and files in layouts and settings
+FILE_KEYS = (*MODEL_KEYS, "redux")
+NAMES = (*FILE_KEYS, *PICTURES, "file")  # keys of models and files in layouts and settings
 PARTS = ("given", "regions", "loras", "controlnets")  # the keys below which there are such
 PARTS = (*PARTS, "image", "repaint", "image_prompts", "references")
 PICTURE = rf"({'|'.join(PICTURES)}|image\.file|image_prompts\[\d+\]\.file|references\[\d+\])$"
@@ -165,7 +167,7 @@ def run_metadata(pipeline: Any) -> Metadata:
     settings = pipeline.settings
     checkpoint = pipeline.checkpoint
     sources = {part: getattr(checkpoint, part) for part in MODEL_KEYS[1:]}
-    given = {key: getattr(settings, key) for key in MODEL_KEYS}
+    given = {key: getattr(settings, key) for key in FILE_KEYS}
     attention = pipeline.attention or settings.attention.replace("auto", "")
     found = {
         "model": checkpoint.name,
@@ -192,6 +194,10 @@ def image_metadata(layout: Layout, seed: int, pipeline: Any, file: str | None) -
     keys = msgspec.to_builtins(layout.filled(pipeline.defaults))
     run = run_metadata(pipeline)
     inputs = dict(run["inputs"])
+    if any(part.image_prompts for part in (layout, *layout.regions)):
+        place = redux_place(pipeline.checkpoint.name, pipeline.settings.redux)
+        run["files"] |= {"redux": place.name}
+        inputs["redux"] = fingerprint(*(place.rglob("*.safetensors") if place.is_dir() else [place]))
     for key, name in names_in(keys):
         if is_picture(key) or os.path.exists(name):
             inputs[name] = checksum(key, name)
@@ -232,7 +238,8 @@ def portable(metadata: Metadata, folder: Path) -> Metadata:
 
     def relative(key: str, name: str) -> str:
         is_path = name.startswith((".", "~")) or os.path.isabs(name) or os.path.exists(name)
-        if name in ("pocket", *MODEL_KEYS) or not is_path:
+        is_part = key == name and name in FILE_KEYS  # whose checksum it is
+        if name == "pocket" or is_part or not is_path:
             return name
         path = Path(name).expanduser()
         real = os.path.realpath(path)
@@ -355,11 +362,15 @@ class Timing(msgspec.Struct):
 def keep_timing(settings: Settings, layout: Layout, seconds: float) -> None:
     """For --check, without prompts. seconds: of the steps after the first. The image is written,
     so no failure here ends a run."""
-    if layout.steps < 2 or layout.controlnets or any(region.loras for region in layout.regions):
+    parts = (layout, *layout.regions)
+    more = [part.image_prompts or part.references for part in parts]
+    more += [layout.controlnets, *(region.loras for region in layout.regions)]
+    if layout.run_steps() < 2 or any(more):
         return  # The cost of these isn't known.
     with suppress(Exception):
-        regions = tuple(replace(region, prompt="x") for region in layout.regions)
-        layout = replace(layout, prompt="", background_prompt="", loras=(), regions=regions)
+        no_words = {"prompt": "x", "negative_prompt": ""}
+        regions = tuple(replace(region, **no_words) for region in layout.regions)
+        layout = replace(layout, **no_words, background_prompt="", loras=(), regions=regions)
         key = f"{conditions(settings)} {layout.width} x {layout.height}"
         found = read_timings()
         found.pop(key, None)  # The latest is the last.

@@ -236,7 +236,10 @@ def report(layout: Layout, params: FluxParams, known: list[int] | None) -> tuple
         if count is not None and count > limit:
             key = keys.get(name, f"regions[{name}].prompt")
             warnings.append(f"{key} has {count} tokens, and only the first {limit} are read.")
-    return "\n".join([*lines, "", *cost(layout, params, tokens)]), warnings
+    lines += ["", *cost(layout, params, tokens)]
+    if len(layout.regions) >= 4 and layout.preset == "published" and layout.method == "regional":
+        lines.append("for 4 regions and more, preset: control holds better (docs/control)")
+    return "\n".join(lines), warnings
 
 
 def doubts(layout: Layout, tokens: RegionTokens) -> list[str]:

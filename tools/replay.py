@@ -3,6 +3,7 @@ pictures are now, whether they are to be trusted, and whether they are still the
 
 import os
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch import Tensor
 from errors import MISSING, InputError, describe, shown
 from formats.hub import is_cached, is_repository
 from formats.safetensors import read, read_header
-from regional.layout import Layout
+from regional.layout import SHAPES, Layout
+from regional.reader import read_layout
 from settings import MODEL_KEYS, Settings, invalid
 from tools.compare import check_kept, is_whole, matches
-from tools.flags import Output
+from tools.flags import Output, naming
 from tools.jobs import check_output, fill, templates
 from tools.metadata import (
+    FILE_KEYS,
     ROOT,
     Metadata,
     check_suffix,
@@ -42,9 +45,14 @@ def replayed(
     metadata = located(read_metadata(file), file.parent)
     settings = repeated(metadata, given, file)
     keys = {key: metadata[key] for key in Layout.__struct_fields__ if key in metadata}
-    named = {key: settings[key] for key in MODEL_KEYS if key in settings.keys() - given}
+    named = {key: settings[key] for key in FILE_KEYS if key in settings.keys() - given}
     if not output.decode:
         named |= {key: keys[key] for key in keys.keys() - overrides}
+    if output.decode:
+        named |= pasting(keys)
+    if output.repaint:  # The image itself takes the place of the one that it started from.
+        check_regions("--repaint", output.repaint, keys)
+        named.pop("image", None)
     if not output.trust_metadata:
         check_trust(file, named, argv)
     check_inputs(file, metadata, named)
@@ -53,16 +61,38 @@ def replayed(
 
 def with_prompts(keys: dict[str, Any], given: tuple[str, ...]) -> dict[str, Any]:
     """The recorded layout with other prompts of regions, given as I TEXT, I TEXT ..."""
-    regions = keys.get("regions")
-    count = len(regions) if isinstance(regions, list) else 0
     if len(given) % 2:
         raise InputError("--region-prompt", given[-1], "expected a region's index and a prompt")
     for index, prompt in zip(given[::2], given[1::2]):
-        if not (index.isdecimal() and int(index) < count):
-            problem = f"the image has {count} regions, counted from 0"
-            raise InputError("--region-prompt", index, problem)
-        regions[int(index)]["prompt"] = prompt
+        check_regions("--region-prompt", [index], keys)
+        keys["regions"][int(index)]["prompt"] = prompt
     return keys
+
+
+def check_regions(flag: str, indices: Iterable[int | str], keys: dict[str, Any]) -> None:
+    """InputError for an index that is none of a recorded layout's regions."""
+    regions = keys.get("regions")
+    count = len(regions) if isinstance(regions, list) else 0
+    for index in indices:
+        if not (str(index).isdecimal() and int(index) < count):
+            raise InputError(flag, index, f"the image has {count} regions, counted from 0")
+
+
+def pasting(keys: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a recorded layout that say what it repaints of which image; none without."""
+    image = keys.get("image")
+    area = image.get("repaint") if isinstance(image, dict) else None
+    if not area:
+        return {}
+    needed = ["prompt", "width", "height", "image"]
+    found = {key: keys[key] for key in needed if key in keys}
+    if isinstance(area, dict) and area.get("regions"):
+        found["map"] = keys.get("map")
+        shape = ("prompt", *SHAPES)
+        found["regions"] = [
+            {key: region[key] for key in shape if key in region} for region in keys.get("regions") or ()
+        ]
+    return found
 
 
 def located(metadata: Metadata, folder: Path) -> Metadata:
@@ -87,7 +117,7 @@ def repeated(metadata: Metadata, given: dict[str, Any], file: Path) -> dict[str,
     files = files if isinstance(files, dict) else {"model": metadata["model"]}
     dtype = str(metadata.get("dtype", "auto"))
     settings = {
-        **{key: str(value) for key, value in files.items() if key in MODEL_KEYS},
+        **{key: str(value) for key, value in files.items() if key in FILE_KEYS},
         "dtype": dtype.removeprefix("torch."),
         "attention": metadata.get("attention", "auto"),
         "quantize": "fp8" if metadata.get("fp8") is True else "none",
@@ -143,8 +173,12 @@ def decode(pipeline: Any, output: Output) -> None:
     """Write the image of --decode, with the metadata of its latents and this run's VAE."""
     file = output.decode
     latents = read_latents(file)
+    layout = None
     defaults = msgspec.to_builtins(Layout(prompt=""))
     metadata = defaults | located(read_metadata(file), file.parent)
+    if keys := pasting(metadata):
+        with naming(file, {}):
+            layout = read_layout(None, keys)
     run = run_metadata(pipeline)
     for key in {"files", "inputs", "given"} & metadata.keys():
         if "ae" in run[key] and isinstance(metadata[key], dict):
@@ -158,7 +192,7 @@ def decode(pipeline: Any, output: Output) -> None:
     check_writable(path, overwrite=True)
     is_new = output.overwrite or not path.exists()
     if is_new or not check_kept(path, metadata, output):
-        save_image(pipeline.decode(latents), None if output.no_metadata else metadata, path)
+        save_image(pipeline.decode(latents, layout), None if output.no_metadata else metadata, path)
     print(shown(path))
 
 

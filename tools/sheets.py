@@ -18,7 +18,8 @@ GAP = 8  # pixels between images
 LINE = 18  # the height of a line of text
 SWEPT = (
     "base_ratio", "mask_inject_steps", "double_inject_interval", "single_inject_interval",
-    "guidance", "steps", "method", "preset", "region_max_sequence_length", "sampler", "schedule",
+    "guidance", "true_cfg_scale", "steps", "method", "preset", "region_max_sequence_length",
+    "sampler", "schedule",
 )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ from safetensors.torch import save  # noqa: E402
 
 import weights  # noqa: E402
 from errors import InputError  # noqa: E402
-from extensions import loading  # noqa: E402
+from extensions import loading, pictures  # noqa: E402
 from extensions.lora_files import read_lora  # noqa: E402
 from formats import components  # noqa: E402
 from model.tokenizers import CLIPTokenizer, T5Tokenizer  # noqa: E402
@@ -111,7 +111,7 @@ def naming_image(text: str) -> Callable[[Path], None]:
         if found.regions:
             region_tokens(found)
         if found.controlnets:
-            loading.control_image(found.controlnets[0].image, None, found)
+            pictures.control_image(found.controlnets[0].image, None, found)
 
     return read
 

@@ -29,7 +29,8 @@ from PIL import Image, PngImagePlugin
 
 import generate
 from errors import LAYOUT, MAX_PIXELS, InputError
-from regional.layout import FLUX_DEV, Control, Layout, Lora, Region, RegionLora
+from extensions.repaint import repainted
+from regional.layout import FLUX_DEV, Control, Layout, Lora, Region, RegionLora, Repaint, Start
 from regional.mask import region_tokens
 from regional.reader import read_layout
 
@@ -51,7 +52,12 @@ def read(file: Path) -> str | None:
             for line in str(error).split("\n"):
                 assert line.endswith(".") and line.isprintable() and len(line) < 4000, line
             return str(error)
-        assert layout.resolved(FLUX_DEV).regional_steps() <= 10000
+        resolved = layout.resolved(FLUX_DEV)
+        assert resolved.regional_steps() <= resolved.run_steps() <= resolved.steps <= 10000 and resolved.run_steps() > 0
+        assert max(layout.width, layout.height) <= 8192 and layout.width % 16 == layout.height % 16 == 0
+        if layout.image and layout.image.repaint:
+            anew = repainted(layout)
+            assert anew.shape == (layout.height, layout.width) and 0 <= anew.min() <= anew.max() <= 1
         if layout.regions:
             tokens = region_tokens(layout)
             tokens.bits(2), tokens.sorted()
@@ -65,6 +71,9 @@ def read(file: Path) -> str | None:
 def unknown_keys(values: Any, struct: type = Layout) -> list[str]:
     """The keys of a layout, as YAML has it, that the reader does not know."""
     found = [key for key in values if key not in struct.__struct_fields__]
+    for key, part in {"image": Start, "repaint": Repaint}.items():
+        if struct in (Layout, Start) and isinstance(values.get(key), dict):
+            found += unknown_keys(values[key], part)
     loras = RegionLora if struct is Region else Lora
     for key, part in {"regions": Region, "loras": loras, "controlnets": Control}.items():
         entries = values.get(key) if key in struct.__struct_fields__ else None
@@ -102,8 +111,16 @@ WORDS = ["a fox", "a\x00b", "\U0001f98a", "a: [b", "- c\n\td", "% 'q' \"r\"", "\
 GOOD_REGION = {
     "strength": [0, 1, 5e-324, 100, -0.0], "feather": [0, 16, 40.5, 8192, 1e-300], "base_ratio": [0, 1, 0.5, None],
     "mask_inject_steps": [0, "0%", "33.333333333333336%", 10**18, None], "loras": [[], [{"file": "gone", "scale": -1}]],
-    "order": [0],
+    "order": [0], "negative_prompt": ["", "ugly", None],
 }  # fmt: skip
+GOOD_IMAGES = [
+    {"file": "disc.png"},
+    {"file": "halves.png", "denoise": 5e-324},
+    {"file": "edges.png", "denoise": 1, "repaint": None},
+    {"file": "white.png", "denoise": 0.5, "repaint": {"box": ["0%", 3, "50.5%", 15.9], "feather": 1e-300}},
+    {"file": "disc.png", "repaint": {"polygon": [[0, 0], [16, 0], ["50%", 16]], "feather": 8192}},
+    {"file": "disc.png", "repaint": {"mask": "white.png", "regions": None}},
+]
 GOOD = {
     "width": [16, 64, 272], "background_prompt": ["", "grey"], "seed": [0, 2**63 - 1, None], "steps": [1, 10000],
     "style": ["", "in {prompt}", "\u2028"],
@@ -112,6 +129,8 @@ GOOD = {
     "single_blocks": ["0", "9-1", None, [10**18]], "image_attention": ["open"], "base_stream": ["shared"],
     "max_sequence_length": [2, None], "region_max_sequence_length": [4096, "1%", None], "preset": ["control"],
     "overlap": ["last", "first", "smallest"], "method": ["rpg", "plain"],
+    "image": GOOD_IMAGES, "control_image": ["edges.png", None], "negative_prompt": ["", "z" * 1000],
+    "true_cfg_scale": [1, 1.5, 1000], "cfg_batch": [True, False],
     "loras": [[{"file": "a/b:c"}, {"file": ".", "image": "edges.png"}]],
     "controlnets": [[{"model": "\x00", "image": "edges.png", "mode": "canny", "end": 0.5, "scale": -0.0}]],
 }  # fmt: skip
@@ -168,6 +187,7 @@ def nasty(rng: random.Random) -> Any:
 def near_validity(rng: random.Random) -> tuple[dict[str, Any], int]:
     """A layout, and in how many ways it may be invalid."""
     keys = sorted({*GOOD, *GOOD_REGION, "prompt", "box", "ellipse", "polygon", "mask", "color", "image", "map"})
+    keys += ["denoise", "repaint", "true_cfg_scale", "cfg_batch", "control_image", "negative_prompt"]
     keys += ["height", "promt", "weight", "0", "a.b", "\xfc", "\ud800"]
     layout = {"prompt": rng.choice(WORDS), "map": "halves.png", "width": 64}
     layout |= some_of(GOOD, rng)
@@ -177,7 +197,14 @@ def near_validity(rng: random.Random) -> tuple[dict[str, Any], int]:
     ]
     spoils = rng.randrange(3)
     for _ in range(spoils):
-        place = rng.choice([layout, *layout["regions"]])
+        places = [layout, *layout["regions"]]
+        if isinstance(image := layout.get("image"), dict):
+            image = layout["image"] = dict(image)
+            places += [image, image]
+            if isinstance(image.get("repaint"), dict):
+                places.append(image["repaint"])
+                image["repaint"] = places[-1] = dict(places[-1])
+        place = rng.choice(places)
         another = some_of(GOOD | GOOD_REGION, rng)
         place |= another if rng.random() < 0.4 else {rng.choice(keys): nasty(rng)}
     return layout, spoils
@@ -320,6 +347,13 @@ TEXTS = {  # name: YAML, and what its sentence says, None where it is a layout
     "an empty mask": (layout_of("mask: ''"), NO_FILE),
     "a control image of broken EXIF data": (
         "prompt: x\ncontrolnets: [{model: a, image: exif.jpg}]", "not an image that can be read"),
+    "a large image to start from, repainted with the largest feather": (
+        "prompt: x\nwidth: 1024\nheight: 1024\nimage: {file: white.png, repaint: {mask: white.png, feather: 8192}}",
+        None),
+    "an image to start from that is a pipe": ("prompt: x\nimage: {file: pipe}", NO_FILE),
+    "an image to start from that is a device": ("prompt: x\nimage: {file: /dev/zero}", NO_FILE),
+    "an image of broken EXIF data to start from": (
+        "prompt: x\nimage: {file: exif.jpg}", "not an image that can be read"),
     "an empty map": ("prompt: x\nmap: ''", NO_FILE),
     "61 soft regions of a large size": (
         layout_of(*["polygon: [[0, 0], [4096, 0], [2000, 4096]], feather: 300"] * 61, side=4096, more="overlap: last"),

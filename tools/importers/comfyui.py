@@ -246,8 +246,20 @@ def read(path: Path, size: Any) -> Data:
         else:
             lost.append(f"the region of {graph.nodes[place[1][0]].class_type}, {prompt}")
     found["prompt"] = ", ".join(dict.fromkeys(base))
-    given = {key: nearest(key) for key in ("cfg", "denoise", "start_percent", "end_percent")}
+    found |= negative(graph, start, found["guidance"] is not None)
+    given = {key: nearest(key) for key in ("denoise", "start_percent", "end_percent")}
     lost += [f"{key} {value}" for key, value in given.items() if value not in (None, 0, 1)]
     kinds = [node.class_type for name, node in graph.nodes.items() if name not in graph.seen]
     common.report(lost + [kind for kind in kinds if "Region" in kind])
     return found
+
+
+def negative(graph: Graph, start: Any, is_flux: bool) -> Data:
+    """The layout's keys for true guidance: the nearest node's that has a scale above 1."""
+    for node in graph.upstream(start):
+        scale = graph.value(node, "cfg")
+        if isinstance(scale, int | float) and scale != 1:
+            found = graph.prompts(node.inputs.get("negative"))
+            texts = dict.fromkeys(text for text, place, _ in found if place is None)
+            return common.guided(", ".join(texts), scale, is_flux)
+    return {}

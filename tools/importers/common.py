@@ -83,6 +83,19 @@ def sampling(**names: Any) -> Data:
     return {key: name for key, name in names.items() if name in NAMES}
 
 
+def guided(negative: Any, scale: Any, is_flux: bool) -> Data:
+    """The layout's keys for a negative prompt and a CFG scale; other models' scales are too high
+    for FLUX.1."""
+    found = {}
+    if isinstance(negative, str) and plain(negative):
+        found["negative_prompt"] = plain(negative)
+    if is_flux and isinstance(scale, int | float) and scale > 1:
+        found["true_cfg_scale"] = scale
+    elif scale not in (None, 0, 1):
+        report([f"cfg {scale}"])
+    return found
+
+
 def report(lost: Any) -> None:
     if text := ", ".join(lost):
         warn(f"a layout has no place for {shown(text)}")

@@ -28,10 +28,12 @@ def from_a1111(path: Path, size: Any) -> Data:
     if not start:
         raise InputError(path, MISSING, "has no parameters as A1111 and Forge write them")
     prompt, _, negative = prompt.partition("Negative prompt:")
-    found = {"Negative prompt": negative.strip()}
+    found = {}
     for key, value in re.findall(SETTING, start + settings):
         found[key] = json_in(value, str, path) if value[:1] == '"' else value.strip()
     layout = couple(found, prompt, path) or {"prompt": plain(prompt), "regions": []}
+    scale = json_in(found.pop("CFG scale", "1"), int | float, path)
+    layout |= common.guided(negative.strip(), scale, "Distilled CFG Scale" in found)
     for theirs in OURS.keys() & found.keys():
         layout[OURS[theirs]] = json_in(found.pop(theirs), int | float, path)
     sides = re.fullmatch(r"(\d{1,9})x(\d{1,9})", found.get("Size", ""))
@@ -86,8 +88,9 @@ def from_invokeai(path: Path, size: Any) -> Data:
     layout = {key: found.get(key) for key in ("seed", "steps", "guidance")}
     layout |= {side: found.get(side) or texts[side] for side in ("width", "height")}
     layout |= common.sampling(sampler=found.get("scheduler"))
-    lost = ("negative_prompt", "cfg_scale", "loras")
-    lost = [key for key in lost if found.get(key) not in NEUTRAL]
+    scale = found.get("cfg_scale")
+    layout |= common.guided(found.get("negative_prompt"), scale, found.get("guidance") is not None)
+    lost = [key for key in ("loras", "strength") if found.get(key) not in NEUTRAL]
     if (found.get("canvas_v2_metadata") or {}).get("regionalGuidance"):
         lost.append("the regional layers, whose place in the image is not recorded")
     report(lost)
