@@ -1,14 +1,14 @@
 """Small images of what the model expects at each step: its estimate of the final latents, made
 RGB by a linear map instead of the VAE."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 
 from regional.extension import Branches, Forward, Pass
+from sampler.flow import pack
 
 SAMPLES = 6  # images to fit a map to, of 256 pixels a side
 # How the pocket VAE's latents become red, green and blue: a constant, then its 16 channels;
@@ -58,19 +58,16 @@ def in_colors(tokens: Tensor, h: int, w: int, rgb: np.ndarray) -> Image.Image:
 
 
 @torch.inference_mode()
-def fitted(encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Image.Image]) -> np.ndarray:
-    """The map of another VAE, (17, 3), by least squares. encode: pixels (1, 3, H, W) in [-1, 1]
-    to packed latents; decode: latents (1, 16, H / 8, W / 8) to an image."""
+def fitted(vae: nn.Module, device: torch.device, dtype: torch.dtype) -> np.ndarray:
+    """The map of another VAE, (17, 3), by least squares over images that it encodes and decodes."""
     random = np.random.default_rng(0)
     rows = []
     colors = []
     for _ in range(SAMPLES):
-        tokens = encode(pattern(random))[0]
-        latents = by_pixel(tokens, 16, 16)
-        whole = torch.from_numpy(latents[..., 1:]).float().permute(2, 0, 1)[None]
-        image = decode(whole).resize((32, 32), Image.Resampling.BOX)
-        rows.append(latents.reshape(-1, 17))
-        colors.append(np.asarray(image, dtype=float).reshape(-1, 3))
+        latents = vae.encode(pattern(random).to(device, dtype))
+        rows.append(by_pixel(pack(latents)[0].cpu(), 16, 16).reshape(-1, 17))
+        pixels = avg_pool2d(vae.decode(latents).float(), 8)[0]
+        colors.append(127.5 * (pixels.permute(1, 2, 0).reshape(-1, 3).cpu().numpy() + 1))
     return np.linalg.lstsq(np.concatenate(rows), np.concatenate(colors))[0]
 
 

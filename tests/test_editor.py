@@ -407,7 +407,8 @@ def test_previews_look_like_the_images(drawing):
     prepared = pipeline.prepare(layout)
     latents = pipeline.denoise(prepared, 4, [watch.extend])
     image = np.asarray(pipeline.decode(latents).resize((SIZE // 8, SIZE // 8), Image.Resampling.BOX), dtype=float)
-    for rgb, least in (POCKET_RGB, 0.85), (fitted(pipeline.latents_of, pipeline.decode), 0.6):
+    other = fitted(pipeline.parts.get("ae"), pipeline.device, pipeline.dtype)
+    for rgb, least in (POCKET_RGB, 0.85), (other, 0.6):
         own = np.asarray(in_colors(watch.estimate(), SIZE // 16, SIZE // 16, rgb), dtype=float)
         assert 1 - (own - image).var() / image.var() > least
     assert torch.allclose(unpack(watch.estimate()[None], SIZE, SIZE), latents, atol=1e-4)  # after the last step

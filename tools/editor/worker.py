@@ -197,7 +197,7 @@ def preview_map(pipeline: Any) -> np.ndarray:
     file = timings_file().with_name(f"preview_{key}.json")
     with contextlib.suppress(InputError):
         return np.array(parse_json(read_bytes(file, CONFIG), list[list[float]], file))
-    rgb = fitted(pipeline.latents_of, pipeline.decode)
+    rgb = fitted(pipeline.parts.get("ae"), pipeline.device, pipeline.dtype)
     with contextlib.suppress(OSError):  # without a cache it is fitted again
         data = json.dumps(rgb.tolist())
         write(file, partial(Path.write_text, data=data, encoding="utf-8"))
