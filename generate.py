@@ -33,12 +33,12 @@ def run(command: Command, stop: batch.Stop) -> int:
     settings = command.settings
     output = command.output
     dry_run = command.dry_run
-    if dry_run.check or dry_run.preview or dry_run.plan is not None:
+    if dry_run.check or dry_run.preview or dry_run.edit or dry_run.plan is not None:
         from tools.check import run_dry
 
         if not batch.is_first(settings):
             return 0
-        return run_dry(command)
+        return run_dry(command, Pipeline)
     tally = batch.Tally(command)
     if is_repository(settings.model) and not output.decode:
         # Find mistakes before downloading a repository's gigabytes.

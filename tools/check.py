@@ -1,5 +1,6 @@
-"""Before a run: layouts checked, previewed, or planned by a language model."""
+"""Before a run: layouts checked, previewed, edited, or planned by a language model."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,13 @@ from tools.plan import plan, write_plan
 from tools.preview import grid_tokens, preview, report
 
 
-def run_dry(command: Command) -> int:
-    """A dry run; returns the exit code."""
+def run_dry(command: Command, make: Callable[[Settings], Any]) -> int:
+    """A dry run; returns the exit code. make: Pipeline, for the editor."""
     settings, overrides, output, dry_run, _ = command
+    if dry_run.edit:
+        from tools.editor import edit
+
+        return edit(command, make)
     checkpoint = None  # A repository's headers may not be at hand.
     defaults = FLUX_DEV
     if not is_repository(settings.model):

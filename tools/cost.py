@@ -19,7 +19,11 @@ def resolved(layout: Layout, params: FluxParams) -> Layout:
 
 def cost(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[str]:
     """A line for each stage of a resolved layout, compared with plain FLUX.1."""
-    found = stages(layout, params, tokens)
+    return compared(layout, stages(layout, params, tokens))[0]
+
+
+def compared(layout: Layout, found: list[Stage]) -> tuple[list[str], float]:
+    """`cost`'s lines of these stages, and how many times plain FLUX.1 they cost."""
     plain = found[-1][1]
     lines = []
     start = total = 0
@@ -31,14 +35,14 @@ def cost(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[str]:
             lines.append(f"steps {start + 1} to {end}: {what}, {each}")
         total += count * flops
         start = end
-    times = f"{total / (start * plain):.2f} times plain FLUX.1"
-    lines.append(f"altogether: {amount(total)}, {times}")
+    times = total / (start * plain)
+    lines.append(f"altogether: {amount(total)}, {times:.2f} times plain FLUX.1")
     parts = (layout, *layout.regions)
     if layout.controlnets or any(region.loras for region in layout.regions):
         lines[-1] += "; ControlNets and regions' LoRAs come on top"
     if any(part.image_prompts or part.references for part in parts):
         lines[-1] += "; image prompts and references come on top"
-    return lines
+    return lines, times
 
 
 def evaluations(layout: Layout, start: int, end: int) -> int:
@@ -61,7 +65,7 @@ def stages(layout: Layout, params: FluxParams, tokens: RegionTokens) -> list[Sta
     name = "composed of the regions' images" if layout.method == "rpg" else "regional"
     work = cache(partial(regional_flops, layout, params, tokens))
     found = []
-    covering = tokens.cover.any(dim=1).tolist()
+    covering = tokens.cover.numpy().any(axis=1).tolist()
     for end, ratios in stage_ratios(layout, tokens) if layout.regions else ():
         base = any(ratio > 0 for ratio, covers in zip(ratios, covering) if covers)
         what = name if base else f"{name}, no base branch"

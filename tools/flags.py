@@ -75,6 +75,8 @@ class DryRun(Struct, frozen=True, kw_only=True):
 
     check: Annotated[bool, "validate the layouts and print what they cost"] = False
     preview: Annotated[File, "draw the regions into this image file"] = None
+    edit: Annotated[File, "edit this layout, a folder's or an image's in the browser"] = None
+    host: Annotated[Name, "the editor's address; default: 127.0.0.1, this machine alone"] = None
     plan: Annotated[Name, "have a language model write a layout for a prompt"] = None
     llm_url: Annotated[Name, "OpenAI-compatible endpoint; default: OPENAI_BASE_URL"] = None
     llm_model: Annotated[Name, "the language model's name; its key: OPENAI_API_KEY"] = None
@@ -148,7 +150,12 @@ def parse(argv: list[str] | None = None, replay: Replay | None = None) -> Comman
         parser.error("give one of --layout, --config-from-metadata and --decode")
     if output.same_code and not output.update:
         parser.error("--same-code goes with --update")
-    if not (output.layout or file or dry_run.plan or "prompt" in overrides):
+    if dry_run.edit and (overrides or of(Output)):
+        parser.error("--edit goes with flags of the model and of speed alone")
+    if dry_run.host and not dry_run.edit:
+        parser.error("--host goes with --edit")
+    is_dry = dry_run.plan or dry_run.edit
+    if not (output.layout or file or is_dry or "prompt" in overrides):
         parser.error("give a --layout, or at least a --prompt")
     settings = of(Settings)
     keys = None

@@ -58,13 +58,14 @@ def build_wheel(folder: str, settings: Any = None, metadata: Any = None) -> str:
 
 
 def package_files() -> dict[str, str | bytes]:
-    """The package's files: the program, and the pocket model."""
+    """The package's files: the program, the editor's page, and the pocket model."""
     files = {f"{PACKAGE}/__init__.py": INIT}
     places = [ROOT / folder for folder in FOLDERS]
     for path in [*ROOT.glob("*.py"), *(path for place in places for path in place.rglob("*.py"))]:
         text = path.read_text(encoding="utf-8")
         files[f"{PACKAGE}/{path.relative_to(ROOT).as_posix()}"] = with_full_names(text)
-    for path in (ROOT / "pocket" / "checkpoint").rglob("*"):
+    data = [ROOT / "pocket" / "checkpoint", ROOT / "tools" / "editor" / "page"]
+    for path in (path for place in data for path in place.rglob("*")):
         if path.is_file() and path.suffix != ".log":
             files[f"{PACKAGE}/{path.relative_to(ROOT).as_posix()}"] = path.read_bytes()
     return files

@@ -245,13 +245,15 @@ def report(layout: Layout, params: FluxParams, known: list[int] | None) -> tuple
 def doubts(layout: Layout, tokens: RegionTokens) -> list[str]:
     """What region_tokens does but may not be meant."""
     found = []
-    inside = tokens.cover > 0
-    several = inside.sum(dim=0) > 1
-    shared = inside.float() @ inside.float().T  # tokens, exact in float32
+    cover = tokens.cover.numpy()
+    inside = cover > 0
+    several = inside.sum(axis=0) > 1
+    held = inside.astype(np.float32)
+    shared = held @ held.T  # tokens, exact in float32
     for i, region in enumerate(layout.regions):
         name = f"regions[{i}]"
         own = inside[i]
-        fraction = tokens.cover[i].mean()
+        fraction = cover[i].mean()
         if region.strength == 0:
             found.append(f"{name} has strength 0: its prompt is not read in the masked blocks.")
         if not own.any():  # region_tokens warns of it
