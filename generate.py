@@ -24,7 +24,7 @@ from tools.replay import decode, replayed
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0; 2 for bad input; 1 if the machine refuses or some of many
+    """The exit code: 0; 2 for bad input; 1 if the machine refuses or some of many
     layouts fail; 130 for Ctrl-C or SIGTERM."""
     return batch.with_exit_code(lambda: parse(argv, replayed), run)
 

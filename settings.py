@@ -26,7 +26,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     t5: Annotated[Name, "load the T5 text encoder from this file or folder"] = None
     clip: Annotated[Name, "load the CLIP text encoder from this file or folder"] = None
     ae: Annotated[Name, "load the VAE from this file or folder"] = None
-    redux: Annotated[Name, "where FLUX.1 Redux is, for image prompts"] = None
+    redux: Annotated[Name, "FLUX.1 Redux, for image prompts"] = None
     device: Annotated[Device, "auto, cuda, cuda:N, cpu or mps"] = "auto"
     dtype: Annotated[Dtype, "auto: float32 on a CPU, else bfloat16"] = "auto"
     attention: Annotated[Attention, "auto: the kernel on CUDA, else portable"] = "auto"

@@ -289,7 +289,7 @@ class Naive(Participant):
         if kind == "plain":
             return None
         steps, given = self.steps(scene), time_and_vectors(scene)
-        txt, regions, _ = scene.conditioning
+        txt, regions, *_ = scene.conditioning
         if kind == "late":
             return lambda: steps.late_step(scene.img.to(txt.dtype), txt, *given)
         return lambda: steps.regional_step(scene.img.to(txt.dtype), txt, regions, *given)
@@ -298,7 +298,7 @@ class Naive(Participant):
         if scene.bits is None:
             return None
         steps, levels = self.steps(scene), noise_levels(scene.layout, self.flux.params)
-        txt, regions, y = scene.conditioning
+        txt, regions, y, _ = scene.conditioning
 
         def regional(img: Tensor, t: float, step: int) -> Tensor:
             given = torch.full((1,), t, device=txt.device), y, scene.guidance

@@ -88,7 +88,7 @@ FLUX_DEV = Defaults(24, 512, 1024, 19, 38)
 
 
 class Part(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A part of a layout; each key has its range and its meaning."""
+    """A part of a layout; keys have ranges and meanings."""
 
 
 class Lora(Part):

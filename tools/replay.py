@@ -44,7 +44,8 @@ def replayed(
     file = output.decode or output.config_from_metadata
     metadata = located(read_metadata(file), file.parent)
     settings = repeated(metadata, given, file)
-    keys = {key: metadata[key] for key in Layout.__struct_fields__ if key in metadata}
+    defaults = msgspec.to_builtins(Layout(prompt=""))  # of keys that earlier versions lacked
+    keys = defaults | {key: metadata[key] for key in defaults if key in metadata}
     named = {key: settings[key] for key in FILE_KEYS if key in settings.keys() - given}
     if not output.decode:
         named |= {key: keys[key] for key in keys.keys() - overrides}
