@@ -6,7 +6,7 @@ import { add, colorOf, commit, put, regions, removeSelected, render, sendMask, s
 
 const { bounds, clamp, kindOf, shapeOf, snapped } = geometry;
 const HANDLES = ["nw", "n", "ne", "e", "se", "s", "sw", "w"];
-const LETTER = 6.6; // pixels of the screen
+const LETTER = 7.2; // pixels of the screen
 const MASK = 512; // pixels of a mask that is shown, at most
 let gesture = null; // what the pointer is doing
 let drawn = null; // the shape that is being drawn, in pixels of the image
