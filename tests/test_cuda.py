@@ -33,6 +33,7 @@ from regional.layout import Control, Layout, Lora, Region, RegionLora
 from regional.mask import region_tokens
 from runtime import memory
 from runtime.choose import fastest_backends
+from sampler.flow import pack
 
 ROOT = Path(__file__).parent.parent
 DEVICE = os.environ.get("REGIONAL_TEST_DEVICE", "cuda")
@@ -310,7 +311,8 @@ def test_encoders_and_autoencoder_compute_what_they_do_on_the_cpu(dtype, limit):
 
 @torch.inference_mode()
 def encoded(made: Pipeline, image: Tensor) -> Tensor:
-    return made.latents_of(image).float()
+    vae = made.parts.get("ae")
+    return pack(vae.encode(image.to(made.device, made.dtype))).float().cpu()
 
 
 # -------------------------------------------------------------------------------- memory, processes
