@@ -66,7 +66,12 @@ def main() -> None:
     def values(regions: int, way: Way, name: str) -> np.ndarray:
         return np.array([found[regions, seed, way][name] for seed in SEEDS])
 
-    lines = ["# A step cache against fewer steps", "", __doc__.split("\n\n")[2].strip(), ""]
+    lines = [
+        "# A step cache against fewer steps",
+        "",
+        __doc__.split("\n\n")[2].replace(" Writes docs/control/cache.md.", "").strip(),
+        "",
+    ]
     lines += ["| regions | | steps computed | both (95 %) | shape | all | all, less that of as many plain steps |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for regions in COUNTS:
