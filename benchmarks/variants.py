@@ -77,7 +77,7 @@ def one_way(prompts: int) -> Extension:
 
     def attention(tokens: Tokens) -> MaskedAttention:
         bits, length = tokens.bits, len(tokens.bits)
-        is_image = (torch.arange(length) >= (bits[:-1] != bits[1:]).nonzero()[prompts - 1]).to(bits.device)
+        is_image = (torch.arange(length) > (bits[:-1].cpu() != bits[1:].cpu()).nonzero()[prompts - 1]).to(bits.device)
         background = bits == 1 << BACKGROUND_BIT
         mask = (bits[:, None] & bits != 0) | (background & is_image)[:, None] & is_image & (bits != 0)
 

@@ -39,7 +39,6 @@ def encode_prompts(
 
 def moved(conditioning: Conditioning, *where: Any) -> Conditioning:
     """The same on this device, in this dtype."""
-
     txt, regions, y, image = conditioning
     if regions is not None:
         regions = [x.to(*where) for x in regions]
