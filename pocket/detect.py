@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFilter
 
 from pocket.scenes import BACKGROUNDS, COLORS, DARK, LOOKS, PATTERNS, PERIOD, SHAPES, outline_mask
 
@@ -99,7 +98,7 @@ def look_of(picture: np.ndarray, area: np.ndarray | None = None) -> str | None:
     found = find_object(picture, area)
     if not found:
         return None
-    body = found.area & ~grown(~grown(found.raw, GAP), GAP + 1)  # with the gaps that a look makes, without its border
+    body = found.area & shrunken(grown(found.raw, GAP), GAP + 1)  # with the gaps that a look makes, without its border
     color = np.array(list(COLORS.values())[found.color])
     pale = [BACKGROUNDS[name] for name in ("white", "gray", "beige")]
     is_pale = nearest_of(found.picture, np.stack([color, DARK * color, *pale])) >= 2
@@ -107,16 +106,23 @@ def look_of(picture: np.ndarray, area: np.ndarray | None = None) -> str | None:
 
 
 def grown(mask: np.ndarray, pixels: int) -> np.ndarray:
-    image = Image.fromarray(mask.astype(np.uint8) * 255)
-    return np.asarray(image.filter(ImageFilter.MaxFilter(2 * pixels + 1))) > 0
+    """The mask (H, W) bool, wider by so many pixels in every direction, diagonals too."""
+    for _ in range(2):  # down and up, then, transposed, to both sides
+        wider = mask.copy()
+        for shift in range(1, pixels + 1):
+            wider[shift:] |= mask[:-shift]
+            wider[:-shift] |= mask[shift:]
+        mask = np.ascontiguousarray(wider.T)
+    return mask
+
+
+def shrunken(mask: np.ndarray, pixels: int) -> np.ndarray:
+    return ~grown(~mask, pixels)
 
 
 def clean(mask: np.ndarray) -> np.ndarray:
     """The mask without specks, lines and small holes."""
-    image = Image.fromarray(mask.astype(np.uint8) * 255)
-    for size, kind in ((3, ImageFilter.MaxFilter), (7, ImageFilter.MinFilter), (5, ImageFilter.MaxFilter)):
-        image = image.filter(kind(size))
-    return np.asarray(image) > 0
+    return grown(shrunken(grown(mask, 1), 3), 2)
 
 
 def pattern_of(body: np.ndarray, dark: np.ndarray) -> str:
@@ -149,9 +155,7 @@ def all_shifts(tile: bytes) -> np.ndarray:
 
 def silhouette(found: Found) -> np.ndarray:
     """The object with the thin tips that `clean` takes away, without specks elsewhere."""
-    image = Image.fromarray(found.raw.astype(np.uint8) * 255)
-    closed = image.filter(ImageFilter.MaxFilter(3)).filter(ImageFilter.MinFilter(3))
-    return (np.asarray(closed) > 0) & grown(found.body, 3)
+    return shrunken(grown(found.raw, 1), 1) & grown(found.body, 3)
 
 
 def shape_fits(body: np.ndarray) -> dict[str, float]:
@@ -180,7 +184,7 @@ def shape_template(name: str, shape: tuple[int, int], tip: int) -> tuple[int, np
     radius = (width / 2 - ROOM + tip, height / 2 - ROOM + tip)
     filled = outline_mask(name, (width / 2, height / 2), radius, (width, height)) > 0.5
     band = max(1, round(0.03 * (min(shape) - 2 * ROOM)))
-    return int(filled.sum()), grown(filled, band), ~grown(~filled, band)
+    return int(filled.sum()), grown(filled, band), shrunken(filled, band)
 
 
 def borders_agree(picture: np.ndarray, wanted: np.ndarray, within: int = 3) -> float:

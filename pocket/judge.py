@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 
-from pocket.detect import LEAST_FIT, Looks, Seen, nearest_of, nearest_tones, see
+from pocket.detect import LEAST_FIT, Looks, Seen, grown, nearest_of, nearest_tones, see
 from pocket.scenes import BACKGROUNDS, COLORS, Scene, draw, place, random_looks, split
 from regional.layout import Layout, Region
 
@@ -45,7 +45,7 @@ def random_case(seed: int, regions: int, kind: str = "boxes", folder: Path | Non
     free, overlap = "free" in kind, 16 * ("overlapping" in kind)
     if free:
         areas = free_forms(rng, cells, margins)
-        areas = np.stack([grow(area, overlap) for area in areas])
+        areas = np.stack([grown(area, overlap // 2) for area in areas])  # so that neighbours overlap by all of it
     else:
         boxes = [
             widen(box, overlap) if overlap else shrink(rng, box) if margin else box
@@ -87,11 +87,6 @@ def widen(box: tuple[int, ...], pixels: int) -> list[int]:
     """Move the right and the lower side into the neighbours."""
     x0, y0, x1, y1 = box
     return [x0, y0, min(SIZE, x1 + pixels), min(SIZE, y1 + pixels)]
-
-
-def grow(area: np.ndarray, pixels: int) -> np.ndarray:
-    """Half of `pixels` in every direction, so that neighbours overlap by all of them."""
-    return np.asarray(Image.fromarray(area).convert("L").filter(ImageFilter.MaxFilter(pixels + 1))) > 0
 
 
 def filled(box: tuple[int, ...]) -> np.ndarray:
