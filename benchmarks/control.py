@@ -1,6 +1,7 @@
 """Regional control, measured: does every region show what its own prompt says, and at what price?
 
     python benchmarks/control.py             # everything; Ctrl-C writes the rows that are whole, a new run goes on
+    python benchmarks/control.py --methods   # the comparison of methods alone, a third of the images
     python benchmarks/control.py --quick     # 4 regions in boxes alone, under 2 minutes; exit code 1 below 85 %
 
 The pocket model draws random layouts (pocket/judge.py) by several methods: `plain`, the base prompt alone, which
@@ -9,12 +10,13 @@ program's, and variants of it. The same layouts and seeds for all. The sweeps ha
 settings chosen there are compared on others, 4000 to 4049, and variants of the chosen one on 4100 to 4119; those appear
 nowhere else.
 
-Writes docs/control/: tables.md, tables.json, plots and contact sheets of the first layouts. The single results are kept
-in benchmarks/run/control.jsonl.
+Writes docs/control/: tables.md (methods), sweeps.md (sweeps and variants), both as json too, plots and contact sheets
+of the first layouts. The single results are kept in benchmarks/run/control.jsonl; another checkpoint needs a new file.
 """
 
 import argparse
 import functools
+import hashlib
 import json
 import math
 import os
@@ -369,8 +371,8 @@ class Row(NamedTuple):
         return [Job(self.kind, self.regions, seed, self.setting, steps, dtype) for seed in self.seeds]
 
 
-def tables() -> dict[str, list[Row]]:
-    """Title -> rows, the most telling table first."""
+def methods() -> dict[str, list[Row]]:
+    """Title -> rows of tables.md."""
     found = {}
     for kind in KINDS:
         more = {"boxes": [EQUAL], "overlapping boxes": [earlier]}.get(kind, [])
@@ -379,14 +381,21 @@ def tables() -> dict[str, list[Row]]:
             for regions in REGIONS
             for setting in (None, PLAIN, PUBLISHED, *more, control, RPG_BEST, RAG)
         ]
-        found[f"Variants of the preset: {kind}"] = [
-            Row(kind, regions, setting, VARIANT_SEEDS) for regions in REGIONS for setting in variants_of(kind, regions)
-        ]
     found["Positions of the regions' texts"] = [
         Row("boxes", regions, control(regions)._replace(variant=variant), SEEDS)
         for regions in (2, 4, 8, 16)
         for variant in ("", AT_CORNERS)
     ]
+    return found
+
+
+def sweeps() -> dict[str, list[Row]]:
+    """Title -> rows of sweeps.md."""
+    found = {}
+    for kind in KINDS:
+        found[f"Variants of the preset: {kind}"] = [
+            Row(kind, regions, setting, VARIANT_SEEDS) for regions in REGIONS for setting in variants_of(kind, regions)
+        ]
     for title, (kind, counts, settings) in SWEEPS.items():
         found[title] = [Row(kind, regions, each, SWEEP_SEEDS) for regions in counts for each in settings]
     return found
@@ -449,10 +458,11 @@ def plot_accuracy(results: dict[str, dict[str, float]]) -> None:
     """Both attributes right against the number of regions."""
     import matplotlib.pyplot as plt  # in requirements-dev.txt; the measuring does not need it
 
-    kinds = [kind for kind in KINDS if whole(tables()[f"Methods: {kind}"], results)]
+    compared = methods()
+    kinds = [kind for kind in KINDS if whole(compared[f"Methods: {kind}"], results)]
     figure, axes = plt.subplots(1, len(kinds), figsize=(4 * len(kinds), 3.2), sharey=True, squeeze=False)
     for kind, axis in zip(kinds, axes[0]):
-        rows = whole(tables()[f"Methods: {kind}"], results)
+        rows = whole(compared[f"Methods: {kind}"], results)
         for name, setting in CURVES.items():
             curve = [row for row in rows if row.setting == setting(row.regions)]
             if curve:
@@ -487,7 +497,7 @@ def plot_sweep(results: dict[str, dict[str, float]]) -> None:
 
 def draw_sheet(kind: str, regions: int) -> None:
     """The first layouts of a table, by every setting in it; not the best."""
-    settings = dict.fromkeys(row.setting for row in tables()[f"Methods: {kind}"])
+    settings = dict.fromkeys(row.setting for row in methods()[f"Methods: {kind}"])
     rows = {
         str(setting or "drawn by hand"): [
             Image.fromarray(picture_of(Job(kind, regions, seed, setting, STEPS, DTYPE))).resize((128, 128))
@@ -498,11 +508,10 @@ def draw_sheet(kind: str, regions: int) -> None:
     contact_sheet(rows).save(DOCS / f"{kind.replace(' ', '_')}_{regions}.jpg", quality=85)
 
 
-def write_all(results: dict[str, dict[str, float]]) -> None:
-    """All that docs/control/ holds, of the rows that are whole."""
-    DOCS.mkdir(parents=True, exist_ok=True)
-    text, numbers = ["# Regional control, measured"], {}
-    for title, rows in tables().items():
+def write_page(name: str, heading: str, tables: dict[str, list[Row]], results: dict[str, dict[str, float]]) -> None:
+    """docs/control/NAME.md and NAME.json, of the rows that are whole."""
+    text, numbers = [f"# {heading}", f"Checkpoint {checkpoint()}."], {}
+    for title, rows in tables.items():
         if rows := whole(rows, results):
             text.append(markdown(title, rows, results))
             if title.startswith(("Methods", "Variants")):
@@ -515,10 +524,24 @@ def write_all(results: dict[str, dict[str, float]]) -> None:
                 }
                 for row in rows
             ]
-    (DOCS / "tables.md").write_text("\n\n".join(text) + "\n")
-    (DOCS / "tables.json").write_text(json.dumps(numbers, indent=0) + "\n")
+    (DOCS / f"{name}.md").write_text("\n\n".join(text) + "\n")
+    (DOCS / f"{name}.json").write_text(json.dumps(numbers, indent=0) + "\n")
+
+
+def checkpoint() -> str:
+    """The beginning of the SHA-256 of the transformer's file."""
+    with open(weights.find("pocket").flux.path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+def write_all(results: dict[str, dict[str, float]], methods_alone: bool) -> None:
+    """All that docs/control/ holds, of the rows that are whole."""
+    DOCS.mkdir(parents=True, exist_ok=True)
+    write_page("tables", "Regional control, measured", methods(), results)
     plot_accuracy(results)
-    plot_sweep(results)
+    if not methods_alone:
+        write_page("sweeps", "Regional control: sweeps, and variants of the preset", sweeps(), results)
+        plot_sweep(results)
     start_worker(DTYPE)
     for kind, regions in ("boxes", 4), ("boxes", 16), ("overlapping boxes", 4), ("free forms", 8):
         draw_sheet(kind, regions)
@@ -537,14 +560,16 @@ def quick(workers: int) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--methods", action="store_true")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     if args.quick:
         return quick(args.workers)
     jobs = []
-    for rows in tables().values():  # settings of one case side by side: it is encoded once
+    compared = methods() if args.methods else methods() | sweeps()
+    for rows in compared.values():  # settings of one case side by side: it is encoded once
         jobs += sorted((job for row in rows for job in row.jobs()), key=lambda job: (job.kind, job.regions, job.seed))
-    write_all(run(jobs, args.workers, RUN / "control.jsonl"))
+    write_all(run(jobs, args.workers, RUN / "control.jsonl"), args.methods)
     return 0
 
 
