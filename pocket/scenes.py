@@ -24,6 +24,7 @@ BACKGROUNDS = {"white": (245, 245, 245), "gray": (150, 150, 150), "black": (25, 
 DARK = 0.45  # a pattern is drawn in the object's colour and in this fraction of it
 PERIOD = 16  # pixels after which a pattern repeats
 FINE = 4  # supersampling of edges
+MOST_SLACK = 16  # pixels from the middle of a box to an object's: in a long box, ten steps would blend all places
 
 
 def _pattern_tiles() -> dict[str, np.ndarray]:
@@ -160,22 +161,23 @@ def random_looks(rng: np.random.Generator) -> tuple[str, str, str]:
 
 
 def place(rng: np.random.Generator, looks: tuple[str, str, str], box: tuple[int, ...]) -> Thing:
-    """An object of these looks inside a box: most of its size, seldom longer than 1.4 times its width."""
+    """An object of these looks near the middle of a box: most of its size, seldom longer than 1.4 times its width."""
     x0, y0, x1, y1 = box
     half = np.array([x1 - x0, y1 - y0]) / 2
     radius = half * rng.uniform(0.72, 0.95, 2)
     radius = np.minimum(radius, radius.min() * 1.4) // 4 * 4
-    slack = half - radius
-    center = np.array([x0 + x1, y0 + y1]) / 2 + rng.uniform(-1, 1, 2) * slack * 0.8
+    slack = np.minimum(0.8 * (half - radius), MOST_SLACK)
+    center = np.array([x0 + x1, y0 + y1]) / 2 + rng.uniform(-1, 1, 2) * slack
     center = np.clip((center / 8).round() * 8, (x0 + radius[0], y0 + radius[1]), (x1 - radius[0], y1 - radius[1]))
     return Thing(*looks, center=(int(center[0]), int(center[1])), radius=(int(radius[0]), int(radius[1])))
 
 
 def random_scene(rng: np.random.Generator, width: int, height: int, count: int) -> Scene:
     """`count` objects at most, each in a box of its own; a single one in a box of any size half of the time, on large
-    canvases a fifth: a region's object fills its region, and ten steps often lose a small one."""
+    canvases a fifth, on long ones a tenth: a region's object fills its region, and ten steps often lose a small one."""
     boxes = split(rng, width, height, count) if count else []
-    anywhere = 0.5 if width * height < 192 * 192 else 0.2
+    is_long = max(width, height) >= 1.5 * min(width, height)
+    anywhere = 0.1 if is_long else 0.5 if width * height < 192 * 192 else 0.2
     if count == 1 and rng.random() < anywhere:
         boxes = [part_of(rng, width, height)]
     things = tuple(place(rng, random_looks(rng), box) for box in boxes)
