@@ -45,7 +45,8 @@ class Row(NamedTuple):
     place: Place = (0, 0)
 
 
-SIZES = [Row(side, side) for side in (64, 96, 128, 192, 256)] + [Row(160, 96), Row(96, 160)]
+SIZES = [Row(side, side) for side in (64, 96, 128, 192, 256)]
+SIZES += [Row(160, 96), Row(96, 160), Row(128, 256), Row(64, 256)]
 PLACES = [
     *(Row(64, 64, place) for place in ((0, 0), (0, 12), (12, 0), (6, 6), (12, 12))),
     *(Row(96, 96, place) for place in ((0, 0), (10, 0), (0, 10), (10, 6))),
