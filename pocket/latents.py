@@ -158,5 +158,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("pocket/run"))
     run = parser.parse_args().folder
-    make_vocabularies(run)
+    if not (run / "tokenizer").exists():
+        make_vocabularies(run)
     make_pools(run)

@@ -26,6 +26,6 @@ if __name__ == "__main__":
     if not (args.folder / "tokenizer").exists():
         latents.make_vocabularies(args.folder)
     latents.make_pools(args.folder)
-    train.train_together(args.folder, steps=27000, distill=1000, processes=2)
+    train.train_together(args.folder, steps=27000, distill=1000)
     export(args.folder, args.output)
     shutil.copy(args.folder / "training.log", args.output)

@@ -1,6 +1,6 @@
 """Step 2 of the pocket checkpoint: the transformer and both text encoders, trained together on scenes. Resumable.
 
-    python -m pocket.train --folder pocket/run --steps 24000 --distill 1000
+    python -m pocket.train --folder pocket/run --steps 27000 --distill 1000
 
 First a rectified flow is learned (`--steps`), with the guidance input fixed at 1. Then the network learns to answer in
 one pass what two passes of classifier-free guidance would (`--distill`), as FLUX.1-dev did.
@@ -255,8 +255,9 @@ def frozen(run: Path) -> Pocket:
     return Pocket(run).requires_grad_(False)
 
 
-def train(run: Path, steps: int, distill: int) -> None:
-    """Train for `steps` in all and distil for `distill` more, from wherever the state in `run` stands."""
+def train(run: Path, steps: int, distill: int, rate: float) -> None:
+    """Train for `steps` in all and distil for `distill` more, from wherever the state in `run` stands. rate: a factor
+    of the learning rates of the first part."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("gloo")
@@ -269,7 +270,7 @@ def train(run: Path, steps: int, distill: int) -> None:
     while state.step < steps + distill:
         if state.step < steps:
             loss = flow_loss(state.model, batches)
-            scale = learning_rate(state.step, steps)
+            scale = rate * learning_rate(state.step, steps)
         else:
             if state.teacher is None:
                 state.begin_distillation()
@@ -285,22 +286,23 @@ def train(run: Path, steps: int, distill: int) -> None:
             saved = time.monotonic()
 
 
-def train_together(run: Path, steps: int, distill: int, processes: int) -> None:
+def train_together(run: Path, steps: int, distill: int, rate: float = 1, processes: int = 2) -> None:
     """`train` in so many processes of one thread, whose gradients are averaged."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29611", "WORLD_SIZE": str(processes)}
-    torch.multiprocessing.spawn(start, (run, steps, distill), nprocs=processes)
+    torch.multiprocessing.spawn(start, (run, steps, distill, rate), nprocs=processes)
 
 
-def start(rank: int, run: Path, steps: int, distill: int) -> None:
+def start(rank: int, run: Path, steps: int, distill: int, rate: float) -> None:
     os.environ["RANK"] = str(rank)
-    train(run, steps, distill)
+    train(run, steps, distill, rate)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("pocket/run"))
-    parser.add_argument("--steps", type=int, default=24000)
+    parser.add_argument("--steps", type=int, default=27000)
     parser.add_argument("--distill", type=int, default=1000)
+    parser.add_argument("--rate", type=float, default=1, help="of the learning rates; 0.5 to go on from a checkpoint")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
-    train_together(args.folder, args.steps, args.distill, args.processes)
+    train_together(args.folder, args.steps, args.distill, args.rate, args.processes)

@@ -17,7 +17,7 @@ from extensions import loading
 from extensions.lora_files import read_lora
 from extensions.region_lora import can_be_regional
 from formats import components
-from pocket import adapters
+from pocket import adapters, export, from_checkpoint
 from pocket.adapters import draw_edges, draw_looks
 from pocket.detect import borders_agree, detect, look_of
 from pocket.judge import KINDS, drawn, judge, random_case
@@ -200,3 +200,13 @@ def test_a_look_trains_every_layer_that_its_lora_adapts():
     lora.act_on(torch.ones(1, batch.txt.shape[1], 1), torch.ones(1, batch.noisy.shape[1], 1))
     (model.velocity(batch, adapters.any_guidance(batch)) - batch.target).square().mean().backward()
     assert all(up.grad.any() for up in lora.up.values())
+
+
+def test_a_run_from_the_checkpoint_exports_the_same_files(tmp_path):
+    from_checkpoint.begin(CHECKPOINT, tmp_path / "run")
+    export.export(tmp_path / "run", tmp_path / "again")
+    files = [file.relative_to(CHECKPOINT) for file in CHECKPOINT.rglob("*") if file.is_file()]
+    files.remove(Path("training.log"))
+    assert len(files) == 11
+    for file in files:
+        assert (tmp_path / "again" / file).read_bytes() == (CHECKPOINT / file).read_bytes(), file
