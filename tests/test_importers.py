@@ -80,7 +80,7 @@ def as_drawn(nodes: dict, widgets: dict) -> dict:
 ORDER = {
     "CLIPTextEncode": "text", "FluxGuidance": "guidance", "EmptySD3LatentImage": "width height batch_size",
     "KSampler": "seed control_after_generate steps cfg sampler_name scheduler denoise", "INTConstant": "value",
-    "FluxRegionBBOX": "x1 y1 x2 y2", "SetNode": "name", "GetNode": "name",
+    "FluxRegionBBOX": "x1 y1 x2 y2", "SetNode": "name", "GetNode": "name", "SolidMask": "value width height",
 }  # fmt: skip
 TOWN = {"prompt": "a town", "width": 128, "height": 64, "steps": 20, "guidance": 4.5, "seed": 7, "regions": []}
 TREE, HOUSE = {"prompt": "a tree", "strength": 1}, {"prompt": "a house", "strength": 1}
@@ -176,7 +176,7 @@ def test_a_saved_workflow_is_read_through_variables_constants_and_bypassed_nodes
         dull=node("FluxGuidance", guidance=9.0, conditioning=["guided", 0]))  # fmt: skip
     nodes["empty"]["inputs"]["width"] = ["load", 0]
     nodes["apply"]["inputs"]["condition"] = ["dull", 0]
-    graph = as_drawn(nodes, ORDER | {"SolidMask": "value width height"})
+    graph = as_drawn(nodes, ORDER)
     by_type = {each["type"]: each for each in graph["nodes"] if each["widgets_values"] != [4.5]}
     by_type["FluxGuidance"]["mode"] = 4
     by_type["EmptySD3LatentImage"]["widgets_values"][0] = 512  # what it was before it was linked
