@@ -5,7 +5,7 @@
     python -m pocket.train --folder pocket/run --steps 2700 --distill 350 --rate 0.5
     python -m pocket.export --folder pocket/run --output pocket/checkpoint
 
-This is how the steps from 25,000 on were trained, in two stages (pocket/checkpoint/training.log).
+This is how the steps from 25,000 on were trained, in three stages (pocket/checkpoint/training.log).
 """
 
 import argparse

@@ -3,7 +3,8 @@
     mkdir -p pocket/run && python -m pocket.make --folder pocket/run >> pocket/run/training.log
 
 The autoencoder first, then the vocabularies and the pools of latents, then the transformer with both text encoders,
-then the files of pocket/checkpoint. Some 5 hours on two idle CPU cores with bfloat16 instructions.
+then the files of pocket/checkpoint. Some 6 to 12 hours on two idle CPU cores with bfloat16 instructions, by
+the machine.
 """
 
 import argparse
@@ -26,6 +27,6 @@ if __name__ == "__main__":
     if not (args.folder / "tokenizer").exists():
         latents.make_vocabularies(args.folder)
     latents.make_pools(args.folder)
-    train.train_together(args.folder, steps=27000, distill=1000)
+    train.train_together(args.folder, steps=30000, distill=1200)
     export(args.folder, args.output)
     shutil.copy(args.folder / "training.log", args.output)

@@ -1,6 +1,6 @@
 """Step 2 of the pocket checkpoint: the transformer and both text encoders, trained together on scenes. Resumable.
 
-    python -m pocket.train --folder pocket/run --steps 27000 --distill 1000
+    python -m pocket.train --folder pocket/run --steps 30000 --distill 1200
 
 First a rectified flow is learned (`--steps`), with the guidance input fixed at 1. Then the network learns to answer in
 one pass what two passes of classifier-free guidance would (`--distill`), as FLUX.1-dev did.
@@ -300,8 +300,8 @@ def start(rank: int, run: Path, steps: int, distill: int, rate: float) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("pocket/run"))
-    parser.add_argument("--steps", type=int, default=27000)
-    parser.add_argument("--distill", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=30000)
+    parser.add_argument("--distill", type=int, default=1200)
     parser.add_argument("--rate", type=float, default=1, help="of the learning rates; 0.5 to go on from a checkpoint")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
