@@ -23,7 +23,7 @@ from benchmarks.intervals import mean_of  # noqa: E402
 from benchmarks.variants import StepCache  # noqa: E402
 from pocket.judge import judge  # noqa: E402
 
-SEEDS = range(4200, 4215)
+SEEDS = range(4200, 4225)
 COUNTS = (4, 8)
 STEPS = 24
 MEASURES = ("both", "shape", "all")
