@@ -60,7 +60,7 @@ def references_of(case: Case) -> list[Path]:
 
 
 def layout_of(case: Case, name: str) -> Layout:
-    settings = PRESETS["control"](REGIONS) | {"steps": STEPS}
+    settings = PRESETS["control"] | {"steps": STEPS}
     layout = msgspec.structs.replace(case.layout, **settings)
     if SETTINGS[name] is None:
         return layout

@@ -47,7 +47,7 @@ CANVASES = {
 # What two regions leave each other of a square: tall, with one object.
 TALL = [(64, 192), (64, 224), (64, 240), (80, 208), (80, 240), (96, 192), (96, 224), (96, 240), (112, 224), (112, 240),
         (112, 256), (128, 224), (144, 224), (144, 256)]  # fmt: skip
-CANVASES |= {size: (1200, 3.5, (0.03, 0.92, 0.05)) for size in TALL}
+TALL_CANVASES = {size: (1200, 3.5, (0.03, 0.92, 0.05)) for size in TALL}
 
 
 @dataclass
@@ -133,7 +133,7 @@ def make_pools(run: Path) -> None:
     model.load_state_dict(torch.load(run / "autoencoder.pt", weights_only=True)["average"])
     (run / "latents").mkdir(exist_ok=True)
     factors_file = run / "factors.json"
-    for (width, height), (count, weight, shares) in tqdm(CANVASES.items()):
+    for (width, height), (count, weight, shares) in tqdm((CANVASES | TALL_CANVASES).items()):
         file = run / "latents" / f"{width}x{height}.pt"
         if file.exists():
             continue
