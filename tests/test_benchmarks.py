@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import speed
+from benchmarks import redux, speed
 from benchmarks.failures import Failures, reason
 from benchmarks.naive import Naive
 from model.transformer import Flux, FluxParams
+from pocket.judge import random_case
+from regional.layout import PRESETS
 from sampler.flow import image_ids
 
 if importlib.util.find_spec("triton"):
@@ -44,6 +46,17 @@ def test_its_operations_are_those_of_the_published_code():
 
     assert operations(4) == pytest.approx(168.4, rel=0.001)
     assert operations(4, late=True) == pytest.approx(105.6, rel=0.001)
+
+
+def test_image_prompts_are_measured_by_the_preset(monkeypatch, tmp_path):
+    monkeypatch.setattr(redux, "RUN", tmp_path)
+    case = random_case(1, redux.REGIONS)
+    for name, where in redux.SETTINGS.items():
+        layout = redux.layout_of(case, name)
+        assert all(getattr(layout, key) == value for key, value in PRESETS["control"].items())
+        images = [bool(region.image_prompts) for region in layout.regions]
+        assert images == [bool(where and where[0])] * redux.REGIONS
+        assert len(layout.image_prompts) == (redux.REGIONS if where and where[1] else 0)
 
 
 @pytest.mark.published
