@@ -117,7 +117,7 @@ VARIANTS = {  # which are not the published method
 AT_CORNERS = "texts at corners"
 EXPERIMENTS: dict[str, Callable[[Case, int, Flux], list[Extension]]] = {
     AT_CORNERS: lambda case, prompts, flux: [texts_at_corners(case, prompts)],
-    "one-way image attention": lambda case, prompts, flux: [one_way(prompts)],
+    "one-way image attention": lambda case, prompts, flux: [one_way()],
     "late images open": lambda case, prompts, flux: [open_images(MASKED_BLOCKS["late two single"])],
     "early images open": lambda case, prompts, flux: [open_images(MASKED_BLOCKS["double"])],
     "bound for 1 step": lambda case, prompts, flux: [hard_binding(1, len(case.wanted))],

@@ -3,6 +3,7 @@ of the sampling loop (docs/extensions.md)."""
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,15 +72,14 @@ def open_images(blocks: Callable[[Block], bool]) -> Extension:
     return extend
 
 
-def one_way(prompts: int) -> Extension:
-    """The background's image tokens see those of all regions, not the other way round (LayerBind, eq. 8). prompts: as
-    in `texts_at_corners`."""
+def one_way() -> Extension:
+    """The background's image tokens see those of all regions, not the other way round (LayerBind, eq. 8)."""
 
-    def attention(tokens: Tokens) -> MaskedAttention:
-        bits, length = tokens.bits, len(tokens.bits)
-        is_image = (torch.arange(length) > (bits[:-1].cpu() != bits[1:].cpu()).nonzero()[prompts - 1]).to(bits.device)
-        background = bits == 1 << BACKGROUND_BIT
-        mask = (bits[:, None] & bits != 0) | (background & is_image)[:, None] & is_image & (bits != 0)
+    def attention(tokens: Tokens, image_length: int) -> MaskedAttention:
+        bits = tokens.bits
+        is_image = torch.arange(len(bits), device=bits.device) >= len(bits) - image_length
+        is_background = is_image & (bits == 1 << BACKGROUND_BIT)
+        mask = (bits[:, None] & bits != 0) | is_background[:, None] & is_image
 
         def masked(q: Tensor, k: Tensor, v: Tensor, base: Tensor | None = None) -> Tensor:
             out = F.scaled_dot_product_attention(q, k, v, mask)
@@ -92,7 +92,8 @@ def one_way(prompts: int) -> Extension:
             return forward
         lengths = (branches.text_length, len(branches.order))
         how = (branches.base_ratio, branches.is_masked)
-        other = RegionalAttention(attention, branches.region_bits, *lengths, *how)
+        make = partial(attention, image_length=len(branches.order))
+        other = RegionalAttention(make, branches.region_bits, *lengths, *how)
 
         def seen(given: Pass, step: int) -> Tensor:
             return forward(given._replace(attention=other), step)
