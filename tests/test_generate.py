@@ -272,6 +272,16 @@ def test_attention_maps_are_fractions_inside_the_regions(run, layout):
     assert ran.code == 0 and "no attention maps" in ran.errors[2] and not Path("maps/b.safetensors").exists()
 
 
+def test_attention_maps_of_a_repainted_image_of_another_size_show_it_at_the_layouts(run, layout):
+    Image.new("RGB", (160, 80), "red").save("start.png")
+    given = json.loads(Path(layout).read_text()) | {"image": {"file": "start.png", "repaint": {"regions": [0]}}}
+    Path(layout).write_text(json.dumps(given))
+    assert run("--layout", layout, "--output", "z.png", "--attention-maps", "maps").code == 0
+    assert Image.open("z.png").size == (160, 80)
+    sheet = Image.open("maps/z_step1.png")
+    assert sheet.size[0] == 5 * 96 + 4 * 8 and load_file("maps/z.safetensors")["maps"].shape[-1] == 24
+
+
 def test_attention_maps_have_one_entry_for_a_step_of_two_evaluations(tiny_pipeline):
     """That of the first."""
     found = []

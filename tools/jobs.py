@@ -654,7 +654,9 @@ def make(
     if maps:
         from tools.sheets import save_maps
 
-        save_maps(maps, files["maps"].with_suffix(""), image, prepared.tokens.prompts, metadata)
+        layout = prepared.layout
+        shown = image.resize((layout.width, layout.height))  # A repainted image keeps its own size.
+        save_maps(maps, files["maps"].with_suffix(""), shown, prepared.tokens.prompts, metadata)
     is_embedded = not command.output.no_metadata
     if "metadata" in files:
         if not is_embedded:  # The new .json must not describe an old image.
