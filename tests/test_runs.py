@@ -20,7 +20,7 @@ import pipeline
 from errors import InputError
 from regional.reader import read_layout
 from tools import compare, jobs, metadata
-from tools.sheets import fitting, map_sheets
+from tools.sheets import GAP, contact_sheet, fitting, map_sheets
 
 ALL = ["--output", "x.png", *LATENTS, "--metadata", "--attention-maps", "maps"]
 
@@ -194,6 +194,15 @@ def test_regions_of_one_prompt_have_a_row_each(tmp_path):
 
     heights = [map_sheets(Maps, Image.new("RGB", (32, 32)), prompts)[0].height for prompts in ("abc", "aac")]
     assert heights[0] == heights[1]
+
+
+def test_the_largest_image_of_a_sheet_fits_into_its_cell():
+    """A sweep can change the size."""
+    sizes = [(32, 48), (64, 16)]
+    sheet = contact_sheet({"": [Image.new("RGB", size, "red") for size in sizes]})
+    assert sheet.size == (2 * 64 + GAP, 48)
+    red = [count for count, color in sheet.getcolors() if color == (255, 0, 0)]
+    assert red == [32 * 48 + 64 * 16]
 
 
 def test_a_long_label_is_cut_soon():

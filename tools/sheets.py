@@ -1,5 +1,4 @@
-"""Sweeps, and contact sheets of them and of attention maps: images of one size in labeled rows
-and columns."""
+"""Sweeps, and contact sheets of them and of attention maps: images in labeled rows and columns."""
 
 import itertools
 from bisect import bisect_right
@@ -44,9 +43,10 @@ def swept_settings(sweeps: Sequence[str]) -> dict[tuple[str, ...], dict[str, Any
 def contact_sheet(
     rows: dict[str, list[Image.Image | Path]], columns: list[str] = ()
 ) -> Image.Image:  # fmt: skip
-    """Each row under its label, the columns' labels above; an empty label takes no room. Files
-    are opened one at a time."""
-    width, height = size_of(next(iter(rows.values()))[0])
+    """Each row under its label, the columns' labels above; an empty label takes no room. A
+    cell is as large as the largest image. Files are opened one at a time."""
+    sizes = [size_of(image) for row in rows.values() for image in row]
+    width, height = map(max, zip(*sizes))
     header = LINE if any(columns) else 0
     step_x = width + GAP
     step_y = height + GAP + (LINE if any(rows) else 0)
