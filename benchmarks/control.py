@@ -336,6 +336,7 @@ SWEEP_SEEDS, SEEDS, VARIANT_SEEDS = range(1000, 1030), range(4000, 4050), range(
 OF_PRESET: dict[str, dict[str, object]] = {  # what becomes of the preset's settings, one at a time
     "beta 0": {"base_ratio": 0.0, "base_steps": "100%"},
     "base branch throughout": {"base_steps": "100%"},
+    "all text tokens": {"region_length": 64},
     "one-way": {"variant": "one-way image attention"},
     "late open": {"variant": "late images open"},
     "begins at step 1": {"variant": "from step 1 on"},
