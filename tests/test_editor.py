@@ -360,7 +360,6 @@ def drawing(tmp_path_factory, model):
     asked.queue.thread.start()
     yield asked
     asked.queue.close()
-    asked.queue.thread.join(10)
 
 
 def until(condition, seconds: float = 60):
@@ -474,6 +473,16 @@ def test_a_model_that_cannot_be_loaded_is_told(tmp_path, model):
     asked.queue.submit("x.yaml", {"file": str(tmp_path / "x.yaml"), "layout": SMALL, "seed": 1, "maps": False})
     assert "nowhere" in over(asked, "1")["error"]
     asked.queue.close()
+
+
+def test_a_closed_queue_has_neither_its_process_nor_its_thread(tmp_path, model):
+    """Two threads cannot both be told the exit code, and the interpreter asks for it at its end."""
+    asked = Asked(tmp_path, model)
+    asked.queue.thread.start()
+    until(lambda: asked.queue.process is not None)
+    asked.queue.close()
+    assert not asked.queue.thread.is_alive() and not asked.queue.process.is_alive()
+    assert asked.queue.process.exitcode == -signal.SIGKILL
 
 
 # ---------------------------------------------------------------- who may ask

@@ -40,12 +40,14 @@ class Queue:
         self.thread = threading.Thread(target=self.run, daemon=True)
 
     def close(self) -> None:
-        """End the other process at once."""
+        """End the other process at once, and the thread, which asks for its exit code."""
         with self.changed:
             self.is_closed = True
             self.changed.notify_all()
             if self.process is not None:
                 self.process.kill()
+        if self.thread.is_alive():
+            self.thread.join()
 
     def submit(self, name: str, request: Data) -> Data:
         """A new job for a layout of this name. request: file, layout, seed or None, maps."""
